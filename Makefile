@@ -1,0 +1,41 @@
+# Set-up and daily work. Needs Python 3.10 to 3.13, make and git; everything else goes into .venv.
+# `make` alone lists the targets. PYTHON=python3.12 chooses the interpreter of a new .venv; ARGS="-k mask" goes to pytest.
+
+BIN := .venv/bin
+RUN := runs/quickstart
+
+# Where another process holds a core, torch's spinning threads slow tiny models 10 to 50 times.
+export OMP_WAIT_POLICY ?= PASSIVE
+unexport TOKENIZERS_PARALLELISM
+
+.PHONY: help quickstart test lint types battery venv clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
+
+quickstart: export HF_HUB_OFFLINE := 1
+quickstart: venv  ## train a small chat model offline, compare it with where it started, say how to chat
+	@rm -rf $(RUN)  # made by this target and no other: the second call trains anew
+	@$(BIN)/instructft train quickstart
+	@$(BIN)/instructft evaluate $(RUN) --base start --show 12
+	@printf '\nTalk to it:\n  %s\n' '$(BIN)/instructft chat $(RUN)'
+
+test: export HF_HUB_DISABLE_TELEMETRY := 1
+test: venv  ## run the tests (no network, no GPU)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: venv  ## style and format, checked not changed
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+
+types: venv  ## static types
+	@$(BIN)/python -m mypy
+
+battery: lint types test quickstart  ## everything above: what a release must pass
+
+venv:  ## the virtual environment with the tested versions, made once
+	@sh scripts/venv.sh
+
+clean:  ## remove .venv, caches and build output; runs/ stays
+	@rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,74 @@
+"""The model card of a run: `README.md` in the run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instructft import __version__
+from instructft.sources import SOURCES
+
+if TYPE_CHECKING:
+    from instructft.recipe import Recipe
+
+
+def write_card(run: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
+    """Write `README.md` from the recipe and the contents of `run.json`."""
+    (run / "README.md").write_text(card(recipe, facts), encoding="utf-8")
+
+
+def card(recipe: Recipe, facts: dict[str, Any]) -> str:
+    """The model card's text: metadata for the Hub, what was trained on what, how to use it, the recipe."""
+    import yaml
+
+    base = recipe.model.name_or_path
+    public_base = base if base and not Path(base).expanduser().exists() else None
+    hub = [entry.hub or (SOURCES[entry.name].hub if entry.name else None) for entry in recipe.data.datasets]
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if public_base:
+        metadata["base_model"] = public_base
+    if any(hub):
+        metadata["datasets"] = [name for name in hub if name]
+    metadata["tags"] = ["instructft", "sft", "trl"]
+    data, metrics = facts["data"], facts["metrics"]
+    names = [e.name or e.hub or Path(e.path or e.url or "").name for e in recipe.data.datasets]
+    licences = sorted({f"{e.name}: {SOURCES[e.name].licence}" for e in recipe.data.datasets if e.name})
+    start = public_base or (Path(base).name if base else "random weights")
+    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items() if isinstance(value, float))
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}
+---
+
+# {recipe.name}
+
+A chat model, fine-tuned from {start} on {", ".join(names)} with
+instructft {__version__} ({data["rows"]["train"]:,} rows, {facts["train"]["steps"]:,} steps).
+
+- Template: `{recipe.data.template}`, saved as the tokenizer's chat template.
+- Loss on: `{recipe.data.train_on}` ({data["supervised_tokens"]:,} of {data["tokens"]:,} training tokens).
+{"".join(f"- Data licence: {licence}" + chr(10) for licence in licences)}
+| metric | value |
+| --- | --- |
+{table}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+prompt = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "Hello"}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0], skip_special_tokens=True))
+```
+
+or `instructft chat PATH`.
+
+## Recipe
+
+```yaml
+{recipe.to_yaml().strip()}
+```
+"""

@@ -1,0 +1,200 @@
+"""The command line: one function a command. Heavy imports stand inside, so that `--help` never waits for torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from instructft import __version__
+from instructft.errors import EXIT_FAILED, InstructftError, UsageError
+
+app = typer.Typer(
+    name="instructft",
+    help="A YAML recipe in, a chat model you can trust out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe keys, as train.learning_rate=1e-4.", show_default=False),
+]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint in it, any model folder, or a Hub id.")
+]
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Train a model: data, training, evaluation, final model in the run folder."""
+    from instructft.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    _quiet_libraries()
+    from instructft.train import train as run_training
+
+    result = run_training(loaded)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _print_outcome(result)
+
+
+def _print_outcome(result: Any) -> None:
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    facts, metrics = result.facts["train"], result.metrics
+    parts = [f"{facts['steps']:,} steps in {_clock(facts['seconds'])}", f"{facts['tokens_per_second']:,.0f} tokens/s"]
+    if "eval_loss" in metrics:
+        parts.append(f"validation loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}")
+    console.print("Done: " + " · ".join(parts), highlight=False)
+    console.print(f"The model is in {result.output_dir}. Talk to it:\n\n  instructft chat {result.output_dir}\n", markup=False, highlight=False)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60} min {int(seconds) % 60} s" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+@app.command()
+def recipes(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
+) -> None:
+    """List the shipped recipes."""
+    from instructft.recipe import json_schema, recipe_purpose, shipped_recipes
+
+    if schema:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    found = shipped_recipes()
+    width = max(map(len, found), default=0)
+    for name, path in sorted(found.items()):
+        print(f"{name:{width}}  {recipe_purpose(path)}")
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe; `instructft recipes` lists them.")],
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Where to write it; NAME.yaml if left out.", show_default=False)] = None,
+) -> None:
+    """Write a shipped recipe to a file, as a starting point."""
+    from instructft.recipe import shipped_recipes
+
+    found = shipped_recipes()
+    if name not in found:
+        raise UsageError(f"there is no shipped recipe {name}; there is {', '.join(sorted(found))}")
+    target = file or Path(f"{name}.yaml")
+    if target.exists():
+        raise UsageError(f"{target} exists already; name another file")
+    target.write_text(found[name].read_text(encoding="utf-8"), encoding="utf-8")
+    print(f"Wrote {target}. Train it with: instructft train {target}")
+
+
+@app.command()
+def chat(
+    model: ModelArgument,
+    system: Annotated[str | None, typer.Option(help="A system prompt.", show_default=False)] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens in an answer, at most.")] = 256,
+) -> None:
+    """Talk to a model in the terminal."""
+    _quiet_libraries()
+    from instructft.generate import Chat
+    from instructft.terminal import converse
+
+    converse(Chat(model, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens), model)
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    input: Annotated[Path, typer.Option("--input", help="JSONL: messages, prompt, or instruction with input/context.")],
+    output: Annotated[Path, typer.Option("--output", help="JSONL: each row with response and finish_reason.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens in an answer, at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    batch_size: Annotated[str, typer.Option(help="Prompts answered at once, or auto.")] = "auto",
+) -> None:
+    """Answer a file of prompts."""
+    from instructft.batch import generate_file
+
+    _quiet_libraries()
+    generate_file(model, input, output, max_new_tokens, temperature, top_p, batch_size)
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    base: Annotated[str | None, typer.Option(help="A second model to compare with; `start`: what the run began from.", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option(help="A file, or a recipe; default: the run's own recipe.", show_default=False)] = None,
+    split: Annotated[str | None, typer.Option(help="train, validation or test; default: test, else validation.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate on this many rows.", show_default=False)] = None,
+    show: Annotated[int, typer.Option(help="Rows to show with question, expected answer and answers.")] = 10,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.", show_default=False)] = None,
+) -> None:
+    """Measure a model on held-out rows; with --base, two side by side."""
+    from instructft.compare import compare
+
+    _quiet_libraries()
+    compare(model, base, data, split, limit, show, json_file)
+
+
+def _quiet_libraries() -> None:
+    """Their bars and notices are replaced by ours, and what they say to developers is not for users."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"instructft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; every error on purpose is one message on stderr and an exit code."""
+    # Nothing is reported to anybody: not by this library, and not by those that it calls.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # On a CPU whose cores are shared, threads that wait by spinning slow small models 10 to 50 times. It has to be
+    # said before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except InstructftError as error:
+        if os.environ.get("INSTRUCTFT_TRACEBACK") == "1":
+            raise
+        print(f"instructft: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("INSTRUCTFT_TRACEBACK") == "1":
+            raise
+        print(
+            f"instructft: {type(error).__name__}: {error}\nSet INSTRUCTFT_TRACEBACK=1 to see where it happened.",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_FAILED)

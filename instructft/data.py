@@ -1,0 +1,481 @@
+"""The one road that data takes: load, map to conversations, split, encode, count.
+
+    files, URLs, Hub ──► raw rows ──► conversations ──► input_ids, labels
+                          │ split by row number, seeded: the same on every process and for every template
+
+Nothing is lost without a word: a row is trained, held out, or counted in `dropped` under its reason.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from instructft import __version__
+from instructft.encode import IGNORE_INDEX, encoder
+from instructft.errors import DataError
+from instructft.sources import FORMATS, SOURCES, Message, Unusable, detect_format, to_conversation
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedTokenizerBase
+
+    from instructft.recipe import DatasetEntry, Recipe
+
+SPLITS = ("train", "validation", "test")
+_READERS = {".json": "json", ".jsonl": "json", ".jsonl.gz": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Load
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """One entry of `data.datasets`: its raw rows, what they are, and which of them each split holds."""
+
+    label: str
+    raw: Dataset
+    format: str
+    columns: dict[str, str]  # our column name -> the name in the file
+    rows: dict[str, np.ndarray]  # split -> row numbers in `raw`
+    key: str  # where the recipe names it, for messages
+
+    def conversation(self, row: dict[str, Any]) -> list[Message]:
+        """One raw row as messages; raises `Unusable`."""
+        return to_conversation(self._renamed(row), self.format)
+
+    def _renamed(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, **{ours: row[theirs] for ours, theirs in self.columns.items()}} if self.columns else row
+
+
+def load_parts(recipe: Recipe) -> list[Part]:
+    """Load the raw rows of every data set of a recipe and divide them into splits.
+
+    The split of a row depends on `data.seed`, `data.splits` and its row number only: not on the template, the
+    tokenizer or `max_length`, so that runs with different settings are compared on the same held-out rows.
+
+    Raises:
+        DataError: a file, URL or Hub id that cannot be read, or whose rows have no known format.
+    """
+    parts = []
+    for i, entry in enumerate(recipe.data.datasets):
+        key = f"data.datasets[{i}]"
+        label = entry.name or entry.hub or entry.path or entry.url or key
+        raw = _load(entry, label, key)
+        if len(raw) == 0:
+            raise DataError(f"{key}: {label} holds no rows")
+        if entry.rows is not None:
+            raw = raw.select(_draw(len(raw), entry.rows, recipe.data.seed, i, f"{key}.rows"))
+        columns = dict(entry.columns or {})
+        absent = [f"{ours}: {theirs}" for ours, theirs in columns.items() if theirs not in raw.column_names]
+        if absent:
+            raise DataError(
+                f"{key}.columns: {label} has no column for {', '.join(absent)}; "
+                f"its columns are {', '.join(raw.column_names)}"
+            )
+        fmt = entry.format or (SOURCES[entry.name].format if entry.name else None)
+        present = [*raw.column_names, *columns]
+        if fmt is None:
+            fmt = detect_format(present, f"{key}: {label}")
+        elif missing := sorted(set(FORMATS[fmt].columns) - set(present)):
+            raise DataError(
+                f"{key}: {label} is read as {fmt}, which needs the column {', '.join(missing)}; "
+                f"its columns are {', '.join(raw.column_names)}. Set format or columns for it."
+            )
+        parts.append(Part(label, raw, fmt, columns, _split_rows(len(raw), recipe, i), key))
+    return parts
+
+
+def _draw(total: int, wanted: int, seed: int, part: int, key: str) -> np.ndarray:
+    """`wanted` row numbers of `total`, drawn by the seed, in the order of the file."""
+    if wanted > total:
+        raise DataError(f"{key}: {wanted} rows are wanted, but there are {total}")
+    return np.sort(np.random.default_rng([seed, part, 1]).permutation(total)[:wanted])
+
+
+def _split_rows(total: int, recipe: Recipe, part: int) -> dict[str, np.ndarray]:
+    """Divide row numbers 0 … total-1 by a seeded permutation; each split keeps the order of the file."""
+    order = np.random.default_rng([recipe.data.seed, part]).permutation(total)
+    validation = round(total * recipe.data.splits.validation)
+    held_out = validation + round(total * recipe.data.splits.test)
+    return {
+        "validation": np.sort(order[:validation]),
+        "test": np.sort(order[validation:held_out]),
+        "train": np.sort(order[held_out:]),
+    }
+
+
+def _load(entry: DatasetEntry, label: str, key: str) -> Dataset:
+    import datasets
+
+    source = SOURCES[entry.name] if entry.name else None
+    try:
+        if entry.name == "quickstart":
+            from instructft.quickstart import rows
+
+            return datasets.Dataset.from_list(rows())
+        hub = entry.hub or (source.hub if source else None)
+        if hub:
+            split = entry.split or "train"
+            files = dict(source.files) if source and source.files else None
+            if files and entry.config:  # a folder of the repository, as hh-rlhf's `helpful-base`
+                files = {s: [f for f in names if f.startswith(f"{entry.config}/")] for s, names in files.items()}
+                if not any(files.values()):
+                    folders = sorted({f.split("/")[0] for names in dict(source.files).values() for f in names})  # type: ignore[union-attr, arg-type]
+                    raise DataError(f"{key}.config: {label} has no part {entry.config!r}; it has {', '.join(folders)}")
+            return datasets.load_dataset(
+                hub,
+                name=None if files else entry.config,
+                data_files=files,
+                split=split,
+                revision=entry.revision,
+            )
+        location = entry.path or entry.url or (source.url if source else None)
+        return _read_file(str(location), label, key)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(_not_read(entry, label, key, error)) from error
+
+
+def _suffix(location: str) -> str:
+    name = Path(location.split("?")[0]).name.lower()
+    return next((s for s in sorted(_READERS, key=len, reverse=True) if name.endswith(s)), Path(name).suffix)
+
+
+def _read_file(location: str, label: str, key: str) -> Dataset:
+    import datasets
+
+    if "://" not in location:
+        path = Path(location).expanduser()
+        if not path.is_file():
+            raise DataError(f"{key}: there is no file {location}" + (" (it is a folder)" if path.is_dir() else ""))
+        if path.stat().st_size == 0:
+            raise DataError(f"{key}: {location} is empty")
+        location = str(path)
+    suffix = _suffix(location)
+    if suffix not in _READERS:
+        raise DataError(f"{key}: {label} ends in {suffix or 'nothing'}; files may be {', '.join(_READERS)}")
+    reader = _READERS[suffix]
+    # In a CSV file everything is text: an answer "42" stays "42", and "NA" is no missing value.
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False} if reader == "csv" else {}
+    return datasets.load_dataset(reader, data_files=location, split="train", **options)
+
+
+def _not_read(entry: DatasetEntry, label: str, key: str, error: Exception) -> str:
+    """Say what is wrong with a file or a Hub data set, with the line where it can be told."""
+    if entry.path:
+        if found := _bad_line(Path(entry.path).expanduser()):
+            return f"{key}: {found}"
+        return f"{key}: {label} could not be read: {_first_line(error)}"
+    where = "the Hugging Face Hub" if entry.hub or (entry.name and SOURCES[entry.name].hub) else "its URL"
+    return (
+        f"{key}: {label} could not be fetched from {where}: {_first_line(error)}\n"
+        "Check the spelling and the network; a private or gated data set needs `hf auth login` or HF_TOKEN. "
+        "A local copy works too: data.datasets=[{path: FILE}]"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ or error
+    text = str(cause).strip() or str(error).strip()
+    return text.splitlines()[0] if text else type(cause).__name__
+
+
+def _bad_line(path: Path) -> str | None:
+    """Name the first line of a JSON file that cannot be read."""
+    suffix = _suffix(path.name)
+    try:
+        opened = gzip.open(path, "rt", encoding="utf-8") if suffix.endswith(".gz") else path.open(encoding="utf-8")
+        with opened as file:
+            if suffix == ".json":
+                content = json.load(file)
+                if not isinstance(content, list):
+                    return f"{path} holds a JSON {_kind(content)}, expected a list of rows: [{{…}}, {{…}}]"
+                bad = next(((i, row) for i, row in enumerate(content, 1) if not isinstance(row, dict)), None)
+                if bad:
+                    return f"{path}: row {bad[0]} is a JSON {_kind(bad[1])}, expected an object with the row's columns"
+                return _mixed_types(path, enumerate(content, 1), "row")
+            if suffix in (".jsonl", ".jsonl.gz"):
+                rows = []
+                for number, line in enumerate(file, 1):
+                    if not line.strip():
+                        continue
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        return f"{path}, line {number}, column {error.colno}: not JSON: {error.msg}"
+                    if not isinstance(row, dict):
+                        return f"{path}, line {number}: a JSON {_kind(row)}, expected an object with the row's columns"
+                    rows.append((number, row))
+                return _mixed_types(path, rows, "line")
+    except json.JSONDecodeError as error:
+        return f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
+    except UnicodeDecodeError as error:
+        return f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"
+    except (OSError, EOFError) as error:
+        return f"{path} could not be opened: {error}"
+    return None
+
+
+def _mixed_types(path: Path, rows: Any, word: str) -> str | None:
+    first: dict[str, tuple[int, str]] = {}
+    for number, row in rows:
+        for column, value in row.items():
+            if value is None:
+                continue
+            seen = first.setdefault(column, (number, _kind(value)))
+            if seen[1] != _kind(value):
+                return (
+                    f"{path}, {word} {number}: {column} is a {_kind(value)}, but a {seen[1]} in {word} {seen[0]}; "
+                    "a column must be of one type"
+                )
+    return None
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
+    return kinds.get(type(value), "null")
+
+
+def conversations(recipe: Recipe, split: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """The usable rows of one split as text, for evaluation: `messages`, `dataset`, `category` (or None).
+
+    >>> conversations(load_recipe("quickstart"), "test")[0]["messages"][-1]["role"]
+    'assistant'
+    """
+    found: list[dict[str, Any]] = []
+    for part in load_parts(recipe):
+        found += _usable(part, part.raw.select(part.rows[split]))
+        if limit is not None and len(found) >= limit:
+            break
+    return found[:limit]
+
+
+def file_conversations(path: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """The usable rows of one file, as `conversations` gives them."""
+    raw = _read_file(path, path, "--data")
+    part = Part(path, raw, detect_format(raw.column_names, path), {}, {}, "--data")
+    return _usable(part, raw)[:limit]
+
+
+def _usable(part: Part, rows: Dataset) -> list[dict[str, Any]]:
+    found = []
+    for row in rows:
+        try:
+            found.append({"messages": part.conversation(row), "dataset": part.label, "category": row.get("category")})
+        except Unusable:  # counted by `prepare`
+            continue
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Encode and count
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Encoded splits with their account.
+
+    Args:
+        splits: rows of `input_ids` and `labels`, two lists of int32 of the same length; an empty split is left out.
+        dropped: rows that no split holds, by reason.
+        cut: rows that were longer than `max_length` and are trained without their end.
+        cut_tokens: tokens that these rows lost.
+    """
+
+    splits: DatasetDict
+    dropped: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
+    cut_tokens: int = 0
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows in each split, 0 for an empty one."""
+        return {name: len(self.splits[name]) if name in self.splits else 0 for name in SPLITS}
+
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        """Tokens in each split."""
+        return {name: sum(len(ids) for ids, _ in _arrays(split)) for name, split in self.splits.items()}
+
+    @cached_property
+    def supervised_tokens(self) -> dict[str, int]:
+        """Tokens that carry loss in each split."""
+        return {
+            name: sum(int((labels != IGNORE_INDEX).sum()) for _, labels in _arrays(split))
+            for name, split in self.splits.items()
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of every id and label of every split, in order: equal data, equal fingerprint."""
+        digest = hashlib.sha256()
+        for name, split in self.splits.items():
+            digest.update(name.encode())
+            for ids, labels in _arrays(split):
+                digest.update(ids.tobytes())
+                digest.update(labels.tobytes())
+            digest.update(split.data.column("input_ids").type.__str__().encode())
+        return digest.hexdigest()[:16]
+
+
+def _arrays(split: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All `input_ids` and all `labels` of a split, a few thousand rows at a time, each as one flat array."""
+    for table in split.with_format("arrow").iter(batch_size=4096):
+        flat = [table.column(name).combine_chunks().flatten().to_numpy() for name in ("input_ids", "labels")]
+        yield flat[0], flat[1]
+
+
+def prepare_dataset(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+    """Load, split and encode the recipe's data.
+
+    Returns:
+        a `DatasetDict` with `train`, and `validation` and `test` where the recipe asks for them; each row holds
+        `input_ids` and `labels`, two lists of T ints, a label of -100 carrying no loss.
+
+    >>> prepare_dataset(recipe, tokenizer)["train"][0].keys()
+    dict_keys(['input_ids', 'labels'])
+
+    Raises:
+        DataError: data that cannot be read, or of which nothing is left to train on.
+        TemplateError: a template under which a row has no honest mask.
+    """
+    return prepare(recipe, tokenizer).splits
+
+
+def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """`prepare_dataset` with the account of what became of every row."""
+    from datasets import DatasetDict, concatenate_datasets
+
+    pieces: dict[str, list[Dataset]] = {name: [] for name in SPLITS}
+    dropped: Counter[str] = Counter()
+    cut = cut_tokens = 0
+    for part in load_parts(recipe):
+        encoded = _encode(part, recipe, tokenizer)
+        used = np.sort(np.concatenate(list(part.rows.values())))
+        verdict = np.asarray(encoded["dropped"][:], dtype=object)
+        lost = np.asarray(encoded["cut_tokens"][:])
+        dropped.update(str(reason) for reason in verdict[used] if reason)
+        keep = {name: rows[verdict[rows] == ""] for name, rows in part.rows.items()}
+        kept = np.concatenate(list(keep.values()))
+        if len(kept) == 0:
+            raise DataError(f"{part.key}: no row of {part.label} can be trained on: {_reasons(dropped)}")
+        cut += int((lost[kept] > 0).sum())
+        cut_tokens += int(lost[kept].sum())
+        encoded = encoded.select_columns(["input_ids", "labels"])
+        for name, rows in keep.items():
+            if len(rows):
+                pieces[name].append(encoded.select(rows))
+    if not pieces["train"]:
+        raise DataError("data.splits leaves no row to train on")
+    for name in ("validation", "test"):
+        if getattr(recipe.data.splits, name) > 0 and not pieces[name]:
+            raise DataError(
+                f"data.splits.{name}: {getattr(recipe.data.splits, name)} of so few rows is no row at all; "
+                f"raise it, or set it to 0"
+            )
+    splits = DatasetDict({name: concatenate_datasets(rows) for name, rows in pieces.items() if rows})
+    return Prepared(splits, dropped, cut, cut_tokens)
+
+
+def _reasons(dropped: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.most_common()) or "none given"
+
+
+def _encode(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Encode all raw rows of a part, in order; a row that is dropped keeps its place and carries the reason."""
+    from datasets import Features, List, Value
+
+    learned = encoder(tokenizer)
+    data = recipe.data
+    shape = Features(
+        {
+            "input_ids": List(Value("int32")),
+            "labels": List(Value("int32")),
+            "dropped": Value("string"),
+            "cut_tokens": Value("int32"),
+        }
+    )
+
+    def encode_batch(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        verdicts: list[str] = []
+        usable: list[list[Message]] = []
+        names = list(batch)
+        for values in zip(*batch.values(), strict=True):
+            try:
+                usable.append(part.conversation(dict(zip(names, values, strict=True))))
+                verdicts.append("")
+            except Unusable as reason:
+                verdicts.append(reason.reason)
+        rows = iter(learned.encode(usable, data.train_on))
+        out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "dropped": [], "cut_tokens": []}
+        for number, verdict in zip(numbers, verdicts, strict=True):
+            row = {"input_ids": [], "labels": []} if verdict else next(rows)
+            lost = 0
+            if not verdict:
+                length = len(row["input_ids"])
+                lost = max(0, length - data.max_length)
+                if lost and data.on_too_long == "error":
+                    raise DataError(
+                        f"{part.key}: row {number + 1} of {part.label} has {length} tokens, more than data.max_length "
+                        f"({data.max_length}); raise it, or set data.on_too_long to truncate or drop"
+                    )
+                verdict = _fit(row, data.max_length, data.on_too_long) if lost else ""
+                if not verdict and all(label == IGNORE_INDEX for label in row["labels"][1:]):
+                    verdict = "answer_cut_away" if lost else "no_loss"
+            if verdict:
+                row, lost = {"input_ids": [], "labels": []}, 0
+            out["input_ids"].append(row["input_ids"])
+            out["labels"].append(row["labels"])
+            out["dropped"].append(verdict)
+            out["cut_tokens"].append(lost)
+        return out
+
+    return part.raw.map(
+        encode_batch,
+        with_indices=True,
+        batched=True,
+        batch_size=1000,
+        remove_columns=part.raw.column_names,
+        features=shape,
+        new_fingerprint=_fingerprint(part, recipe, tokenizer),
+        desc=None,
+    )
+
+
+def _fit(row: dict[str, list[int]], max_length: int, on_too_long: str) -> str:
+    if on_too_long == "drop":
+        return "too_long"
+    for column in row:
+        row[column] = row[column][:max_length]
+    return ""
+
+
+def _fingerprint(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Everything that shapes the encoded rows: a cache made under one template is never used with another."""
+    shaped_by: Sequence[Any] = (
+        __version__,
+        part.raw._fingerprint,
+        part.format,
+        sorted(part.columns.items()),
+        tokenizer.chat_template,
+        tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer),
+        sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
+        recipe.data.train_on,
+        recipe.data.max_length,
+        recipe.data.on_too_long,
+    )
+    return hashlib.sha256(json.dumps(shaped_by, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,119 @@
+"""The output head on a CPU: projects only positions that carry loss, and makes their gradient in the same pass.
+
+TRL's fused head scores every position where there is no Triton, prompt and padding included, in blocks of up to half
+a gigabyte that the allocator takes from the system and returns at every step. Here a block of logits stays below
+`_BLOCK_BYTES`, lives in two buffers that are used again, and gives log-probability, entropy, top-1 and gradient at
+once, as Liger's fused cross-entropy does on GPUs (https://arxiv.org/abs/2410.10989). On a GPU TRL's own head stays.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+# glibc hands blocks above 32 MiB back to the system when they are freed, and every page of the next one is faulted in
+# anew; that alone was half of the time of a step.
+_BLOCK_BYTES = 24 << 20
+
+
+class _SupervisedLogProbs(torch.autograd.Function):
+    """Log-probability of each label, with entropy and top-1, from hidden states; float32 throughout."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # hidden: (N, D), weight: (V, D), bias: (V,) or None, labels: (N,)
+        rows, vocabulary = hidden.shape[0], weight.shape[0]
+        block = max(1, min(rows, _BLOCK_BYTES // (4 * vocabulary)))
+        logits_buffer, probs_buffer = hidden.new_empty(2, block, vocabulary)
+        log_probs, entropy = hidden.new_empty(2, rows)
+        is_top1 = torch.empty(rows, dtype=torch.bool)
+        wanted = any(ctx.needs_input_grad[:3])
+        grads = [torch.zeros_like(x) if wanted and x is not None else None for x in (hidden, weight, bias)]
+        for start in range(0, rows, block):
+            part = slice(start, min(start + block, rows))
+            h, y = hidden[part], labels[part, None]
+            z = torch.mm(h, weight.t(), out=logits_buffer[: len(h)])  # (n, V)
+            if bias is not None:
+                z += bias
+            top, top_index = z.max(dim=1, keepdim=True)
+            p = torch.sub(z, top, out=probs_buffer[: len(h)]).exp_()
+            total = p.sum(dim=1, keepdim=True)
+            p /= total
+            log_total = top + total.log()  # logsumexp of each row
+            log_probs[part] = (z.gather(1, y) - log_total)[:, 0]
+            entropy[part] = log_total[:, 0] - torch.bmm(p[:, None], z[:, :, None])[:, 0, 0]
+            is_top1[part] = top_index[:, 0] == y[:, 0]
+            if wanted:  # d log p / d logits = onehot - p
+                p.neg_().scatter_add_(1, y, torch.ones_like(top))
+                grads[0][part] = p @ weight  # type: ignore[index]
+                grads[1].addmm_(p.t(), h)  # type: ignore[union-attr]
+                if bias is not None:
+                    grads[2] += p.sum(dim=0)  # type: ignore[operator]
+        if wanted:
+            ctx.has_bias = bias is not None
+            ctx.save_for_backward(hidden, weight, labels, *(g for g in grads if g is not None))
+            if bias is not None:
+                ctx.bias = bias
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, labels, *grads = ctx.saved_tensors
+        scale = grad[0]
+        if not torch.equal(grad, scale.expand_as(grad)):
+            # Tokens of unequal weight (loss_type: dft): the gradient summed in `forward` does not serve.
+            bias = ctx.bias if ctx.has_bias else None
+            with torch.enable_grad():
+                inputs = [x.detach().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+                logits = torch.nn.functional.linear(inputs[0], inputs[1], inputs[2] if ctx.has_bias else None)
+                log_probs = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+                grads = list(torch.autograd.grad(log_probs, inputs, grad))
+            scale = grad.new_ones(())
+        out = [g if scale == 1 else g.mul_(scale) for g in grads]
+        return out[0], out[1], out[2] if ctx.has_bias else None, None
+
+
+def add_supervised_head(model: PreTrainedModel) -> bool:
+    """Let `model(..., labels=…, fused_lm_head=True)` score only what carries loss; True when it applies.
+
+    Call it after TRL's `add_fused_lm_head`, whose forward keeps every other case: a GPU, low precision, logits that
+    the architecture scales or caps, mixtures of experts, sharded heads.
+    """
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    changes_logits = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    plain = not any(getattr(config, name, None) for name in changes_logits) and not hasattr(config, "output_router_logits")
+    if not plain or not isinstance(head, torch.nn.Linear) or head.weight.dtype != torch.float32:
+        return False
+    upstream = model.forward
+
+    # Keep the signature: `generate` checks its arguments against it, and `Trainer` the columns of a batch.
+    @functools.wraps(upstream)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        head = self.get_output_embeddings()
+        weight = head.weight
+        labels = kwargs.get("labels")
+        here = weight.device.type == "cpu" and not isinstance(weight, DTensor) and not torch.is_autocast_enabled("cpu")
+        if not (kwargs.get("fused_lm_head") and here) or labels is None or kwargs.get("shift_labels") is not None:
+            return upstream(*args, **kwargs)
+        inputs = {k: v for k, v in kwargs.items() if k not in ("fused_lm_head", "labels", "num_items_in_batch")}
+        states = self.base_model(*args, **{**inputs, "use_cache": False}).last_hidden_state[:, :-1]  # (B, T - 1, D)
+        labels = labels[:, 1:]
+        mask = labels != -100  # (B, T - 1)
+        values = _SupervisedLogProbs.apply(states[mask], weight, head.bias, labels[mask])
+        log_probs, entropy, is_top1 = (v.new_zeros(mask.shape).masked_scatter(mask, v) for v in values)
+        # `num_items_in_batch` is TRL's business: it divides the sum of `log_probs` itself
+        loss = -log_probs.sum() / mask.sum().clamp(min=1)
+        return FusedCausalLMOutput(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+
+    model.forward = types.MethodType(forward, model)
+    return True

@@ -1,0 +1,264 @@
+"""Loads the tokenizer and the model of a recipe, and makes them agree on template, special tokens and sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instructft.errors import ModelError, TemplateError, UsageError
+from instructft.templates import TEMPLATES
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from instructft.recipe import Recipe
+
+# Tokens that vocabularies hold in reserve; the first one found pads, so that no vocabulary grows for padding.
+_SPARE_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>", "[UNK]")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Load the recipe's tokenizer, with the chat template that this run trains in place.
+
+    The template's own tokens are added when they are missing, its stop token becomes `eos_token`, and a tokenizer
+    without a pad token gets one that its vocabulary already holds.
+
+    >>> tok = load_tokenizer(load_recipe("quickstart"))
+    >>> tok.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    '### Instruction:\\nHi\\n\\n### Response:\\n'
+
+    Raises:
+        UsageError: it cannot be found or loaded; the message says which key named it.
+        TemplateError: the template cannot be used with it.
+    """
+    from instructft.encode import encoder
+
+    tokenizer = _bare_tokenizer(recipe)
+    if tokenizer.eos_token is None and recipe.data.template != "chatml":
+        raise UsageError(
+            f"model.tokenizer: {tokenizer.name_or_path} has no EOS token, so no answer could end; "
+            "use data.template=chatml, which brings one"
+        )
+    _set_template(tokenizer, recipe)
+    if tokenizer.pad_token is None:
+        vocabulary = tokenizer.get_vocab()
+        tokenizer.pad_token = next((t for t in _SPARE_PAD_TOKENS if t in vocabulary), tokenizer.eos_token)
+    encoder(tokenizer)  # studies the template; raises when it cannot be trained
+    return tokenizer
+
+
+def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    if recipe.model.tokenizer == "quickstart":
+        from instructft.quickstart import tokenizer
+
+        return tokenizer()
+    from transformers import AutoTokenizer
+
+    key = "model.tokenizer" if recipe.model.tokenizer else "model.name_or_path"
+    name = recipe.model.tokenizer or recipe.model.name_or_path
+    own = recipe.model.tokenizer is None
+    try:
+        return AutoTokenizer.from_pretrained(
+            name,
+            revision=(recipe.model.revision if own else None) or "main",
+            subfolder=(recipe.model.subfolder if own else None) or "",
+        )
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
+        raise UsageError(_not_loaded(key, str(name), "a tokenizer", error)) from error
+
+
+def _not_loaded(key: str, name: str, what: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        holds = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+        hint = f"the folder {name} holds {holds}"
+    else:
+        hint = (
+            f"there is no folder {name} here, and the Hugging Face Hub did not give it: check the spelling and the "
+            "network; a private or gated model needs `hf auth login` or HF_TOKEN"
+        )
+    return f"{key}: {name} could not be loaded as {what}; {hint}.\n  {reason}"
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Put the recipe's chat template into the tokenizer, with the tokens that it needs."""
+    from tokenizers import AddedToken
+
+    name = recipe.data.template
+    own = tokenizer.chat_template
+    if isinstance(own, dict):  # some models carry several; the one for chatting is called default
+        own = own.get("default")
+    if name == "tokenizer" and not own:
+        raise TemplateError(
+            f"data.template: tokenizer, but {tokenizer.name_or_path} has no chat template of its own; "
+            f"choose one of {', '.join(TEMPLATES)} or a .jinja file"
+        )
+    if name == "auto":
+        name = "tokenizer" if own else "instruction"
+
+    if name == "tokenizer":
+        text = str(own)
+    elif name in TEMPLATES:
+        template = TEMPLATES[name]
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in template.tokens if token not in vocabulary]
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+        if template.stop:
+            tokenizer.eos_token = template.stop
+        text = template.text()
+        if _adds_bos(tokenizer):
+            text = "{{- bos_token -}}\n" + text
+    else:
+        text = Path(name).read_text(encoding="utf-8")
+    if recipe.data.system_prompt:
+        text = _default_system(recipe.data.system_prompt) + text
+    tokenizer.chat_template = text
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model was trained with a BOS in front: a template replaces what the tokenizer would have added."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _default_system(prompt: str) -> str:
+    """Jinja that puts a system prompt before conversations that bring none.
+
+    It goes into the saved template, so that every server asks the model with the prompt that it was trained with.
+    """
+    return (
+        "{%- if not messages or messages[0]['role'] != 'system' -%}\n"
+        "  {%- set messages = [{'role': 'system', 'content': " + json.dumps(prompt) + "}] + messages -%}\n"
+        "{%- endif -%}\n"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def load_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """The model's configuration, checked against the recipe; no weights are read.
+
+    Raises:
+        UsageError: unknown or unreadable, or `data.max_length` is more than the model's positions.
+    """
+    from transformers import AutoConfig
+
+    if recipe.model.config is not None:
+        settings: dict[str, Any] = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            **recipe.model.config,
+        }
+        try:
+            config = AutoConfig.for_model(**settings)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"model.config: {error}") from error
+        if len(tokenizer) > config.vocab_size:
+            raise UsageError(
+                f"model.config.vocab_size: {config.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens; "
+                "leave the key out, and it follows the tokenizer"
+            )
+    else:
+        name = str(recipe.model.name_or_path)
+        try:
+            config = AutoConfig.from_pretrained(
+                name, revision=recipe.model.revision or "main", subfolder=recipe.model.subfolder or ""
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(_not_loaded("model.name_or_path", name, "a model", error)) from error
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and recipe.data.max_length > positions:
+        raise UsageError(
+            f"data.max_length: {recipe.data.max_length} tokens are more than the {positions} positions of "
+            f"{recipe.model.name_or_path or 'model.config'}; set data.max_length to {positions} or less"
+        )
+    return config
+
+
+def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load the recipe's model, or start one from random weights, ready to be trained with `tokenizer`.
+
+    Full fine-tuning keeps its weights in float32 (`dtype: auto`) and lets autocast do the work in bfloat16 where the
+    hardware has it: AdamW's updates are mostly smaller than bfloat16 can add to a weight. Embedding rows of tokens
+    that the template added start from the mean of the old rows. Random weights depend on `train.seed` alone.
+
+    Raises:
+        UsageError: the model is unknown or does not fit the recipe.
+        ModelError: its weights could not be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, set_seed
+
+    config = load_config(recipe, tokenizer)
+    dtype = torch.float32 if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+    attention = None if recipe.model.attn_implementation == "auto" else recipe.model.attn_implementation
+    if recipe.model.config is not None:
+        set_seed(recipe.train["seed"])
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    else:
+        name = str(recipe.model.name_or_path)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                revision=recipe.model.revision or "main",
+                subfolder=recipe.model.subfolder or "",
+            )
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            raise ModelError(_not_loaded("model.name_or_path", name, "a model", error)) from error
+    _fit_embeddings(model, len(tokenizer))
+    _fit_special_tokens(model, tokenizer)
+    return model
+
+
+def _fit_embeddings(model: PreTrainedModel, tokens: int) -> None:
+    """Grow the embeddings to `tokens` rows; each new row is the mean of the old ones. They never shrink."""
+    import torch
+
+    old = model.get_input_embeddings().weight.shape[0]
+    if tokens <= old:
+        return
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[old:] = layer.weight[:old].float().mean(dim=0).to(layer.weight.dtype)
+                if getattr(layer, "bias", None) is not None:
+                    layer.bias[old:] = layer.bias[:old].float().mean().to(layer.bias.dtype)
+
+
+def _fit_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let configuration and generation configuration stop where the trained template stops."""
+    from instructft.encode import encoder
+
+    stop = encoder(tokenizer).stop_token_id
+    config, generation = model.config.get_text_config(), model.generation_config
+    known = generation.eos_token_id if generation.eos_token_id is not None else []
+    known = [known] if isinstance(known, int) else list(known)
+    stops = [stop, *(token for token in known if token != stop)]
+    generation.eos_token_id = stops[0] if len(stops) == 1 else stops
+    generation.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+    config.eos_token_id = stop
+    config.bos_token_id = generation.bos_token_id = tokenizer.bos_token_id
+    _make_saveable(generation)
+
+
+def _make_saveable(generation: GenerationConfig) -> None:
+    """Some published models carry sampling settings without `do_sample`, which transformers refuses to save."""
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True

@@ -1,0 +1,144 @@
+"""Keys of a recipe that are right one by one, and cannot be meant together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from instructft.recipe_yaml import Document, KeyPath
+
+if TYPE_CHECKING:
+    from instructft.recipe import Recipe
+
+Contradiction = tuple[tuple[KeyPath, ...], str]  # the keys it is about, the one to be named first; what is wrong
+
+
+def find(document: Document, recipe: Recipe) -> None:
+    """Note what cannot be meant together, defaults included; keys with a known problem are left alone."""
+    for paths, message in [*_model(recipe), *_sections(recipe, document.values), *_train(recipe)]:
+        if not document.is_bad(*paths):
+            document.add(paths[0], message)
+
+
+def _sections(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[Contradiction]:
+    for index, entry in enumerate(recipe.data.datasets):
+        at: KeyPath = ("data", "datasets", index)
+        given = [key for key in ("name", "hub", "path", "url") if getattr(entry, key) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            yield (
+                (at, *((*at, key) for key in given)),
+                f"found {found}, expected exactly one of name, hub, path and url",
+            )
+        elif given[0] in ("path", "url"):
+            for key in ("config", "revision"):
+                if getattr(entry, key) is not None:
+                    yield ((*at, key),), f"has no effect on a {given[0]}; it belongs to a data set on the Hub"
+    splits = recipe.data.splits
+    if splits.validation + splits.test >= 1:
+        shares = f"{splits.validation:g} + {splits.test:g}"
+        yield (
+            (("data", "splits"),),
+            f"validation + test are {shares} of the rows, which leaves none to train; expected below 1",
+        )
+    written = {**values.get("adapter", {}), **recipe.adapter.more}
+    if "type" not in written and (first := next((key for key in written if key != "more"), None)):
+        yield (("adapter", first), ("adapter", "type")), "has no effect without an adapter; write adapter.type: lora"
+    if recipe.hub.push != "never" and not recipe.hub.repo_id:
+        say = f"{recipe.hub.push} needs hub.repo_id, such as org/name"
+        yield (("hub", "push"), ("hub", "repo_id")), say
+
+
+def _model(recipe: Recipe) -> Iterator[Contradiction]:
+    model = recipe.model
+    name, config = ("model", "name_or_path"), ("model", "config")
+    if model.name_or_path is None and model.config is None:
+        say = "missing; expected a Hub id or a folder, or model.config to start from random weights"
+        yield (name, config), say
+    if model.name_or_path is not None and model.config is not None:
+        yield (
+            (config, name),
+            "found name_or_path and config; name_or_path loads weights, config starts from random ones: keep one",
+        )
+    elif model.config is not None:
+        if model.tokenizer is None:
+            yield (("model", "tokenizer"),), "missing; random weights (model.config) bring no tokenizer of their own"
+        if not isinstance(model.config.get("model_type"), str):
+            yield (config,), "has no model_type; expected for example {model_type: gpt2, n_layer: 4}"
+        for key in ("revision", "subfolder"):
+            if getattr(model, key) is not None:
+                yield (("model", key),), "has no effect on random weights (model.config)"
+        if model.quantization != "none":
+            yield (("model", "quantization"),), "random weights (model.config) cannot be quantized; take it out"
+    if model.quantization != "none" and model.config is None and recipe.adapter.type == "none":
+        say = f"{model.quantization} weights cannot be trained themselves; add adapter.type: lora, or take it out"
+        yield (("model", "quantization"), ("adapter", "type")), say
+
+
+def _train(recipe: Recipe) -> Iterator[Contradiction]:
+    train = recipe.train
+    written = recipe.train_written
+
+    def at(*keys: str) -> tuple[KeyPath, ...]:
+        """The keys it is about, one that somebody wrote first."""
+        return tuple(("train", key) for key in sorted(keys, key=lambda key: key not in written))
+
+    def on(key: str) -> bool:
+        return bool(train.get(key))
+
+    evaluates, saves = train["eval_strategy"], train["save_strategy"]
+    if on("tokens_per_step"):
+        if train.get("gradient_accumulation_steps") is not None:
+            say = "contradicts train.tokens_per_step, which sets it from the number of processes; keep one"
+            yield at("gradient_accumulation_steps"), say
+        if on("auto_find_batch_size"):
+            yield (
+                at("auto_find_batch_size"),
+                "contradicts train.tokens_per_step, which counts on a fixed batch; keep one",
+            )
+    for one, two in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
+        if on(one) and on(two):
+            yield (at(one) + at(two)), f"contradicts train.{two}; keep one"
+    for old, new in (
+        ("gradient_checkpointing", "activation_checkpointing"),
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+    ):
+        if old in written and train.get(new) is not None and train.get(old) != train[new]:
+            yield at(old), f"contradicts train.{new}, the newer name of the same thing; keep that one"
+    if recipe.data.splits.validation == 0:
+        hold_out = "there is nothing to evaluate on: data.splits.validation is 0; hold rows out, e.g. 0.05"
+        if evaluates != "no":
+            yield at("eval_strategy"), f"{evaluates}, but {hold_out}"
+        if on("eval_on_start"):
+            yield at("eval_on_start"), hold_out
+    if evaluates == "no":
+        if train.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy"):
+            yield (
+                at("lr_scheduler_type"),
+                f"{train['lr_scheduler_type']} follows the evaluations; set train.eval_strategy",
+            )
+        if saves == "best":
+            yield at("save_strategy"), "best follows the evaluations; set train.eval_strategy"
+    if saves == "best" and not on("metric_for_best_model") and not on("load_best_model_at_end"):
+        yield at("save_strategy"), "best needs train.metric_for_best_model, such as eval_loss"
+    if on("load_best_model_at_end") and saves != "best":
+        if evaluates != saves or saves == "no":
+            say = (
+                f"needs checkpoints where there are evaluations; found save_strategy {saves}, eval_strategy {evaluates}"
+            )
+            yield at("load_best_model_at_end"), say
+        elif saves == "steps" and not _multiple(train["save_steps"], train["eval_steps"] or train["logging_steps"]):
+            found = f"{train['save_steps']} and {train['eval_steps']}"
+            say = f"needs save_steps to be a multiple of eval_steps; found {found}"
+            yield at("load_best_model_at_end"), say
+    if train.get("dataloader_prefetch_factor") is not None and not on("dataloader_num_workers"):
+        yield at("dataloader_prefetch_factor"), "needs train.dataloader_num_workers above 0"
+    if recipe.hub.push == "checkpoints" and saves == "no":
+        yield at("save_strategy"), "no, but hub.push: checkpoints uploads checkpoints"
+
+
+def _multiple(save: float, evaluate: float) -> bool:
+    """Whether each checkpoint falls on an evaluation; shares of all steps and numbers of steps do not mix."""
+    if (save < 1) != (evaluate < 1):
+        return False
+    return round(save * 1_000_000) % round(evaluate * 1_000_000) == 0

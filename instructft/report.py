@@ -1,0 +1,58 @@
+"""What is left of a run for a reader: the curves `loss.png` and `loss.pdf`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All lines of a run's `metrics.jsonl`."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def plot_loss(run: Path, title: str) -> list[Path]:
+    """Draw training and validation loss over steps, with perplexity on the right-hand axis.
+
+    Returns the files written, `loss.png` and `loss.pdf`; none when nothing was logged.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    records = read_metrics(run)
+    series = {
+        label: [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
+        for label, key in (("training", "loss"), ("validation", "eval_loss"))
+    }
+    if not any(series.values()):
+        return []
+    fig, ax = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    for (label, points), colour, marker in zip(series.items(), ("#3b6fb6", "#d1495b"), ("", "o"), strict=True):
+        if points:
+            steps, losses = zip(*points, strict=True)
+            ax.plot(steps, losses, color=colour, marker=marker, markersize=4, linewidth=1.6)
+            ax.annotate(f"{label} {losses[-1]:.3f}", (steps[-1], losses[-1]), xytext=(6, 8 if marker else -10), color=colour,
+                        textcoords="offset points", fontsize=9, va="center", annotation_clip=False)  # fmt: skip
+    ax.set_title(title, loc="left", fontsize=11)
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss (nats per supervised token)")
+    ax.margins(x=0.02)
+    ax.set_ylim(bottom=0)
+    ax.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    ax.spines[["top", "right"]].set_visible(False)
+    right = ax.secondary_yaxis("right", functions=(lambda x: np.exp(np.clip(x, -50, 50)), lambda x: np.log(np.clip(x, 1e-20, None))))
+    right.set_ylabel("perplexity")
+    right.spines["right"].set_visible(False)
+    ticks = [p for p in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 50000) if np.log(p) <= ax.get_ylim()[1]]
+    right.set_yticks(ticks, [f"{t:,}" for t in ticks])
+    paths = [run / "loss.png", run / "loss.pdf"]
+    fig.savefig(paths[0], dpi=160)
+    # without a date in it, the same run gives the same bytes
+    fig.savefig(paths[1], metadata={"CreationDate": None})
+    plt.close(fig)
+    return paths

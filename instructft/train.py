@@ -1,0 +1,320 @@
+"""A run from top to bottom: data, model, training, evaluation, and a run folder that says what happened."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instructft import __version__
+from instructft.data import Prepared, prepare
+from instructft.errors import InstructftError, UsageError
+from instructft.models import load_config, load_model, load_tokenizer
+from instructft.recipe import Recipe, check_against_installed
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from trl import SFTConfig
+
+    from instructft.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: its folder, and the contents of its `run.json`."""
+
+    output_dir: Path
+    facts: Mapping[str, Any]
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """The last value of each metric, under the trainer's own names (`eval_loss`, `train_loss`, …)."""
+        return self.facts["metrics"]
+
+
+def train(recipe: Recipe, *, console: Console | None = None) -> Result:
+    """Train the recipe's model and leave a complete run folder.
+
+    >>> result = train(load_recipe("quickstart", overrides=["train.max_steps=10"]))
+    >>> sorted(p.name for p in result.output_dir.glob("*.json*"))
+    ['config.json', 'generation_config.json', 'metrics.jsonl', 'run.json', 'samples.jsonl', …]
+
+    Raises:
+        UsageError: recipe, data or run folder are not right; raised before any weight is loaded.
+        InstructftError: the run failed.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=bool(recipe.train.get("use_cpu")))
+    console = console or _console(state)
+    run = Path(recipe.output_dir)
+    check_against_installed(recipe)
+    _refuse_used_folder(run)
+
+    tokenizer = load_tokenizer(recipe)
+    load_config(recipe, tokenizer)  # a model that does not fit the recipe is refused before the data is read
+    with state.main_process_first():
+        data = prepare(recipe, tokenizer)
+    args, precision = training_arguments(recipe, data, state)
+
+    model = load_model(recipe, tokenizer)
+    announce(recipe, tokenizer, data, model, args, precision, console)
+    run.mkdir(parents=True, exist_ok=True)
+    trainer = build_trainer(recipe, tokenizer, data, model, args, console)
+
+    began = time.perf_counter()
+    _run(trainer, console)
+    seconds = time.perf_counter() - began
+    metrics = final_metrics(trainer)
+
+    facts = collect_facts(recipe, data, trainer, metrics, seconds, precision)
+    save(trainer, recipe, tokenizer, facts)
+    state.wait_for_everyone()
+    return Result(run, facts)
+
+
+def _console(state: PartialState) -> Console:
+    from rich.console import Console
+
+    return Console(quiet=not state.is_main_process, soft_wrap=True)
+
+
+def _refuse_used_folder(run: Path) -> None:
+    """A run never writes over another."""
+    if run.is_dir() and any(run.iterdir()):
+        raise UsageError(
+            f"output_dir: {run} already holds a run. Choose another folder (output_dir=…), or remove it: rm -r {run}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Before the first step
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def training_arguments(recipe: Recipe, data: Prepared, state: PartialState) -> tuple[SFTConfig, str]:
+    """The recipe's `train` section as `trl.SFTConfig`, with device and precision decided, and the latter in words."""
+    from trl import SFTConfig
+
+    fields = recipe.sft_kwargs()
+    tokens_per_step = recipe.train.get("tokens_per_step")
+    fields["bf16"], fields["fp16"], precision = decide_precision(recipe)
+    # TensorBoard is attached in `build_trainer`, so that its files lie in the run folder under a plain name
+    fields["report_to"] = [name for name in _reporters(recipe) if name != "tensorboard"]
+    if "validation" not in data.splits:
+        fields["eval_strategy"] = "no"
+    args = SFTConfig(
+        output_dir=recipe.output_dir,
+        dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenized and masked already
+        max_length=None,
+        **fields,
+    )
+    args.disable_tqdm = True  # `watch.ProgressLine` shows progress
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
+    if tokens_per_step:
+        per_row = data.tokens["train"] / data.rows["train"]
+        per_micro_batch = per_row * args.per_device_train_batch_size * state.num_processes
+        args.gradient_accumulation_steps = max(1, round(tokens_per_step / per_micro_batch))
+    return args, precision
+
+
+def _reporters(recipe: Recipe) -> list[str]:
+    reporters = recipe.train.get("report_to") or []
+    return [reporters] if isinstance(reporters, str) else list(reporters)
+
+
+def decide_precision(recipe: Recipe) -> tuple[bool, bool, str]:
+    """(bf16, fp16, why): bfloat16 autocast only where the hardware has it, unless the recipe says otherwise."""
+    import torch
+
+    if recipe.train.get("bf16") is not None or recipe.train.get("fp16"):
+        bf16, fp16 = bool(recipe.train.get("bf16")), bool(recipe.train.get("fp16"))
+        name = "bfloat16" if bf16 else "float16" if fp16 else "float32"
+        return bf16, fp16, f"{name}, as the recipe says"
+    if recipe.model.dtype in ("bfloat16", "float16"):
+        return False, False, f"{recipe.model.dtype} weights without autocast, as the recipe says"
+    if torch.cuda.is_available() and not recipe.train.get("use_cpu"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return True, False, "bfloat16 autocast over float32 weights"
+        return False, False, "float32 (this GPU has no bfloat16; train.fp16=true is faster, with a loss scale)"
+    return False, False, "float32"
+
+
+def announce(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Prepared,
+    model: PreTrainedModel,
+    args: SFTConfig,
+    precision: str,
+    console: Console,
+) -> None:
+    """Say what is about to be trained: model, rows, tokens, the share that carries loss, what was dropped or cut."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from instructft.view import coloured
+
+    total, trainable = model.num_parameters(), model.num_parameters(only_trainable=True)
+    tokens, supervised = data.tokens["train"], data.supervised_tokens["train"]
+    rows = data.rows
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    start = recipe.model.name_or_path or "random weights"
+    share = "all trainable" if total == trainable else f"{trainable:,} trainable ({trainable / total:.2%})"
+    table.add_row("model", escape(f"{start} · {total:,} parameters, {share}"))
+    table.add_row("device", escape(f"{args.device.type} × {args.world_size} · {precision}"))
+    table.add_row("data", " · ".join(f"{name} {count:,}" for name, count in rows.items() if count) + " rows")
+    table.add_row(
+        "loss on", f"{recipe.data.train_on}: {supervised:,} of {tokens:,} training tokens ({supervised / tokens:.1%})"
+    )
+    if data.dropped:
+        reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in data.dropped.most_common())
+        table.add_row("dropped", f"{sum(data.dropped.values()):,} rows: {reasons}")
+    if data.cut:
+        table.add_row(
+            "cut",
+            f"{data.cut:,} rows longer than {recipe.data.max_length} tokens lost {data.cut_tokens:,} tokens; "
+            "they do not teach the end of an answer",
+        )
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    table.add_row("step", f"{batch} rows, about {round(batch * tokens / rows['train']):,} tokens")
+    table.add_row("run", escape(str(recipe.output_dir)))
+    console.print(table)
+    example = next((r for r in data.splits["train"] if len(r["input_ids"]) <= 300), data.splits["train"][0])
+    example = {name: values[:300] for name, values in example.items()}
+    console.print("\nA training row; [bold green]what carries loss[/] is green:", highlight=False)
+    console.print(coloured(example, tokenizer))
+    console.print()
+
+
+def build_trainer(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Prepared,
+    model: PreTrainedModel,
+    args: SFTConfig,
+    console: Console,
+) -> Trainer:
+    """The trainer with its collator and with what watches it."""
+    from transformers import PrinterCallback
+    from transformers.integrations import TensorBoardCallback
+
+    from instructft.collate import CompletionOnlyCollator
+    from instructft.generate import Generator
+    from instructft.trainer import Trainer
+    from instructft.watch import MetricsFile, ProgressLine, Samples
+
+    run = Path(args.output_dir)
+    callbacks: list[TrainerCallback] = [MetricsFile(run / "metrics.jsonl"), ProgressLine(console)]
+    writer = None
+    if args.process_index == 0 and "tensorboard" in _reporters(recipe):
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run / "tensorboard"))
+        callbacks.append(TensorBoardCallback(writer))
+    if recipe.samples:
+        callbacks.append(Samples(recipe.samples, Generator(model, tokenizer), run / "samples.jsonl", console, writer))
+    trainer = Trainer(
+        model=model,
+        args=args,
+        data_collator=CompletionOnlyCollator(tokenizer.pad_token_id, args.pad_to_multiple_of),
+        train_dataset=data.splits["train"],
+        eval_dataset=data.splits.get("validation"),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The run, and what it leaves
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _run(trainer: Trainer, console: Console) -> None:
+    from instructft.watch import ProgressLine
+
+    try:
+        trainer.train()
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressLine):
+                callback.close()
+
+
+def final_metrics(trainer: Trainer) -> dict[str, Any]:
+    """The last value of every metric; validates once more if the last validation was before the last step."""
+    history = trainer.state.log_history
+    evaluated = max((entry["step"] for entry in history if "eval_loss" in entry), default=-1)
+    if trainer.eval_dataset is not None and evaluated != trainer.state.global_step:
+        trainer.evaluate()
+    metrics: dict[str, Any] = {}
+    for entry in trainer.state.log_history:
+        metrics.update(entry)
+    return {key: value for key, value in metrics.items() if key not in ("step", "epoch", "total_flos")}
+
+
+def collect_facts(
+    recipe: Recipe, data: Prepared, trainer: Trainer, metrics: dict[str, Any], seconds: float, precision: str
+) -> dict[str, Any]:
+    """The contents of `run.json`."""
+    from importlib.metadata import version
+
+    import torch
+
+    seen = trainer.seen
+    device = trainer.args.device
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    libraries = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
+    return {
+        "versions": {"instructft": __version__, **{name: version(name) for name in libraries}},
+        "hardware": {"device": hardware, "processes": trainer.args.world_size, "precision": precision},
+        "seed": recipe.train["seed"],
+        "data": {
+            "fingerprint": data.fingerprint,
+            "rows": data.rows,
+            "dropped": dict(data.dropped),
+            "cut": {"rows": data.cut, "tokens": data.cut_tokens},
+            "tokens": data.tokens["train"],
+            "supervised_tokens": data.supervised_tokens["train"],
+            "padding_share": 1 - seen["tokens"] / max(seen["slots"], 1),
+        },
+        "train": {
+            "seconds": seconds,
+            "steps": trainer.state.global_step,
+            "tokens": seen["tokens"],
+            "supervised_tokens": seen["supervised_tokens"],
+            "tokens_per_second": seen["tokens"] / seconds,
+        },
+        "metrics": metrics,
+    }
+
+
+def save(trainer: Trainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]) -> None:
+    """Write the final model, its tokenizer and the papers of the run."""
+    from instructft.card import write_card
+    from instructft.models import _fit_special_tokens
+    from instructft.report import plot_loss
+
+    run = Path(trainer.args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    _fit_special_tokens(model, tokenizer)  # the trainer aligns them with the tokenizer's EOS, which may be another
+    trainer.save_model(str(run))
+    if not trainer.is_world_process_zero():
+        return
+    (run / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs beside recipe.yaml
+    (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (run / "run.json").write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+    plot_loss(run, recipe.name)
+    write_card(run, recipe, facts)
+    if not (run / "config.json").is_file():
+        raise InstructftError(f"the final model was not written to {run}")

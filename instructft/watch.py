@@ -1,0 +1,158 @@
+"""What one sees of a run while it trains: a progress line, `metrics.jsonl`, sample answers, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from instructft.generate import Generator
+
+_SHOWN = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}", "eval_perplexity": "perplexity {:.2f}"}
+
+
+class MetricsFile(TrainerCallback):
+    """Writes `metrics.jsonl`: one line of strict JSON for each logged step, on disk as soon as it is logged.
+
+    Training and validation of one step arrive one after the other; they end up in one line.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._step: int | None = None
+        self._start = 0  # where the last line begins
+        self._record: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the lines up to the step that the run continues from; a fresh run starts an empty file."""
+        if not state.is_world_process_zero:
+            return
+        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add the values of one step."""
+        if not state.is_world_process_zero or not logs:
+            return
+        with self.path.open("r+" if self.path.exists() else "w+", encoding="utf-8") as file:
+            if state.global_step == self._step:
+                file.seek(self._start)
+                file.truncate()
+            else:
+                self._start = file.seek(0, 2)
+                self._step, self._record = state.global_step, {"step": state.global_step}
+            self._record.update({key: _strict(value) for key, value in logs.items()})
+            file.write(json.dumps(self._record, allow_nan=False) + "\n")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity; they are written as the words, never as a number that looks fine."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class ProgressLine(TrainerCallback):
+    """One line that moves in a terminal; in a log file, one line for each logged step."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.progress: Progress | None = None
+        self._last = (0.0, 0.0)  # time and tokens when a step was last logged
+        self._now: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the progress bar."""
+        self._last = (time.perf_counter(), 0.0)
+        self._began = time.perf_counter()
+        self._began_at = state.global_step
+        if state.is_world_process_zero and self.console.is_terminal:
+            columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[now]}"), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=self.console, transient=True)
+            self.progress.start()
+            self._task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, now="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.progress:
+            self.progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show loss, learning rate, tokens a second and the time left."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        parts = [text.format(logs[key]) for key, text in _SHOWN.items() if key in logs]
+        if "loss" in logs:
+            parts.append(f"lr {logs['learning_rate']:.2e}")
+            now, tokens = time.perf_counter(), float(logs.get("num_tokens", 0.0))
+            if tokens > self._last[1]:
+                parts.append(f"{(tokens - self._last[1]) / (now - self._last[0]):,.0f} tokens/s")
+            self._last = (now, tokens)
+        if self.progress:
+            if "eval_loss" in logs:
+                self.progress.console.print(f"step {state.global_step}: " + " · ".join(parts))
+            else:
+                self.progress.update(self._task, now=" · ".join(parts))
+        else:
+            done = state.global_step - self._began_at
+            left = (time.perf_counter() - self._began) / max(done, 1) * (state.max_steps - state.global_step)
+            clock = f"{int(left) // 60}:{int(left) % 60:02d} left"
+            self.console.print(f"step {state.global_step}/{state.max_steps} · " + " · ".join([*parts, clock]))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; also called when a run fails."""
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
+
+
+class Samples(TrainerCallback):
+    """Answers the recipe's `samples` at every evaluation: printed, kept in `samples.jsonl`, sent to TensorBoard."""
+
+    def __init__(self, prompts: tuple[str, ...], generator: Generator, path: Path, console: Console, writer: Any):
+        self.prompts = prompts
+        self.generator = generator
+        self.path = path
+        self.console = console
+        self.writer = writer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the answers up to the step that the run continues from, and show what the model says before."""
+        if not state.is_world_process_zero:
+            return
+        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(kept), encoding="utf-8")
+        if state.global_step == 0:
+            self.answer(0)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Answer all samples."""
+        if state.is_world_process_zero:
+            self.answer(state.global_step)
+
+    def answer(self, step: int) -> None:
+        """Answer all samples greedily with the model as it is now."""
+        conversations = [[{"role": "user", "content": prompt}] for prompt in self.prompts]
+        answers = self.generator.answers(conversations, max_new_tokens=64)
+        with self.path.open("a", encoding="utf-8") as file:
+            for prompt, answer in zip(self.prompts, answers, strict=True):
+                record = {"step": step, "prompt": prompt, "response": answer.text, "finish_reason": answer.finish_reason}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                ending = "" if answer.finish_reason == "stop" else " …"
+                shown = answer.text if len(answer.text) <= 200 else answer.text[:200] + "…"
+                self.console.print(f"  {prompt}", style="dim", markup=False, highlight=False)
+                self.console.print(f"  → {shown}{ending}", markup=False, highlight=False)
+                if self.writer:
+                    self.writer.add_text(f"samples/{prompt[:80]}", answer.text, step)
