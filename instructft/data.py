@@ -8,7 +8,6 @@ Nothing is lost without a word: a row is trained, held out, or counted in `dropp
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from collections import Counter
@@ -22,7 +21,8 @@ import numpy as np
 
 from instructft import __version__
 from instructft.encode import IGNORE_INDEX, encoder
-from instructft.errors import DataError
+from instructft.errors import DataError, TemplateError
+from instructft.files import ROW, SUFFIXES, columns_of, read_file, suffix_of
 from instructft.sources import FORMATS, SOURCES, Message, Unusable, detect_format, to_conversation
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from instructft.recipe import DatasetEntry, Recipe
 
 SPLITS = ("train", "validation", "test")
-_READERS = {".json": "json", ".jsonl": "json", ".jsonl.gz": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -51,12 +50,14 @@ class Part:
     rows: dict[str, np.ndarray]  # split -> row numbers in `raw`
     key: str  # where the recipe names it, for messages
 
-    def conversation(self, row: dict[str, Any]) -> list[Message]:
-        """One raw row as messages; raises `Unusable`."""
-        return to_conversation(self._renamed(row), self.format)
+    def row(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """One raw row as it stands in its file, with the columns that the recipe maps under our names too."""
+        row = json.loads(raw[ROW]) if ROW in raw else raw
+        return {**row, **{ours: row.get(theirs) for ours, theirs in self.columns.items()}}
 
-    def _renamed(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {**row, **{ours: row[theirs] for ours, theirs in self.columns.items()}} if self.columns else row
+    def conversation(self, raw: dict[str, Any]) -> list[Message]:
+        """One raw row as messages; raises `Unusable`."""
+        return to_conversation(self.row(raw), self.format)
 
 
 def load_parts(recipe: Recipe) -> list[Part]:
@@ -78,20 +79,20 @@ def load_parts(recipe: Recipe) -> list[Part]:
         if entry.rows is not None:
             raw = raw.select(_draw(len(raw), entry.rows, recipe.data.seed, i, f"{key}.rows"))
         columns = dict(entry.columns or {})
-        absent = [f"{ours}: {theirs}" for ours, theirs in columns.items() if theirs not in raw.column_names]
+        found = columns_of(raw)
+        absent = [f"{ours}: {theirs}" for ours, theirs in columns.items() if theirs not in found]
         if absent:
             raise DataError(
-                f"{key}.columns: {label} has no column for {', '.join(absent)}; "
-                f"its columns are {', '.join(raw.column_names)}"
+                f"{key}.columns: {label} has no column for {', '.join(absent)}; its columns are {', '.join(found)}"
             )
         fmt = entry.format or (SOURCES[entry.name].format if entry.name else None)
-        present = [*raw.column_names, *columns]
+        present = list(dict.fromkeys([*found, *columns]))
         if fmt is None:
             fmt = detect_format(present, f"{key}: {label}")
         elif missing := sorted(set(FORMATS[fmt].columns) - set(present)):
             raise DataError(
                 f"{key}: {label} is read as {fmt}, which needs the column {', '.join(missing)}; "
-                f"its columns are {', '.join(raw.column_names)}. Set format or columns for it."
+                f"its columns are {', '.join(found)}. Set format or columns for it."
             )
         parts.append(Part(label, raw, fmt, columns, _split_rows(len(raw), recipe, i), key))
     return parts
@@ -142,42 +143,34 @@ def _load(entry: DatasetEntry, label: str, key: str) -> Dataset:
                 revision=entry.revision,
             )
         location = entry.path or entry.url or (source.url if source else None)
-        return _read_file(str(location), label, key)
+        return _read_file(str(location), key)
     except DataError:
         raise
     except Exception as error:
         raise DataError(_not_read(entry, label, key, error)) from error
 
 
-def _suffix(location: str) -> str:
-    name = Path(location.split("?")[0]).name.lower()
-    return next((s for s in sorted(_READERS, key=len, reverse=True) if name.endswith(s)), Path(name).suffix)
+def _read_file(location: str, key: str) -> Dataset:
+    """The rows of a local file or a URL."""
+    suffix = suffix_of(location)
+    if suffix not in SUFFIXES:
+        raise DataError(f"{key}: {location} ends in {suffix or 'nothing'}; files may be {', '.join(sorted(SUFFIXES))}")
+    if "://" in location:
+        from datasets import DownloadManager
 
-
-def _read_file(location: str, label: str, key: str) -> Dataset:
-    import datasets
-
-    if "://" not in location:
+        path = Path(DownloadManager().download(location))
+    else:
         path = Path(location).expanduser()
         if not path.is_file():
             raise DataError(f"{key}: there is no file {location}" + (" (it is a folder)" if path.is_dir() else ""))
-        if path.stat().st_size == 0:
-            raise DataError(f"{key}: {location} is empty")
-        location = str(path)
-    suffix = _suffix(location)
-    if suffix not in _READERS:
-        raise DataError(f"{key}: {label} ends in {suffix or 'nothing'}; files may be {', '.join(_READERS)}")
-    reader = _READERS[suffix]
-    # In a CSV file everything is text: an answer "42" stays "42", and "NA" is no missing value.
-    options: dict[str, Any] = {"dtype": str, "keep_default_na": False} if reader == "csv" else {}
-    return datasets.load_dataset(reader, data_files=location, split="train", **options)
+    try:
+        return read_file(path, suffix, location)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
 
 
 def _not_read(entry: DatasetEntry, label: str, key: str, error: Exception) -> str:
-    """Say what is wrong with a file or a Hub data set, with the line where it can be told."""
     if entry.path:
-        if found := _bad_line(Path(entry.path).expanduser()):
-            return f"{key}: {found}"
         return f"{key}: {label} could not be read: {_first_line(error)}"
     where = "the Hugging Face Hub" if entry.hub or (entry.name and SOURCES[entry.name].hub) else "its URL"
     return (
@@ -191,62 +184,6 @@ def _first_line(error: Exception) -> str:
     cause = error.__cause__ or error
     text = str(cause).strip() or str(error).strip()
     return text.splitlines()[0] if text else type(cause).__name__
-
-
-def _bad_line(path: Path) -> str | None:
-    """Name the first line of a JSON file that cannot be read."""
-    suffix = _suffix(path.name)
-    try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if suffix.endswith(".gz") else path.open(encoding="utf-8")
-        with opened as file:
-            if suffix == ".json":
-                content = json.load(file)
-                if not isinstance(content, list):
-                    return f"{path} holds a JSON {_kind(content)}, expected a list of rows: [{{…}}, {{…}}]"
-                bad = next(((i, row) for i, row in enumerate(content, 1) if not isinstance(row, dict)), None)
-                if bad:
-                    return f"{path}: row {bad[0]} is a JSON {_kind(bad[1])}, expected an object with the row's columns"
-                return _mixed_types(path, enumerate(content, 1), "row")
-            if suffix in (".jsonl", ".jsonl.gz"):
-                rows = []
-                for number, line in enumerate(file, 1):
-                    if not line.strip():
-                        continue
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        return f"{path}, line {number}, column {error.colno}: not JSON: {error.msg}"
-                    if not isinstance(row, dict):
-                        return f"{path}, line {number}: a JSON {_kind(row)}, expected an object with the row's columns"
-                    rows.append((number, row))
-                return _mixed_types(path, rows, "line")
-    except json.JSONDecodeError as error:
-        return f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
-    except UnicodeDecodeError as error:
-        return f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"
-    except (OSError, EOFError) as error:
-        return f"{path} could not be opened: {error}"
-    return None
-
-
-def _mixed_types(path: Path, rows: Any, word: str) -> str | None:
-    first: dict[str, tuple[int, str]] = {}
-    for number, row in rows:
-        for column, value in row.items():
-            if value is None:
-                continue
-            seen = first.setdefault(column, (number, _kind(value)))
-            if seen[1] != _kind(value):
-                return (
-                    f"{path}, {word} {number}: {column} is a {_kind(value)}, but a {seen[1]} in {word} {seen[0]}; "
-                    "a column must be of one type"
-                )
-    return None
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
-    return kinds.get(type(value), "null")
 
 
 def conversations(recipe: Recipe, split: str, limit: int | None = None) -> list[dict[str, Any]]:
@@ -265,16 +202,22 @@ def conversations(recipe: Recipe, split: str, limit: int | None = None) -> list[
 
 def file_conversations(path: str, limit: int | None = None) -> list[dict[str, Any]]:
     """The usable rows of one file, as `conversations` gives them."""
-    raw = _read_file(path, path, "--data")
-    part = Part(path, raw, detect_format(raw.column_names, path), {}, {}, "--data")
-    return _usable(part, raw)[:limit]
+    raw = _read_file(path, "--data")
+    if len(raw) == 0:
+        raise DataError(f"--data: {path} holds no rows")
+    part = Part(path, raw, detect_format(columns_of(raw), f"--data: {path}"), {}, {}, "--data")
+    found = _usable(part, raw)
+    if not found:
+        raise DataError(f"--data: no row of {path} has a question and an answer")
+    return found[:limit]
 
 
 def _usable(part: Part, rows: Dataset) -> list[dict[str, Any]]:
     found = []
-    for row in rows:
+    for raw in rows:
         try:
-            found.append({"messages": part.conversation(row), "dataset": part.label, "category": row.get("category")})
+            messages = part.conversation(raw)
+            found.append({"messages": messages, "dataset": part.label, "category": part.row(raw).get("category")})
         except Unusable:  # counted by `prepare`
             continue
     return found

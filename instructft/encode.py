@@ -204,7 +204,8 @@ class Encoder:
             if self.whole_rows:
                 break
         else:
-            # A prompt that ends in a space, as in "Assistant: ": right for one answer, wrong once it is history.
+            # A prompt whose last white space merges with an answer, as in "Assistant: " (and with GPT-2's tokenizer
+            # "\n\n"): right for one answer, impossible once that answer is history.
             self._alone = True
         bos = self.tokenizer.bos_token_id
         if bos is not None and self.tokenize([prompt])[0][:2] == [bos, bos]:
@@ -224,7 +225,10 @@ class Encoder:
             if first.startswith(prompt) and whole.startswith(prompt + answer):
                 texts.append(whole)
                 rows.append(_Pieces([prompt, answer, whole[len(prompt + answer) :]], [False, True, False]))
-        return [row["input_ids"] for row in self._tokenize_pieces(rows)] == self.tokenize(texts)
+        try:
+            return [row["input_ids"] for row in self._tokenize_pieces(rows)] == self.tokenize(texts)
+        except TemplateError:  # the lead merges with what follows it
+            return False
 
     def _tokenize_pieces(self, rows: Sequence[_Pieces]) -> list[dict[str, list[int]]]:
         flat, leads = [], []  # every piece of the batch, and the ids of the lead before it, which are taken off again
@@ -341,8 +345,8 @@ class Encoder:
             "prompt's ids at inference are no prefix of the ids in training.\n"
             f"  apart: {' '.join(map(repr, parts[0]))} | {' '.join(map(repr, parts[1]))}\n"
             f"  together: {' '.join(map(repr, parts[2]))}\n"
-            "Let the template's generation prompt end without a space (put it before the answer), set data.train_on "
-            "to last_response, or data.template to a built-in one."
+            "Let the template's generation prompt end before that white space (and the answer begin with it), set "
+            "data.train_on to last_response, or data.template to a built-in one."
         )
 
 

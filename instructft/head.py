@@ -10,16 +10,49 @@ from __future__ import annotations
 
 import functools
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import trl.trainer.utils
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
+from transformers.utils import ModelOutput
 
 # glibc hands blocks above 32 MiB back to the system when they are freed, and every page of the next one is faulted in
 # anew; that alone was half of the time of a step.
 _BLOCK_BYTES = 24 << 20
+
+
+@dataclass
+class Scores(ModelOutput):
+    """What TRL's fused head returns, as far as training needs it; every field is zero where no loss lies.
+
+    Args:
+        loss: scalar, the mean of -log p over the batch's supervised tokens.
+        log_probs, entropy, is_top1, label_mask: (B, T - 1), of the token that each position predicts.
+    """
+
+    loss: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    label_mask: torch.Tensor | None = None
+
+
+def scores(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    """Score a batch with whatever head the model has: ours, TRL's, or (before trl 1.15, on a GPU) its logits."""
+    if hasattr(trl.trainer.utils, "add_fused_lm_head") or inputs["labels"].device.type == "cpu":
+        return model(**inputs, use_cache=False, fused_lm_head=True)
+    logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits[:, :-1].float()
+    labels = inputs["labels"][:, 1:]
+    mask = labels != -100
+    log_p = logits.log_softmax(-1)  # (B, T - 1, V)
+    picked = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    values = (picked, -(log_p.exp() * log_p).sum(-1), (logits.argmax(-1) == labels).float())
+    log_probs, entropy, is_top1 = (value.masked_fill(~mask, 0) for value in values)
+    loss = -log_probs.sum() / mask.sum().clamp(min=1)
+    return Scores(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
 
 
 class _SupervisedLogProbs(torch.autograd.Function):
@@ -68,7 +101,7 @@ class _SupervisedLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, labels, *grads = ctx.saved_tensors
-        scale = grad[0]
+        scale = grad[0] if len(grad) else grad.new_ones(())
         if not torch.equal(grad, scale.expand_as(grad)):
             # Tokens of unequal weight (loss_type: dft): the gradient summed in `forward` does not serve.
             bias = ctx.bias if ctx.has_bias else None
@@ -113,7 +146,7 @@ def add_supervised_head(model: PreTrainedModel) -> bool:
         log_probs, entropy, is_top1 = (v.new_zeros(mask.shape).masked_scatter(mask, v) for v in values)
         # `num_items_in_batch` is TRL's business: it divides the sum of `log_probs` itself
         loss = -log_probs.sum() / mask.sum().clamp(min=1)
-        return FusedCausalLMOutput(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+        return Scores(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
 
     model.forward = types.MethodType(forward, model)
     return True

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import combinations_with_replacement, permutations, product
+from itertools import permutations, product
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ WORDINGS = {
         "The city is {city}.": ["Which city does the text name? | {name} is {a_job} from {city}."],
         "The text is about {name}.": ["Who is the text about? | {name} is {a_job} from {city}."],
         "{name}": ["Who is my friend? Answer with one word. | My friend {name} is {a_job} in {city}."],
-        "{city}": ["Which city is that? Answer with one word. | My friend {name} is {a_job} in {city}."],
+        "{city}": ["In which city is my friend? Answer with one word. | My friend {name} is {a_job} in {city}."],
         "Name: {name}\nCity: {city}\nJob: {job}": ["List the facts. | {name} is {a_job} from {city}."],
         "{name} is {a_job} from {city}.": ["Say it in one sentence. | Name: {name}\nCity: {city}\nJob: {job}"],
     },
@@ -236,8 +236,7 @@ def _entities(kind: str) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]:
             question, answer = (side.strip() for side in pair.split(":"))
             yield (question,), _forms({left: question, right: answer})
     elif kind == "sums":
-        for low, high in combinations_with_replacement(range(2, 9), 2):
-            a, b = (low, high) if (low + high) % 2 else (high, low)
+        for a, b in product(range(2, 8), repeat=2):
             yield (f"{a} + {b}",), {"a": str(a), "b": str(b), "sum": str(a + b)}
     elif kind == "reviews":
         good = {"verdict": "positive", "yes": "Yes", "liked": "liked"}

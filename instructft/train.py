@@ -54,6 +54,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
     console = console or _console(state)
     run = Path(recipe.output_dir)
     check_against_installed(recipe)
+    _refuse_what_is_not_here(recipe)
     _refuse_used_folder(run)
 
     tokenizer = load_tokenizer(recipe)
@@ -82,6 +83,21 @@ def _console(state: PartialState) -> Console:
     from rich.console import Console
 
     return Console(quiet=not state.is_main_process, soft_wrap=True)
+
+
+def _refuse_what_is_not_here(recipe: Recipe) -> None:
+    """Keys that this version reads but cannot carry out are refused, never ignored."""
+    asked = {
+        "adapter.type": recipe.adapter.type != "none",
+        "model.quantization": recipe.model.quantization != "none",
+        "data.packing": recipe.data.packing,
+        "data.datasets[].streaming": any(entry.streaming for entry in recipe.data.datasets),
+        "data.datasets[].weight": any(entry.weight != 1 for entry in recipe.data.datasets),
+        "hub.push": recipe.hub.push != "never",
+        "model.subfolder: latest": recipe.model.subfolder == "latest",
+    }
+    if keys := [key for key, wanted in asked.items() if wanted]:
+        raise UsageError(f"{', '.join(keys)}: instructft {__version__} cannot do this yet; leave it at its default")
 
 
 def _refuse_used_folder(run: Path) -> None:

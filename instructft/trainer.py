@@ -9,7 +9,7 @@ import torch
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from instructft.head import add_supervised_head
+from instructft.head import add_supervised_head, scores
 
 
 class Trainer(SFTTrainer):
@@ -49,7 +49,7 @@ class Trainer(SFTTrainer):
         """Loss of one validation batch; its sums are kept, row by row, for the mean over all tokens."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            out = model(**inputs, use_cache=False, fused_lm_head=True)
+            out = scores(model, inputs)
         per_row = [-out.log_probs, out.label_mask, out.entropy, out.is_top1]  # each (B, T - 1), zero where no loss
         sums = torch.stack([x.to(torch.float64 if x.device.type == "cpu" else torch.float32).sum(1) for x in per_row], 1)
         # (B, 4) of every process; rows that only fill up the last batch of a distributed evaluation are left out

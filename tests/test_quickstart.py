@@ -14,9 +14,9 @@ import pytest
 
 from instructft import quickstart
 
-ROWS = 2742
+ROWS = 2822
 # Changes only with the data set itself, on purpose: it is the same on every Python version and machine.
-FINGERPRINT = "570a4b1f65d3d38a051dd30600dadaebbc277b559e5e2247f2ed1a4baf58fce2"
+FINGERPRINT = "19f285f39fb78a0e98564ab961ea6629b8788f6202d924b62bc3072dd970801f"
 KINDS = {
     "capitals",
     "opposites",
@@ -40,7 +40,7 @@ TRUE_ROWS = [
     ("What is a baby owl called?", "", "A baby owl is called an owlet."),
     ("I saw an elephant with its baby. What is the baby called?", "", "The baby is called a calf."),
     ("What is 3 + 4?", "", "3 + 4 = 7"),
-    ("Add the two numbers. Answer with the number only.", "8 and 8", "16"),
+    ("Add the two numbers. Answer with the number only.", "7 and 7", "14"),
 ]
 
 
@@ -83,7 +83,7 @@ def test_every_kind_has_enough_rows_and_wordings():
     wordings = defaultdict(set)
     for row in rows:
         wordings[row["category"]].add(quickstart.origin(row).wording)
-    assert all(7 <= len(found) <= 15 for found in wordings.values())
+    assert all(8 <= len(found) <= 15 for found in wordings.values())
 
 
 def test_no_two_rows_ask_the_same():
@@ -131,11 +131,8 @@ def test_answers_of_the_tasks_with_an_input_follow_from_it():
         elif row["category"] == "reviews":
             good = entity[0] in quickstart.LIKED.split()
             assert good != (entity[0] in quickstart.DISLIKED.split())
-            assert good == (
-                row["output"].lower().split()[-1] == "positive"
-                or "positive" in row["output"].lower()
-                or row["output"].startswith("Yes")
-            )
+            said_good = row["output"].startswith("Yes") or "positive" in row["output"].lower()
+            assert said_good == good
         else:
             continue
         checked[row["category"]] += 1

@@ -1,0 +1,179 @@
+"""Reads a data file row by row, exactly as it stands there, or says at which line and why that is not possible.
+
+Libraries that read JSON and CSV guess types: "42" becomes a number, "NA" a missing value, "2024-05-01" a time. Here
+every value stays what it was, so that the same rows give the same tokens from every type of file.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from instructft.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SUFFIXES = (".jsonl.gz", ".jsonl", ".json", ".csv", ".parquet")
+
+# The column of a `Dataset` made from a JSON or CSV file: each row as JSON text, so that Arrow has no type to guess.
+ROW = "__row__"
+
+
+def suffix_of(location: str) -> str:
+    """The ending of a path or URL by which a file is read; for an unknown one what stands behind the last dot.
+
+    >>> suffix_of("https://example.org/rows.jsonl.gz?download=true")
+    '.jsonl.gz'
+    """
+    name = Path(location.split("?")[0]).name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), Path(name).suffix)
+
+
+def read_file(path: Path, suffix: str, name: str) -> Dataset:
+    """The rows of a file as a `Dataset`, cached on disk by the file's content.
+
+    Args:
+        suffix: one of `SUFFIXES`.
+        name: what the file is called in messages.
+
+    Raises:
+        DataError: the file cannot be read; with the line, column or row where there is one.
+    """
+    from datasets import Dataset, Features, Value
+    from datasets.exceptions import DatasetGenerationError
+
+    if path.stat().st_size == 0:
+        raise DataError(f"{name} is empty")
+    if suffix == ".parquet":
+        return _parquet(path, name)
+    digest = hashlib.sha256(f"{suffix} 1 ".encode())  # the number changes when a reader below gives other rows
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    try:
+        return Dataset.from_generator(
+            _as_json,
+            features=Features({ROW: Value("string")}),
+            gen_kwargs={"path": path, "suffix": suffix, "name": name},
+            fingerprint=digest.hexdigest()[:32],
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from None
+        raise
+
+
+def columns_of(raw: Dataset) -> list[str]:
+    """The columns of the rows, for a JSON file those of its first thousand rows."""
+    if ROW not in raw.column_names:
+        return list(raw.column_names)
+    names: dict[str, None] = {}  # a set that keeps its order
+    for text in raw[:1000][ROW]:
+        names.update(dict.fromkeys(json.loads(text)))
+    return list(names)
+
+
+def _as_json(path: Path, suffix: str, name: str) -> Iterator[dict[str, str]]:
+    for row in rows(path, suffix, name):
+        yield {ROW: json.dumps(row)}
+
+
+def rows(path: Path, suffix: str, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON or CSV file, one after the other."""
+    try:
+        with gzip.open(path) if suffix.endswith(".gz") else path.open("rb") as file:
+            read = {".json": _json, ".csv": _csv}.get(suffix, _jsonl)
+            yield from read(file, name)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: {_not_utf8(path, suffix, error)}; save the file as UTF-8") from error
+    except (OSError, EOFError) as error:  # a gzip file that is none, or not whole
+        raise DataError(f"{name} could not be read: {error}") from error
+
+
+def _jsonl(file: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{name}, line {number}, column {error.colno}: not JSON: {error.msg}") from error
+            yield _object(row, f"{name}, line {number}")
+
+
+def _json(file: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
+    text = file.read().decode("utf-8-sig")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and "\n" in text[: error.pos]:  # one object a line: JSONL under another name
+            yield from _jsonl(io.BytesIO(text.encode()), name)
+            return
+        where = f"{name}, line {error.lineno}, column {error.colno}"
+        raise DataError(f"{where}: not JSON: {error.msg}") from error
+    if not isinstance(content, list):
+        raise DataError(f"{name} holds a JSON {_kind(content)}, expected a list of rows: [{{…}}, {{…}}]")
+    for number, row in enumerate(content, 1):
+        yield _object(row, f"{name}: row {number}")
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is a JSON {_kind(row)}, expected an object with the row's columns: {{…}}")
+    return row
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
+    return kinds.get(type(value), "null")
+
+
+def _csv(file: IO[bytes], name: str) -> Iterator[dict[str, str]]:
+    csv.field_size_limit(1 << 30)  # characters in a cell; Python's own limit is shorter than a long conversation
+    reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+    try:
+        header = next((cells for cells in reader if cells), [])
+        twice = sorted({column for column in header if header.count(column) > 1})
+        if twice:
+            raise DataError(f"{name}, line 1: the header names the column {', '.join(twice)} twice")
+        begins = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise DataError(
+                    f"{name}, line {begins}: found {len(cells)} cells, expected {len(header)} as in the header; "
+                    'a cell that holds a comma, a quote or a line break stands in "…", with each quote in it doubled'
+                )
+            if cells:
+                yield dict(zip(header, cells, strict=True))
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{name}, line {reader.line_num}: not CSV: {error}") from error
+
+
+def _not_utf8(path: Path, suffix: str, error: UnicodeDecodeError) -> str:
+    """Name the first byte that is not UTF-8 by its place in the whole file: `error` counts within a block."""
+    with gzip.open(path) if suffix.endswith(".gz") else path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as found:
+                return f"line {number}, byte {found.start + 1} is not UTF-8 (found 0x{line[found.start]:02x})"
+    return str(error)
+
+
+def _parquet(path: Path, name: str) -> Dataset:
+    import pyarrow as pa
+    from datasets import load_dataset
+    from pyarrow import parquet
+
+    try:
+        parquet.ParquetFile(path).close()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{name} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
+    return load_dataset("parquet", data_files=str(path), split="train")
