@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from instructft.recipe import Recipe
 
 
+_METRICS = {
+    "train_loss": "training loss, mean over the run",
+    "loss": "training loss, at the end",
+    "eval_loss": "validation loss",
+    "eval_perplexity": "validation perplexity",
+    "eval_mean_token_accuracy": "validation, share of tokens guessed right",
+}
+
+
 def write_card(run: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
     """Write `README.md` from the recipe and the contents of `run.json`."""
     (run / "README.md").write_text(card(recipe, facts), encoding="utf-8")
@@ -34,7 +43,8 @@ def card(recipe: Recipe, facts: dict[str, Any]) -> str:
     names = [e.name or e.hub or Path(e.path or e.url or "").name for e in recipe.data.datasets]
     licences = sorted({f"{e.name}: {SOURCES[e.name].licence}" for e in recipe.data.datasets if e.name})
     start = public_base or (Path(base).name if base else "random weights")
-    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items() if isinstance(value, float))
+    shown = [name for name in _METRICS if name in metrics]
+    table = "\n".join(f"| {_METRICS[name]} | {metrics[name]:.4f} |" for name in shown)
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}
 ---

@@ -19,14 +19,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # plain help and errors: rich would double the time that --help takes
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe keys, as train.learning_rate=1e-4.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Override recipe keys, as train.learning_rate=1e-4.", show_default=False),
 ]
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint in it, any model folder, or a Hub id.")
@@ -35,7 +35,7 @@ ModelArgument = Annotated[
 
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Train a model: data, training, evaluation, final model in the run folder."""
+    """Train the model of a recipe; what comes out is its run folder."""
     from instructft.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -56,7 +56,11 @@ def _print_outcome(result: Any) -> None:
     if "eval_loss" in metrics:
         parts.append(f"validation loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}")
     console.print("Done: " + " · ".join(parts), highlight=False)
-    console.print(f"The model is in {result.output_dir}. Talk to it:\n\n  instructft chat {result.output_dir}\n", markup=False, highlight=False)
+    console.print(
+        f"The model is in {result.output_dir}. Talk to it:\n\n  instructft chat {result.output_dir}\n",
+        markup=False,
+        highlight=False,
+    )
 
 
 def _clock(seconds: float) -> str:
@@ -82,7 +86,10 @@ def recipes(
 @app.command()
 def init(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe; `instructft recipes` lists them.")],
-    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Where to write it; NAME.yaml if left out.", show_default=False)] = None,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Where to write it; NAME.yaml if left out.", show_default=False),
+    ] = None,
 ) -> None:
     """Write a shipped recipe to a file, as a starting point."""
     from instructft.recipe import shipped_recipes
@@ -133,12 +140,21 @@ def generate(
 @app.command()
 def evaluate(
     model: ModelArgument,
-    base: Annotated[str | None, typer.Option(help="A second model to compare with; `start`: what the run began from.", show_default=False)] = None,
-    data: Annotated[str | None, typer.Option(help="A file, or a recipe; default: the run's own recipe.", show_default=False)] = None,
-    split: Annotated[str | None, typer.Option(help="train, validation or test; default: test, else validation.", show_default=False)] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="A second model to compare with; `start`: what the run began from.", show_default=False),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A file, or a recipe; default: the run's own recipe.", show_default=False)
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test; default: test, else validation.", show_default=False)
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate on this many rows.", show_default=False)] = None,
     show: Annotated[int, typer.Option(help="Rows to show with question, expected answer and answers.")] = 10,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.", show_default=False)] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results to this file.", show_default=False)
+    ] = None,
 ) -> None:
     """Measure a model on held-out rows; with --base, two side by side."""
     from instructft.compare import compare
@@ -169,7 +185,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 

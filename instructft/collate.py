@@ -1,12 +1,15 @@
-"""Rows to a batch: padding is masked by length, never by comparing with the pad token's id."""
+"""Rows or packs to a batch: padding is masked by length, never by comparing with the pad token's id."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from instructft.encode import IGNORE_INDEX
 from instructft.errors import DataError
+from instructft.pack import position_ids
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +22,18 @@ class CompletionOnlyCollator:
     take the loss off the token that ends an answer, and the model would never learn to stop. Here a label is masked
     only where the row has ended, or where `labels` already says -100.
 
+    Rows with `seq_lengths` are packs: they get `position_ids` that start anew with each document, and no attention
+    mask, by which transformers keeps documents apart (see `instructft.pack`).
+
     Args:
         pad_token_id: fills `input_ids` behind the end of a row; any id will do, no token there is seen or trained.
         pad_to_multiple_of: round T up, for kernels that like it.
+        flatten: packs as one row (1, sum of tokens) with `cu_seq_lens`, which flash-attention wants. Never for sdpa,
+            whose mask and work grow with the square of the row.
 
     Returns (when called with B rows of at most T tokens):
-        `input_ids` (B, T), `labels` (B, T) with -100 for no loss, `attention_mask` (B, T) of 0 and 1; all int64.
+        `input_ids` (B, T), `labels` (B, T) with -100 for no loss, and `attention_mask` (B, T) of 0 and 1, or for packs
+        `position_ids` (B, T); all int64.
 
     >>> collate = CompletionOnlyCollator(pad_token_id=0)
     >>> collate([{"input_ids": [5, 6, 0], "labels": [-100, 6, 0]}, {"input_ids": [7, 8], "labels": [-100, 8]}])
@@ -35,15 +44,19 @@ class CompletionOnlyCollator:
         DataError: a row without a token that carries loss, or with labels of another length than its `input_ids`.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None):
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None, flatten: bool = False):
         if pad_token_id is None:
             raise DataError("CompletionOnlyCollator needs a pad_token_id; instructft.load_tokenizer sets one")
         self.pad_token_id = int(pad_token_id)
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.flatten = flatten
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
 
+        packed = "seq_lengths" in rows[0]
+        if packed and self.flatten:
+            return self._flat(rows)
         length = max(len(row["input_ids"]) for row in rows)
         if self.pad_to_multiple_of:
             length += -length % self.pad_to_multiple_of
@@ -63,4 +76,29 @@ class CompletionOnlyCollator:
                 )
             n = len(ids)
             input_ids[i, :n], labels[i, :n], attention_mask[i, :n] = ids, row_labels, 1
+        if packed:
+            positions = [position_ids(row["seq_lengths"], length) for row in rows]
+            return {"input_ids": input_ids, "labels": labels, "position_ids": torch.from_numpy(np.stack(positions))}
         return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+    def _flat(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Packs end to end in one row, with the borders of documents as flash-attention's kernels take them."""
+        import torch
+
+        def joined(column: str) -> torch.Tensor:
+            return torch.cat([torch.as_tensor(row[column], dtype=torch.long) for row in rows])
+
+        lengths = joined("seq_lengths")
+        borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        labels = joined("labels")
+        labels[borders[:-1].long()] = IGNORE_INDEX  # nothing is predicted across a border
+        longest = int(lengths.max())
+        return {
+            "input_ids": joined("input_ids")[None],
+            "labels": labels[None],
+            "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }

@@ -11,18 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft import __version__
 from instructft.encode import IGNORE_INDEX, encoder
 from instructft.errors import DataError, TemplateError
-from instructft.files import ROW, SUFFIXES, columns_of, read_file, suffix_of
+from instructft.files import ROW, SUFFIXES, columns_of, first_line, read_file, suffix_of
 from instructft.sources import FORMATS, SOURCES, Message, Unusable, detect_format, to_conversation
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ class Part:
     columns: dict[str, str]  # our column name -> the name in the file
     rows: dict[str, np.ndarray]  # split -> row numbers in `raw`
     key: str  # where the recipe names it, for messages
+    drawn: np.ndarray | None = None  # row numbers in the file of the rows in `raw`; None: all, in order
 
     def row(self, raw: dict[str, Any]) -> dict[str, Any]:
         """One raw row as it stands in its file, with the columns that the recipe maps under our names too."""
@@ -58,6 +58,11 @@ class Part:
     def conversation(self, raw: dict[str, Any]) -> list[Message]:
         """One raw row as messages; raises `Unusable`."""
         return to_conversation(self.row(raw), self.format)
+
+    def describe(self, number: int) -> str:
+        """Name row `number` of `raw` by its place in the file, counted from 1."""
+        place = number if self.drawn is None else int(self.drawn[number])
+        return f"{self.key}: row {place + 1} of {self.label}"
 
 
 def load_parts(recipe: Recipe) -> list[Part]:
@@ -76,8 +81,10 @@ def load_parts(recipe: Recipe) -> list[Part]:
         raw = _load(entry, label, key)
         if len(raw) == 0:
             raise DataError(f"{key}: {label} holds no rows")
+        drawn = None
         if entry.rows is not None:
-            raw = raw.select(_draw(len(raw), entry.rows, recipe.data.seed, i, f"{key}.rows"))
+            drawn = _draw(len(raw), entry.rows, recipe.data.seed, i, f"{key}.rows")
+            raw = raw.select(drawn)
         columns = dict(entry.columns or {})
         found = columns_of(raw)
         absent = [f"{ours}: {theirs}" for ours, theirs in columns.items() if theirs not in found]
@@ -94,7 +101,7 @@ def load_parts(recipe: Recipe) -> list[Part]:
                 f"{key}: {label} is read as {fmt}, which needs the column {', '.join(missing)}; "
                 f"its columns are {', '.join(found)}. Set format or columns for it."
             )
-        parts.append(Part(label, raw, fmt, columns, _split_rows(len(raw), recipe, i), key))
+        parts.append(Part(label, raw, fmt, columns, _split_rows(len(raw), recipe, i), key, drawn))
     return parts
 
 
@@ -171,19 +178,13 @@ def _read_file(location: str, key: str) -> Dataset:
 
 def _not_read(entry: DatasetEntry, label: str, key: str, error: Exception) -> str:
     if entry.path:
-        return f"{key}: {label} could not be read: {_first_line(error)}"
+        return f"{key}: {label} could not be read: {first_line(error)}"
     where = "the Hugging Face Hub" if entry.hub or (entry.name and SOURCES[entry.name].hub) else "its URL"
     return (
-        f"{key}: {label} could not be fetched from {where}: {_first_line(error)}\n"
+        f"{key}: {label} could not be fetched from {where}: {first_line(error)}\n"
         "Check the spelling and the network; a private or gated data set needs `hf auth login` or HF_TOKEN. "
         "A local copy works too: data.datasets=[{path: FILE}]"
     )
-
-
-def _first_line(error: Exception) -> str:
-    cause = error.__cause__ or error
-    text = str(cause).strip() or str(error).strip()
-    return text.splitlines()[0] if text else type(cause).__name__
 
 
 def conversations(recipe: Recipe, split: str, limit: int | None = None) -> list[dict[str, Any]]:
@@ -252,13 +253,13 @@ class Prepared:
     @cached_property
     def tokens(self) -> dict[str, int]:
         """Tokens in each split."""
-        return {name: sum(len(ids) for ids, _ in _arrays(split)) for name, split in self.splits.items()}
+        return {name: sum(len(ids) for _, ids, _ in _arrays(split)) for name, split in self.splits.items()}
 
     @cached_property
     def supervised_tokens(self) -> dict[str, int]:
         """Tokens that carry loss in each split."""
         return {
-            name: sum(int((labels != IGNORE_INDEX).sum()) for _, labels in _arrays(split))
+            name: sum(int((labels != IGNORE_INDEX).sum()) for _, _, labels in _arrays(split))
             for name, split in self.splits.items()
         }
 
@@ -268,18 +269,17 @@ class Prepared:
         digest = hashlib.sha256()
         for name, split in self.splits.items():
             digest.update(name.encode())
-            for ids, labels in _arrays(split):
-                digest.update(ids.tobytes())
-                digest.update(labels.tobytes())
-            digest.update(split.data.column("input_ids").type.__str__().encode())
+            for lengths, ids, labels in _arrays(split):
+                for array in (lengths, ids, labels):
+                    digest.update(array.astype(np.int32).tobytes())
         return digest.hexdigest()[:16]
 
 
-def _arrays(split: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All `input_ids` and all `labels` of a split, a few thousand rows at a time, each as one flat array."""
+def _arrays(split: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The lengths of rows, and all their `input_ids` and `labels` as flat arrays, a few thousand rows at a time."""
     for table in split.with_format("arrow").iter(batch_size=4096):
-        flat = [table.column(name).combine_chunks().flatten().to_numpy() for name in ("input_ids", "labels")]
-        yield flat[0], flat[1]
+        ids, labels = (table.column(name).combine_chunks() for name in ("input_ids", "labels"))
+        yield ids.value_lengths().to_numpy(), ids.flatten().to_numpy(), labels.flatten().to_numpy()
 
 
 def prepare_dataset(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
@@ -311,11 +311,12 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         used = np.sort(np.concatenate(list(part.rows.values())))
         verdict = np.asarray(encoded["dropped"][:], dtype=object)
         lost = np.asarray(encoded["cut_tokens"][:])
-        dropped.update(str(reason) for reason in verdict[used] if reason)
+        reasons = Counter(str(reason) for reason in verdict[used] if reason)
+        dropped.update(reasons)
         keep = {name: rows[verdict[rows] == ""] for name, rows in part.rows.items()}
         kept = np.concatenate(list(keep.values()))
         if len(kept) == 0:
-            raise DataError(f"{part.key}: no row of {part.label} can be trained on: {_reasons(dropped)}")
+            raise DataError(f"{part.key}: no row of {part.label} can be trained on: {_reasons(reasons)}")
         cut += int((lost[kept] > 0).sum())
         cut_tokens += int(lost[kept].sum())
         encoded = encoded.select_columns(["input_ids", "labels"])
@@ -323,7 +324,10 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
             if len(rows):
                 pieces[name].append(encoded.select(rows))
     if not pieces["train"]:
-        raise DataError("data.splits leaves no row to train on")
+        raise DataError(
+            "data.splits leaves no row to train on"
+            + (f"; of the few there were, some were dropped: {_reasons(dropped)}" if dropped else "")
+        )
     for name in ("validation", "test"):
         if getattr(recipe.data.splits, name) > 0 and not pieces[name]:
             raise DataError(
@@ -342,8 +346,8 @@ def _encode(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> D
     """Encode all raw rows of a part, in order; a row that is dropped keeps its place and carries the reason."""
     from datasets import Features, List, Value
 
-    learned = encoder(tokenizer)
     data = recipe.data
+    encode = partial(encoder(tokenizer).encode, train_on=data.train_on)
     shape = Features(
         {
             "input_ids": List(Value("int32")),
@@ -363,7 +367,11 @@ def _encode(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> D
                 verdicts.append("")
             except Unusable as reason:
                 verdicts.append(reason.reason)
-        rows = iter(learned.encode(usable, data.train_on))
+        try:
+            rows = iter(encode(usable))
+        except TemplateError:
+            _blame(part, [n for n, verdict in zip(numbers, verdicts, strict=True) if not verdict], usable, encode)
+            raise
         out: dict[str, list[Any]] = {"input_ids": [], "labels": [], "dropped": [], "cut_tokens": []}
         for number, verdict in zip(numbers, verdicts, strict=True):
             row = {"input_ids": [], "labels": []} if verdict else next(rows)
@@ -373,10 +381,12 @@ def _encode(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> D
                 lost = max(0, length - data.max_length)
                 if lost and data.on_too_long == "error":
                     raise DataError(
-                        f"{part.key}: row {number + 1} of {part.label} has {length} tokens, more than data.max_length "
-                        f"({data.max_length}); raise it, or set data.on_too_long to truncate or drop"
+                        f"{part.describe(number)} has {length} tokens, more than data.max_length ({data.max_length}); "
+                        "raise it, or set data.on_too_long to truncate or drop"
                     )
-                verdict = _fit(row, data.max_length, data.on_too_long) if lost else ""
+                if lost and data.on_too_long == "drop":
+                    verdict = "too_long"
+                row = {name: values[: data.max_length] for name, values in row.items()}
                 if not verdict and all(label == IGNORE_INDEX for label in row["labels"][1:]):
                     verdict = "answer_cut_away" if lost else "no_loss"
             if verdict:
@@ -399,18 +409,19 @@ def _encode(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> D
     )
 
 
-def _fit(row: dict[str, list[int]], max_length: int, on_too_long: str) -> str:
-    if on_too_long == "drop":
-        return "too_long"
-    for column in row:
-        row[column] = row[column][:max_length]
-    return ""
+def _blame(part: Part, numbers: list[int], conversations: list[list[Message]], encode: Callable[..., Any]) -> None:
+    """Name the row of a batch that the template does not take."""
+    for number, messages in zip(numbers, conversations, strict=True):
+        try:
+            encode([messages])
+        except TemplateError as error:
+            raise TemplateError(f"{part.describe(number)}: {error}") from error
 
 
 def _fingerprint(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
     """Everything that shapes the encoded rows: a cache made under one template is never used with another."""
     shaped_by: Sequence[Any] = (
-        __version__,
+        _code(),
         part.raw._fingerprint,
         part.format,
         sorted(part.columns.items()),
@@ -422,3 +433,12 @@ def _fingerprint(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase)
         recipe.data.on_too_long,
     )
     return hashlib.sha256(json.dumps(shaped_by, default=str).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """A hash of the code that makes a row: an upgrade that changes it never meets rows of the old one."""
+    digest = hashlib.sha256()
+    for name in ("data.py", "encode.py", "sources.py"):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()[:16]

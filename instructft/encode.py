@@ -35,9 +35,7 @@ TRAIN_ON = ("responses", "last_response", "everything")
 _PROBES = ("Paris.", "42", "# Title", "(a) b", '"Yes"', "¿Qué?", "日本", "🙂 ok", "- one\n- two", "<b>", "e")
 
 
-def render(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
-) -> str:
+def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
     """Render a conversation with the tokenizer's chat template.
 
     With `add_generation_prompt` the text ends where the model's answer begins.
@@ -127,7 +125,7 @@ class Encoder:
                 "or set data.template to a built-in one."
             )
         start, self.stop_token = min(found, key=lambda pair: pair[0])
-        self.stop_token_id: int = self.tokenizer.convert_tokens_to_ids(self.stop_token)  # type: ignore[assignment]
+        self.stop_token_id: int = self.tokenizer.convert_tokens_to_ids(self.stop_token)
         self.ending = ending[: start + len(self.stop_token)]  # carries loss
         self.after_ending = ending[start + len(self.stop_token) :]  # does not
         self._probe_prompt = prompt
@@ -175,7 +173,7 @@ class Encoder:
             )
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template does not accept these messages: {error}") from error
-        return texts  # type: ignore[return-value]
+        return texts
 
     # -- what the tokenizer does --------------------------------------------------------------------------------
 
@@ -186,7 +184,7 @@ class Encoder:
         encoded = self.tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
         )
-        return encoded["input_ids"]  # type: ignore[return-value]
+        return encoded["input_ids"]
 
     def _learn_tokenization(self) -> None:
         """Find out whether pieces can be tokenized alone, and whether that equals tokenizing the whole.
@@ -328,7 +326,9 @@ class Encoder:
 
     def _diverges(self, name: str, one: str, other_name: str, other: str) -> TemplateError:
         ids, other_ids = self.tokenize([one, other])
-        same = next((i for i, (a, b) in enumerate(zip(ids, other_ids, strict=False)) if a != b), min(len(ids), len(other_ids)))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(ids, other_ids, strict=False)) if a != b), min(len(ids), len(other_ids))
+        )
         show = [self.tokenizer.convert_ids_to_tokens(row[max(0, same - 4) : same + 8]) for row in (ids, other_ids)]
         return TemplateError(
             "the chat template rewrites earlier turns, so no honest mask exists for this conversation.\n"

@@ -81,20 +81,28 @@ def columns_of(raw: Dataset) -> list[str]:
 
 
 def _as_json(path: Path, suffix: str, name: str) -> Iterator[dict[str, str]]:
+    empty = True
     for row in rows(path, suffix, name):
+        empty = False
         yield {ROW: json.dumps(row)}
+    if empty:
+        raise DataError(f"{name} holds no rows")
 
 
 def rows(path: Path, suffix: str, name: str) -> Iterator[dict[str, Any]]:
     """The rows of a JSON or CSV file, one after the other."""
     try:
-        with gzip.open(path) if suffix.endswith(".gz") else path.open("rb") as file:
+        with _open(path, suffix) as file:
             read = {".json": _json, ".csv": _csv}.get(suffix, _jsonl)
             yield from read(file, name)
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: {_not_utf8(path, suffix, error)}; save the file as UTF-8") from error
     except (OSError, EOFError) as error:  # a gzip file that is none, or not whole
         raise DataError(f"{name} could not be read: {error}") from error
+
+
+def _open(path: Path, suffix: str) -> IO[bytes]:
+    return gzip.open(path) if suffix.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
 
 
 def _jsonl(file: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
@@ -158,7 +166,7 @@ def _csv(file: IO[bytes], name: str) -> Iterator[dict[str, str]]:
 
 def _not_utf8(path: Path, suffix: str, error: UnicodeDecodeError) -> str:
     """Name the first byte that is not UTF-8 by its place in the whole file: `error` counts within a block."""
-    with gzip.open(path) if suffix.endswith(".gz") else path.open("rb") as file:
+    with _open(path, suffix) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode("utf-8")
@@ -177,3 +185,10 @@ def _parquet(path: Path, name: str) -> Dataset:
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{name} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
     return load_dataset("parquet", data_files=str(path), split="train")
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong at the root of an error, in one line."""
+    cause = error.__cause__ or error
+    text = str(cause).strip() or str(error).strip()
+    return text.splitlines()[0] if text else type(cause).__name__

@@ -113,7 +113,9 @@ class Generator:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            for i, answer in zip(batch, self._batch([prompts[i] for i in batch], max_new_tokens, temperature, top_p), strict=True):
+            for i, answer in zip(
+                batch, self._batch([prompts[i] for i in batch], max_new_tokens, temperature, top_p), strict=True
+            ):
                 answers[i] = answer
                 if done:
                     done(i, answer)
@@ -131,9 +133,7 @@ class Generator:
         self.model.eval()
         try:
             with torch.inference_mode():
-                out = self.model.generate(
-                    input_ids=ids, attention_mask=mask, **self.options(room, temperature, top_p)
-                )
+                out = self.model.generate(input_ids=ids, attention_mask=mask, **self.options(room, temperature, top_p))
         finally:
             self.model.train(was_training)
         return [self._answer(row[longest:].tolist()) for row in out]

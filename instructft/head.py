@@ -59,7 +59,7 @@ class _SupervisedLogProbs(torch.autograd.Function):
     """Log-probability of each label, with entropy and top-1, from hidden states; float32 throughout."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # hidden: (N, D), weight: (V, D), bias: (V,) or None, labels: (N,)
@@ -69,7 +69,7 @@ class _SupervisedLogProbs(torch.autograd.Function):
         log_probs, entropy = hidden.new_empty(2, rows)
         is_top1 = torch.empty(rows, dtype=torch.bool)
         wanted = any(ctx.needs_input_grad[:3])
-        grads = [torch.zeros_like(x) if wanted and x is not None else None for x in (hidden, weight, bias)]
+        grads: list[Any] = [torch.zeros_like(x) if wanted and x is not None else None for x in (hidden, weight, bias)]
         for start in range(0, rows, block):
             part = slice(start, min(start + block, rows))
             h, y = hidden[part], labels[part, None]
@@ -86,10 +86,10 @@ class _SupervisedLogProbs(torch.autograd.Function):
             is_top1[part] = top_index[:, 0] == y[:, 0]
             if wanted:  # d log p / d logits = onehot - p
                 p.neg_().scatter_add_(1, y, torch.ones_like(top))
-                grads[0][part] = p @ weight  # type: ignore[index]
-                grads[1].addmm_(p.t(), h)  # type: ignore[union-attr]
+                grads[0][part] = p @ weight
+                grads[1].addmm_(p.t(), h)
                 if bias is not None:
-                    grads[2] += p.sum(dim=0)  # type: ignore[operator]
+                    grads[2] += p.sum(dim=0)
         if wanted:
             ctx.has_bias = bias is not None
             ctx.save_for_backward(hidden, weight, labels, *(g for g in grads if g is not None))
@@ -99,7 +99,7 @@ class _SupervisedLogProbs(torch.autograd.Function):
         return log_probs, entropy, is_top1
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, labels, *grads = ctx.saved_tensors
         scale = grad[0] if len(grad) else grad.new_ones(())
         if not torch.equal(grad, scale.expand_as(grad)):
@@ -123,8 +123,16 @@ def add_supervised_head(model: PreTrainedModel) -> bool:
     """
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
-    changes_logits = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    plain = not any(getattr(config, name, None) for name in changes_logits) and not hasattr(config, "output_router_logits")
+    changes_logits = (
+        "final_logit_softcapping",
+        "logit_scale",
+        "output_multiplier",
+        "lm_head_multiplier",
+        "logits_scaling",
+    )
+    plain = not any(getattr(config, name, None) for name in changes_logits) and not hasattr(
+        config, "output_router_logits"
+    )
     if not plain or not isinstance(head, torch.nn.Linear) or head.weight.dtype != torch.float32:
         return False
     upstream = model.forward

@@ -22,7 +22,6 @@ def plot_loss(run: Path, title: str) -> list[Path]:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
 
     records = read_metrics(run)
     series = {
@@ -35,9 +34,9 @@ def plot_loss(run: Path, title: str) -> list[Path]:
     for (label, points), colour, marker in zip(series.items(), ("#3b6fb6", "#d1495b"), ("", "o"), strict=True):
         if points:
             steps, losses = zip(*points, strict=True)
-            ax.plot(steps, losses, color=colour, marker=marker, markersize=4, linewidth=1.6)
-            ax.annotate(f"{label} {losses[-1]:.3f}", (steps[-1], losses[-1]), xytext=(6, 8 if marker else -10), color=colour,
-                        textcoords="offset points", fontsize=9, va="center", annotation_clip=False)  # fmt: skip
+            ax.plot(
+                steps, losses, color=colour, marker=marker, markersize=4, label=f"{label}, at last {losses[-1]:.3f}"
+            )
     ax.set_title(title, loc="left", fontsize=11)
     ax.set_xlabel("step")
     ax.set_ylabel("loss (nats per supervised token)")
@@ -45,14 +44,24 @@ def plot_loss(run: Path, title: str) -> list[Path]:
     ax.set_ylim(bottom=0)
     ax.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     ax.spines[["top", "right"]].set_visible(False)
-    right = ax.secondary_yaxis("right", functions=(lambda x: np.exp(np.clip(x, -50, 50)), lambda x: np.log(np.clip(x, 1e-20, None))))
-    right.set_ylabel("perplexity")
-    right.spines["right"].set_visible(False)
-    ticks = [p for p in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 50000) if np.log(p) <= ax.get_ylim()[1]]
-    right.set_yticks(ticks, [f"{t:,}" for t in ticks])
+    ax.legend(frameon=False)
+    _perplexity_axis(ax)
     paths = [run / "loss.png", run / "loss.pdf"]
     fig.savefig(paths[0], dpi=160)
     # without a date in it, the same run gives the same bytes
     fig.savefig(paths[1], metadata={"CreationDate": None})
     plt.close(fig)
     return paths
+
+
+def _perplexity_axis(ax: Any) -> None:
+    """Perplexity, exp(loss), at round figures on the right-hand side."""
+    import numpy as np
+
+    to_perplexity = (lambda loss: np.exp(np.clip(loss, -50, 50)), lambda ppl: np.log(np.clip(ppl, 1e-20, None)))
+    right = ax.secondary_yaxis("right", functions=to_perplexity)
+    right.set_ylabel("perplexity")
+    right.spines["right"].set_visible(False)
+    steps = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000]
+    ticks = [step for step in steps if np.log(step) <= ax.get_ylim()[1]]
+    right.set_yticks(ticks, [f"{tick:,}" for tick in ticks])

@@ -19,8 +19,8 @@ from instructft.errors import DataError
 Message = dict[str, Any]
 
 
-class Unusable(Exception):  # noqa: N818 - it is a verdict on a row, caught and counted, never shown as an error
-    """A row that cannot be trained on; `reason` is the key under which it is counted in `run.json`."""
+class Unusable(Exception):
+    """A row that cannot be trained on: a verdict, caught and counted in `run.json` under `reason`."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -37,9 +37,18 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
     if value is None:
         return ""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not _is_unicode(value):
         raise Unusable("not_text")
     return value.strip()
+
+
+def _is_unicode(text: str) -> bool:
+    """False for half a surrogate pair, which JSON can spell (a cut emoji, "\\ud83d") and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _alpaca(row: Mapping[str, Any]) -> list[Message]:
@@ -203,8 +212,7 @@ def to_conversation(row: Mapping[str, Any], fmt: str) -> list[Message]:
     conversation: list[Message] = []
     for message in FORMATS[fmt].to_messages(row):
         if conversation and conversation[-1]["role"] == message["role"]:
-            previous = conversation.pop()
-            message = {**previous, **message, "content": f"{previous['content']}\n\n{message['content']}".strip()}
+            message = _joined(conversation.pop(), message)
         conversation.append(message)
     while conversation and conversation[-1]["role"] != "assistant":
         conversation.pop()
@@ -215,6 +223,15 @@ def to_conversation(row: Mapping[str, Any], fmt: str) -> list[Message]:
     if not any(m["role"] == "user" and (m["content"] or m.get("input") or m.get("context")) for m in conversation):
         raise Unusable("empty_prompt")
     return conversation
+
+
+def _joined(first: Message, second: Message) -> Message:
+    """Two turns of one speaker as one. Where one of two answers is not to be trained, neither is."""
+    joined = {**first, **second}
+    for key in ("content", "input", "context"):
+        if key in joined:
+            joined[key] = "\n\n".join(text for text in (first.get(key), second.get(key)) if text)
+    return joined
 
 
 # --------------------------------------------------------------------------------------------------------------------

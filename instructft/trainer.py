@@ -1,15 +1,60 @@
-"""TRL's `SFTTrainer` on ready rows, with two things put right: the validation loss, and the count of tokens."""
+"""TRL's `SFTTrainer` on ready rows, with three things put right: the validation loss, the count of tokens, the order."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.data import Sampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from instructft.head import add_supervised_head, scores
+from instructft.pack import flat
+
+
+class LengthGrouped(Sampler[int]):
+    """Row numbers in an order whose steps hold rows of like length, so that little padding is computed.
+
+    Rows are shuffled, then sorted by length within windows of `WINDOW` steps, and the steps are shuffled: which rows
+    share a step depends on the rows of a step in all, not on how they are divided among micro-batches and processes.
+    The order of an epoch depends on `seed` and the epoch only, so that a run can be resumed.
+
+    >>> list(LengthGrouped([3, 9, 3, 9], step=2, seed=0))
+    [1, 3, 0, 2]
+    """
+
+    WINDOW = 50  # steps; as in transformers' LengthGroupedSampler
+
+    def __init__(self, lengths: Any, step: int, seed: int):
+        self.lengths = np.asarray(lengths)
+        self.step = step
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths))
+        steps: list[np.ndarray] = []
+        for start in range(0, len(order), self.WINDOW * self.step):
+            window = order[start : start + self.WINDOW * self.step]
+            window = window[np.argsort(-self.lengths[window], kind="stable")]
+            steps += [window[i : i + self.step] for i in range(0, len(window), self.step)]
+        # a last step that is not full stays last, since batches are cut from the order one after the other
+        full = [rows for rows in steps if len(rows) == self.step]
+        rest = [rows for rows in steps if len(rows) < self.step]
+        rng.shuffle(full)  # type: ignore[arg-type]
+        yield from (int(row) for rows in [*full, *rest] for row in rows)
 
 
 class Trainer(SFTTrainer):
@@ -18,7 +63,9 @@ class Trainer(SFTTrainer):
     - `eval_loss` is the mean over all supervised tokens of the validation rows. Upstream averages the means of
       batches, so that a token in a batch of short answers weighs more than one in a batch of long answers, and the
       figure changes with the batch size.
-    - `seen` counts tokens, supervised tokens and padding of the training batches, on all processes.
+    - `seen` counts tokens, supervised tokens and padding of the training batches, on all processes. Upstream's
+      `num_tokens` counts a batch of packs as if it were one row (trl 1.16, `compute_loss`).
+    - `train_sampling_strategy: group_by_length` forms steps of rows of like length (`LengthGrouped`).
     - The model card is written by `instructft.card`, not at every checkpoint.
     """
 
@@ -36,12 +83,27 @@ class Trainer(SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a batch: the sum over its supervised tokens, divided by those of the whole step."""
-        if self.model.training:
-            labels, attention_mask = inputs["labels"], inputs.get("attention_mask")
-            tokens = labels.new_tensor(labels.numel()) if attention_mask is None else attention_mask.sum()
-            counts = [tokens, (labels[:, 1:] != -100).sum(), labels.new_tensor(labels.numel())]
-            self._seen += torch.stack([count.to(self._seen.device) for count in counts])
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if not self.model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        labels, attention_mask, positions = inputs["labels"], inputs.get("attention_mask"), inputs.get("position_ids")
+        if attention_mask is not None:
+            tokens = attention_mask.sum()
+        else:  # a pad stands alone: its position is 0, and so is the next (a document has two tokens at least)
+            following = torch.nn.functional.pad(positions[:, 1:], (0, 1))
+            tokens = ((positions != 0) | (following != 0)).sum()
+        counts = [tokens, (labels[:, 1:] != -100).sum(), labels.new_tensor(labels.numel())]
+        self._seen += torch.stack([count.to(self._seen.device) for count in counts])
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self._metrics["train"]["num_tokens"] = [self.seen["tokens"]]
+        return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGrouped(flat(dataset)[2], step, args.seed if args.data_seed is None else args.data_seed)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -51,7 +113,9 @@ class Trainer(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             out = scores(model, inputs)
         per_row = [-out.log_probs, out.label_mask, out.entropy, out.is_top1]  # each (B, T - 1), zero where no loss
-        sums = torch.stack([x.to(torch.float64 if x.device.type == "cpu" else torch.float32).sum(1) for x in per_row], 1)
+        sums = torch.stack(
+            [x.to(torch.float64 if x.device.type == "cpu" else torch.float32).sum(1) for x in per_row], 1
+        )
         # (B, 4) of every process; rows that only fill up the last batch of a distributed evaluation are left out
         self._eval_sums.append(self.accelerator.gather_for_metrics(sums).cpu())
         total = sums.sum(0)

@@ -148,7 +148,12 @@ class Samples(TrainerCallback):
         answers = self.generator.answers(conversations, max_new_tokens=64)
         with self.path.open("a", encoding="utf-8") as file:
             for prompt, answer in zip(self.prompts, answers, strict=True):
-                record = {"step": step, "prompt": prompt, "response": answer.text, "finish_reason": answer.finish_reason}
+                record = {
+                    "step": step,
+                    "prompt": prompt,
+                    "response": answer.text,
+                    "finish_reason": answer.finish_reason,
+                }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 ending = "" if answer.finish_reason == "stop" else " …"
                 shown = answer.text if len(answer.text) <= 200 else answer.text[:200] + "…"

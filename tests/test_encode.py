@@ -155,7 +155,8 @@ def test_an_answer_of_weight_zero_is_read_but_not_trained(bare_tokenizer: Any) -
 
 MARKERS = [
     "### Instruction:\n", "### Response:\n", "### Input:", "\n\nHuman: ", "\n\nAssistant:", "<|im_start|>assistant\n",
-    "<|im_end|>", "<|endoftext|>", "{{ eos_token }}", "{% generation %}", "\n", "\n\n", " ", "  ", "\t", "\u00a0", "\u2028",
+    "<|im_end|>", "<|endoftext|>", "{{ eos_token }}", "{% generation %}",
+    "\n", "\n\n", " ", "  ", "\t", "\u00a0", "\u2028",
 ]  # fmt: skip
 texts = st.lists(st.one_of(st.sampled_from(MARKERS), st.text(max_size=8)), min_size=1, max_size=5).map("".join)
 answers = texts.filter(lambda text: text.strip() != "")
@@ -381,7 +382,7 @@ def test_collator_pads_to_a_multiple() -> None:
 @pytest.mark.parametrize("labels", [[-100, -100, -100], [1, -100, -100]])  # the first token is predicted by nothing
 def test_collator_refuses_a_row_without_loss(labels: list[int]) -> None:
     good = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
-    with pytest.raises(DataError, match="row 1 .* no token that carries loss"):
+    with pytest.raises(DataError, match=r"row 1 .* no token that carries loss"):
         CompletionOnlyCollator(0)([good, {"input_ids": [1, 2, 3], "labels": labels}])
 
 

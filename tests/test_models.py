@@ -66,7 +66,9 @@ def test_what_is_saved_renders_the_same_prompt(write_recipe: Any, base: Path, tm
 
 def test_the_system_prompt_is_part_of_the_template(write_recipe: Any, base: Path) -> None:
     text = 'Say "yes", {{ not }} {% if %} ü\n'
-    asked = load_recipe(write_recipe(f"model: {{name_or_path: {base}}}\ndata: {{datasets: quickstart, max_length: 64}}\n"))
+    asked = load_recipe(
+        write_recipe(f"model: {{name_or_path: {base}}}\ndata: {{datasets: quickstart, max_length: 64}}\n")
+    )
     asked = asked.model_copy(update={"data": asked.data.model_copy(update={"system_prompt": text})})
     tokenizer = load_tokenizer(asked)
     assert render(ONE, tokenizer).startswith(f"{text}\n\n### Instruction:\nHi")

@@ -22,7 +22,7 @@ from instructft.errors import InstructftError, UsageError
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, str]:
-    """(recipe, result, what was printed) of a run of 120 steps on two dozen rows, which a tiny model learns by heart."""
+    """(recipe, result, what was printed) of 120 steps on two dozen rows, which a tiny model learns by heart."""
     folder = tmp_path_factory.mktemp("run")
     path = folder / "tiny.yaml"
     text = TINY.replace("rows: 120", "rows: 30").replace("max_steps: 4", "max_steps: 120")
@@ -103,7 +103,7 @@ def test_the_loss_falls_and_the_reply_stops(run: Any) -> None:
 
 
 def test_what_is_said_before_the_first_step(run: Any) -> None:
-    recipe, result, printed = run
+    _, result, printed = run
     facts = result.facts["data"]
     share = facts["supervised_tokens"] / facts["tokens"]
     assert f"responses: {facts['supervised_tokens']:,} of {facts['tokens']:,} training tokens ({share:.1%})" in printed
@@ -127,7 +127,9 @@ def test_samples_are_kept(run: Any) -> None:
 def test_the_same_recipe_gives_the_same_weights_with_and_without_watching(write_recipe: Any) -> None:
     weights = []
     for i, overrides in enumerate(([], ["samples=[Hello]", "train.eval_steps=1", "train.logging_steps=2"])):
-        recipe = instructft.load_recipe(write_recipe(name=f"r{i}.yaml"), [*overrides, f"output_dir={_out(write_recipe, i)}"])
+        recipe = instructft.load_recipe(
+            write_recipe(name=f"r{i}.yaml"), [*overrides, f"output_dir={_out(write_recipe, i)}"]
+        )
         result = instructft.train(recipe, console=Console(quiet=True))
         weights.append((result.output_dir / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
@@ -140,7 +142,8 @@ def _out(write_recipe: Any, i: int) -> Path:
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_validation_loss_is_the_mean_over_tokens_whatever_the_batch(write_recipe: Any, batch_size: int) -> None:
     recipe = instructft.load_recipe(
-        write_recipe(), ["train.max_steps=1", "train.learning_rate=0.0", f"train.per_device_eval_batch_size={batch_size}"]
+        write_recipe(),
+        ["train.max_steps=1", "train.learning_rate=0.0", f"train.per_device_eval_batch_size={batch_size}"],
     )
     result = instructft.train(recipe, console=Console(quiet=True))
     tokenizer = instructft.load_tokenizer(recipe)
@@ -167,7 +170,8 @@ def test_a_step_is_the_mean_over_its_tokens_whatever_the_accumulation(write_reci
             write_recipe(),
             [
                 f"train.per_device_train_batch_size={batch}", f"train.gradient_accumulation_steps={accumulation}",
-                "train.max_steps=3", "train.optim=sgd", "train.learning_rate=0.5", f"output_dir={_out(write_recipe, i)}",
+                "train.max_steps=3", "train.optim=sgd", "train.learning_rate=0.5",
+                f"output_dir={_out(write_recipe, i)}",
                 "model.config.resid_pdrop=0.0", "model.config.embd_pdrop=0.0", "model.config.attn_pdrop=0.0",
             ],
         )  # fmt: skip
@@ -245,6 +249,8 @@ output_dir: {tmp_path / "run"}
     assert sum(facts["rows"].values()) + sum(facts["dropped"].values()) == 50
     model = AutoModelForCausalLM.from_pretrained(result.output_dir)
     rows = instructft.data.conversations(instructft.load_recipe(path), "validation")
-    again = instructft.evaluate(model, rows, tokenizer=AutoTokenizer.from_pretrained(result.output_dir), max_new_tokens=8)
+    again = instructft.evaluate(
+        model, rows, tokenizer=AutoTokenizer.from_pretrained(result.output_dir), max_new_tokens=8
+    )
     # the model on disk, judged from outside, has the loss that the run reported (rows are cut at the same length)
     assert again["loss"] == pytest.approx(result.metrics["eval_loss"], abs=1e-4)
