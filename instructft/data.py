@@ -21,7 +21,8 @@ import numpy as np
 
 from instructft.encode import IGNORE_INDEX, encoder
 from instructft.errors import DataError, TemplateError
-from instructft.files import ROW, SUFFIXES, columns_of, first_line, read_file, suffix_of
+from instructft.files import ROW, SUFFIXES, columns_of, download, first_line, read_file, suffix_of
+from instructft.pack import pack
 from instructft.sources import FORMATS, SOURCES, Message, Unusable, detect_format, to_conversation
 
 if TYPE_CHECKING:
@@ -163,9 +164,7 @@ def _read_file(location: str, key: str) -> Dataset:
     if suffix not in SUFFIXES:
         raise DataError(f"{key}: {location} ends in {suffix or 'nothing'}; files may be {', '.join(sorted(SUFFIXES))}")
     if "://" in location:
-        from datasets import DownloadManager
-
-        path = Path(DownloadManager().download(location))
+        path = download(location)
     else:
         path = Path(location).expanduser()
         if not path.is_file():
@@ -335,6 +334,10 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
                 f"raise it, or set it to 0"
             )
     splits = DatasetDict({name: concatenate_datasets(rows) for name, rows in pieces.items() if rows})
+    if recipe.data.packing:
+        for name in ("train", "validation"):
+            if name in splits:
+                splits[name] = pack(splits[name], recipe.data.max_length, recipe.data.seed)
     return Prepared(splits, dropped, cut, cut_tokens)
 
 

@@ -11,6 +11,9 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import shutil
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -34,6 +37,35 @@ def suffix_of(location: str) -> str:
     """
     name = Path(location.split("?")[0]).name.lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), Path(name).suffix)
+
+
+def download(url: str) -> Path:
+    """Fetch a file; with HF_HUB_OFFLINE=1 the copy of last time is taken.
+
+    Raises:
+        OSError: it could not be fetched whole.
+    """
+    from datasets import config
+
+    folder = Path(config.HF_DATASETS_CACHE) / "instructft-urls"
+    copy = folder / hashlib.sha256(url.encode()).hexdigest()[:32]
+    if config.HF_HUB_OFFLINE:
+        if not copy.is_file():
+            raise OSError("HF_HUB_OFFLINE is set, and there is no copy of the file from an earlier run")
+        return copy
+    folder.mkdir(parents=True, exist_ok=True)
+    request = urllib.request.Request(url, headers={"User-Agent": "instructft"})
+    whole = copy.with_suffix(f".{os.getpid()}")  # moved into place when it is: another process may read the copy
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer, whole.open("wb") as file:
+            shutil.copyfileobj(answer, file)
+            promised, got = answer.headers.get("Content-Length"), file.tell()
+        if promised is not None and int(promised) != got:
+            raise OSError(f"the connection broke after {got:,} of {int(promised):,} bytes")
+        whole.replace(copy)
+    finally:
+        whole.unlink(missing_ok=True)
+    return copy
 
 
 def read_file(path: Path, suffix: str, name: str) -> Dataset:

@@ -184,7 +184,10 @@ def test_unknown_columns_are_an_error_that_lists_them_and_all_formats(columns):
         ("Human: a\n\nAssistant: b", [user("a"), answer("b")]),
         ("\n\nHuman: a\n\nHuman: b\n\nAssistant: c", [user("a\n\nb"), answer("c")]),
         ("\n\nHuman: a\n\nAssistant: b\n\nAssistant: c", [user("a"), answer("b\n\nc")]),
-        ("\n\nHuman: Is Human: a word?\nHuman: yes\n\nAssistant: b", [user("Is Human: a word?\nHuman: yes"), answer("b")]),
+        (
+            "\n\nHuman: Is Human: a word?\nHuman: yes\n\nAssistant: b",
+            [user("Is Human: a word?\nHuman: yes"), answer("b")],
+        ),
         ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c", [user("a"), answer("b")]),
         ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "empty_answer"),
         ("\n\nHuman: a\n\nAssistant:\n\nHuman: c\n\nAssistant: d", "empty_answer"),
@@ -228,8 +231,16 @@ def turns(*pairs):
             "messages",
             [user("a"), answer("b", weight=0), user("c"), answer("d")],
         ),
-        ({"messages": [user("a"), answer("b", weight=0), answer("c")]}, "messages", [user("a"), answer("b\n\nc", weight=0)]),
-        ({"messages": [user("a"), answer("b"), answer("c", weight=0)]}, "messages", [user("a"), answer("b\n\nc", weight=0)]),
+        (
+            {"messages": [user("a"), answer("b", weight=0), answer("c")]},
+            "messages",
+            [user("a"), answer("b\n\nc", weight=0)],
+        ),
+        (
+            {"messages": [user("a"), answer("b"), answer("c", weight=0)]},
+            "messages",
+            [user("a"), answer("b\n\nc", weight=0)],
+        ),
         # system prompts
         (
             {"system": "s", "instruction": "a", "output": "b"},
@@ -297,7 +308,9 @@ texts = st.one_of(
 )
 roles = st.sampled_from(["system", "user", "assistant", "human", "gpt", "tool", None])
 messages = st.lists(
-    st.fixed_dictionaries({"role": roles, "from": roles, "content": texts, "value": texts, "weight": st.sampled_from([None, 0, 1])}),
+    st.fixed_dictionaries(
+        {"role": roles, "from": roles, "content": texts, "value": texts, "weight": st.sampled_from([None, 0, 1])}
+    ),
     max_size=5,
 )
 wild_rows = st.fixed_dictionaries(
@@ -314,7 +327,14 @@ wild_rows = st.fixed_dictionaries(
 def test_a_conversation_always_ends_with_an_answer_that_is_not_empty(row, fmt):
     found = verdict(row, fmt)
     if isinstance(found, str):
-        assert found in ("no_assistant_turn", "empty_answer", "empty_prompt", "not_text", "not_a_dialogue", "unknown_role")
+        assert found in (
+            "no_assistant_turn",
+            "empty_answer",
+            "empty_prompt",
+            "not_text",
+            "not_a_dialogue",
+            "unknown_role",
+        )
         return
     assert found[-1]["role"] == "assistant"
     assert any(message["role"] == "user" for message in found)
