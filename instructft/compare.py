@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from instructft.data import conversations, file_conversations
+from instructft.data import SPLITS, conversations, file_conversations
 from instructft.errors import UsageError
 from instructft.evaluate import METRICS, evaluate
-from instructft.generate import Generator, load_for_inference
+from instructft.files import SUFFIXES, suffix_of
+from instructft.generate import Generator, load_bare, load_for_inference, locate
+from instructft.models import _fit_embeddings, load_model
 from instructft.recipe import Recipe, load_recipe, load_run_recipe
 
 START = "start"  # --base start: the model that the run began from
@@ -17,83 +20,116 @@ START = "start"  # --base start: the model that the run began from
 
 def compare(
     model: str,
-    base: str | None,
-    data: str | None,
-    split: str | None,
-    limit: int | None,
-    show: int,
-    json_file: Path | None,
+    base: str | None = None,
+    data: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    show: int = 10,
+    json_file: Path | None = None,
 ) -> None:
-    """Evaluate, print a table of metrics and a table of answers, write `json_file`.
+    """Evaluate, print a table of answers and a table of metrics, write `json_file`.
+
+    >>> compare("runs/quickstart", base="start", show=1)
+    720 rows: the test split of quickstart
+    …
 
     Raises:
-        UsageError: no data to evaluate on, or a base that cannot be told.
+        UsageError: no such model, no data to evaluate on, or a base that cannot be told; before weights are loaded.
     """
     from rich.console import Console
 
+    locate(model)
     run_recipe = _recipe_of(model)
-    rows, described = _rows(run_recipe, data, split, limit)
+    if base == START:
+        if run_recipe is None:
+            raise UsageError("--base start needs a run folder, whose recipe.yaml says what the run began from")
+    elif base:
+        locate(base)
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit: found {limit}, expected 1 or more rows")
+    if json_file:
+        if json_file.is_dir():
+            raise UsageError(f"--json: {json_file} is a folder; name a file")
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+    rows, described, recipe = _rows(run_recipe, data, split, limit)
+    made_by = run_recipe or recipe
+    train_on = made_by.data.train_on if made_by else "responses"
+
     tuned = Generator(*load_for_inference(model))
-    results = {"tuned": evaluate(tuned, rows)}
-    if base:
-        results["base"] = evaluate(_base(base, run_recipe, tuned), rows)
+    results = {"tuned": evaluate(tuned, rows, train_on=train_on)}
+    other = _base(base, run_recipe, tuned) if base else None
+    if other:
+        results["base"] = evaluate(other, rows, train_on=train_on)
     if json_file:
         json_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    console = Console()
-    console.print(f"\n{len(rows)} rows: {described}", markup=False, highlight=False)
-    if show:
+    console = Console(highlight=False)
+    console.print(f"\n{len(rows)} rows: {described}", markup=False)
+    if show > 0:
         _print_rows(console, results, show)
     _print_metrics(console, results)
+    if cut := results["tuned"]["cut"]:
+        console.print(
+            f"{cut} of {len(rows)} rows are longer than the model's context of {tuned.context} tokens: their loss is "
+            "that of the part that fits, and a question that fills the context has no answer."
+        )
+    if other and other.tokenizer.get_vocab() != tuned.tokenizer.get_vocab():
+        console.print(
+            "The two models cut text into different tokens: loss and perplexity, which are per token, do not compare."
+        )
 
 
 def _recipe_of(model: str) -> Recipe | None:
     """The recipe in a run folder, also when a checkpoint in it was named."""
-    for folder in (Path(model), Path(model).parent):
-        if (folder / "recipe.yaml").is_file():
-            return load_run_recipe(folder)
+    folder = Path(model).expanduser()
+    for place in (folder, folder.resolve().parent):
+        if (place / "recipe.yaml").is_file():
+            return load_run_recipe(place)
     return None
 
 
-def _rows(recipe: Recipe | None, data: str | None, split: str | None, limit: int | None) -> tuple[list[Any], str]:
-    if data and Path(data).suffix not in (".yaml", ".yml") and Path(data).is_file():
+def _rows(
+    recipe: Recipe | None, data: str | None, split: str | None, limit: int | None
+) -> tuple[list[Any], str, Recipe | None]:
+    """The rows, what they are called, and the recipe that they come from."""
+    if data and suffix_of(data) in SUFFIXES:
         if split:
             raise UsageError("--split goes with a recipe; a file is evaluated whole")
-        return file_conversations(data, limit), data
+        return file_conversations(data, limit), data, None
     if data:
         recipe = load_recipe(data)
     if recipe is None:
         raise UsageError("there is no recipe.yaml beside this model; say on what to evaluate it: --data FILE or RECIPE")
     splits = recipe.data.splits
-    split = split or ("test" if splits.test else "validation" if splits.validation else None)
-    if split not in ("train", "validation", "test"):
-        raise UsageError(
-            "this recipe holds no rows out (data.splits); give --data FILE"
-            if split is None
-            else f"--split: found {split}, expected train, validation or test"
-        )
+    if split is None:
+        if not (splits.test or splits.validation):
+            raise UsageError(f"{recipe.name} holds no rows out (data.splits); give --data FILE, or --split train")
+        split = "test" if splits.test else "validation"
+    if split not in SPLITS:
+        raise UsageError(f"--split: found {split}, expected {', '.join(SPLITS)}")
     rows = conversations(recipe, split, limit)
     if not rows:
         raise UsageError(f"the {split} split of {recipe.name} is empty; choose another with --split")
-    return rows, f"the {split} split of {recipe.name}"
+    return rows, f"the {split} split of {recipe.name}", recipe
 
 
 def _base(base: str, recipe: Recipe | None, tuned: Generator) -> Generator:
-    """The model to compare with, asked with the tuned model's template."""
-    if base != START:
-        model, tokenizer = load_for_inference(base)
-        tokenizer.chat_template = tuned.tokenizer.chat_template
-        if model.get_input_embeddings().weight.shape[0] < len(tuned.tokenizer):
-            return Generator(model, tokenizer)
+    """The model to compare with. One of the same family is asked exactly as the tuned one is, another in its own way.
+
+    Of the same family is one whose vocabulary is that of the tuned model, perhaps without tokens that training added;
+    their embeddings start as they did in training.
+    """
+    if base == START:
+        assert recipe is not None
+        start = load_model(recipe, tuned.tokenizer)
+        return Generator(start.to(tuned.model.device).eval(), tuned.tokenizer)
+    model, tokenizer = load_bare(base)
+    if tokenizer.get_vocab().items() <= tuned.tokenizer.get_vocab().items():
+        _fit_embeddings(model, len(tuned.tokenizer))
         return Generator(model, tuned.tokenizer)
-    if recipe is None:
-        raise UsageError("--base start needs a run folder, whose recipe.yaml says what the run began from")
-    from instructft.models import load_model
-
-    start = load_model(recipe, tuned.tokenizer)
-    return Generator(start.to(tuned.model.device).eval(), tuned.tokenizer)
+    return Generator(*load_for_inference(base))
 
 
-def _print_metrics(console: Any, results: dict[str, Any]) -> None:
+def _print_metrics(console: Any, results: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2), header_style="bold")
@@ -107,27 +143,37 @@ def _print_metrics(console: Any, results: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _print_rows(console: Any, results: dict[str, Any], show: int) -> None:
+def _print_rows(console: Any, results: Mapping[str, Any], show: int) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     tuned, base = results["tuned"]["rows"], results.get("base", {}).get("rows")
-    table = Table(box=SIMPLE_HEAD, show_lines=False, header_style="bold", pad_edge=False)
-    for title in ("question", "expected", *(["before"] if base else []), "after" if base else "answer"):
-        table.add_column(title, overflow="fold", ratio=3 if title == "question" else 2)
-    step = max(1, len(tuned) // show)  # spread over all rows, not the first few of one kind
-    for i in list(range(0, len(tuned), step))[:show]:
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
+    table.add_column("question", ratio=3, overflow="fold")
+    table.add_column("expected", ratio=2, overflow="fold")
+    if base:
+        table.add_column("before", ratio=2, overflow="fold", style="dim")
+    table.add_column("", width=1)
+    table.add_column("after" if base else "answer", ratio=2, overflow="fold")
+    # spread over all rows, not the first few of one kind
+    chosen = [i * len(tuned) // min(show, len(tuned)) for i in range(min(show, len(tuned)))]
+    for i in chosen:
         row = tuned[i]
         right = row["prediction"] == row["reference"]
-        cells = [escape(row["prompt"]), escape(row["reference"])]
+        cells = [Text(_short(row["prompt"], 120)), Text(_short(row["reference"], 100))]
         if base:
-            cells.append("[dim]" + escape(_short(base[i]["prediction"])) + "[/]")
-        mark = "[green]✓[/] " if right else "[red]✗[/] "
-        table.add_row(*cells, mark + escape(_short(row["prediction"])))
+            cells.append(Text(_short(base[i]["prediction"], min(60, console.width // 2)) or "(nothing)"))
+        mark = Text("✓", style="green") if right else Text("✗", style="red")
+        table.add_row(*cells, mark, Text(_short(row["prediction"], 100) or "(nothing)"))
     console.print(table)
 
 
-def _short(text: str, limit: int = 80) -> str:
+def _short(text: str, limit: int) -> str:
+    """One line of at most `limit` characters.
+
+    >>> _short("one\\n  two three", 9)
+    'one two …'
+    """
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

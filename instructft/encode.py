@@ -20,7 +20,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from instructft.errors import TemplateError
 from instructft.sources import Message
@@ -69,7 +72,7 @@ def encode_conversation(
     Raises:
         TemplateError: the template rewrites history, so that no honest mask exists, or never ends an answer.
     """
-    return encoder(tokenizer).encode([messages], train_on)[0]
+    return encoder(tokenizer).encode([messages], train_on).lists()[0]
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -79,6 +82,27 @@ def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBas
     '### Instruction:\\nHi\\n\\n### Response:\\n'
     """
     return encoder(tokenizer).prompts([messages])[0]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded conversations, end to end in flat arrays.
+
+    Args:
+        input_ids: (sum of lengths,) int32.
+        labels: (sum of lengths,) int32; -100 = no loss.
+        lengths: (rows,) int64, tokens of each row.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    lengths: np.ndarray
+
+    def lists(self) -> list[dict[str, list[int]]]:
+        """Row by row, as `input_ids` and `labels`."""
+        ends = np.cumsum(self.lengths).tolist()
+        cuts = zip([0, *ends], ends, strict=False)
+        return [{"input_ids": self.input_ids[a:b].tolist(), "labels": self.labels[a:b].tolist()} for a, b in cuts]
 
 
 @dataclass(frozen=True)
@@ -181,10 +205,19 @@ class Encoder:
         """Token ids of each text, with nothing added."""
         if not texts:
             return []
-        encoded = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
-        )
-        return encoded["input_ids"]
+        if self._core is not None:
+            return [encoded.ids for encoded in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    @cached_property
+    def _core(self) -> Any:
+        """The Rust tokenizer, which without offsets and masks is half again as fast; None where there is none."""
+        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        if core is None or not hasattr(core, "encode_batch_fast"):
+            return None
+        core.no_truncation()  # some models ship a tokenizer.json that cuts or pads
+        core.no_padding()
+        return core
 
     def _learn_tokenization(self) -> None:
         """Find out whether pieces can be tokenized alone, and whether that equals tokenizing the whole.
@@ -224,11 +257,11 @@ class Encoder:
                 texts.append(whole)
                 rows.append(_Pieces([prompt, answer, whole[len(prompt + answer) :]], [False, True, False]))
         try:
-            return [row["input_ids"] for row in self._tokenize_pieces(rows)] == self.tokenize(texts)
+            return [row["input_ids"] for row in self._tokenize_pieces(rows).lists()] == self.tokenize(texts)
         except TemplateError:  # the lead merges with what follows it
             return False
 
-    def _tokenize_pieces(self, rows: Sequence[_Pieces]) -> list[dict[str, list[int]]]:
+    def _tokenize_pieces(self, rows: Sequence[_Pieces]) -> Rows:
         flat, leads = [], []  # every piece of the batch, and the ids of the lead before it, which are taken off again
         for row in rows:
             for position, (text, trained) in enumerate(zip(row.texts, row.trained, strict=True)):
@@ -236,20 +269,17 @@ class Encoder:
                 flat.append(self._lead[trained] + text if behind else text)
                 leads.append(self._lead_ids[trained] if behind else [])
         pieces = self.tokenize(flat)
-        for piece, lead, text in zip(pieces, leads, flat, strict=True):
-            if piece[: len(lead)] != lead:
-                raise self._merges(text, len(self._lead[True]))
-        ids = iter([piece[len(lead) :] for piece, lead in zip(pieces, leads, strict=True)])
-        encoded = []
-        for row in rows:
-            input_ids: list[int] = []
-            labels: list[int] = []
-            for trained in row.trained:
-                piece = next(ids)
-                input_ids += piece
-                labels += piece if trained else [IGNORE_INDEX] * len(piece)
-            encoded.append({"input_ids": input_ids, "labels": labels})
-        return encoded
+        if not self._alone:
+            for i, (piece, lead) in enumerate(zip(pieces, leads, strict=True)):
+                if piece[: len(lead)] != lead:
+                    raise self._merges(flat[i], len(self._lead[True]))
+                pieces[i] = piece[len(lead) :]
+        lengths = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
+        ids = np.fromiter(chain.from_iterable(pieces), dtype=np.int32, count=int(lengths.sum()))
+        trained_pieces = np.fromiter((t for row in rows for t in row.trained), dtype=bool, count=len(pieces))
+        labels = np.where(np.repeat(trained_pieces, lengths), ids, np.int32(IGNORE_INDEX))
+        of_row = np.repeat(np.arange(len(rows)), [len(row.texts) for row in rows])
+        return Rows(ids, labels, np.bincount(of_row, weights=lengths, minlength=len(rows)).astype(np.int64))
 
     @cached_property
     def _lead_ids(self) -> dict[bool, list[int]]:
@@ -257,19 +287,14 @@ class Encoder:
 
     # -- conversations to rows ----------------------------------------------------------------------------------
 
-    def encode(
-        self, conversations: Sequence[Sequence[Message]], train_on: str = "responses"
-    ) -> list[dict[str, list[int]]]:
+    def encode(self, conversations: Sequence[Sequence[Message]], train_on: str = "responses") -> Rows:
         """Encode a batch; each row as `encode_conversation` gives it.
 
         Raises:
             TemplateError: the template rewrites the history of one of them.
         """
         rows = self._tokenize_pieces(self._cut(conversations, train_on))
-        if train_on == "everything":
-            for row in rows:
-                row["labels"] = list(row["input_ids"])
-        return rows
+        return Rows(rows.input_ids, rows.input_ids.copy(), rows.lengths) if train_on == "everything" else rows
 
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
         """The ids of each conversation up to where the model answers."""

@@ -93,7 +93,6 @@ def _refuse_what_is_not_here(recipe: Recipe) -> None:
         "adapter.type": recipe.adapter.type != "none",
         "model.quantization": recipe.model.quantization != "none",
         "data.datasets[].streaming": any(entry.streaming for entry in recipe.data.datasets),
-        "data.datasets[].weight": any(entry.weight != 1 for entry in recipe.data.datasets),
         "hub.push": recipe.hub.push != "never",
         "model.subfolder: latest": recipe.model.subfolder == "latest",
     }

@@ -53,7 +53,7 @@ class LengthGrouped(Sampler[int]):
         # a last step that is not full stays last, since batches are cut from the order one after the other
         full = [rows for rows in steps if len(rows) == self.step]
         rest = [rows for rows in steps if len(rows) < self.step]
-        rng.shuffle(full)  # type: ignore[arg-type]
+        rng.shuffle(full)
         yield from (int(row) for rows in [*full, *rest] for row in rows)
 
 
@@ -88,6 +88,8 @@ class Trainer(SFTTrainer):
         labels, attention_mask, positions = inputs["labels"], inputs.get("attention_mask"), inputs.get("position_ids")
         if attention_mask is not None:
             tokens = attention_mask.sum()
+        elif positions is None:
+            tokens = labels.new_tensor(labels.numel())
         else:  # a pad stands alone: its position is 0, and so is the next (a document has two tokens at least)
             following = torch.nn.functional.pad(positions[:, 1:], (0, 1))
             tokens = ((positions != 0) | (following != 0)).sum()

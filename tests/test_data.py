@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -81,7 +82,7 @@ def test_splits_have_their_sizes_share_no_row_and_are_together_all_rows(recipe):
     rows = json.loads(REAL.read_text(encoding="utf-8")) if REAL.is_file() else made_up(1100)
     splits = held(recipe(rows))
     assert {name: len(numbers) for name, numbers in splits.items()} == {"train": 770, "validation": 110, "test": 220}
-    assert sorted(sum(splits.values(), [])) == list(range(1100))
+    assert sorted(number for numbers in splits.values() for number in numbers) == list(range(1100))
     for numbers in splits.values():
         assert numbers == sorted(numbers)
     assert splits["test"] != list(range(220))  # drawn, not cut off
@@ -111,10 +112,9 @@ def test_another_process_makes_the_same_rows_in_the_same_order(recipe, tmp_path)
 import instructft, instructft.data as data
 recipe = instructft.load_recipe({mine.source!r})
 made = data.prepare(recipe, instructft.load_tokenizer(recipe))
-print(made.fingerprint, [list(part.rows["test"]) for part in data.load_parts(recipe)] == {[held(mine, i)["test"] for i in (0, 1)]})
+tests = [list(part.rows["test"]) for part in data.load_parts(recipe)]
+print(made.fingerprint, tests == {[held(mine, i)["test"] for i in (0, 1)]})
 """
-    import os
-
     env = {**os.environ, "HF_HOME": str(tmp_path / "another-cache"), "PYTHONHASHSEED": "5"}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
     assert ran.stdout.split() == [prepared(mine).fingerprint, "True"], ran.stderr
@@ -140,7 +140,8 @@ def test_rows_draws_by_the_seed_and_keeps_the_order_of_the_file(recipe):
 # Where rows come from
 # --------------------------------------------------------------------------------------------------------------------
 
-PAIRS = [("What is 1?", "One"), ("And 2?", "Two"), ("42", "NA"), ('"a", b', "two\nlines"), ("2024-05-01", "1.50")] * 4
+ODD = [("What is 1?", "One"), ("And 2?", "Two"), ("42", "NA"), ('"a", b', "two\nlines"), ("2024-05-01", "1.50")]
+PAIRS = [(q + i, a + i) for i in ("", " red", " blue", " green") for q, a in ODD]  # all different
 SHAPES = {
     "alpaca": [{"instruction": q, "output": a} for q, a in PAIRS],
     "dolly": [{"instruction": q, "context": "", "response": a, "category": "c"} for q, a in PAIRS],
@@ -169,11 +170,17 @@ def test_data_sets_of_different_formats_with_mapped_columns_stand_side_by_side(r
     other = [{"question": f"Q{i}?", "reply": f"R{i}", "output": "wrong", "category": "x"} for i in range(10)]
     path = write(tmp_path, ".csv", other)
     mapped = {"path": str(path), "columns": {"instruction": "question", "output": "reply"}}
-    mixed = recipe(SHAPES["hh"], mapped, SHAPES["messages"], {"name": "quickstart", "rows": 30})
+    others = [
+        {"messages": [{"role": "user", "content": f"{q}!"}, {"role": "assistant", "content": f"{a}, sir"}]}
+        for q, a in PAIRS
+    ]
+    mixed = recipe(SHAPES["hh"], mapped, others, {"name": "quickstart", "rows": 30})
     parts = load_parts(mixed)
     assert [part.format for part in parts] == ["hh", "alpaca", "messages", "alpaca"]
     made = prepared(mixed)
     assert made.rows == {"train": 14 + 7 + 14 + 21, "validation": 2 + 1 + 2 + 3, "test": 4 + 2 + 4 + 6}
+    assert sum(made.groups.values()) == 8  # validation rows are told apart, so that each set has a loss of its own
+    assert len(made.groups) == 4
     tokenizer = instructft.load_tokenizer(mixed)
     assert sorted(
         a for name in made.splits for a in answers(made.splits[name], tokenizer) if a[:1] == "R" and a[1:].isdigit()
@@ -194,6 +201,14 @@ def server(tmp_path, monkeypatch):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
+
+        def do_GET(self):
+            if self.path != "/broken.jsonl":
+                return super().do_GET()
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"instruction": "a", "output": "b"}\n')  # and no more
 
     handler = functools.partial(Quiet, directory=str(tmp_path / "web"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
@@ -216,6 +231,8 @@ def test_a_url_that_gives_nothing_or_nonsense_is_a_data_error(recipe, tmp_path, 
         DataError, match=r"data\.datasets\[0\]: http://.*/none\.json could not be fetched from its URL: "
     ):
         load_parts(recipe({"url": f"{server}/none.json"}))
+    with pytest.raises(DataError, match="the connection broke after 36 of 1,000 bytes"):
+        load_parts(recipe({"url": f"{server}/broken.jsonl"}))
     (tmp_path / "web" / "page.json").write_text("<html>", encoding="utf-8")
     with pytest.raises(DataError, match=r"/page\.json, line 1, column 1: not JSON"):
         load_parts(recipe({"url": f"{server}/page.json"}))
@@ -430,7 +447,7 @@ def test_the_fingerprint_knows_where_a_row_ends():
 
     def fingerprint(*rows, split="train"):
         made = Dataset.from_list([{"input_ids": list(row), "labels": list(row)} for row in rows])
-        return Prepared(DatasetDict({split: made})).fingerprint
+        return Prepared(DatasetDict({split: made}), {split: len(made)}).fingerprint
 
     assert fingerprint([1, 2], [3]) == fingerprint([1, 2], [3])
     assert (
@@ -510,5 +527,81 @@ def test_file_conversations_reads_a_file_whole_and_says_when_nothing_is_in_it(tm
     (tmp_path / "broken.json").write_text("[{]", encoding="utf-8")
     with pytest.raises(DataError, match=r"--data: .*broken\.json, line 1, column 3: not JSON"):
         file_conversations(str(tmp_path / "broken.json"))
-    with pytest.raises(DataError, match="--data: there is no file nowhere.json"):
+    with pytest.raises(DataError, match=r"--data: there is no file nowhere\.json"):
         file_conversations("nowhere.json")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Near-duplicates, and mixing by weight
+# --------------------------------------------------------------------------------------------------------------------
+
+STORY = (
+    "Once upon a time there was a fox who lived at the edge of a wood, {a}, and every morning it walked down to the "
+    "river to look at the fish, which it never caught, because it was {b} and did not like cold water at all."
+)
+
+
+def long_rows(count):
+    kinds = ["old", "young", "tired", "clever", "shy", "proud", "lazy", "quick"]
+    words = [f"w{i}x{j}" for i in range(count) for j in range(30)]
+    return [
+        {"instruction": f"Write {kinds[i % 8]} text {i}.", "output": " ".join(words[30 * i : 30 * i + 30])}
+        for i in range(count)
+    ]
+
+
+def test_rows_nearly_the_same_as_held_out_ones_leave_training_and_are_counted(recipe):
+    rows = long_rows(40)
+    asked = recipe(rows, overrides=["data.max_length=1000", "model.config.n_positions=1024"])
+    where = held(asked)
+    planted = where["train"][:5]
+    for train_row, test_row in zip(planted[:3], where["test"], strict=False):
+        copied = dict(rows[test_row])
+        first, *rest = copied["output"].split(" ")
+        copied["output"] = " ".join([first + "!", *rest])  # nearly, not exactly
+        rows[train_row] = copied
+    rows[planted[3]] = dict(rows[where["validation"][0]])  # exactly
+    rows[planted[4]] = {**rows[planted[4]], "instruction": rows[where["test"][0]]["instruction"]}  # the question only
+    made = prepared(recipe(rows, name="planted", overrides=["data.max_length=1000", "model.config.n_positions=1024"]))
+    assert made.dropped == {"near_duplicate_of_held_out": 4}
+    assert made.rows["train"] == len(where["train"]) - 4
+    left = answers(made.splits["train"], instructft.load_tokenizer(asked))
+    assert left == [rows[i]["output"] for i in where["train"] if i not in planted[:4]]
+
+
+def test_a_mix_by_weight_repeats_no_row_and_counts_what_it_leaves_out(recipe, tmp_path):
+    def entries(*weights):
+        made = []
+        for i, (count, weight) in enumerate(zip((60, 30), weights, strict=True)):
+            rows = [
+                {"instruction": f"Ask {i} {j * 7919}?", "output": f"Set {i} says {j * 104729}."} for j in range(count)
+            ]
+            made.append({"path": str(write(tmp_path / f"{i}", ".jsonl", rows)), "weight": weight})
+        return made
+
+    for folder in ("0", "1"):
+        (tmp_path / folder).mkdir()
+    no_splits = ["data.splits={validation: 0.0, test: 0.0}"]
+    plain = prepared(recipe(*entries(1, 1), overrides=no_splits, name="plain"))
+    assert plain.rows["train"] == 90
+    assert not plain.dropped
+    asked = recipe(*entries(1, 3), overrides=no_splits, name="weighed")
+    made = prepared(asked)
+    tokenizer = instructft.load_tokenizer(asked)
+    said = Counter(answer.split(" ")[1] for answer in answers(made.splits["train"], tokenizer))
+    assert said == {"0": 10, "1": 30}
+    assert len(set(answers(made.splits["train"], tokenizer))) == 40
+    assert made.dropped == {"left_out_by_weight": 50}
+    other = prepared(recipe(*entries(1, 3), overrides=[*no_splits, "data.seed=1"], name="weighed"))
+    assert other.fingerprint != made.fingerprint
+
+
+def test_several_processes_give_what_one_gives(recipe, monkeypatch):
+    from instructft import data
+
+    one = prepared(recipe(made_up(60), name="one"))
+    monkeypatch.setattr(data, "_ROWS_PER_PROCESS", 20)
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 3)
+    many = prepared(recipe(made_up(60), name="many", overrides=["data.max_length=127"]))
+    assert many.fingerprint == one.fingerprint
+    assert "TOKENIZERS_PARALLELISM" not in os.environ

@@ -1,4 +1,4 @@
-"""Every named data set: three rows of its real shape, and the exact conversation that each becomes, or why it is none."""
+"""Every named data set: three rows of its real shape, and the exact conversation that each becomes, or why none."""
 
 from __future__ import annotations
 

@@ -1,0 +1,175 @@
+"""Data preparation: ours and TRL's on the same rows, cold, each in a process of its own, packed and unpacked.
+
+    python benchmarks/data_prep.py [--rows 50000] [--repeats 3] [--data FILE.json] [--tokenizer FOLDER]
+
+Prints tokens a second, the ratio, the share of the bare tokenizer's speed, peak memory, and the time from the cache.
+TRL gets prompt and completion as ready text; ours renders its chat template as well. Both read the same JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+REAL = REPO.parent / "shared" / "data"
+MAX_LENGTH = 1024
+
+
+def build_rows(source: Path, target: Path, rows: int) -> None:
+    """Repeat the rows of an Alpaca file until there are enough, each made unique by a number in its texts."""
+    given = json.loads(source.read_text(encoding="utf-8"))
+    made = []
+    for i in range(rows):
+        row = given[i % len(given)]
+        mark = f" ({i})"
+        made.append({"instruction": row["instruction"] + mark, "input": row["input"], "output": row["output"] + mark})
+    target.write_text(json.dumps(made), encoding="utf-8")
+
+
+def ours(data: str, tokenizer_name: str, packing: bool) -> dict[str, float]:
+    """`prepare` of a recipe, the file read included."""
+    from instructft.data import prepare
+    from instructft.models import load_tokenizer
+    from instructft.recipe import load_recipe
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bench.yaml"
+        path.write_text(
+            f"model: {{config: {{model_type: gpt2}}, tokenizer: {tokenizer_name}}}\n"
+            f"data: {{datasets: [{{path: {data}}}], template: instruction, max_length: {MAX_LENGTH}, "
+            f"packing: {str(packing).lower()}, splits: {{validation: 0.0}}}}\n"
+        )
+        recipe = load_recipe(path)
+    tokenizer = load_tokenizer(recipe)
+    began = time.perf_counter()
+    prepared = prepare(recipe, tokenizer)
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "tokens": prepared.tokens["train"]}
+
+
+def theirs(data: str, tokenizer_name: str, packing: bool) -> dict[str, float]:
+    """TRL's preparation of prompt-completion rows, in as many processes as serve it best here (two are slower)."""
+    import datasets
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+    from trl import SFTConfig, SFTTrainer
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    tokenizer.pad_token = tokenizer.eos_token
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8))
+    torch.set_num_threads(1)
+
+    def render(row: dict[str, str]) -> dict[str, str]:
+        extra = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
+        return {
+            "prompt": f"### Instruction:\n{row['instruction']}\n\n{extra}### Response:\n",
+            "completion": row["output"],
+        }
+
+    raw = datasets.load_dataset("json", data_files=data, split="train")
+    ready = raw.map(render, remove_columns=raw.column_names)  # not timed: TRL is given its own format
+    with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(folder, max_length=MAX_LENGTH, packing=packing, use_cpu=True, bf16=False, report_to="none")
+        began = time.perf_counter()
+        trainer = SFTTrainer(model, args, train_dataset=ready, processing_class=tokenizer)
+        seconds = time.perf_counter() - began
+    tokens = sum(map(len, trainer.train_dataset.with_format("arrow")["input_ids"].to_pylist()))
+    return {"seconds": seconds, "tokens": tokens}
+
+
+def bare(data: str, tokenizer_name: str, packing: bool) -> dict[str, float]:
+    """The tokenizer alone, on ready texts in batches: the ceiling."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name).backend_tokenizer
+    rows = json.loads(Path(data).read_text(encoding="utf-8"))
+    texts = [
+        f"### Instruction:\n{r['instruction']}\n\n"
+        + (f"### Input:\n{r['input']}\n\n" if r["input"] else "")
+        + f"### Response:\n{r['output']}<|endoftext|>"
+        for r in rows
+    ]
+    began = time.perf_counter()
+    tokens = 0
+    for start in range(0, len(texts), 1000):
+        tokens += sum(len(e.ids) for e in tokenizer.encode_batch_fast(texts[start : start + 1000]))
+    return {"seconds": time.perf_counter() - began, "tokens": tokens}
+
+
+def worker(which: str, data: str, tokenizer_name: str, packing: bool) -> None:
+    import resource
+
+    found = {"ours": ours, "trl": theirs, "bare": bare}[which](data, tokenizer_name, packing)
+    found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print("RESULT " + json.dumps(found))
+
+
+def run(which: str, data: Path, tokenizer_name: str, packing: bool, cache: Path) -> dict[str, float]:
+    """One measurement in a process of its own, with `cache` as its Hugging Face home."""
+    command = [sys.executable, __file__, "--worker", which, "--data", str(data), "--tokenizer", tokenizer_name]
+    environment = {**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment |= {"OMP_WAIT_POLICY": "PASSIVE", "CI": "1"}
+    out = subprocess.run(
+        [*command, *(["--packing"] if packing else [])], env=environment, capture_output=True, text=True, check=False
+    )
+    line = next((line for line in out.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if line is None:
+        raise SystemExit(f"{which} failed:\n{out.stdout[-2000:]}\n{out.stderr[-4000:]}")
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def main() -> None:
+    """Measure, and print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--data", default=str(REAL / "alpaca_gpt4_sample.json"))
+    parser.add_argument("--tokenizer", default=str(REAL / "gpt2-tokenizer"))
+    parser.add_argument("--worker", choices=["ours", "trl", "bare"])
+    parser.add_argument("--packing", action="store_true")
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker, args.data, args.tokenizer, args.packing)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "rows.json"
+        build_rows(Path(args.data), data, args.rows)
+        found: dict[tuple[str, bool], list[dict[str, float]]] = {}
+        cached: list[float] = []
+        for i in range(args.repeats):  # interleaved, so that a slower spell of the machine meets them all
+            for packing in (False, True):
+                for which in ("ours", "trl", "bare"):
+                    cache = Path(folder) / f"cache-{which}-{packing}-{i}"
+                    found.setdefault((which, packing), []).append(run(which, data, args.tokenizer, packing, cache))
+                    if which == "ours":
+                        cached.append(run(which, data, args.tokenizer, packing, cache)["seconds"])
+
+    def median(which: str, packing: bool, key: str) -> float:
+        return statistics.median(one[key] for one in found[which, packing])
+
+    print(f"{args.rows:,} rows, {median('ours', False, 'tokens'):,.0f} tokens, median of {args.repeats}\n")
+    print("| | tokens/s | × TRL | share of bare tokenizer | seconds | peak MiB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for packing in (False, True):
+        speed = {w: median(w, packing, "tokens") / median(w, packing, "seconds") for w in ("ours", "trl", "bare")}
+        for which in ("ours", "trl"):
+            name = f"{'instructft' if which == 'ours' else 'TRL'}, {'packed' if packing else 'unpacked'}"
+            print(
+                f"| {name} | {speed[which]:,.0f} | {speed[which] / speed['trl']:.1f} | "
+                f"{speed[which] / speed['bare']:.0%} | {median(which, packing, 'seconds'):.1f} | "
+                f"{median(which, packing, 'peak_mib'):,.0f} |"
+            )
+    print(f"\nFrom the cache: {statistics.median(cached):.2f} s")
+
+
+if __name__ == "__main__":
+    main()
