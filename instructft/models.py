@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,10 +117,27 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         if _adds_bos(tokenizer):
             text = "{{- bos_token -}}\n" + text
     else:
-        text = Path(name).read_text(encoding="utf-8")
+        text = _template_file(name)
     if recipe.data.system_prompt:
         text = _default_system(recipe.data.system_prompt) + text
     tokenizer.chat_template = text
+
+
+def _template_file(name: str) -> str:
+    import jinja2
+
+    try:
+        text = Path(name).expanduser().read_text(encoding="utf-8")
+        # {% generation %} is an extension of transformers; its tags stand alone, so they can be left out here
+        plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        return text
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"data.template: {name} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise TemplateError(f"data.template: {name} could not be read: {error.strerror}") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"data.template: {name}, line {error.lineno}: not a Jinja template: {error}") from error
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -151,10 +151,10 @@ ALIASES: dict[str, tuple[str | None, str]] = {
     "plot_loss": (None, "take it out: loss.png is always drawn"),
     "use_tensorboard": ("train.report_to", "`true` is `[tensorboard]`, the default"),
     "save_safetensors": (None, "take it out: weights are always saved as safetensors"),
-    "overwrite_output_dir": (None, "take it out: a run folder is continued, or refused with --resume never"),
+    "overwrite_output_dir": (None, "take it out: a run never writes over another; choose another output_dir"),
     "auto_resume_from_checkpoints": (
         None,
-        "take it out: a run continues by itself (see --resume)",
+        "take it out: a run starts from the beginning",
     ),
     "stage": (None, "take it out: `instructft train` is supervised fine-tuning"),
     "rl": (None, "take it out: `instructft train` is supervised fine-tuning"),
@@ -170,7 +170,7 @@ ALIASES: dict[str, tuple[str | None, str]] = {
 }
 
 _READY = "take it out: the trainer gets rows that are tokenized already, so it would have no effect"
-_LAUNCH = "use the launcher: `instructft launch RECIPE --strategy {}`, or `accelerate launch --config_file …`"
+_LAUNCH = "use an accelerate file that says {}: `accelerate launch --config_file … -m instructft train RECIPE`"
 _COMMAND = "take it out: the command says what is done (`instructft train`, `instructft evaluate`)"
 
 # Fields of trl.SFTConfig that are refused under `train:`, and the way out. A field has one home.
@@ -209,8 +209,8 @@ TRAIN_HOMES: dict[str, str] = {
     "do_train": _COMMAND,
     "do_eval": "use train.eval_strategy (`false` is `no`)",
     "do_predict": _COMMAND,
-    "resume_from_checkpoint": "use the flag: `instructft train RECIPE --resume CHECKPOINT`",
-    "enable_jit_checkpoint": "take it out: SIGTERM always saves a checkpoint and ends with exit code 143",
+    "resume_from_checkpoint": "take it out: continuing from a checkpoint is not here yet",
+    "enable_jit_checkpoint": "take it out: it ends a stopped run as if it were finished",
 }
 
 # Fields of peft.LoraConfig that are refused under `adapter:`, and the way out.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,7 +66,9 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
 
     model = load_model(recipe, tokenizer)
     announce(recipe, tokenizer, data, model, args, precision, console)
-    run.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        _make_folder(run)
+    state.wait_for_everyone()
     trainer = build_trainer(recipe, tokenizer, data, model, args, console)
     if recipe.data.packing:
         prove_isolation(model, console)
@@ -100,12 +103,28 @@ def _refuse_what_is_not_here(recipe: Recipe) -> None:
         raise UsageError(f"{', '.join(keys)}: instructft {__version__} cannot do this yet; leave it at its default")
 
 
+_LOGS = {"metrics.jsonl", "samples.jsonl", "tensorboard"}  # what a run that was stopped leaves before its first model
+
+
 def _refuse_used_folder(run: Path) -> None:
-    """A run never writes over another."""
-    if run.is_dir() and any(run.iterdir()):
+    """A run never writes over another; what a run left that came to nothing is no run."""
+    for path in (run, *run.parents):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"output_dir: {path} is a file, expected a folder; choose another output_dir")
+    if run.is_dir() and {path.name for path in run.iterdir()} - _LOGS:
         raise UsageError(
             f"output_dir: {run} already holds a run. Choose another folder (output_dir=…), or remove it: rm -r {run}"
         )
+
+
+def _make_folder(run: Path) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    for name in _LOGS:
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -134,7 +153,7 @@ def training_arguments(recipe: Recipe, data: Prepared, state: PartialState) -> t
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
     if tokens_per_step:
-        per_row = data.tokens["train"] / data.rows["train"]
+        per_row = data.tokens["train"] / len(data.splits["train"])
         per_micro_batch = per_row * args.per_device_train_batch_size * state.num_processes
         args.gradient_accumulation_steps = max(1, round(tokens_per_step / per_micro_batch))
     return args, precision
@@ -194,6 +213,10 @@ def announce(
     if data.dropped:
         reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in data.dropped.most_common())
         table.add_row("dropped", f"{sum(data.dropped.values()):,} rows: {reasons}")
+    if recipe.data.packing:
+        packs = len(data.splits["train"])
+        fill = tokens / (packs * recipe.data.max_length)
+        table.add_row("packed", f"{packs:,} packs of {recipe.data.max_length} tokens, {fill:.1%} full")
     if data.cut:
         table.add_row(
             "cut",
@@ -201,7 +224,8 @@ def announce(
             "they do not teach the end of an answer",
         )
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    table.add_row("step", f"{batch} rows, about {round(batch * tokens / rows['train']):,} tokens")
+    what, count = ("packs", len(data.splits["train"])) if recipe.data.packing else ("rows", rows["train"])
+    table.add_row("step", f"{batch} {what}, about {round(batch * tokens / count):,} tokens")
     table.add_row("run", escape(str(recipe.output_dir)))
     console.print(table)
     example = next((r for r in data.splits["train"] if len(r["input_ids"]) <= 300), data.splits["train"][0])
@@ -253,6 +277,7 @@ def build_trainer(
         data_collator=CompletionOnlyCollator(tokenizer.pad_token_id, args.pad_to_multiple_of, flatten),
         train_dataset=data.splits["train"],
         eval_dataset=data.splits.get("validation"),
+        eval_groups=data.groups,
         processing_class=tokenizer,
         callbacks=callbacks,
     )

@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer` on ready rows, with three things put right: the validation loss, the count of tokens, the order."""
+"""TRL's `SFTTrainer` on ready rows, with validation loss, token counts and the order of rows put right."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -63,14 +63,16 @@ class Trainer(SFTTrainer):
     - `eval_loss` is the mean over all supervised tokens of the validation rows. Upstream averages the means of
       batches, so that a token in a batch of short answers weighs more than one in a batch of long answers, and the
       figure changes with the batch size.
+    - `eval_groups`, data set -> rows in the order of the validation set, gives each an `eval_<name>_loss` of its own.
     - `seen` counts tokens, supervised tokens and padding of the training batches, on all processes. Upstream's
       `num_tokens` counts a batch of packs as if it were one row (trl 1.16, `compute_loss`).
     - `train_sampling_strategy: group_by_length` forms steps of rows of like length (`LengthGrouped`).
     - The model card is written by `instructft.card`, not at every checkpoint.
     """
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, *, eval_groups: dict[str, int] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
+        self._eval_groups = eval_groups or {}
         add_supervised_head(self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model)
         self._seen = torch.zeros(3, dtype=torch.int64, device=self.args.device)
         self._eval_sums: list[torch.Tensor] = []
@@ -135,13 +137,30 @@ class Trainer(SFTTrainer):
         self._eval_sums = []
         self._metrics["eval"].clear()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        nll, tokens, entropy, top1 = torch.cat(self._eval_sums).double().sum(0).tolist()
-        metrics = output.metrics
+        rows = torch.cat(self._eval_sums).double()  # (rows, 4), in the order of the validation set
+        nll, tokens, entropy, top1 = rows.sum(0).tolist()
+        metrics: Any = output.metrics
+        if sum(self._eval_groups.values()) == len(rows):
+            for name, part in zip(self._eval_groups, rows.split(list(self._eval_groups.values())), strict=True):
+                metrics[f"{metric_key_prefix}_{_plain(name)}_loss"] = float(part[:, 0].sum() / part[:, 1].sum())
         metrics[f"{metric_key_prefix}_loss"] = nll / tokens
         metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(nll / tokens, 700.0))
         metrics[f"{metric_key_prefix}_entropy"] = entropy / tokens
         metrics[f"{metric_key_prefix}_mean_token_accuracy"] = top1 / tokens
         return output
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return SequentialSampler(eval_dataset)  # upstream groups by length here too; groups rely on the order
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Upstream writes its own card at every checkpoint; ours is written once, when the run is done."""
+
+
+def _plain(name: str) -> str:
+    """The name of a data set as it stands in a metric's name: `dolly-15k`, `rows` for `data/rows.jsonl`.
+
+    >>> _plain("data/rows.jsonl")
+    'rows'
+    """
+    last = name.rstrip("/").rpartition("/")[2]
+    return last.split(".")[0] or last

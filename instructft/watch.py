@@ -157,6 +157,7 @@ class Samples(TrainerCallback):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 ending = "" if answer.finish_reason == "stop" else " …"
                 shown = answer.text if len(answer.text) <= 200 else answer.text[:200] + "…"
+                shown = shown or "(an empty answer)"
                 self.console.print(f"  {prompt}", style="dim", markup=False, highlight=False)
                 self.console.print(f"  → {shown}{ending}", markup=False, highlight=False)
                 if self.writer:

@@ -149,3 +149,25 @@ def test_a_folder_without_a_model_lists_what_it_holds(write_recipe: Any, tmp_pat
     asked = recipe(write_recipe, tmp_path / "empty")
     with pytest.raises(UsageError, match=r"model\.name_or_path: .*holds notes\.txt"):
         load_tokenizer(asked)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"{% for m in messages %}\n{{ m.content }", r"bad\.jinja, line 2: not a Jinja template"),
+        (b"{{ \xff }}", r"bad\.jinja is not UTF-8"),
+    ],
+)
+def test_a_template_file_that_is_none(write_recipe: Any, base: Path, tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "bad.jinja").write_bytes(content)
+    with pytest.raises(TemplateError, match=says):
+        load_tokenizer(recipe(write_recipe, base, f"data.template={tmp_path / 'bad.jinja'}"))
+
+
+def test_a_template_file_with_generation_markers(write_recipe: Any, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}<{{ m['role'] }}>{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer = load_tokenizer(recipe(write_recipe, base, f"data.template={tmp_path / 'own.jinja'}"))
+    assert render(ONE[:1], tokenizer, add_generation_prompt=True).endswith("<assistant>")

@@ -195,6 +195,34 @@ def test_a_used_run_folder_is_refused_before_anything_is_loaded(write_recipe: An
     assert (folder / "model.safetensors").read_text() == "precious"
 
 
+def test_what_a_stopped_run_left_does_not_stand_in_the_way(write_recipe: Any) -> None:
+    recipe = instructft.load_recipe(write_recipe(), ["train.max_steps=1"])
+    folder = Path(recipe.output_dir)
+    (folder / "tensorboard").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 99}\n')
+    result = instructft.train(recipe, console=Console(quiet=True))
+    assert '"step": 99' not in (folder / "metrics.jsonl").read_text()
+    assert result.facts["train"]["steps"] == 1
+
+
+def test_each_data_set_has_a_validation_loss_of_its_own(write_recipe: Any, tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {i * 7919}.", "output": f"{i * 104729} zzz"} for i in range(40)]
+    (tmp_path / "numbers.json").write_text(json.dumps(rows))
+    text = TINY.replace("[{name: quickstart, rows: 120}]", f"[quickstart, {{path: {tmp_path / 'numbers.json'}}}]")
+    recipe = instructft.load_recipe(write_recipe(text), ["train.max_steps=1", "data.packing=true"])
+    metrics = instructft.train(recipe, console=Console(quiet=True)).metrics
+    data = prepare(recipe, instructft.load_tokenizer(recipe))
+    assert list(data.groups) == ["quickstart", str(tmp_path / "numbers.json")]
+    assert metrics["eval_quickstart_loss"] != metrics["eval_numbers_loss"]
+    counts, start = [], 0
+    for n in data.groups.values():
+        part = data.splits["validation"].select(range(start, start + n))
+        counts.append(sum(label != -100 for row in part for label in row["labels"]))
+        start += n
+    mean = (metrics["eval_quickstart_loss"] * counts[0] + metrics["eval_numbers_loss"] * counts[1]) / sum(counts)
+    assert metrics["eval_loss"] == pytest.approx(mean)
+
+
 def test_an_adapter_is_refused_until_there_is_one(write_recipe: Any) -> None:
     with pytest.raises(InstructftError, match="adapter"):
         instructft.train(instructft.load_recipe(write_recipe(), ["adapter=lora"]))
