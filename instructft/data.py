@@ -86,6 +86,25 @@ class Prepared:
                     digest.update(array.astype(np.int32).tobytes())
         return digest.hexdigest()[:16]
 
+    def account(self, max_length: int) -> list[tuple[str, str]]:
+        """What became of the data, line by line: (what, how much)."""
+        tokens, supervised = self.tokens["train"], self.supervised_tokens["train"]
+        lines = [
+            ("data", " · ".join(f"{name} {count:,}" for name, count in self.rows.items() if count) + " rows"),
+            ("loss on", f"{supervised:,} of {tokens:,} training tokens ({supervised / tokens:.1%})"),
+        ]
+        if self.dropped:
+            reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.dropped.most_common())
+            lines.append(("dropped", f"{sum(self.dropped.values()):,} rows: {reasons}"))
+        if self.cut:
+            lost = f"{self.cut:,} rows longer than {max_length} tokens lost {self.cut_tokens:,} tokens"
+            lines.append(("cut", f"{lost}; they do not teach the end of an answer"))
+        if "seq_lengths" in self.splits["train"].column_names:
+            packs = len(self.splits["train"])
+            fill = tokens / (packs * max_length)
+            lines.append(("packed", f"{packs:,} packs of {max_length} tokens, {fill:.1%} full"))
+        return lines
+
 
 def _arrays(split: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The lengths of rows, and all their `input_ids` and `labels` as flat arrays, a few thousand rows at a time."""

@@ -197,8 +197,6 @@ def announce(
     from instructft.view import coloured
 
     total, trainable = model.num_parameters(), model.num_parameters(only_trainable=True)
-    tokens, supervised = data.tokens["train"], data.supervised_tokens["train"]
-    rows = data.rows
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -206,26 +204,12 @@ def announce(
     share = "all trainable" if total == trainable else f"{trainable:,} trainable ({trainable / total:.2%})"
     table.add_row("model", escape(f"{start} · {total:,} parameters, {share}"))
     table.add_row("device", escape(f"{args.device.type} × {args.world_size} · {precision}"))
-    table.add_row("data", " · ".join(f"{name} {count:,}" for name, count in rows.items() if count) + " rows")
-    table.add_row(
-        "loss on", f"{recipe.data.train_on}: {supervised:,} of {tokens:,} training tokens ({supervised / tokens:.1%})"
-    )
-    if data.dropped:
-        reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in data.dropped.most_common())
-        table.add_row("dropped", f"{sum(data.dropped.values()):,} rows: {reasons}")
-    if recipe.data.packing:
-        packs = len(data.splits["train"])
-        fill = tokens / (packs * recipe.data.max_length)
-        table.add_row("packed", f"{packs:,} packs of {recipe.data.max_length} tokens, {fill:.1%} full")
-    if data.cut:
-        table.add_row(
-            "cut",
-            f"{data.cut:,} rows longer than {recipe.data.max_length} tokens lost {data.cut_tokens:,} tokens; "
-            "they do not teach the end of an answer",
-        )
+    for what, how_much in data.account(recipe.data.max_length):
+        table.add_row(what, f"{recipe.data.train_on}: {how_much}" if what == "loss on" else how_much)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    what, count = ("packs", len(data.splits["train"])) if recipe.data.packing else ("rows", rows["train"])
-    table.add_row("step", f"{batch} {what}, about {round(batch * tokens / count):,} tokens")
+    per_row = data.tokens["train"] / len(data.splits["train"])
+    what = "packs" if recipe.data.packing else "rows"
+    table.add_row("step", f"{batch} {what}, about {round(batch * per_row):,} tokens")
     table.add_row("run", escape(str(recipe.output_dir)))
     console.print(table)
     example = next((r for r in data.splits["train"] if len(r["input_ids"]) <= 300), data.splits["train"][0])
