@@ -149,6 +149,8 @@ def training_arguments(recipe: Recipe, data: Prepared, state: PartialState) -> t
         max_length=None,
         **fields,
     )
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every parameter takes part in every step; looking costs time
     args.disable_tqdm = True  # `watch.ProgressLine` shows progress
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn

@@ -24,7 +24,7 @@ class LengthGrouped(Sampler[int]):
     The order of an epoch depends on `seed` and the epoch only, so that a run can be resumed.
 
     >>> list(LengthGrouped([3, 9, 3, 9], step=2, seed=0))
-    [1, 3, 0, 2]
+    [2, 0, 1, 3]
     """
 
     WINDOW = 50  # steps; as in transformers' LengthGroupedSampler

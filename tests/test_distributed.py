@@ -1,0 +1,102 @@
+"""Two real processes (gloo on the CPU) against one: the same losses and weights, and data that is prepared once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import instructft
+
+RECIPE = """
+model:
+  config: {{model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 32, n_positions: 128,
+            resid_pdrop: 0.0, embd_pdrop: 0.0, attn_pdrop: 0.0}}
+  tokenizer: quickstart
+data: {{datasets: [{{path: {data}}}], template: instruction, max_length: 128, splits: {{validation: 0.1}}}}
+train:
+  {{max_steps: 4, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, logging_steps: 1, use_cpu: true,
+   optim: sgd, learning_rate: 0.5}}
+output_dir: {out}
+"""
+DDP = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
+
+# The command, with a note of each process that encodes rows.
+DRIVER = """
+import os, sys
+from instructft import data
+encode = data._Batches.__call__
+def noted(self, table, numbers):
+    with open({log!r}, "a") as file:
+        file.write(f"{{os.environ['RANK']}} {{len(numbers)}}\\n")
+    return encode(self, table, numbers)
+data._Batches.__call__ = noted
+sys.argv = ["instructft", "train", {recipe!r}]
+from instructft.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """(run folder of two processes, run folder of one with the same global batch, what was encoded by whom)."""
+    folder = tmp_path_factory.mktemp("distributed")
+    rows = [
+        {"instruction": f"Say number {i * 7919}.", "output": " ".join([f"{i * 104729}"] * (1 + i % 7))}
+        for i in range(60)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "ddp.yaml").write_text(DDP)
+    (folder / "two.yaml").write_text(RECIPE.format(data=folder / "rows.jsonl", out=folder / "two"))
+    (folder / "driver.py").write_text(DRIVER.format(log=str(folder / "log"), recipe=str(folder / "two.yaml")))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "ddp.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, str(folder / "driver.py")], env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    recipe = instructft.load_recipe(
+        folder / "two.yaml", ["train.per_device_train_batch_size=4", f"output_dir={folder / 'one'}"]
+    )
+    instructft.train(recipe, console=Console(quiet=True))
+    return folder / "two", folder / "one", folder / "log"
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_losses_and_weights_are_those_of_one_process(runs: tuple[Path, Path, Path]) -> None:
+    two, one, _ = runs
+    for name in ("loss", "eval_loss"):
+        losses = [[record[name] for record in metrics(run) if name in record] for run in (two, one)]
+        assert len(losses[0]) == 4
+        assert losses[0] == pytest.approx(losses[1], abs=2e-6)
+    weights, others = (load_file(run / "model.safetensors") for run in (two, one))
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, others[name], atol=2e-6, rtol=0)
+
+
+def test_the_papers_of_the_run_are_written_once_and_count_both_processes(runs: tuple[Path, Path, Path]) -> None:
+    two, one, _ = runs
+    facts, other = (json.loads((run / "run.json").read_text()) for run in (two, one))
+    assert facts["hardware"]["processes"] == 2
+    assert facts["data"]["fingerprint"] == other["data"]["fingerprint"]
+    for name in ("tokens", "supervised_tokens", "steps"):
+        assert facts["train"][name] == other["train"][name]
+    assert metrics(two)[-1]["num_tokens"] == metrics(one)[-1]["num_tokens"] == facts["train"]["tokens"]
+    assert [record["step"] for record in metrics(two)] == [1, 2, 3, 4]
+
+
+def test_the_data_is_prepared_by_one_process_only(runs: tuple[Path, Path, Path]) -> None:
+    encoded = [line.split() for line in runs[2].read_text().splitlines()]
+    assert {rank for rank, _ in encoded} == {"0"}
+    assert sum(int(rows) for _, rows in encoded) == 60
