@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from instructft import __version__
-from instructft.errors import EXIT_FAILED, InstructftError, UsageError
+from instructft.errors import EXIT_FAILED, EXIT_USAGE, InstructftError, UsageError
 
 app = typer.Typer(
     name="instructft",
@@ -71,6 +71,33 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     print(f"{'time':12} {seconds:.1f} s, {sum(data.tokens.values()) / seconds:,.0f} tokens/s")
 
 
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    tokens_per_second: Annotated[
+        float | None,
+        typer.Option(min=1e-9, help="Speed to reckon the time by; default: the last run's.", show_default=False),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: where it would train here.", show_default=False)
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
+) -> None:
+    """Validate a recipe, audit its data, estimate memory and time; nothing is trained."""
+    from instructft.recipe import load_recipe
+
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError(f"--device: found {device}, expected cpu or cuda")
+    loaded = load_recipe(recipe, overrides or [])
+    _quiet_libraries()
+    from instructft.check import run
+
+    if not run(loaded, as_json, tokens_per_second=tokens_per_second, device=device, processes=processes):
+        raise typer.Exit(EXIT_USAGE)
+
+
 def _print_outcome(result: Any) -> None:
     from rich.console import Console
 
@@ -89,6 +116,31 @@ def _print_outcome(result: Any) -> None:
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60} min {int(seconds) % 60} s" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+@app.command()
+def inspect(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="Rows to show, drawn by data.seed.")] = 3,
+    row: Annotated[
+        list[int] | None,
+        typer.Option("--row", help="Show this row, counted from 1; may be given again.", show_default=False),
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    ids: Annotated[bool, typer.Option("--ids", help="Show each token above its id.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write one self-contained page to this file.", show_default=False)
+    ] = None,
+) -> None:
+    """Show rows token by token: which carry loss, where documents begin in a pack."""
+    from instructft.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    _quiet_libraries()
+    from instructft.inspect_rows import inspect_rows
+
+    inspect_rows(loaded, split, count, row or (), ids, html)
 
 
 @app.command()

@@ -75,6 +75,22 @@ class Prepared:
             for name, split in self.splits.items()
         }
 
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean tokens of a training row (pack)."""
+        return self.tokens["train"] / len(self.splits["train"])
+
+    @property
+    def for_training(self) -> Dataset:
+        """What the trainer is given."""
+        return self.splits["train"]
+
+    @property
+    def example(self) -> dict[str, list[int]]:
+        """A training row to show: the first one of at most 300 tokens, where there is one."""
+        train = self.splits["train"]
+        return next((row for row in train if len(row["input_ids"]) <= 300), train[0])
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of every id and label of every split, in order: equal data, equal fingerprint."""
@@ -117,7 +133,8 @@ def prepare_dataset(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Datas
     """Load, split and encode the recipe's data.
 
     Returns:
-        a `DatasetDict` with `train`, and `validation` and `test` where the recipe asks for them; each row holds
+        a `DatasetDict` with `train`, and `validation` and `test` where the recipe asks for them (an
+        `IterableDatasetDict` with `train` alone where the data sets stream, see `instructft.stream`); each row holds
         `input_ids` and `labels`, two lists of T ints, a label of -100 carrying no loss, and `seq_lengths` when packed.
 
     >>> prepare_dataset(recipe, tokenizer)["train"][0].keys()
@@ -127,6 +144,10 @@ def prepare_dataset(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Datas
         DataError: data that cannot be read, or of which nothing is left to train on.
         TemplateError: a template under which a row has no honest mask.
     """
+    if any(entry.streaming for entry in recipe.data.datasets):
+        from instructft.stream import prepare_stream
+
+        return prepare_stream(recipe, tokenizer).splits
     return prepare(recipe, tokenizer).splits
 
 
@@ -237,7 +258,7 @@ def _encode(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> D
                 num_proc=processes if processes > 1 else None,
                 remove_columns=part.raw.column_names,
                 features=Features(shape),
-                new_fingerprint=_fingerprint(part, recipe, tokenizer),
+                new_fingerprint=shaped_by(part.raw._fingerprint, part, recipe, tokenizer),
                 desc=None,
             )
             .with_format(None)
@@ -271,9 +292,24 @@ class _Batches:
     def __call__(self, table: pa.Table, numbers: list[int]) -> pa.Table:
         import pyarrow as pa
 
+        ids, labels, lengths, lost, verdicts = self.encode(table.to_pylist(), numbers)
+        offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), type=pa.int32())
+        columns = {
+            name: pa.ListArray.from_arrays(offsets, pa.array(x)) for name, x in (("input_ids", ids), ("labels", labels))
+        }
+        return pa.table({**columns, "dropped": verdicts, "cut_tokens": pa.array(lost, type=pa.int32())})
+
+    def encode(
+        self, batch: Sequence[dict[str, Any]], numbers: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
+        """Encode raw rows with these row numbers.
+
+        Returns ids and labels end to end; for each row its tokens (0 when dropped), the tokens cut off, and why it is
+        dropped ("" when it is not).
+        """
         verdicts: list[str] = []
         usable: list[list[Message]] = []
-        for raw in table.to_pylist():
+        for raw in batch:
             try:
                 usable.append(self.part.conversation(raw))
                 verdicts.append("")
@@ -284,14 +320,10 @@ class _Batches:
         ids = labels = np.zeros(0, dtype=np.int32)
         if usable:
             ids, labels, lengths[places], lost[places] = self._rows(usable, places, numbers, verdicts)
-        offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), type=pa.int32())
-        columns = {
-            name: pa.ListArray.from_arrays(offsets, pa.array(x)) for name, x in (("input_ids", ids), ("labels", labels))
-        }
-        return pa.table({**columns, "dropped": verdicts, "cut_tokens": pa.array(lost, type=pa.int32())})
+        return ids, labels, lengths, lost, verdicts
 
     def _rows(
-        self, usable: list[list[Message]], places: list[int], numbers: list[int], verdicts: list[str]
+        self, usable: list[list[Message]], places: list[int], numbers: Sequence[int], verdicts: list[str]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Ids and labels end to end, tokens and lost tokens of each usable row; verdicts on rows that do not fit."""
         try:
@@ -328,11 +360,15 @@ class _Batches:
                 raise TemplateError(f"{self.part.describe(number)}: {error}") from error
 
 
-def _fingerprint(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Everything that shapes the encoded rows: a cache made under one template is never used with another."""
-    shaped_by: Sequence[Any] = (
+def shaped_by(raw: Any, part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that shapes the encoded rows: a cache of one template is never used with another.
+
+    Args:
+        raw: what the raw rows are known by.
+    """
+    everything: Sequence[Any] = (
         _code(),
-        part.raw._fingerprint,
+        raw,
         part.format,
         sorted(part.columns.items()),
         tokenizer.chat_template,
@@ -342,7 +378,7 @@ def _fingerprint(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase)
         recipe.data.max_length,
         recipe.data.on_too_long,
     )
-    return hashlib.sha256(json.dumps(shaped_by, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(everything, default=str).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=1)

@@ -60,34 +60,48 @@ def load_parts(recipe: Recipe) -> list[Part]:
         DataError: a file, URL or Hub id that cannot be read, or whose rows have no known format.
     """
     parts = []
+    if any(entry.streaming for entry in recipe.data.datasets):
+        raise DataError(
+            "data.datasets[].streaming: rows that are read as they come cannot be counted, held out or looked up "
+            "ahead of a run; set streaming: false here, with rows: N if the whole set is too large"
+        )
     for i, entry in enumerate(recipe.data.datasets):
         key = f"data.datasets[{i}]"
         label = entry.name or entry.hub or entry.path or entry.url or key
-        raw = _load(entry, label, key)
+        raw = load_raw(entry, label, key)
         if len(raw) == 0:
             raise DataError(f"{key}: {label} holds no rows")
         drawn = None
         if entry.rows is not None:
             drawn = _draw(len(raw), entry.rows, recipe.data.seed, i, f"{key}.rows")
             raw = raw.select(drawn)
-        columns = dict(entry.columns or {})
-        found = columns_of(raw)
-        absent = [f"{ours}: {theirs}" for ours, theirs in columns.items() if theirs not in found]
-        if absent:
-            raise DataError(
-                f"{key}.columns: {label} has no column for {', '.join(absent)}; its columns are {', '.join(found)}"
-            )
-        fmt = entry.format or (SOURCES[entry.name].format if entry.name else None)
-        present = list(dict.fromkeys([*found, *columns]))
-        if fmt is None:
-            fmt = detect_format(present, f"{key}: {label}")
-        elif missing := sorted(set(FORMATS[fmt].columns) - set(present)):
-            raise DataError(
-                f"{key}: {label} is read as {fmt}, which needs the column {', '.join(missing)}; "
-                f"its columns are {', '.join(found)}. Set format or columns for it."
-            )
+        fmt, columns = shape(entry, columns_of(raw), label, key)
         parts.append(Part(label, raw, fmt, columns, _split_rows(len(raw), recipe, i), key, drawn, entry.weight))
     return parts
+
+
+def shape(entry: DatasetEntry, found: list[str], label: str, key: str) -> tuple[str, dict[str, str]]:
+    """The format of rows with the columns `found`, and which of them the recipe maps to a name of ours.
+
+    Raises:
+        DataError: a column that is mapped or that the format needs is not there, or no format fits.
+    """
+    columns = dict(entry.columns or {})
+    absent = [f"{ours}: {theirs}" for ours, theirs in columns.items() if theirs not in found]
+    if absent:
+        raise DataError(
+            f"{key}.columns: {label} has no column for {', '.join(absent)}; its columns are {', '.join(found)}"
+        )
+    fmt = entry.format or (SOURCES[entry.name].format if entry.name else None)
+    present = list(dict.fromkeys([*found, *columns]))
+    if fmt is None:
+        fmt = detect_format(present, f"{key}: {label}")
+    elif missing := sorted(set(FORMATS[fmt].columns) - set(present)):
+        raise DataError(
+            f"{key}: {label} is read as {fmt}, which needs the column {', '.join(missing)}; "
+            f"its columns are {', '.join(found)}. Set format or columns for it."
+        )
+    return fmt, columns
 
 
 def _draw(total: int, wanted: int, seed: int, part: int, key: str) -> np.ndarray:
@@ -109,7 +123,8 @@ def _split_rows(total: int, recipe: Recipe, part: int) -> dict[str, np.ndarray]:
     }
 
 
-def _load(entry: DatasetEntry, label: str, key: str) -> Dataset:
+def load_raw(entry: DatasetEntry, label: str, key: str) -> Dataset:
+    """The rows of one entry; with `streaming` an `IterableDataset`, of a data set on the Hub only."""
     import datasets
 
     source = SOURCES[entry.name] if entry.name else None
@@ -133,33 +148,43 @@ def _load(entry: DatasetEntry, label: str, key: str) -> Dataset:
                 data_files=files,
                 split=split,
                 revision=entry.revision,
+                streaming=entry.streaming,
             )
         location = entry.path or entry.url or (source.url if source else None)
         return _read_file(str(location), key)
     except DataError:
         raise
     except Exception as error:
-        raise DataError(_not_read(entry, label, key, error)) from error
+        raise DataError(not_read(entry, label, key, error)) from error
 
 
 def _read_file(location: str, key: str) -> Dataset:
     """The rows of a local file or a URL."""
-    suffix = suffix_of(location)
-    if suffix not in SUFFIXES:
-        raise DataError(f"{key}: {location} ends in {suffix or 'nothing'}; files may be {', '.join(sorted(SUFFIXES))}")
-    if "://" in location:
-        path = download(location)
-    else:
-        path = Path(location).expanduser()
-        if not path.is_file():
-            raise DataError(f"{key}: there is no file {location}" + (" (it is a folder)" if path.is_dir() else ""))
+    suffix = known_suffix(location, key)
+    path = download(location) if "://" in location else existing(location, key)
     try:
         return read_file(path, suffix, location)
     except DataError as error:
         raise DataError(f"{key}: {error}") from error
 
 
-def _not_read(entry: DatasetEntry, label: str, key: str, error: Exception) -> str:
+def known_suffix(location: str, key: str) -> str:
+    """The ending of a path or URL, one of `SUFFIXES`."""
+    suffix = suffix_of(location)
+    if suffix not in SUFFIXES:
+        raise DataError(f"{key}: {location} ends in {suffix or 'nothing'}; files may be {', '.join(sorted(SUFFIXES))}")
+    return suffix
+
+
+def existing(location: str, key: str) -> Path:
+    """The path of a local file, which must be there."""
+    path = Path(location).expanduser()
+    if not path.is_file():
+        raise DataError(f"{key}: there is no file {location}" + (" (it is a folder)" if path.is_dir() else ""))
+    return path
+
+
+def not_read(entry: DatasetEntry, label: str, key: str, error: Exception) -> str:
     if entry.path:
         return f"{key}: {label} could not be read: {first_line(error)}"
     where = "the Hugging Face Hub" if entry.hub or (entry.name and SOURCES[entry.name].hub) else "its URL"

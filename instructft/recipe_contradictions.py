@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from instructft.files import suffix_of
 from instructft.recipe_yaml import Document, KeyPath
+from instructft.sources import SOURCES
 
 if TYPE_CHECKING:
     from instructft.recipe import Recipe
@@ -15,7 +17,8 @@ Contradiction = tuple[tuple[KeyPath, ...], str]  # the keys it is about, the one
 
 def find(document: Document, recipe: Recipe) -> None:
     """Note what cannot be meant together, defaults included; keys with a known problem are left alone."""
-    for paths, message in [*_model(recipe), *_sections(recipe, document.values), *_train(recipe)]:
+    found = [*_model(recipe), *_sections(recipe, document.values), *_streaming(recipe), *_train(recipe)]
+    for paths, message in found:
         if not document.is_bad(*paths):
             document.add(paths[0], message)
 
@@ -47,6 +50,41 @@ def _sections(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[Contradicti
     if recipe.hub.push != "never" and not recipe.hub.repo_id:
         say = f"{recipe.hub.push} needs hub.repo_id, such as org/name"
         yield (("hub", "push"), ("hub", "repo_id")), say
+
+
+def _streaming(recipe: Recipe) -> Iterator[Contradiction]:
+    """What rows that are read as they come cannot have."""
+    entries = recipe.data.datasets
+    streams = [index for index, entry in enumerate(entries) if entry.streaming]
+    if not streams:
+        return
+    if len(streams) < len(entries):
+        other = next(index for index in range(len(entries)) if index not in streams)
+        at: KeyPath = ("data", "datasets", streams[0], "streaming")
+        yield (at,), f"data.datasets[{other}] does not stream; either all data sets of a recipe do, or none"
+    for index in streams:
+        entry = entries[index]
+        url = SOURCES[entry.name].url if entry.name in SOURCES else None
+        key = "path" if entry.path else "url" if entry.url else "name"
+        location = entry.path or entry.url or url
+        if location and suffix_of(location) == ".json":
+            say = f"{location} is one JSON array, which cannot be read row by row; save it as .jsonl to stream it"
+            yield (("data", "datasets", index, key),), say
+        if entry.split and "[" in entry.split:
+            say = f"found {entry.split}, but a stream has no rows to slice; name a whole split, and use rows: N"
+            yield (("data", "datasets", index, "split"),), say
+    splits = recipe.data.splits
+    if splits.validation or splits.test:
+        say = (
+            f"found validation {splits.validation:g} and test {splits.test:g}, but no share of a stream can be held "
+            "out, since its length is not known; set data.splits={validation: 0, test: 0}"
+        )
+        yield (("data", "splits"),), say
+    if recipe.train.get("max_steps", -1) <= 0:
+        yield (("train", "max_steps"),), "missing; a stream has no length, so the run needs a number of steps above 0"
+    if recipe.train.get("dataloader_num_workers"):
+        say = "a stream is read in the training process itself, where its rows are counted; set it to 0"
+        yield (("train", "dataloader_num_workers"),), say
 
 
 def _model(recipe: Recipe) -> Iterator[Contradiction]:

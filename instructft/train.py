@@ -15,6 +15,7 @@ from instructft.data import Prepared, prepare
 from instructft.errors import InstructftError, UsageError
 from instructft.models import load_config, load_model, load_tokenizer
 from instructft.recipe import Recipe, check_against_installed
+from instructft.stream import Streamed, prepare_stream
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -61,7 +62,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
     tokenizer = load_tokenizer(recipe)
     load_config(recipe, tokenizer)  # a model that does not fit the recipe is refused before the data is read
     with state.main_process_first():
-        data = prepare(recipe, tokenizer)
+        data = prepare_stream(recipe, tokenizer) if recipe.data.datasets[0].streaming else prepare(recipe, tokenizer)
     args, precision = training_arguments(recipe, data, state)
 
     model = load_model(recipe, tokenizer)
@@ -95,7 +96,6 @@ def _refuse_what_is_not_here(recipe: Recipe) -> None:
     asked = {
         "adapter.type": recipe.adapter.type != "none",
         "model.quantization": recipe.model.quantization != "none",
-        "data.datasets[].streaming": any(entry.streaming for entry in recipe.data.datasets),
         "hub.push": recipe.hub.push != "never",
         "model.subfolder: latest": recipe.model.subfolder == "latest",
     }
@@ -132,7 +132,7 @@ def _make_folder(run: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def training_arguments(recipe: Recipe, data: Prepared, state: PartialState) -> tuple[SFTConfig, str]:
+def training_arguments(recipe: Recipe, data: Prepared | Streamed, state: PartialState) -> tuple[SFTConfig, str]:
     """The recipe's `train` section as `trl.SFTConfig`, with device and precision decided, and the latter in words."""
     from trl import SFTConfig
 
@@ -155,8 +155,7 @@ def training_arguments(recipe: Recipe, data: Prepared, state: PartialState) -> t
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
     if tokens_per_step:
-        per_row = data.tokens["train"] / len(data.splits["train"])
-        per_micro_batch = per_row * args.per_device_train_batch_size * state.num_processes
+        per_micro_batch = data.tokens_per_row * args.per_device_train_batch_size * state.num_processes
         args.gradient_accumulation_steps = max(1, round(tokens_per_step / per_micro_batch))
     return args, precision
 
@@ -186,7 +185,7 @@ def decide_precision(recipe: Recipe) -> tuple[bool, bool, str]:
 def announce(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    data: Prepared,
+    data: Prepared | Streamed,
     model: PreTrainedModel,
     args: SFTConfig,
     precision: str,
@@ -209,13 +208,11 @@ def announce(
     for what, how_much in data.account(recipe.data.max_length):
         table.add_row(what, f"{recipe.data.train_on}: {how_much}" if what == "loss on" else how_much)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    per_row = data.tokens["train"] / len(data.splits["train"])
     what = "packs" if recipe.data.packing else "rows"
-    table.add_row("step", f"{batch} {what}, about {round(batch * per_row):,} tokens")
+    table.add_row("step", f"{batch} {what}, about {round(batch * data.tokens_per_row):,} tokens")
     table.add_row("run", escape(str(recipe.output_dir)))
     console.print(table)
-    example = next((r for r in data.splits["train"] if len(r["input_ids"]) <= 300), data.splits["train"][0])
-    example = {name: values[:300] for name, values in example.items()}
+    example = {name: values[:300] for name, values in data.example.items()}
     console.print("\nA training row; [bold green]what carries loss[/] is green:", highlight=False)
     console.print(coloured(example, tokenizer))
     console.print()
@@ -232,7 +229,7 @@ def prove_isolation(model: PreTrainedModel, console: Console) -> None:
 def build_trainer(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    data: Prepared,
+    data: Prepared | Streamed,
     model: PreTrainedModel,
     args: SFTConfig,
     console: Console,
@@ -261,7 +258,7 @@ def build_trainer(
         model=model,
         args=args,
         data_collator=CompletionOnlyCollator(tokenizer.pad_token_id, args.pad_to_multiple_of, flatten),
-        train_dataset=data.splits["train"],
+        train_dataset=data.for_training,
         eval_dataset=data.splits.get("validation"),
         eval_groups=data.groups,
         processing_class=tokenizer,
@@ -300,7 +297,7 @@ def final_metrics(trainer: Trainer) -> dict[str, Any]:
 
 
 def collect_facts(
-    recipe: Recipe, data: Prepared, trainer: Trainer, metrics: dict[str, Any], seconds: float, precision: str
+    recipe: Recipe, data: Prepared | Streamed, trainer: Trainer, metrics: dict[str, Any], seconds: float, precision: str
 ) -> dict[str, Any]:
     """The contents of `run.json`."""
     from importlib.metadata import version

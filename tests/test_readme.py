@@ -231,7 +231,6 @@ def test_what_is_not_here_yet_is_refused() -> None:
     for override, key in [
         (["adapter=lora"], "adapter.type"),
         (["adapter=lora", "model.quantization=4bit"], "model.quantization"),
-        (["data.datasets.0.streaming=true"], "streaming"),
         (["hub={repo_id: me/x, push: end}"], "hub.push"),
         (["model.subfolder=latest"], "subfolder: latest"),
     ]:

@@ -228,12 +228,6 @@ def test_an_adapter_is_refused_until_there_is_one(write_recipe: Any) -> None:
         instructft.train(instructft.load_recipe(write_recipe(), ["adapter=lora"]))
 
 
-@pytest.mark.parametrize("key", ["data.datasets.0.streaming=true"])
-def test_keys_of_later_versions_are_refused_not_ignored(write_recipe: Any, key: str) -> None:
-    with pytest.raises(InstructftError, match=key.split("=")[0].rpartition(".")[2]):
-        instructft.train(instructft.load_recipe(write_recipe(), [key]))
-
-
 def test_a_run_that_fails_leaves_nothing_that_poses_as_a_model(write_recipe: Any, monkeypatch: Any) -> None:
     from instructft.trainer import Trainer
 
