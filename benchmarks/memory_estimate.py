@@ -21,7 +21,7 @@ MIB = 1 << 20
 TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "data" / "gpt2-tokenizer"
 
 GPT2 = "model_type: gpt2, vocab_size: 50257, n_positions: 1024"
-LLAMA = "model_type: llama, vocab_size: 32000, tie_word_embeddings: false"
+LLAMA = "model_type: llama, vocab_size: 50257, tie_word_embeddings: false"
 # name: model config, rows of a batch, tokens of a row, more overrides
 CASES: dict[str, tuple[str, int, int, list[str]]] = {
     "gpt2 4x256, 8x256": (f"{GPT2}, n_layer: 4, n_embd: 256, n_head: 4", 8, 256, []),

@@ -275,6 +275,9 @@ def main() -> None:
     # On a CPU whose cores are shared, threads that wait by spinning slow small models 10 to 50 times. It has to be
     # said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):  # a log in ASCII is no reason to end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except InstructftError as error:

@@ -69,11 +69,15 @@ class Prepared:
 
     @cached_property
     def supervised_tokens(self) -> dict[str, int]:
-        """Tokens that carry loss in each split."""
-        return {
-            name: sum(int((labels != IGNORE_INDEX).sum()) for _, _, labels in _arrays(split))
-            for name, split in self.splits.items()
-        }
+        """Tokens that carry loss in each split; a row's first token, which nothing predicts, is none of them."""
+        found = {}
+        for name, split in self.splits.items():
+            found[name] = 0
+            for lengths, _, labels in _arrays(split):
+                starts = (np.cumsum(lengths) - lengths)[lengths > 0]
+                carry = labels != IGNORE_INDEX
+                found[name] += int(carry.sum() - carry[starts].sum())
+        return found
 
     @property
     def tokens_per_row(self) -> float:

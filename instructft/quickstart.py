@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SEED = 2024  # of the combinations and of the order of rows; a change makes another data set
 VOCAB_SIZE = 1500  # tokens at most, the 256 bytes and the two special tokens included
-MODEL_MAX_LENGTH = 128  # tokens; `n_positions` in recipes/quickstart.yaml
+MODEL_MAX_LENGTH = 52  # tokens; `n_positions` in recipes/quickstart.yaml
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 

@@ -213,7 +213,8 @@ def announce(
     table.add_row("run", escape(str(recipe.output_dir)))
     console.print(table)
     example = {name: values[:300] for name, values in data.example.items()}
-    console.print("\nA training row; [bold green]what carries loss[/] is green:", highlight=False)
+    mark = "in [bold green]green[/]" if console.color_system else "between ⟦ and ⟧"
+    console.print(f"\nA training row; what carries loss is {mark}:", highlight=False)
     console.print(coloured(example, tokenizer))
     console.print()
 

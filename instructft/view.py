@@ -232,7 +232,7 @@ def _interlinear(parts: Sequence[Piece], width: int, plain: bool) -> Iterator[Te
         if lines[0] and lines[0].cell_len + cell >= width:
             yield from _closed(lines, plain)
         marks = Text("^" * cell if part.loss else "")
-        for line, content in zip(lines, (shown, Text(below, style="dim cyan"), marks), strict=True):
+        for line, content in zip(lines, (shown, Text(below, style="cyan"), marks), strict=True):
             line.append_text(content).append(" " * (cell + 1 - content.cell_len))
         if part.text.endswith("\n"):
             yield from _closed(lines, plain)

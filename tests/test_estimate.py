@@ -21,10 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import instructft
 from instructft.data import prepare
 from instructft.errors import UsageError
-from instructft.estimate import Batch, activation_bytes, largest_batch, memory, optimizer_bytes, resident
+from instructft.estimate import largest_batch, memory, optimizer_bytes, resident
 from instructft.ledger import Ledger
 from instructft.recipe import load_recipe
 from instructft.schedule import duration, last_speed, steps
+from instructft.shadow import Batch, activation_bytes
 
 REPO = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -116,8 +117,11 @@ def test_what_changes_the_memory() -> None:
     half = estimated("gpt2", batch, "model.dtype=bfloat16")[0]["memory"]
     assert half["weights"] < 0.55 * plain["weights"]
     assert half["optimizer"] == plain["optimizer"] / 2
-    quantized = estimated("llama", batch, "adapter=lora", "model.quantization=4bit")[0]["memory"]["weights"]
-    assert quantized < estimated("llama", batch, "adapter=lora")[0]["memory"]["weights"]
+    lora, recipe, tokenizer = estimated("llama", batch, "adapter=lora")
+    quantized = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "4bit"})})
+    assert memory(quantized, tokenizer, batch, ARGS, "cpu")["memory"]["weights"] < lora["memory"]["weights"]  # type: ignore[arg-type]
+    again = estimated("gpt2", batch, accumulates=True)[0]["memory"]
+    assert again["total"] - again["framework"] > plain["total"] - plain["framework"]
     for parts in (plain, half):
         assert parts["total"] <= sum(size for name, size in parts.items() if name != "total")
 

@@ -187,7 +187,7 @@ def test_tokenizer_is_small_plain_and_complete(tokenizer):
         "<|pad|>",
     )
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    assert tokenizer.model_max_length == 128
+    assert tokenizer.model_max_length == 52
     assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
     ids = tokenizer("What is the capital of France?").input_ids
     assert tokenizer.convert_ids_to_tokens(ids) == ["What", "Ġis", "Ġthe", "Ġcapital", "Ġof", "ĠFrance", "?"]

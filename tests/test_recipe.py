@@ -331,7 +331,7 @@ NAMES = {
     "hub_model_id": "hub.repo_id",
     "flash_attention": "model.attn_implementation (`true` is `flash_attention_2`)",
     "gradient_checkpointing": "train.gradient_checkpointing",
-    "deepspeed": "instructft launch RECIPE --strategy zero2|zero3",
+    "deepspeed": "an accelerate file that says zero2|zero3",
     "logging_dir": "TENSORBOARD_LOGGING_DIR",
 }
 
@@ -852,7 +852,8 @@ def test_shipped_field_lists_are_those_of_the_installed_libraries(load):
         assert set(shipped[section]) == set(installed[section]), hint
         for name, row in installed[section].items():
             assert shipped[section][name]["default"] == row["default"], f"{name}: {hint}"
-            assert shipped[section][name]["kinds"] == row["kinds"], f"{name}: {hint}"
+            # sorted: typing caches unions, so that their order depends on what was imported before
+            assert sorted(shipped[section][name]["kinds"]) == sorted(row["kinds"]), f"{name}: {hint}"
             assert shipped[section][name].get("choices") == row.get("choices"), f"{name}: {hint}"
 
     recipe = load(GOOD, "train.max_steps=3")

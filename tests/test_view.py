@@ -127,6 +127,8 @@ def test_bytes_that_are_no_text_are_all_shown(tokenizer):
     assert [i for piece in found for i in piece.ids] == ids
     assert "".join(piece.text for piece in found).strip("\ufffd") == "Hello"
     assert max(len(piece.ids) for piece in found) <= 32
+    found = flat({"input_ids": [byte, *hello], "labels": [byte, *hello]}, tokenizer)
+    assert (found[0].text, found[0].ids) == ("\ufffd", (byte,))  # what follows is no part of it
 
 
 def test_a_mask_that_parts_a_character_counts_each_token(tokenizer):
@@ -214,7 +216,7 @@ def test_with_colour_the_styles_say_all(tokenizer):
 
 
 def test_ids_stand_below_their_tokens(tokenizer):
-    row = encoded(tokenizer, "Hi you", "Yes 日")
+    row = encoded(tokenizer, "Hi you " * 20, "Yes 日")
     lines = printed(coloured(row, tokenizer, ids=True)).splitlines()
     assert [int(i) for line in lines[1::3] for i in re.split(r"[ +]+", line.strip())] == row["input_ids"]
     assert max(map(len, lines)) <= 60
@@ -291,6 +293,7 @@ def test_the_page_shows_every_token(tokenizer):
 
 
 def test_the_page_is_self_contained_and_obeys_no_data(tokenizer):
+    tokenizer.add_tokens(["<script>alert(1)</script>", "&amp;"])  # one token may hold all of a tag
     tokenizer.chat_template += "{# </pre><script>alert(2)</script> #}"
     text = html_page([encoded(tokenizer, EVIL, EVIL)], tokenizer, EVIL, {EVIL: EVIL})
     page = Page(text)
@@ -377,7 +380,9 @@ def test_inspect_shows_rows_as_they_are_trained(run):
 
 def test_inspect_draws_by_the_seed_or_takes_what_is_named(run):
     assert run("my.yaml")[1] == run("my.yaml")[1]
-    assert run("my.yaml")[1] != run("my.yaml", "data.seed=7")[1]
+    _, out, _ = run("my.yaml", "data.seed=7")
+    assert [int(n) for n in re.findall(r"row (\d+) of 36", out)] == [i + 1 for i in draw(36, 3, 7)]
+    assert draw(36, 3, 7) != draw(36, 3, 42)
     assert set(draw(36, 3, 42)) < set(draw(36, 5, 42))
     assert draw(2, 5, 42) == [0, 1]
     _, out, _ = run("my.yaml", "--row", 7, "--row", 2)
