@@ -189,7 +189,7 @@ def test_the_estimate_is_near_the_peak_of_a_real_run(tmp_path: Path) -> None:
         sys.path.pop(0)
     config = "model_type: gpt2, n_layer: 4, n_embd: 256, n_head: 4, n_positions: 256"
     path = benchmark.recipe(tmp_path, config, 8, 256)
-    command = [sys.executable, "-c", benchmark.CHILD, str(path)]
+    command = [sys.executable, "-c", benchmark.CHILD, str(path), "train.max_steps=3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=dict(os.environ), check=True)
     run = json.loads(done.stdout.splitlines()[-1])
     recipe = load_recipe(path)

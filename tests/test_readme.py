@@ -239,7 +239,7 @@ def test_what_is_not_here_yet_is_refused() -> None:
         with pytest.raises(errors.UsageError, match=re.escape(key.split(":")[0])):
             _refuse_what_is_not_here(load_recipe("quickstart", [*base, *override]))
     names = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert not {"launch", "check", "inspect", "merge", "push", "ui"} & set(names)
+    assert not {"launch", "merge", "push", "ui"} & set(names)
     with pytest.raises(Exception, match="resume"):
         parse(["train", "quickstart", "--resume", "auto"])
 
@@ -327,7 +327,7 @@ def test_python_runs_and_leaves_the_run_folder_of_the_table(
     assert labels[0] == "model"
     always = [label for label in labels if label not in ("dropped", "cut")]
     assert always == [label for label in shown if label in always]
-    assert "A training row; what carries loss is green:" in out
+    assert "A training row; what carries loss is between ⟦ and ⟧:" in out
 
     listed = {name.rstrip("/") for cell in table("file") for name in code(cell)}
     assert {path.name for path in Path("runs/ten").iterdir()} == listed - {"checkpoint-N"}
