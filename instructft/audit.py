@@ -175,7 +175,7 @@ def _tokens(
     encoded = _encode(part, recipe, tokenizer)
     verdict = np.asarray(encoded["dropped"][:], dtype=object)
     lost = np.asarray(encoded["cut_tokens"][:], dtype=np.int64)
-    columns, _, lengths = flat(encoded.select_columns(["input_ids", "labels"]))
+    columns, starts, lengths = flat(encoded.select_columns(["input_ids", "labels"]))
     whole = lengths + lost
     long = np.flatnonzero(np.isin(verdict, ["too_long", "answer_cut_away"]))
     if len(long):  # these are kept nowhere, so their length is found by encoding them once more
@@ -187,7 +187,9 @@ def _tokens(
         reasons[reason] = texts._finding([(int(i), "") for i in np.flatnonzero(verdict == reason)])
     dropped = int((verdict != "").sum())
     cut = texts._finding([(int(i), f"{lost[i]} tokens") for i in np.flatnonzero(lost > 0)])
-    supervised = int((columns["labels"] != IGNORE_INDEX).sum())
+    carries = columns["labels"] != IGNORE_INDEX
+    carries[starts[lengths > 0]] = False  # nothing stands before a first token that could predict it
+    supervised = int(carries.sum())
     tokens = int(lengths.sum())
     account = {
         "name": part.label,

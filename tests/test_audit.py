@@ -316,6 +316,9 @@ def test_the_json_report(make: Any, run: Any) -> None:
 
 def test_the_report_agrees_with_what_training_prepares(make: Any) -> None:
     path = make(CLEAN + [faulty for faulty, _ in PLANTED])
+    everything = load_recipe(path, ["data.splits.validation=0", "data.train_on=everything"])
+    whole = check(everything)
+    assert whole["data"]["total"]["supervised_tokens"] == whole["training"]["supervised_tokens"]
     overrides = ["data.packing=true", "data.splits.validation=0.2"]
     recipe = load_recipe(path, overrides)
     report = check(recipe)
