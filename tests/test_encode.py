@@ -114,7 +114,7 @@ def test_rendered_text_and_whole_id_lists(
     assert ids == tokenizer(render(messages, tokenizer), add_special_tokens=False)["input_ids"]
 
 
-def test_exact_strings_of_the_issue(bare_tokenizer: Any) -> None:
+def test_exact_strings(bare_tokenizer: Any) -> None:
     tokenizer = with_template(bare_tokenizer(), "instruction")
     eos = tokenizer.eos_token
     one = [user("Say hi."), assistant("Hi.")]
