@@ -185,6 +185,7 @@ def existing(location: str, key: str) -> Path:
 
 
 def not_read(entry: DatasetEntry, label: str, key: str, error: Exception) -> str:
+    """Say in words why a data set could not be read or fetched, and what to try."""
     if entry.path:
         return f"{key}: {label} could not be read: {first_line(error)}"
     where = "the Hugging Face Hub" if entry.hub or (entry.name and SOURCES[entry.name].hub) else "its URL"
