@@ -389,6 +389,6 @@ def shaped_by(raw: Any, part: Part, recipe: Recipe, tokenizer: PreTrainedTokeniz
 def _code() -> str:
     """A hash of the code that makes a row: an upgrade that changes it never meets rows of the old one."""
     digest = hashlib.sha256()
-    for name in ("data.py", "encode.py", "sources.py", "load.py"):
+    for name in ("data.py", "encode.py", "fast_bpe.py", "sources.py", "load.py"):
         digest.update((Path(__file__).parent / name).read_bytes())
     return digest.hexdigest()[:16]

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from instructft.errors import TemplateError
+from instructft.fast_bpe import FastBPE, fast_bpe
 from instructft.sources import Message
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100  # a label of -100 carries no loss; PyTorch's cross_entropy skips it
 TRAIN_ON = ("responses", "last_response", "everything")
+_MANY = 1000  # texts; for fewer of them the proof that `FastBPE` asks for costs more than it saves
 
 # Answers that a template is tried on: what they begin with decides whether a tokenizer would merge across the border.
 _PROBES = ("Paris.", "42", "# Title", "(a) b", '"Yes"', "¿Qué?", "日本", "🙂 ok", "- one\n- two", "<b>", "e")
@@ -219,6 +221,11 @@ class Encoder:
         core.no_padding()
         return core
 
+    @cached_property
+    def _fast(self) -> FastBPE | None:
+        """The same ids at a third of the cost; None where that is not proved."""
+        return fast_bpe(self._core) if self._core is not None else None
+
     def _learn_tokenization(self) -> None:
         """Find out whether pieces can be tokenized alone, and whether that equals tokenizing the whole.
 
@@ -268,15 +275,18 @@ class Encoder:
                 behind = not self._alone and position > 0
                 flat.append(self._lead[trained] + text if behind else text)
                 leads.append(self._lead_ids[trained] if behind else [])
-        pieces = self.tokenize(flat)
-        if not self._alone:
-            for i, (piece, lead) in enumerate(zip(pieces, leads, strict=True)):
-                if piece[: len(lead)] != lead:
-                    raise self._merges(flat[i], len(self._lead[True]))
-                pieces[i] = piece[len(lead) :]
-        lengths = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
-        ids = np.fromiter(chain.from_iterable(pieces), dtype=np.int32, count=int(lengths.sum()))
-        trained_pieces = np.fromiter((t for row in rows for t in row.trained), dtype=bool, count=len(pieces))
+        if self._alone and len(flat) >= _MANY and self._fast is not None:
+            ids, lengths = self._fast.encode(flat)
+        else:
+            pieces = self.tokenize(flat)
+            if not self._alone:
+                for i, (piece, lead) in enumerate(zip(pieces, leads, strict=True)):
+                    if piece[: len(lead)] != lead:
+                        raise self._merges(flat[i], len(self._lead[True]))
+                    pieces[i] = piece[len(lead) :]
+            lengths = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
+            ids = np.fromiter(chain.from_iterable(pieces), dtype=np.int32, count=int(lengths.sum()))
+        trained_pieces = np.fromiter((t for row in rows for t in row.trained), dtype=bool, count=len(flat))
         labels = np.where(np.repeat(trained_pieces, lengths), ids, np.int32(IGNORE_INDEX))
         of_row = np.repeat(np.arange(len(rows)), [len(row.texts) for row in rows])
         return Rows(ids, labels, np.bincount(of_row, weights=lengths, minlength=len(rows)).astype(np.int64))

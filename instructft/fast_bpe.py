@@ -1,0 +1,219 @@
+"""Byte-level BPE by `tiktoken`, for tokenizers where it is proved to give the same ids as the tokenizers library.
+
+On one core tiktoken (https://github.com/openai/tiktoken) encodes about three times as fast. A speed-up may not change
+a token, so nothing here is taken for granted; what cannot be proved goes to the tokenizers library, text by text:
+
+- Merges. Both join the pair of the lowest rank first, leftmost first; but tiktoken joins any two tokens whose bytes
+  are a token, the tokenizers library only pairs that its list of merges holds. The two differ somewhere only if a pair
+  (x, y) outside that list comes to stand side by side while xy is a token. What stands left of x and right of y has
+  not crossed their borders, so the same happens when xy is encoded alone, and there the library stops at x, y. Hence:
+  if the library encodes every token's own text to that one token, they never differ. That is tested token by token.
+- Words. Both cut a text by the same regular expression, but their tables of Unicode may be of different years. Each
+  character is tried beside letters, digits, marks and spaces in both before a text that holds it is trusted.
+- Normalization (NFC) must leave the text as it is, and added tokens must have no rules of their own.
+- The ids of a batch must stand for as many bytes as its texts have.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# The words of GPT-2, as the tokenizers library has them built in (`ByteLevel` with `use_regex`).
+_GPT2_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+_NEIGHBOURS = "aA1!' \n"  # what a character is tried beside: one of each kind that such patterns tell apart
+
+
+def _alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary -> the byte (from GPT-2's `encoder.py`)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+class _Unproved(Exception):
+    """This tokenizer stays with the tokenizers library."""
+
+
+class FastBPE:
+    """Encodes texts as `core.encode_batch_fast(texts, add_special_tokens=False)` does, faster. Use `fast_bpe`.
+
+    Raises:
+        _Unproved: the two libraries may differ for this tokenizer.
+    """
+
+    def __init__(self, core: Tokenizer, spec: dict[str, Any]):
+        from tiktoken import Encoding
+
+        self._core = core
+        pattern, self._nfc = _pattern(spec["pre_tokenizer"]), _is_nfc(spec["normalizer"])
+        ranks, ids = _ranks(spec["model"])  # rank -> id, since a vocabulary may be numbered in another order
+        _prove_merges(core, spec["model"], ids)
+        specials = _added(spec["added_tokens"])
+        self._encoding = Encoding(
+            "proved",
+            pat_str=pattern,
+            mergeable_ranks=ranks,
+            special_tokens={text: len(ranks) + i for i, text in enumerate(specials)},
+        )
+        self._ids = np.array([*ids, *specials.values()], dtype=np.int32)
+        self._bytes = np.array([*map(len, ranks), *(len(text.encode()) for text in specials)], dtype=np.int64)
+        self._pairs = _pairs(pattern)
+        self._same: set[str] = set()  # characters that both libraries put into the same kinds of word
+        self._other: set[str] = set()
+        if not all(map(self._proved, map(chr, range(128)))):
+            raise _Unproved("they cut ASCII differently")
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, end to end, int32, and the tokens of each, int64."""
+        fits = [self._fits(text) for text in texts]
+        one = self._encoding.encode_to_numpy
+        found = [one(text, allowed_special="all") for text, fit in zip(texts, fits, strict=True) if fit]
+        ranks = np.concatenate(found) if found else np.zeros(0, dtype=np.uint32)
+        expected = sum(len(text.encode()) for text, fit in zip(texts, fits, strict=True) if fit)
+        if int(self._bytes[ranks].sum()) != expected:  # the pattern passes over some character
+            fits, found, ranks = [False] * len(texts), [], ranks[:0]
+        if all(fits):
+            return self._ids[ranks], np.fromiter(map(len, found), dtype=np.int64, count=len(found))
+        rest = [text for text, fit in zip(texts, fits, strict=True) if not fit]
+        encoded = self._core.encode_batch_fast(rest, add_special_tokens=False)
+        slow = iter([np.array(row.ids, dtype=np.int32) for row in encoded])
+        fast = iter(found)
+        rows = [self._ids[next(fast)] if fit else next(slow) for fit in fits]
+        return np.concatenate(rows), np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+
+    def _fits(self, text: str) -> bool:
+        if text.isascii():
+            return True
+        new = set(text) - self._same
+        if new and not all(map(self._proved, new)):
+            return False
+        return not self._nfc or unicodedata.is_normalized("NFC", text)
+
+    def _proved(self, character: str) -> bool:
+        """Whether both libraries see the same borders between a character and each kind of neighbour."""
+        if character in self._same or character in self._other:
+            return character in self._same
+        # what this Python does not know it cannot normalize either; a lone surrogate is no text
+        same = unicodedata.category(character) not in ("Cn", "Cs") and all(
+            self._joins(pair) == (len(self._core.pre_tokenizer.pre_tokenize_str(pair)) == 1)
+            for neighbour in _NEIGHBOURS
+            for pair in (character + neighbour, neighbour + character)
+        )
+        (self._same if same else self._other).add(character)
+        return same
+
+    def _joins(self, pair: str) -> bool:
+        """Whether two characters are one word to tiktoken: only within a word do their bytes meet and merge."""
+        return len(self._pairs.encode_ordinary(pair)) < len(pair.encode())
+
+
+def fast_bpe(core: Tokenizer) -> FastBPE | None:
+    """The fast way to encode with this tokenizer, or None where it is not proved.
+
+    >>> ids, lengths = fast_bpe(tokenizer.backend_tokenizer).encode(["Hello world"])
+    >>> ids.tolist(), lengths.tolist()
+    ([15496, 995], [2])
+    """
+    return _made(core.to_str())
+
+
+@lru_cache(maxsize=4)
+def _made(text: str) -> FastBPE | None:
+    from tokenizers import Tokenizer
+
+    spec = json.loads(text) | {"truncation": None, "padding": None}
+    try:
+        return FastBPE(Tokenizer.from_str(json.dumps(spec)), spec)
+    except _Unproved:
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What must hold
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _pattern(pre_tokenizer: Any) -> str:
+    """The regular expression by which a byte-level tokenizer cuts words."""
+    if pre_tokenizer == _byte_level(pre_tokenizer, use_regex=True):
+        return _GPT2_WORDS
+    steps = (pre_tokenizer or {}).get("pretokenizers", [])
+    if len(steps) == 2 and steps[1] == _byte_level(steps[1], use_regex=False):
+        split = {"type": "Split", "pattern": steps[0].get("pattern"), "behavior": "Isolated", "invert": False}
+        if steps[0] == split and isinstance(split["pattern"], dict) and "Regex" in split["pattern"]:
+            return str(split["pattern"]["Regex"])
+    raise _Unproved("another way to cut words")
+
+
+def _byte_level(found: Any, use_regex: bool) -> dict[str, Any]:
+    """`found` as it must be; `trim_offsets` has no part in ids."""
+    trim = found.get("trim_offsets") if isinstance(found, dict) else None
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": trim, "use_regex": use_regex}
+
+
+def _is_nfc(normalizer: Any) -> bool:
+    if normalizer not in (None, {"type": "NFC"}):
+        raise _Unproved("another normalization")
+    return normalizer is not None
+
+
+def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
+    """The bytes of each token in the order of merging -> rank, and each rank's id."""
+    affixes = [model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")]
+    if model["type"] != "BPE" or any(affixes) or model.get("byte_fallback") or model.get("ignore_merges"):
+        raise _Unproved("no plain BPE")
+    vocabulary, alphabet = model["vocab"], _alphabet()
+    ranks: dict[bytes, int] = {}
+    ids: list[int] = []
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    for token in (*alphabet, *map("".join, merges)):
+        if token not in vocabulary:
+            raise _Unproved("a byte without a token")
+        ranks[bytes(map(alphabet.__getitem__, token))] = len(ids)
+        ids.append(vocabulary[token])
+    if len(ranks) != len(ids):
+        raise _Unproved("two merges make one token, and which of them comes first cannot be told by the token")
+    return ranks, ids
+
+
+def _prove_merges(core: Tokenizer, model: dict[str, Any], ids: list[int]) -> None:
+    texts = {number: token for token, number in model["vocab"].items()}
+    if not all([token.id for token in core.model.tokenize(texts[number])] == [number] for number in ids):
+        raise _Unproved("a token's own text is not encoded to it")
+
+
+def _added(tokens: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Text -> id of the added tokens; which of them is found where must not depend on how they are looked for."""
+    texts = [token["content"] for token in tokens]
+    plain = not any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in tokens)
+    ordered = sorted(texts)  # a prefix sorts right before the texts that it begins
+    plain = plain and not any(b.startswith(a) for a, b in pairwise(ordered))
+    if len({token["normalized"] for token in tokens}) > 1:  # these are looked for one after the other
+        plain = plain and not any(_overlap(a, b) for a in texts for b in texts if a is not b)
+    if not plain or not all(text.isascii() for text in texts):
+        raise _Unproved("added tokens with rules of their own")
+    return {token["content"]: token["id"] for token in tokens}
+
+
+def _overlap(a: str, b: str) -> bool:
+    return b in a or any(a.endswith(b[:n]) for n in range(1, min(len(a), len(b))))
+
+
+def _pairs(pattern: str) -> Any:
+    """An encoding that shows tiktoken's words: nothing merges but a neighbour with the byte before or behind it."""
+    from tiktoken import Encoding
+
+    single = [bytes([byte]) for byte in range(256)]
+    beside = [side for n in _NEIGHBOURS.encode() for b in range(256) for side in (bytes([n, b]), bytes([b, n]))]
+    tokens = [*single, *dict.fromkeys(beside)]
+    return Encoding("words", pat_str=pattern, mergeable_ranks={t: i for i, t in enumerate(tokens)}, special_tokens={})
