@@ -89,10 +89,9 @@ def check(
 
 def limits(recipe: Recipe, report: dict[str, Any]) -> list[dict[str, Any]]:
     """Each limit that the recipe's `check:` sets, with what was found and what is allowed."""
-    section = getattr(recipe, "check", None)
     found = []
     for name, path in LIMITS.items():
-        allowed = getattr(section, name, None)
+        allowed = getattr(recipe.check, name)
         if allowed is None or report[path[0]] is None:
             continue
         value = _at(report, path)

@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ SUFFIXES = (".jsonl.gz", ".jsonl", ".json", ".csv", ".parquet")
 
 # The column of a `Dataset` made from a JSON or CSV file: each row as JSON text, so that Arrow has no type to guess.
 ROW = "__row__"
+_ROWS_AT_ONCE = 1000
 
 
 def suffix_of(location: str) -> str:
@@ -78,28 +80,52 @@ def read_file(path: Path, suffix: str, name: str) -> Dataset:
     Raises:
         DataError: the file cannot be read; with the line, column or row where there is one.
     """
-    from datasets import Dataset, Features, Value
-    from datasets.exceptions import DatasetGenerationError
+    from datasets import Dataset
+    from datasets.table import MemoryMappedTable
 
     if path.stat().st_size == 0:
         raise DataError(f"{name} is empty")
     if suffix == ".parquet":
         return _parquet(path, name)
-    digest = hashlib.sha256(f"{suffix} 1 ".encode())  # the number changes when a reader below gives other rows
+    digest = hashlib.sha256(f"{suffix} 2 ".encode())  # the number changes when a reader below gives other rows
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    try:
-        return Dataset.from_generator(
-            _as_json,
-            features=Features({ROW: Value("string")}),
-            gen_kwargs={"path": path, "suffix": suffix, "name": name},
-            fingerprint=digest.hexdigest()[:32],
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        raise
+    fingerprint = digest.hexdigest()[:32]
+    table = _cached(fingerprint, lambda whole: _write(rows(path, suffix, name), whole, name))
+    return Dataset(MemoryMappedTable.from_file(str(table)), fingerprint=fingerprint)
+
+
+def _cached(fingerprint: str, make: Callable[[Path], None]) -> Path:
+    """The file of this fingerprint in the cache, made first if it is not there."""
+    from datasets import config
+
+    folder = Path(config.HF_DATASETS_CACHE) / "instructft-files"
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / f"{fingerprint}.arrow"
+    if not copy.is_file():
+        whole = folder / f"{fingerprint}.{os.getpid()}"  # moved into place when it is: others may read the copy
+        try:
+            make(whole)
+            whole.replace(copy)
+        finally:
+            whole.unlink(missing_ok=True)
+    return copy
+
+
+def _write(found: Iterator[dict[str, Any]], path: Path, name: str) -> None:
+    """Write rows as an Arrow stream of one column, each row as JSON text."""
+    import pyarrow as pa
+
+    schema = pa.schema([(ROW, pa.string())])
+    texts = map(json.dumps, found)
+    first = list(islice(texts, _ROWS_AT_ONCE))
+    if not first:
+        raise DataError(f"{name} holds no rows")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        while first:
+            writer.write_batch(pa.record_batch([pa.array(first, type=pa.string())], schema=schema))
+            first = list(islice(texts, _ROWS_AT_ONCE))
 
 
 def columns_of(raw: Dataset) -> list[str]:
@@ -110,15 +136,6 @@ def columns_of(raw: Dataset) -> list[str]:
     for text in raw[:1000][ROW]:
         names.update(dict.fromkeys(json.loads(text)))
     return list(names)
-
-
-def _as_json(path: Path, suffix: str, name: str) -> Iterator[dict[str, str]]:
-    empty = True
-    for row in rows(path, suffix, name):
-        empty = False
-        yield {ROW: json.dumps(row)}
-    if empty:
-        raise DataError(f"{name} holds no rows")
 
 
 def rows(path: Path, suffix: str, name: str) -> Iterator[dict[str, Any]]:

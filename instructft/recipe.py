@@ -186,6 +186,20 @@ class HubSection(_Section):
     push: Literal["never", "end", "checkpoints"] = Field(default="never", description="what is uploaded, and when")
 
 
+class CheckSection(_Section):
+    """`check:` what `instructft check` lets pass: a report beyond a limit ends with exit code 2. Unset: no limit."""
+
+    max_dropped_share: float | None = Field(default=None, ge=0, le=1, description="share of rows; dropped")
+    max_cut_share: float | None = Field(default=None, ge=0, le=1, description="share of rows; cut at max_length")
+    max_duplicate_share: float | None = Field(
+        default=None, ge=0, le=1, description="share of rows; the same or nearly the same as an earlier one"
+    )
+    max_contradictions: int | None = Field(default=None, ge=0, description="rows; one question, different answers")
+    max_leaks: int | None = Field(default=None, ge=0, description="rows; held out, and trained or nearly so")
+    max_markers: int | None = Field(default=None, ge=0, description="rows; an answer holds the template's markers")
+    max_memory_gib: float | None = Field(default=None, gt=0, description="GiB on one device; as estimated")
+
+
 class Recipe(_Section):
     """A whole recipe, read-only all the way down. Made by `load_recipe`."""
 
@@ -199,6 +213,7 @@ class Recipe(_Section):
         default=(), description="prompts answered at every evaluation"
     )
     hub: HubSection = Field(default=HubSection(), description="where the result goes")
+    check: CheckSection = Field(default=CheckSection(), description="limits for `instructft check`")
     output_dir: str = Field(default="", min_length=1, description="the run folder; default: runs/<recipe name>")
 
     # not keys: what is known about the recipe itself
@@ -231,7 +246,8 @@ class Recipe(_Section):
             for key in ("name", "hub", "path", "url"):
                 if entry[key] is None:
                     del entry[key]
-        rest = {"samples": self.samples, "hub": self.hub.model_dump(), "output_dir": self.output_dir}
+        rest = {"samples": self.samples, "hub": self.hub.model_dump(), "check": self.check.model_dump()}
+        rest["output_dir"] = self.output_dir
         sections = {"model": model, "data": data, "adapter": adapter, "train": self.train_resolved(), **rest}
         plain: dict[str, Any] = recipe_yaml.thaw(sections)
         return plain
@@ -247,7 +263,7 @@ class Recipe(_Section):
         return isinstance(other, Recipe) and self.to_dict() == other.to_dict()
 
     def __hash__(self) -> int:
-        return hash((self.model, self.data, self.adapter, self.samples, self.hub, self.output_dir))
+        return hash((self.model, self.data, self.adapter, self.samples, self.hub, self.check, self.output_dir))
 
 
 def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -293,7 +309,7 @@ def load_run_recipe(folder: str | os.PathLike[str]) -> Recipe:
 def spell_out(document: recipe_yaml.Document) -> None:
     """Write the short forms of a recipe out, in place: `datasets: NAME`, `adapter: lora`, an empty section."""
     values: dict[str, Any] = document.values
-    for section in ("model", "data", "adapter", "train", "hub"):
+    for section in ("model", "data", "adapter", "train", "hub", "check"):
         if values.get(section) is None:
             values[section] = {}
     if values.get("samples") is None:

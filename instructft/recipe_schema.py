@@ -60,7 +60,7 @@ def build(model: type[Recipe], train_defaults: Mapping[str, Any]) -> dict[str, A
             for name, row in legal_train_fields().items()
         },
     }
-    for name in ("model", "hub"):
+    for name in ("model", "hub", "check"):
         properties[name]["type"] = ["object", "null"]
     properties["samples"]["type"] = ["array", "null"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "instructft recipe"}

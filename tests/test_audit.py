@@ -17,8 +17,7 @@ from instructft import cli
 from instructft.audit import FINDINGS, audit
 from instructft.check import LIMITS, check, limits
 from instructft.data import load_parts, prepare
-from instructft.errors import UsageError
-from instructft.recipe import load_recipe
+from instructft.recipe import CheckSection, load_recipe
 from instructft.templates import TEMPLATES
 from instructft.texts import markers, normal, one_word
 
@@ -368,67 +367,35 @@ def test_what_people_read_fits_80_columns(make: Any, run: Any, monkeypatch: pyte
     assert not set("\x07\u202e\u200b") & set(out)
 
 
-def test_a_passed_limit_is_exit_2_and_is_named(make: Any) -> None:
-    from types import SimpleNamespace
+def test_limits_are_the_keys_of_the_recipe() -> None:
+    assert list(LIMITS) == list(CheckSection.model_fields)
 
+
+def test_a_passed_limit_is_named(make: Any) -> None:
     path = make(CLEAN + [faulty for faulty, _ in PLANTED])
     report = check(load_recipe(path))
-    assert limits(SimpleNamespace(), report) == []  # type: ignore[arg-type]
-    section = SimpleNamespace(max_dropped_share=0.01, max_leaks=0, max_markers=1, max_memory_gib=1000.0)
-    found = {limit["key"]: limit for limit in limits(SimpleNamespace(check=section), report)}  # type: ignore[arg-type]
-    assert {key: limit["kept"] for key, limit in found.items()} == {
+    assert report["limits"] == []
+
+    def found(*keys: str) -> dict[str, Any]:
+        return {limit["key"]: limit for limit in limits(load_recipe(path, [f"check.{key}" for key in keys]), report)}
+
+    some = found("max_dropped_share=0.01", "max_leaks=0", "max_markers=1", "max_memory_gib=1000")
+    assert {key: limit["kept"] for key, limit in some.items()} == {
         "check.max_dropped_share": False, "check.max_leaks": True, "check.max_markers": False,
         "check.max_memory_gib": True,
     }  # fmt: skip
-    assert found["check.max_markers"]["found"] == 2
-    assert found["check.max_dropped_share"]["found"] == 6 / 68
-    everything = SimpleNamespace(**dict.fromkeys(LIMITS, 0))
-    passed = [limit["key"] for limit in limits(SimpleNamespace(check=everything), report) if not limit["kept"]]  # type: ignore[arg-type]
+    assert some["check.max_markers"]["found"] == 2
+    assert some["check.max_dropped_share"]["found"] == 6 / 68
+    least = {name: "1e-9" if name == "max_memory_gib" else "0" for name in LIMITS}
+    passed = [key for key, limit in found(*(f"{n}={v}" for n, v in least.items())).items() if not limit["kept"]]
     assert passed == [f"check.{name}" for name in LIMITS if name != "max_leaks"]
 
 
-def test_a_limit_in_the_command(make: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
-    from instructft.recipe import Recipe
-
+def test_a_passed_limit_is_exit_2(make: Any, run: Any) -> None:
     path = make([*CLEAN, CLEAN[0]])
-    section = SimpleNamespace(max_duplicate_share=0.001)
-    monkeypatch.setattr(Recipe, "check", section, raising=False)
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write("check: {max_duplicate_share: 0.001}\n")
     code, out, _ = run(path)
     assert code == 2
     assert "check.max_duplicate_share: found 0.02439, allowed 0.001" in " ".join(out.split())
-    code, out, _ = run(path, "--json")
-    assert (code, json.loads(out)["ok"]) == (2, False)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["data.on_too_long=error"], "data.max_length"),
-        (["data.splits.validation=0.001"], "data.splits.validation"),
-    ],
-)
-def test_data_that_training_refuses_are_audited_and_refused(
-    make: Any, run: Any, overrides: list[str], words: str
-) -> None:
-    path = make([*CLEAN, row("Count.", " ".join(str(n) for n in range(200)))])
-    code, out, _ = run(path, *overrides, "--json")
-    report = json.loads(out)
-    assert code == 2
-    assert words in report["problems"][0]
-    assert report["data"]["total"]["rows"] == 41
-    assert report["estimate"] is None
-    code, out, _ = run(path, *overrides)
-    assert code == 2
-    assert "unusable" in out
-
-
-def test_a_recipe_or_file_that_is_wrong_is_exit_2_with_nothing_on_stdout(make: Any, run: Any) -> None:
-    path = make(CLEAN)
-    for overrides in (["data.max_lenght=3"], ["data.datasets=[{path: gone.jsonl}]"], ["train.optim=adamw_torc"]):
-        code, out, err = run(path, *overrides, "--json")
-        assert (code, out) == (2, "")
-        assert "instructft:" in err
-    with pytest.raises(UsageError):
-        check(load_recipe(path, ["data.max_length=64", "model.config.n_positions=32"]))
+    assert run(path, "check.max_duplicate_share=0.1")[0] == 0

@@ -480,6 +480,10 @@ def test_defaults_are_those_of_the_contract(load):
         "train": "…",
         "samples": [],
         "hub": {"repo_id": None, "private": True, "path_in_repo": None, "push": "never"},
+        "check": {
+            "max_dropped_share": None, "max_cut_share": None, "max_duplicate_share": None, "max_contradictions": None,
+            "max_leaks": None, "max_markers": None, "max_memory_gib": None,
+        },
         "output_dir": "runs/mine",
     }
     assert (recipe.name, recipe.source, recipe.train_written) == ("mine", "mine.yaml", frozenset())
@@ -763,6 +767,7 @@ def test_json_schema(load):
             "adapter": {"type": "lora", "rank_pattern": {"q": 2}},
             "train": None,
             "hub": {"push": "end", "repo_id": "a/b"},
+            "check": {"max_leaks": 0, "max_cut_share": 0.5},
         },
     ):
         assert valid(good | more), more
@@ -780,6 +785,8 @@ def test_json_schema(load):
         {"data": {"datasets": "alpaca", "template": "chatlm"}},
         {"data": {"datasets": "alpaca", "max_length": 0}},
         {"adapter": "qlora"},
+        {"check": {"max_leak": 0}},
+        {"check": {"max_cut_share": 2}},
         {"adapter": {"more": {}}},
         {"name": "x"},
         {"train_written": []},
