@@ -21,7 +21,8 @@ model:
   config: {{model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 32, n_positions: 128,
             resid_pdrop: 0.0, embd_pdrop: 0.0, attn_pdrop: 0.0}}
   tokenizer: quickstart
-data: {{datasets: [{{path: {data}}}], template: instruction, max_length: 128, splits: {{validation: 0.1}}}}
+data: {{datasets: [{{path: {data}{streaming}}}], template: instruction, max_length: 128,
+        splits: {{validation: {held_out}}}}}
 train:
   {{max_steps: 4, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, logging_steps: 1, use_cpu: true,
    optim: sgd, learning_rate: 0.5}}
@@ -45,29 +46,47 @@ main()
 """
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """(run folder of two processes, run folder of one with the same global batch, what was encoded by whom)."""
-    folder = tmp_path_factory.mktemp("distributed")
-    rows = [
-        {"instruction": f"Say number {i * 7919}.", "output": " ".join([f"{i * 104729}"] * (1 + i % 7))}
-        for i in range(60)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def two_processes(folder: Path, name: str, **recipe: Any) -> Path:
+    """Train a recipe on two processes, 2 rows a micro-batch, 8 a step; its run folder."""
+    path, log = folder / f"{name}.yaml", str(folder / f"{name}.log")
+    path.write_text(RECIPE.format(out=folder / name, **recipe))
+    (folder / "driver.py").write_text(DRIVER.format(log=log, recipe=str(path)))
     (folder / "ddp.yaml").write_text(DDP)
-    (folder / "two.yaml").write_text(RECIPE.format(data=folder / "rows.jsonl", out=folder / "two"))
-    (folder / "driver.py").write_text(DRIVER.format(log=str(folder / "log"), recipe=str(folder / "two.yaml")))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "ddp.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launch, str(folder / "driver.py")], env=environment, capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    recipe = instructft.load_recipe(
-        folder / "two.yaml", ["train.per_device_train_batch_size=4", f"output_dir={folder / 'one'}"]
-    )
+    return folder / name
+
+
+def one_process(two: Path, rows: int, accumulation: int) -> Path:
+    """The same recipe on one process, its global batch divided in another way."""
+    out = two.with_name(f"{two.name}-{rows}x{accumulation}")
+    batch = [f"train.per_device_train_batch_size={rows}", f"train.gradient_accumulation_steps={accumulation}"]
+    recipe = instructft.load_recipe(two.with_suffix(".yaml"), [*batch, f"output_dir={out}"])
     instructft.train(recipe, console=Console(quiet=True))
-    return folder / "two", folder / "one", folder / "log"
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 rows of uneven length."""
+    path = tmp_path_factory.mktemp("distributed") / "rows.jsonl"
+    rows = [
+        {"instruction": f"Say number {i * 7919}.", "output": " ".join([f"{i * 104729}"] * (1 + i % 7))}
+        for i in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path) -> tuple[Path, Path, Path]:
+    """(run folder of two processes, run folder of one with the same global batch, what was encoded by whom)."""
+    two = two_processes(data.parent, "two", data=data, streaming="", held_out=0.1)
+    return two, one_process(two, 4, 2), data.parent / "two.log"
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -75,14 +94,32 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def test_losses_and_weights_are_those_of_one_process(runs: tuple[Path, Path, Path]) -> None:
+    """However the eight rows of a step are divided: two processes, or one with 1, 2 or 4 micro-batches."""
     two, one, _ = runs
-    for name in ("loss", "eval_loss"):
+    weights = load_file(two / "model.safetensors")
+    for other in (one, one_process(two, 8, 1), one_process(two, 2, 4)):
+        same_losses(two, other, "loss", "eval_loss")
+        others = load_file(other / "model.safetensors")
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, others[name], atol=2e-6, rtol=0)
+
+
+def test_a_stream_is_divided_among_processes(data: Path) -> None:
+    """The rows of a step are those of one process: none is trained twice, none passed over."""
+    two = two_processes(data.parent, "stream", data=data, streaming=", streaming: true", held_out=0)
+    one = one_process(two, 4, 2)
+    same_losses(two, one, "loss")
+    facts, other = (json.loads((run / "run.json").read_text())["train"] for run in (two, one))
+    assert {k: facts[k] for k in ("tokens", "supervised_tokens")} == {
+        k: other[k] for k in ("tokens", "supervised_tokens")
+    }
+
+
+def same_losses(two: Path, one: Path, *names: str) -> None:
+    for name in names:
         losses = [[record[name] for record in metrics(run) if name in record] for run in (two, one)]
         assert len(losses[0]) == 4
         assert losses[0] == pytest.approx(losses[1], abs=2e-6)
-    weights, others = (load_file(run / "model.safetensors") for run in (two, one))
-    for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, others[name], atol=2e-6, rtol=0)
 
 
 def test_the_papers_of_the_run_are_written_once_and_count_both_processes(runs: tuple[Path, Path, Path]) -> None:
