@@ -1,8 +1,9 @@
 """Data preparation: ours and TRL's on the same rows, cold, each in a process of its own, packed and unpacked.
 
-    python benchmarks/data_prep.py [--rows 50000] [--repeats 3] [--data FILE.json] [--tokenizer FOLDER]
+    python benchmarks/data_prep.py [--rows 50000] [--repeats 3] [--max-length 1024] [--data FILE] [--tokenizer FOLDER]
 
-Prints tokens a second, the ratio, the share of the bare tokenizer's speed, peak memory, and the time from the cache.
+Prints tokens a second, the ratio, the share of the bare tokenizer's speed, peak memory, how full our packs are, and the
+time from the cache.
 TRL gets prompt and completion as ready text; ours renders its chat template as well. Both read the same JSON file.
 """
 
@@ -17,10 +18,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 REAL = REPO.parent / "shared" / "data"
-MAX_LENGTH = 1024
 
 
 def build_rows(source: Path, target: Path, rows: int) -> None:
@@ -34,7 +35,7 @@ def build_rows(source: Path, target: Path, rows: int) -> None:
     target.write_text(json.dumps(made), encoding="utf-8")
 
 
-def ours(data: str, tokenizer_name: str, packing: bool) -> dict[str, float]:
+def ours(data: str, tokenizer_name: str, packing: bool, max_length: int) -> dict[str, float]:
     """`prepare` of a recipe, the file read included."""
     from instructft.data import prepare
     from instructft.models import load_tokenizer
@@ -44,7 +45,7 @@ def ours(data: str, tokenizer_name: str, packing: bool) -> dict[str, float]:
         path = Path(folder) / "bench.yaml"
         path.write_text(
             f"model: {{config: {{model_type: gpt2}}, tokenizer: {tokenizer_name}}}\n"
-            f"data: {{datasets: [{{path: {data}}}], template: instruction, max_length: {MAX_LENGTH}, "
+            f"data: {{datasets: [{{path: {data}}}], template: instruction, max_length: {max_length}, "
             f"packing: {str(packing).lower()}, splits: {{validation: 0.0}}}}\n"
         )
         recipe = load_recipe(path)
@@ -52,10 +53,15 @@ def ours(data: str, tokenizer_name: str, packing: bool) -> dict[str, float]:
     began = time.perf_counter()
     prepared = prepare(recipe, tokenizer)
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "tokens": prepared.tokens["train"]}
+    rows = len(prepared.splits["train"])  # packs, when packed
+    return {
+        "seconds": seconds,
+        "tokens": prepared.tokens["train"],
+        "fill": prepared.tokens["train"] / rows / max_length,
+    }
 
 
-def theirs(data: str, tokenizer_name: str, packing: bool) -> dict[str, float]:
+def theirs(data: str, tokenizer_name: str, packing: bool, max_length: int) -> dict[str, float]:
     """TRL's preparation of prompt-completion rows, in as many processes as serve it best here (two are slower)."""
     import datasets
     import torch
@@ -78,7 +84,7 @@ def theirs(data: str, tokenizer_name: str, packing: bool) -> dict[str, float]:
     raw = datasets.load_dataset("json", data_files=data, split="train")
     ready = raw.map(render, remove_columns=raw.column_names)  # not timed: TRL is given its own format
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(folder, max_length=MAX_LENGTH, packing=packing, use_cpu=True, bf16=False, report_to="none")
+        args = SFTConfig(folder, max_length=max_length, packing=packing, use_cpu=True, bf16=False, report_to="none")
         began = time.perf_counter()
         trainer = SFTTrainer(model, args, train_dataset=ready, processing_class=tokenizer)
         seconds = time.perf_counter() - began
@@ -86,7 +92,7 @@ def theirs(data: str, tokenizer_name: str, packing: bool) -> dict[str, float]:
     return {"seconds": seconds, "tokens": tokens}
 
 
-def bare(data: str, tokenizer_name: str, packing: bool) -> dict[str, float]:
+def bare(data: str, tokenizer_name: str, packing: bool, max_length: int) -> dict[str, float]:
     """The tokenizer alone, on ready texts in batches: the ceiling."""
     from transformers import AutoTokenizer
 
@@ -105,17 +111,18 @@ def bare(data: str, tokenizer_name: str, packing: bool) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "tokens": tokens}
 
 
-def worker(which: str, data: str, tokenizer_name: str, packing: bool) -> None:
+def worker(which: str, *asked: Any) -> None:
     import resource
 
-    found = {"ours": ours, "trl": theirs, "bare": bare}[which](data, tokenizer_name, packing)
+    found = {"ours": ours, "trl": theirs, "bare": bare}[which](*asked)
     found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print("RESULT " + json.dumps(found))
 
 
-def run(which: str, data: Path, tokenizer_name: str, packing: bool, cache: Path) -> dict[str, float]:
+def run(which: str, data: Path, given: argparse.Namespace, packing: bool, cache: Path) -> dict[str, float]:
     """One measurement in a process of its own, with `cache` as its Hugging Face home."""
-    command = [sys.executable, __file__, "--worker", which, "--data", str(data), "--tokenizer", tokenizer_name]
+    command = [sys.executable, __file__, "--worker", which, "--data", str(data), "--tokenizer", given.tokenizer]
+    command += ["--max-length", str(given.max_length)]
     environment = {**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {"OMP_WAIT_POLICY": "PASSIVE", "CI": "1"}
     out = subprocess.run(
@@ -134,11 +141,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--data", default=str(REAL / "alpaca_gpt4_sample.json"))
     parser.add_argument("--tokenizer", default=str(REAL / "gpt2-tokenizer"))
+    parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--worker", choices=["ours", "trl", "bare"])
     parser.add_argument("--packing", action="store_true")
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker, args.data, args.tokenizer, args.packing)
+        worker(args.worker, args.data, args.tokenizer, args.packing, args.max_length)
         return
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.json"
@@ -149,9 +157,9 @@ def main() -> None:
             for packing in (False, True):
                 for which in ("ours", "trl", "bare"):
                     cache = Path(folder) / f"cache-{which}-{packing}-{i}"
-                    found.setdefault((which, packing), []).append(run(which, data, args.tokenizer, packing, cache))
+                    found.setdefault((which, packing), []).append(run(which, data, args, packing, cache))
                     if which == "ours":
-                        cached.append(run(which, data, args.tokenizer, packing, cache)["seconds"])
+                        cached.append(run(which, data, args, packing, cache)["seconds"])
 
     def median(which: str, packing: bool, key: str) -> float:
         return statistics.median(one[key] for one in found[which, packing])
@@ -168,7 +176,8 @@ def main() -> None:
                 f"{speed[which] / speed['bare']:.0%} | {median(which, packing, 'seconds'):.1f} | "
                 f"{median(which, packing, 'peak_mib'):,.0f} |"
             )
-    print(f"\nFrom the cache: {statistics.median(cached):.2f} s")
+    print(f"\nPacks of {args.max_length:,} tokens: {median('ours', True, 'fill'):.2%} full.")
+    print(f"From the cache: {statistics.median(cached):.2f} s")
 
 
 if __name__ == "__main__":

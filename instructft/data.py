@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "conversations", "file_conversations", "load_parts", "prepare", "prepare_dataset"]
 
 SPLITS = ("train", "validation", "test")
-_ROWS_PER_PROCESS = 10_000  # fewer rows than this are encoded sooner than another process starts
+_ROWS_PER_PROCESS = 5_000  # fewer rows than this are encoded sooner than another process starts
+_MANY = 5_000  # rows; for fewer of them a faster tokenizer is not worth its proof
 
 
 @dataclass(frozen=True)
@@ -247,10 +248,12 @@ def _encode(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> D
     from datasets import Features, List, Value
 
     encoder(tokenizer)  # a template that cannot be trained is refused here, not in another process
+    batches = _Batches(part, recipe.data, tokenizer)
+    if batches.many:
+        encoder(tokenizer).make_fast()  # here, once: processes that are forked inherit it
     shape = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
     shape |= {"dropped": Value("string"), "cut_tokens": Value("int32")}
     processes = min(os.cpu_count() or 1, len(part.raw) // _ROWS_PER_PROCESS)
-    batches = _Batches(part, recipe.data, tokenizer)
     with _one_thread_each(processes):
         return (
             part.raw.with_format("arrow")
@@ -292,6 +295,7 @@ class _Batches:
         self.part = Part(part.label, None, part.format, part.columns, {}, part.key, part.drawn)
         self.train_on, self.max_length, self.on_too_long = data.train_on, data.max_length, data.on_too_long
         self.tokenizer = tokenizer
+        self.many = part.raw is None or len(part.raw) >= _MANY  # a stream has no number of rows
 
     def __call__(self, table: pa.Table, numbers: list[int]) -> pa.Table:
         import pyarrow as pa
@@ -331,7 +335,7 @@ class _Batches:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Ids and labels end to end, tokens and lost tokens of each usable row; verdicts on rows that do not fit."""
         try:
-            rows = encoder(self.tokenizer).encode(usable, self.train_on)
+            rows = encoder(self.tokenizer).encode(usable, self.train_on, self.many)
         except TemplateError:
             self._blame([numbers[i] for i in places], usable)
             raise

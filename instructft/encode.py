@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100  # a label of -100 carries no loss; PyTorch's cross_entropy skips it
 TRAIN_ON = ("responses", "last_response", "everything")
-_MANY = 1000  # texts; for fewer of them the proof that `FastBPE` asks for costs more than it saves
 
 # Answers that a template is tried on: what they begin with decides whether a tokenizer would merge across the border.
 _PROBES = ("Paris.", "42", "# Title", "(a) b", '"Yes"', "¿Qué?", "日本", "🙂 ok", "- one\n- two", "<b>", "e")
@@ -226,6 +225,10 @@ class Encoder:
         """The same ids at a third of the cost; None where that is not proved."""
         return fast_bpe(self._core) if self._core is not None else None
 
+    def make_fast(self) -> bool:
+        """Prove ahead of `encode(..., many=True)` what it needs; whether there is a faster way."""
+        return self._fast is not None
+
     def _learn_tokenization(self) -> None:
         """Find out whether pieces can be tokenized alone, and whether that equals tokenizing the whole.
 
@@ -268,14 +271,14 @@ class Encoder:
         except TemplateError:  # the lead merges with what follows it
             return False
 
-    def _tokenize_pieces(self, rows: Sequence[_Pieces]) -> Rows:
+    def _tokenize_pieces(self, rows: Sequence[_Pieces], many: bool = False) -> Rows:
         flat, leads = [], []  # every piece of the batch, and the ids of the lead before it, which are taken off again
         for row in rows:
             for position, (text, trained) in enumerate(zip(row.texts, row.trained, strict=True)):
                 behind = not self._alone and position > 0
                 flat.append(self._lead[trained] + text if behind else text)
                 leads.append(self._lead_ids[trained] if behind else [])
-        if self._alone and len(flat) >= _MANY and self._fast is not None:
+        if many and self._alone and self._fast is not None:
             ids, lengths = self._fast.encode(flat)
         else:
             pieces = self.tokenize(flat)
@@ -297,13 +300,18 @@ class Encoder:
 
     # -- conversations to rows ----------------------------------------------------------------------------------
 
-    def encode(self, conversations: Sequence[Sequence[Message]], train_on: str = "responses") -> Rows:
+    def encode(
+        self, conversations: Sequence[Sequence[Message]], train_on: str = "responses", many: bool = False
+    ) -> Rows:
         """Encode a batch; each row as `encode_conversation` gives it.
+
+        Args:
+            many: thousands of rows are to come, so that what `FastBPE` has to prove first pays. Same result.
 
         Raises:
             TemplateError: the template rewrites the history of one of them.
         """
-        rows = self._tokenize_pieces(self._cut(conversations, train_on))
+        rows = self._tokenize_pieces(self._cut(conversations, train_on), many)
         return Rows(rows.input_ids, rows.input_ids.copy(), rows.lengths) if train_on == "everything" else rows
 
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:

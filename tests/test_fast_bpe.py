@@ -193,3 +193,24 @@ def test_what_is_not_proved_stays_with_the_library(tokenizer: Any) -> None:
 def test_added_tokens_are_found_in_texts() -> None:
     tokenizer = _adding(AddedToken("<|user|>", normalized=False), AddedToken("<|bot|>", normalized=False))
     assert equal(tokenizer, ["<|user|>hi<|bot|> there<|end|>", "<|user", "<|bot|><|user|>"])
+
+
+@pytest.mark.parametrize("template", ["instruction", "chatml"])
+def test_many_rows_are_encoded_as_few_are(bare_tokenizer: Any, template: str) -> None:
+    from instructft.encode import Encoder
+    from instructft.templates import TEMPLATES
+
+    tokenizer = bare_tokenizer()
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in TEMPLATES[template].tokens])
+    tokenizer.eos_token = TEMPLATES[template].stop or tokenizer.eos_token
+    tokenizer.chat_template = TEMPLATES[template].text()
+    encoder = Encoder(tokenizer)
+    rows = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in zip(STRANGE, reversed(CORPUS + STRANGE[:2]), strict=False)
+        if question.strip()
+    ]
+    few, many = encoder.encode(rows), encoder.encode(rows, many=True)
+    assert encoder._fast is not None
+    for name in ("input_ids", "labels", "lengths"):
+        assert getattr(few, name).tolist() == getattr(many, name).tolist()
