@@ -29,6 +29,7 @@ _PUBLIC = {
     "load_model": "models",
     "load_recipe": "recipe",
     "load_tokenizer": "models",
+    "merge_adapter": "merge",
     "prepare_dataset": "data",
     "train": "train",
 }
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from instructft.evaluate import evaluate as evaluate
     from instructft.generate import Chat as Chat
     from instructft.generate import generate as generate
+    from instructft.merge import merge_adapter as merge_adapter
     from instructft.models import load_model as load_model
     from instructft.models import load_tokenizer as load_tokenizer
     from instructft.recipe import Recipe as Recipe

@@ -21,6 +21,15 @@ _METRICS = {
 }
 
 
+_LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")"""
+_LOAD_ADAPTER = """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("PATH")"""
+
+
 def write_card(run: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
     """Write `README.md` from the recipe and the contents of `run.json`."""
     (run / "README.md").write_text(card(recipe, facts), encoding="utf-8")
@@ -33,12 +42,14 @@ def card(recipe: Recipe, facts: dict[str, Any]) -> str:
     base = recipe.model.name_or_path
     public_base = base if base and not Path(base).expanduser().exists() else None
     hub = [entry.hub or (SOURCES[entry.name].hub if entry.name else None) for entry in recipe.data.datasets]
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    lora = recipe.adapter.type == "lora"
+    metadata: dict[str, Any] = {"library_name": "peft" if lora else "transformers", "pipeline_tag": "text-generation"}
     if public_base:
         metadata["base_model"] = public_base
+        metadata["base_model_relation"] = "adapter" if lora else "finetune"
     if any(hub):
         metadata["datasets"] = [name for name in hub if name]
-    metadata["tags"] = ["instructft", "sft", "trl"]
+    metadata["tags"] = ["instructft", "sft", "trl", *(["lora"] if lora else [])]
     data, metrics = facts["data"], facts["metrics"]
     names = [e.name or e.hub or Path(e.path or e.url or "").name for e in recipe.data.datasets]
     licences = sorted({f"{e.name}: {SOURCES[e.name].licence}" for e in recipe.data.datasets if e.name})
@@ -51,12 +62,12 @@ def card(recipe: Recipe, facts: dict[str, Any]) -> str:
 
 # {recipe.name}
 
-A chat model, fine-tuned from {start} on {", ".join(names)} with
+A chat model{", as a LoRA adapter," if lora else ","} fine-tuned from {start} on {", ".join(names)} with
 instructft {__version__} ({data["rows"]["train"]:,} rows, {facts["train"]["steps"]:,} steps).
 
 - Template: `{recipe.data.template}`, saved as the tokenizer's chat template.
 - Loss on: `{recipe.data.train_on}` ({data["supervised_tokens"]:,} of {data["tokens"]:,} training tokens).
-{"".join(f"- Data licence: {licence}" + chr(10) for licence in licences)}
+{_adapter(recipe, facts) if lora else ""}{"".join(f"- Data licence: {licence}" + chr(10) for licence in licences)}
 | metric | value |
 | --- | --- |
 {table}
@@ -64,9 +75,7 @@ instructft {__version__} ({data["rows"]["train"]:,} rows, {facts["train"]["steps
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH")
+{_LOAD_ADAPTER if lora else _LOAD}
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 prompt = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "Hello"}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -82,3 +91,16 @@ or `instructft chat PATH`.
 {recipe.to_yaml().strip()}
 ```
 """
+
+
+def _adapter(recipe: Recipe, facts: dict[str, Any]) -> str:
+    """The list entry that says what was trained, and over what."""
+    adapter, found = recipe.adapter, facts.get("adapter", {})
+    kind = "DoRA" if adapter.use_dora else "rsLoRA" if adapter.use_rslora else "LoRA"
+    base = {"none": "", "8bit": " over a base in 8 bits", "4bit": " over a base in 4 bits (nf4)"}
+    text = f"- Adapter: {kind}, rank {adapter.r}, alpha {adapter.alpha}{base[recipe.model.quantization]}"
+    if found:
+        share = found["trainable"] / found["total"]
+        text += f"; {found['trainable']:,} of {found['total']:,} parameters trained ({share:.2%})"
+        text += ", every other weight compared bit by bit before and after" if found["base_unchanged"] else ""
+    return f"{text}.\n"

@@ -239,6 +239,36 @@ def evaluate(
     compare(model, base, data, split, limit, show, json_file)
 
 
+@app.command()
+def merge(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A run folder with an adapter, a checkpoint in it, an adapter folder."),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new or empty folder for the merged model.")],
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Prove that the merged model answers as the adapter does.")
+    ] = True,
+    dtype: Annotated[str, typer.Option(help="auto (the base's), float32, bfloat16 or float16.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Of one weight file.")] = "5GB",
+    measure_quantized: Annotated[
+        bool, typer.Option("--measure-quantized", help="Also compare with the adapter on its quantized base.")
+    ] = False,
+) -> None:
+    """Merge a LoRA adapter into its base, shard by shard, and prove it."""
+    _quiet_libraries()
+    from instructft.merge import merge_adapter
+
+    merge_adapter(
+        model,
+        output,
+        verify=verify,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        measure_quantized=measure_quantized,
+    )
+
+
 def _quiet_libraries() -> None:
     """Their bars and notices are replaced by ours, and what they say to developers is not for users."""
     import warnings

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from instructft.adapter_files import AdapterFolder, is_adapter, leaves_base_as_it_is
 from instructft.data import SPLITS, conversations, file_conversations
 from instructft.errors import UsageError
 from instructft.evaluate import METRICS, evaluate
 from instructft.files import SUFFIXES, suffix_of
-from instructft.generate import Generator, load_bare, load_for_inference, locate
+from instructft.generate import Generator, find_adapter, load_bare, load_base, load_for_inference, locate
 from instructft.models import _fit_embeddings, load_model
 from instructft.recipe import Recipe, load_recipe, load_run_recipe
 
@@ -40,8 +42,9 @@ def compare(
 
     locate(model)
     run_recipe = _recipe_of(model)
+    adapter = find_adapter(model)
     if base == START:
-        if run_recipe is None:
+        if run_recipe is None and adapter is None:
             raise UsageError("--base start needs a run folder, whose recipe.yaml says what the run began from")
     elif base:
         locate(base)
@@ -57,9 +60,10 @@ def compare(
 
     tuned = Generator(*load_for_inference(model))
     results = {"tuned": evaluate(tuned, rows, train_on=train_on)}
-    other = _base(base, run_recipe, tuned) if base else None
-    if other:
-        results["base"] = evaluate(other, rows, train_on=train_on)
+    other = None
+    if base:
+        with _beside(base, run_recipe, tuned, adapter) as other:
+            results["base"] = evaluate(other, rows, train_on=train_on)
     if json_file:
         json_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     console = Console(highlight=False)
@@ -112,6 +116,25 @@ def _rows(
     return rows, f"the {split} split of {recipe.name}", recipe
 
 
+@contextmanager
+def _beside(base: str, recipe: Recipe | None, tuned: Generator, adapter: AdapterFolder | None) -> Iterator[Generator]:
+    """The model to compare with, while it is compared.
+
+    What an adapter began from is the tuned model itself with the adapter switched off: its base is in memory once.
+    Where that is not exact, the base is loaded anew.
+    """
+    began = Path(recipe.model.name_or_path or "") / (recipe.model.subfolder or "") if recipe else Path()
+    if base != START or adapter is None or is_adapter(began):  # what was trained may have been an adapter already
+        yield _base(base, recipe, tuned)
+    elif leaves_base_as_it_is(adapter):
+        with tuned.model.disable_adapter():
+            yield Generator(tuned.model, tuned.tokenizer)
+    else:
+        model = load_base(adapter)
+        _fit_embeddings(model, adapter.base.vocab_size)
+        yield Generator(model, tuned.tokenizer)
+
+
 def _base(base: str, recipe: Recipe | None, tuned: Generator) -> Generator:
     """The model to compare with. One of the same family is asked exactly as the tuned one is, another in its own way.
 
@@ -121,10 +144,12 @@ def _base(base: str, recipe: Recipe | None, tuned: Generator) -> Generator:
     if base == START:
         assert recipe is not None
         start = load_model(recipe, tuned.tokenizer)
-        return Generator(start.to(tuned.model.device).eval(), tuned.tokenizer)
+        placed = start if recipe.model.quantization != "none" else start.to(tuned.model.device)
+        return Generator(placed.eval(), tuned.tokenizer)
     model, tokenizer = load_bare(base)
     if tokenizer.get_vocab().items() <= tuned.tokenizer.get_vocab().items():
-        _fit_embeddings(model, len(tuned.tokenizer))
+        if find_adapter(base) is None:  # an adapter brings its own rows
+            _fit_embeddings(model, len(tuned.tokenizer))
         return Generator(model, tuned.tokenizer)
     return Generator(*load_for_inference(base))
 

@@ -6,8 +6,12 @@
     ├── UsageError            exit 2   recipe, data or usage is wrong, said before any weight is loaded
     │   ├── RecipeError                every problem of a recipe at once
     │   ├── DataError                  a file or a row that cannot be used
-    │   └── TemplateError              a chat template under which no honest mask exists
+    │   ├── TemplateError              a chat template under which no honest mask exists
+    │   └── ResumeError                a run that cannot go on from where it was: no whole checkpoint, or a changed key
+    ├── Stopped               143, 130 stopped by SIGTERM or SIGINT, with a checkpoint to go on from
+    ├── CheckpointError       exit 1   a checkpoint that cannot be written, or is not what was written
     └── ModelError            exit 1   weights that cannot be loaded or used
+        └── AdapterError      exit 2   an adapter folder that is broken or does not fit its base, said before any weight
 
 Every message says what was found, what was expected and what to do next.
 """
@@ -55,5 +59,27 @@ class TemplateError(UsageError):
     """A chat template that fails to render, or under which no honest loss mask exists."""
 
 
+class ResumeError(UsageError):
+    """A run that cannot continue: no checkpoint of it verifies, or a key that is fixed for its life has changed."""
+
+
+class Stopped(InstructftError):
+    """A run that a signal has ended; the command that goes on with it is the same one."""
+
+    def __init__(self, message: str, exit_code: int):
+        self.exit_code = exit_code
+        super().__init__(message)
+
+
+class CheckpointError(InstructftError):
+    """A checkpoint that cannot be written, is not whole, or is not what was written."""
+
+
 class ModelError(InstructftError):
     """Weights or a tokenizer that cannot be loaded, or that do not fit each other."""
+
+
+class AdapterError(ModelError):
+    """An adapter folder that is broken, or whose base is unknown or another one. Exit code 2: nothing was begun."""
+
+    exit_code = EXIT_USAGE

@@ -117,16 +117,15 @@ def memory(
     base: int | None = None,
 ) -> dict[str, Any]:
     """`parameters`, `memory` (bytes on one device, by part) and `host_memory` (bytes of one process)."""
-    import torch
+    from instructft.models import weights_dtype
 
-    dtype = torch.float32 if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
-    model, config = skeleton(recipe, tokenizer, dtype, device)
+    model, config = skeleton(recipe, tokenizer, weights_dtype(recipe, device), device)
     with storageless():
         pretend(model)
         parameters = list(model.parameters())
         trainable = [p for p in parameters if p.requires_grad]
         counts = {"all": sum(p.numel() for p in parameters), "trainable": sum(p.numel() for p in trainable)}
-        head = model.get_output_embeddings().weight
+        head = getattr(model.get_output_embeddings(), "original_module", model.get_output_embeddings()).weight
         step = one_step(model, config, batch, args, passes=2 if accumulates else 1)
         weights = sum(map(nbytes, parameters)) + sum(map(nbytes, model.buffers()))
         weights -= _saved_by_quantization(model, recipe.model.quantization)

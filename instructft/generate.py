@@ -2,99 +2,31 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.answer import MAX_NEW_TOKENS, Generator, check_settings
-from instructft.errors import ModelError, UsageError
-from instructft.models import _adds_bos
+from instructft.errors import UsageError
 from instructft.sources import Message
-from instructft.templates import TEMPLATES
+from instructft.trained import find_adapter, load_bare, load_base, load_for_inference, locate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "MAX_NEW_TOKENS",
     "Chat",
     "Generator",
     "as_generator",
+    "find_adapter",
     "generate",
     "load_bare",
+    "load_base",
     "load_for_inference",
     "locate",
 ]
-
-
-def locate(name: str) -> tuple[str, str]:
-    """The folder or Hub id that `name` stands for, and its revision, without loading anything.
-
-    >>> locate("org/name@v2")
-    ('org/name', 'v2')
-
-    Raises:
-        UsageError: it is neither a folder with a model nor a Hub id.
-    """
-    path = Path(name).expanduser()
-    if not path.exists():
-        if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-            raise UsageError(f"there is no model folder {name}; give a run folder, or a Hub id such as org/name")
-        location, _, revision = name.partition("@")
-        return location, revision or "main"
-    if not (path / "config.json").is_file():
-        checkpoints = sorted(p.name for p in path.glob("checkpoint-*"))
-        hint = f"; its run is unfinished, but it holds {', '.join(checkpoints)}" if checkpoints else ""
-        raise UsageError(f"{name} holds no model (there is no config.json in it){hint}")
-    return str(path), "main"
-
-
-def load_for_inference(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a run folder, a checkpoint in it, any other folder, or a Hub id `org/name[@revision]`, ready to answer.
-
-    The device is CUDA, else MPS, else the CPU; weights keep their dtype on a GPU and are float32 on the CPU. A model
-    without a chat template is asked with the template `instruction`, and stderr says so.
-
-    Raises:
-        UsageError: there is no such model.
-        ModelError: it is there, but cannot be loaded whole.
-    """
-    model, tokenizer = load_bare(name)
-    if isinstance(tokenizer.chat_template, dict):  # some models carry several; the one for chatting is called default
-        tokenizer.chat_template = tokenizer.chat_template.get("default")
-    if not tokenizer.chat_template:
-        print(f"{name} has no chat template; it is asked with the template instruction.", file=sys.stderr)
-        text = TEMPLATES["instruction"].text()
-        tokenizer.chat_template = ("{{- bos_token -}}\n" if _adds_bos(tokenizer) else "") + text
-    return model, tokenizer
-
-
-def load_bare(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """`load_for_inference` for a caller that brings the chat template: the tokenizer's stays as it was saved."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    location, revision = locate(name)
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            location,
-            revision=revision,
-            dtype=torch.float32 if device == "cpu" else "auto",
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{name} could not be loaded: {reason}") from error
-    if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers and goes on
-        raise ModelError(
-            f"{name} is not whole: it holds no weights for {', '.join(missing[:3])} ({len(missing)} in all)"
-        )
-    return model.to(device).eval(), tokenizer
 
 
 def generate(

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from instructft.adapters import token_rows
+
 # glibc hands blocks above 32 MiB back to the system when they are freed, and every page of the next one is faulted in
 # anew; that alone was half of the time of a step.
 _BLOCK_BYTES = 24 << 20
@@ -56,24 +58,38 @@ def scores(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
 
 
 class _SupervisedLogProbs(torch.autograd.Function):
-    """Log-probability of each label, with entropy and top-1, from hidden states; float32 throughout."""
+    """Log-probability of each label, with entropy and top-1, from hidden states; float32 throughout.
+
+    Rows `ids` of the head may be trained while the rest is frozen: `rows` stand in their place, and no gradient is
+    made for the others.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # hidden: (N, D), weight: (V, D), bias: (V,) or None, labels: (N,)
-        rows, vocabulary = hidden.shape[0], weight.shape[0]
-        block = max(1, min(rows, _BLOCK_BYTES // (4 * vocabulary)))
+        # hidden: (N, D), weight: (V, D), bias: (V,) or None, labels: (N,), rows: (n, D) or None, ids: (n,) or None
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        block = max(1, min(tokens, _BLOCK_BYTES // (4 * vocabulary)))
         logits_buffer, probs_buffer = hidden.new_empty(2, block, vocabulary)
-        log_probs, entropy = hidden.new_empty(2, rows)
-        is_top1 = torch.empty(rows, dtype=torch.bool)
-        wanted = any(ctx.needs_input_grad[:3])
-        grads: list[Any] = [torch.zeros_like(x) if wanted and x is not None else None for x in (hidden, weight, bias)]
-        for start in range(0, rows, block):
-            part = slice(start, min(start + block, rows))
+        log_probs, entropy = hidden.new_empty(2, tokens)
+        is_top1 = torch.empty(tokens, dtype=torch.bool)
+        inputs = {"hidden": hidden, "weight": weight, "bias": bias, "rows": rows}
+        wanted = dict(zip(inputs, (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4]), strict=True))
+        grads = {name: torch.zeros_like(inputs[name]) for name, needed in wanted.items() if needed}
+        step = rows - weight[ids] if rows is not None else None  # (n, D)
+        for start in range(0, tokens, block):
+            part = slice(start, min(start + block, tokens))
             h, y = hidden[part], labels[part, None]
             z = torch.mm(h, weight.t(), out=logits_buffer[: len(h)])  # (n, V)
+            if rows is not None:
+                z.index_copy_(1, ids, h @ rows.t())
             if bias is not None:
                 z += bias
             top, top_index = z.max(dim=1, keepdim=True)
@@ -84,35 +100,42 @@ class _SupervisedLogProbs(torch.autograd.Function):
             log_probs[part] = (z.gather(1, y) - log_total)[:, 0]
             entropy[part] = log_total[:, 0] - torch.bmm(p[:, None], z[:, :, None])[:, 0, 0]
             is_top1[part] = top_index[:, 0] == y[:, 0]
-            if wanted:  # d log p / d logits = onehot - p
+            if grads:  # d log p / d logits = onehot - p
                 p.neg_().scatter_add_(1, y, torch.ones_like(top))
-                grads[0][part] = p @ weight
-                grads[1].addmm_(p.t(), h)
-                if bias is not None:
-                    grads[2] += p.sum(dim=0)
-        if wanted:
-            ctx.has_bias = bias is not None
-            ctx.save_for_backward(hidden, weight, labels, *(g for g in grads if g is not None))
-            if bias is not None:
-                ctx.bias = bias
+                if "hidden" in grads:
+                    grads["hidden"][part] = p @ weight
+                    if step is not None:
+                        grads["hidden"][part] += p[:, ids] @ step
+                if "weight" in grads:
+                    grads["weight"].addmm_(p.t(), h)
+                if "bias" in grads:
+                    grads["bias"] += p.sum(dim=0)
+                if "rows" in grads:
+                    grads["rows"].addmm_(p[:, ids].t(), h)
+        if grads:
+            ctx.names = list(grads)
+            ctx.save_for_backward(hidden, weight, bias, labels, rows, ids, *grads.values())
         ctx.mark_non_differentiable(entropy, is_top1)
         return log_probs, entropy, is_top1
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, labels, *grads = ctx.saved_tensors
+        hidden, weight, bias, labels, rows, ids, *saved = ctx.saved_tensors
+        grads = dict(zip(ctx.names, saved, strict=True))
         scale = grad[0] if len(grad) else grad.new_ones(())
         if not torch.equal(grad, scale.expand_as(grad)):
             # Tokens of unequal weight (loss_type: dft): the gradient summed in `forward` does not serve.
-            bias = ctx.bias if ctx.has_bias else None
+            inputs = {"hidden": hidden, "weight": weight, "bias": bias, "rows": rows}
             with torch.enable_grad():
-                inputs = [x.detach().requires_grad_() for x in (hidden, weight, bias) if x is not None]
-                logits = torch.nn.functional.linear(inputs[0], inputs[1], inputs[2] if ctx.has_bias else None)
+                again = {name: x.detach().requires_grad_(name in grads) for name, x in inputs.items() if x is not None}
+                head = again["weight"] if rows is None else again["weight"].index_copy(0, ids, again["rows"])
+                logits = torch.nn.functional.linear(again["hidden"], head, again.get("bias"))
                 log_probs = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-                grads = list(torch.autograd.grad(log_probs, inputs, grad))
+                found = torch.autograd.grad(log_probs, [again[name] for name in grads], grad)
+            grads = dict(zip(grads, found, strict=True))
             scale = grad.new_ones(())
-        out = [g if scale == 1 else g.mul_(scale) for g in grads]
-        return out[0], out[1], out[2] if ctx.has_bias else None, None
+        out = {name: g if scale == 1 else g.mul_(scale) for name, g in grads.items()}
+        return out.get("hidden"), out.get("weight"), out.get("bias"), None, out.get("rows"), None
 
 
 def add_supervised_head(model: PreTrainedModel) -> bool:
@@ -122,7 +145,7 @@ def add_supervised_head(model: PreTrainedModel) -> bool:
     the architecture scales or caps, mixtures of experts, sharded heads.
     """
     config = model.config.get_text_config()
-    head = model.get_output_embeddings()
+    head, _, _ = _head(model)
     changes_logits = (
         "final_logit_softcapping",
         "logit_scale",
@@ -140,7 +163,7 @@ def add_supervised_head(model: PreTrainedModel) -> bool:
     # Keep the signature: `generate` checks its arguments against it, and `Trainer` the columns of a batch.
     @functools.wraps(upstream)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        head = self.get_output_embeddings()
+        head, rows, ids = _head(self)
         weight = head.weight
         labels = kwargs.get("labels")
         here = weight.device.type == "cpu" and not isinstance(weight, DTensor) and not torch.is_autocast_enabled("cpu")
@@ -150,7 +173,7 @@ def add_supervised_head(model: PreTrainedModel) -> bool:
         states = self.base_model(*args, **{**inputs, "use_cache": False}).last_hidden_state[:, :-1]  # (B, T - 1, D)
         labels = labels[:, 1:]
         mask = labels != -100  # (B, T - 1)
-        values = _SupervisedLogProbs.apply(states[mask], weight, head.bias, labels[mask])
+        values = _SupervisedLogProbs.apply(states[mask], weight, head.bias, labels[mask], rows, ids)
         log_probs, entropy, is_top1 = (v.new_zeros(mask.shape).masked_scatter(mask, v) for v in values)
         # `num_items_in_batch` is TRL's business: it divides the sum of `log_probs` itself
         loss = -log_probs.sum() / mask.sum().clamp(min=1)
@@ -158,3 +181,13 @@ def add_supervised_head(model: PreTrainedModel) -> bool:
 
     model.forward = types.MethodType(forward, model)
     return True
+
+
+def _head(model: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
+    """The output head, and where an adapter trains some of its rows these (n, D) and their ids (n,)."""
+    head = model.get_output_embeddings()
+    layer = token_rows(head)
+    if layer is None:
+        return head, None, None
+    ids = torch.tensor(layer.token_indices["default"], device=layer.base_layer.weight.device)
+    return layer.base_layer, layer.trainable_tokens_delta["default"], ids

@@ -1,4 +1,8 @@
-"""Loads the tokenizer and the model of a recipe, and makes them agree on template, special tokens and sizes."""
+"""Loads the tokenizer and the model of a recipe, and makes them agree on template, special tokens and sizes.
+
+With `adapter: lora` the model comes frozen, with the adapter in it (`instructft.adapters`); with `model.quantization`
+its linear layers are packed while they are read (`instructft.quantize`).
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from instructft import adapters, quantize
+from instructft.adapter_files import AdapterFolder, attach
 from instructft.errors import ModelError, TemplateError, UsageError
+from instructft.starting_point import adapter_to_go_on_with, weights_of
 from instructft.templates import TEMPLATES
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from instructft.recipe import Recipe
@@ -163,10 +171,11 @@ def _default_system(prompt: str) -> str:
 
 
 def load_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The model's configuration, checked against the recipe; no weights are read.
+    """The model's configuration, checked against the recipe and its adapter; no weights are read.
 
     Raises:
-        UsageError: unknown or unreadable, or `data.max_length` is more than the model's positions.
+        UsageError: unknown or unreadable; `data.max_length` is more than the model's positions; an adapter that does
+            not fit the architecture.
     """
     from transformers import AutoConfig
 
@@ -188,11 +197,9 @@ def load_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pretraine
                 "leave the key out, and it follows the tokenizer"
             )
     else:
-        name = str(recipe.model.name_or_path)
+        name, revision, subfolder = weights_of(recipe)
         try:
-            config = AutoConfig.from_pretrained(
-                name, revision=recipe.model.revision or "main", subfolder=recipe.model.subfolder or ""
-            )
+            config = AutoConfig.from_pretrained(name, revision=revision, subfolder=subfolder)
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(_not_loaded("model.name_or_path", name, "a model", error)) from error
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -201,45 +208,101 @@ def load_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pretraine
             f"data.max_length: {recipe.data.max_length} tokens are more than the {positions} positions of "
             f"{recipe.model.name_or_path or 'model.config'}; set data.max_length to {positions} or less"
         )
+    if recipe.adapter.type != "none" and adapter_to_go_on_with(recipe) is None:
+        adapters.check(recipe, config, new_tokens(recipe, tokenizer, config.get_text_config().vocab_size))
     return config
+
+
+def new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
+    """Ids that have no trained embedding in the base: what the template added, and all beyond its `rows` rows.
+
+    Some vocabularies hold empty rows in reserve, so that a new token need not lie beyond them.
+    """
+    template = TEMPLATES.get(recipe.data.template)
+    known = _bare_tokenizer(recipe).get_vocab() if template and template.tokens else {}
+    added = {tokenizer.convert_tokens_to_ids(t) for t in (template.tokens if template else ()) if t not in known}
+    return sorted(added | set(range(rows, len(tokenizer))))
+
+
+def weights_dtype(recipe: Recipe, device: str | None = None) -> torch.dtype:
+    """The type in which weights are held.
+
+    Trained weights are float32 (`dtype: auto`): AdamW's updates are mostly smaller than bfloat16 can add to a weight.
+    Frozen ones, below an adapter, need no such room: on a GPU they are bfloat16 where it has that, float16 with
+    `train.fp16`; on a CPU float32, which is faster there.
+
+    >>> weights_dtype(load_recipe("quickstart"))
+    torch.float32
+    """
+    import torch
+
+    if recipe.model.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, recipe.model.dtype)
+        return dtype
+    if recipe.model.quantization != "none" and recipe.train.get("bf16"):
+        return torch.bfloat16  # bitsandbytes rounds the biases of packed layers to what comes in
+    if recipe.adapter.type == "none" or not (device or quantize.device(recipe)).startswith("cuda"):
+        return torch.float32
+    if recipe.train.get("fp16"):
+        return torch.float16
+    here = torch.cuda.is_available()
+    return torch.bfloat16 if not here or torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
 def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Load the recipe's model, or start one from random weights, ready to be trained with `tokenizer`.
 
-    Full fine-tuning keeps its weights in float32 (`dtype: auto`) and lets autocast do the work in bfloat16 where the
-    hardware has it: AdamW's updates are mostly smaller than bfloat16 can add to a weight. Embedding rows of tokens
-    that the template added start from the mean of the old rows. Random weights depend on `train.seed` alone.
+    Full fine-tuning keeps its weights in float32 (`weights_dtype`) and lets autocast do the work in bfloat16 where
+    the hardware has it. With an adapter it is a `peft.PeftModel` over the frozen base. Embedding rows of tokens that
+    the template added start from the mean of the old rows. Random weights depend on `train.seed` alone.
 
     Raises:
         UsageError: the model is unknown or does not fit the recipe.
         ModelError: its weights could not be read.
     """
-    import torch
     from transformers import AutoModelForCausalLM, set_seed
 
     config = load_config(recipe, tokenizer)
-    dtype = torch.float32 if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+    quantize.check(recipe)
+    dtype = weights_dtype(recipe)
     attention = None if recipe.model.attn_implementation == "auto" else recipe.model.attn_implementation
     if recipe.model.config is not None:
         set_seed(recipe.train["seed"])
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     else:
-        name = str(recipe.model.name_or_path)
+        name, revision, subfolder = weights_of(recipe)
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 name,
                 config=config,
                 dtype=dtype,
                 attn_implementation=attention,
-                revision=recipe.model.revision or "main",
-                subfolder=recipe.model.subfolder or "",
+                revision=revision,
+                subfolder=subfolder,
+                **quantize.loading(recipe, dtype),
             )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ModelError(_not_loaded("model.name_or_path", name, "a model", error)) from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    adapter = adapter_to_go_on_with(recipe)
+    if adapter is not None:
+        return _go_on_with(adapter, model, tokenizer)
     _fit_embeddings(model, len(tokenizer))
     _fit_special_tokens(model, tokenizer)
-    return model
+    added = new_tokens(recipe, tokenizer, rows) if recipe.adapter.type != "none" else []
+    return adapters.ADAPTERS[recipe.adapter.type](model, recipe, added)
+
+
+def _go_on_with(adapter: AdapterFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The base with an adapter that was trained before, ready to be trained further."""
+    if len(tokenizer) > max(adapter.base.vocab_size, model.get_input_embeddings().weight.shape[0]):
+        raise UsageError(
+            f"data.template: needs tokens that the adapter in {adapter.folder} was not trained with "
+            f"({len(tokenizer)}, expected {adapter.base.vocab_size}); use data.template=tokenizer"
+        )
+    adapted = adapters.as_trained_here(attach(model, adapter, trainable=True))
+    _fit_special_tokens(adapted, tokenizer)
+    return adapted
 
 
 def _fit_embeddings(model: PreTrainedModel, tokens: int) -> None:

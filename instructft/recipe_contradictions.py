@@ -106,6 +106,12 @@ def _model(recipe: Recipe) -> Iterator[Contradiction]:
         for key in ("revision", "subfolder"):
             if getattr(model, key) is not None:
                 yield (("model", key),), "has no effect on random weights (model.config)"
+        if recipe.adapter.type != "none":
+            say = (
+                f"found {recipe.adapter.type} over random weights (model.config), a base that nobody could load again; "
+                "name a model in model.name_or_path, or take the adapter out"
+            )
+            yield (("adapter", "type"), config), say
         if model.quantization != "none":
             yield (("model", "quantization"),), "random weights (model.config) cannot be quantized; take it out"
     if model.quantization != "none" and model.config is None and recipe.adapter.type == "none":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from instructft.errors import UsageError
+from instructft.adapters import ADAPTERS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -66,10 +66,11 @@ def skeleton(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from instructft.models import load_config
+    from instructft.models import load_config, new_tokens
 
     config = copy.deepcopy(load_config(recipe, tokenizer))
     text = config.get_text_config()
+    added = new_tokens(recipe, tokenizer, text.vocab_size) if recipe.adapter.type != "none" else []
     text.vocab_size = max(text.vocab_size, len(tokenizer))  # the embeddings grow by the template's own tokens
     attention = recipe.model.attn_implementation
     if device != "cpu" and attention != "eager":  # fused kernels draw dropout inside; a CPU's sdpa has none that do
@@ -79,14 +80,7 @@ def skeleton(
     chosen = {"auto": None, "eager": "eager"}.get(attention, "sdpa")  # flash-attention keeps what fused sdpa keeps
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=chosen)
-        if recipe.adapter.type == "lora":
-            from peft import LoraConfig, get_peft_model
-
-            lora = LoraConfig(task_type="CAUSAL_LM", **recipe.adapter.peft_kwargs())
-            try:
-                model = get_peft_model(model, lora, low_cpu_mem_usage=True)
-            except (ValueError, NotImplementedError) as error:  # no module of such a name, a layer that takes no LoRA
-                raise UsageError(f"adapter: {error}") from error
+        model = ADAPTERS[recipe.adapter.type](model, recipe, added, only_shapes=True)
     return model.train(), config
 
 

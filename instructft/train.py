@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instructft import __version__
+from instructft import __version__, quantize
+from instructft.adapters import Papers, count_parameters, is_peft
 from instructft.data import Prepared, prepare
 from instructft.errors import InstructftError, UsageError
-from instructft.models import load_config, load_model, load_tokenizer
+from instructft.models import load_config, load_model, load_tokenizer, weights_dtype
 from instructft.recipe import Recipe, check_against_installed
+from instructft.starting_point import base_record
 from instructft.stream import Streamed, prepare_stream
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig
 
+    from instructft.adapter_proof import AdapterProof
     from instructft.trainer import Trainer
 
 
@@ -61,6 +64,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
 
     tokenizer = load_tokenizer(recipe)
     load_config(recipe, tokenizer)  # a model that does not fit the recipe is refused before the data is read
+    quantize.check(recipe)
     with state.main_process_first():
         data = prepare_stream(recipe, tokenizer) if recipe.data.datasets[0].streaming else prepare(recipe, tokenizer)
     args, precision = training_arguments(recipe, data, state)
@@ -73,13 +77,15 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
     trainer = build_trainer(recipe, tokenizer, data, model, args, console)
     if recipe.data.packing:
         prove_isolation(model, console)
+    proof = watch_adapter(trainer)
 
     began = time.perf_counter()
     _run(trainer, console)
     seconds = time.perf_counter() - began
+    adapter = prove_adapter(proof, trainer, console)
     metrics = final_metrics(trainer)
 
-    facts = collect_facts(recipe, data, trainer, metrics, seconds, precision)
+    facts = collect_facts(recipe, data, trainer, metrics, seconds, precision) | adapter
     save(trainer, recipe, tokenizer, facts)
     state.wait_for_everyone()
     return Result(run, facts)
@@ -94,8 +100,6 @@ def _console(state: PartialState) -> Console:
 def _refuse_what_is_not_here(recipe: Recipe) -> None:
     """Keys that this version reads but cannot carry out are refused, never ignored."""
     asked = {
-        "adapter.type": recipe.adapter.type != "none",
-        "model.quantization": recipe.model.quantization != "none",
         "hub.push": recipe.hub.push != "never",
         "model.subfolder: latest": recipe.model.subfolder == "latest",
     }
@@ -173,13 +177,16 @@ def decide_precision(recipe: Recipe) -> tuple[bool, bool, str]:
         bf16, fp16 = bool(recipe.train.get("bf16")), bool(recipe.train.get("fp16"))
         name = "bfloat16" if bf16 else "float16" if fp16 else "float32"
         return bf16, fp16, f"{name}, as the recipe says"
-    if recipe.model.dtype in ("bfloat16", "float16"):
+    frozen = recipe.adapter.type != "none"  # an adapter is float32 itself, and needs autocast to compute as its base
+    if recipe.model.dtype in ("bfloat16", "float16") and not frozen:
         return False, False, f"{recipe.model.dtype} weights without autocast, as the recipe says"
     if torch.cuda.is_available() and not recipe.train.get("use_cpu"):
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return True, False, "bfloat16 autocast over float32 weights"
+            weights = str(weights_dtype(recipe)).removeprefix("torch.")
+            base = f"a frozen base in {weights}, adapter in float32" if frozen else "float32 weights"
+            return True, False, f"bfloat16 autocast over {base}"
         return False, False, "float32 (this GPU has no bfloat16; train.fp16=true is faster, with a loss scale)"
-    return False, False, "float32"
+    return False, False, recipe.model.dtype if recipe.model.dtype != "auto" else "float32"
 
 
 def announce(
@@ -197,12 +204,14 @@ def announce(
 
     from instructft.view import coloured
 
-    total, trainable = model.num_parameters(), model.num_parameters(only_trainable=True)
+    trainable, total = count_parameters(model)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     start = recipe.model.name_or_path or "random weights"
     share = "all trainable" if total == trainable else f"{trainable:,} trainable ({trainable / total:.2%})"
+    if recipe.model.quantization != "none":
+        share += f", base in {recipe.model.quantization}"
     table.add_row("model", escape(f"{start} · {total:,} parameters, {share}"))
     table.add_row("device", escape(f"{args.device.type} × {args.world_size} · {precision}"))
     for what, how_much in data.account(recipe.data.max_length):
@@ -262,6 +271,7 @@ def build_trainer(
         train_dataset=data.for_training,
         eval_dataset=data.splits.get("validation"),
         eval_groups=data.groups,
+        papers=Papers(model, base_record(recipe), recipe.model.quantization) if is_peft(model) else None,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
@@ -272,6 +282,28 @@ def build_trainer(
 # --------------------------------------------------------------------------------------------------------------------
 # The run, and what it leaves
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def watch_adapter(trainer: Trainer) -> AdapterProof | None:
+    """Take the fingerprint of all weights, if an adapter is to be trained."""
+    from instructft.adapter_proof import AdapterProof
+
+    if not is_peft(trainer.model):
+        return None
+    proof = AdapterProof(trainer.model)
+    trainer.add_callback(proof)
+    return proof
+
+
+def prove_adapter(proof: AdapterProof | None, trainer: Trainer, console: Console) -> dict[str, Any]:
+    """Stop unless the adapter moved and the base did not; what was found goes into `run.json`."""
+    from instructft.adapter_proof import in_words
+
+    if proof is None:
+        return {}
+    verdict = proof.verdict(trainer.accelerator.unwrap_model(trainer.model), judge=trainer.is_world_process_zero())
+    console.print(in_words(verdict), highlight=False)
+    return {"adapter": verdict}
 
 
 def _run(trainer: Trainer, console: Console) -> None:
@@ -308,7 +340,9 @@ def collect_facts(
     seen = trainer.seen
     device = trainer.args.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    libraries = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
+    libraries = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers"]
+    if recipe.model.quantization != "none":
+        libraries.append("bitsandbytes")
     return {
         "versions": {"instructft": __version__, **{name: version(name) for name in libraries}},
         "hardware": {"device": hardware, "processes": trainer.args.world_size, "precision": precision},
@@ -350,5 +384,5 @@ def save(trainer: Trainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, f
     (run / "run.json").write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
     plot_loss(run, recipe.name)
     write_card(run, recipe, facts)
-    if not (run / "config.json").is_file():
+    if not (run / ("adapter_config.json" if is_peft(model) else "config.json")).is_file():
         raise InstructftError(f"the final model was not written to {run}")

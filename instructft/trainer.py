@@ -12,6 +12,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from instructft.adapters import Papers
 from instructft.head import add_supervised_head, scores
 from instructft.pack import flat
 
@@ -68,10 +69,18 @@ class Trainer(SFTTrainer):
       `num_tokens` counts a batch of packs as if it were one row (trl 1.16, `compute_loss`).
     - `train_sampling_strategy: group_by_length` forms steps of rows of like length (`LengthGrouped`).
     - The model card is written by `instructft.card`, not at every checkpoint.
+    - An adapter is trained in float32 over a quantized base too, and each folder that holds one gets its `papers`.
     """
 
-    def __init__(self, *, eval_groups: dict[str, int] | None = None, **kwargs: Any):
+    def __init__(self, *, eval_groups: dict[str, int] | None = None, papers: Papers | None = None, **kwargs: Any):
+        trained = {name: p.data for name, p in kwargs["model"].named_parameters() if p.requires_grad}
         super().__init__(**kwargs)
+        for name, parameter in self.model.named_parameters():
+            if name in trained and parameter.dtype != trained[name].dtype:
+                # upstream rounds the adapter of a quantized base to bfloat16 (trl 1.16), which AdamW's updates of late
+                # steps are too small for
+                parameter.data = trained[name].to(parameter.device)
+        self._papers = papers
         self._eval_groups = eval_groups or {}
         add_supervised_head(self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model)
         self._seen = torch.zeros(3, dtype=torch.int64, device=self.args.device)
@@ -151,6 +160,11 @@ class Trainer(SFTTrainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return SequentialSampler(eval_dataset)  # upstream groups by length here too; groups rely on the order
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._papers is not None and self.args.should_save:
+            self._papers.write(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Upstream writes its own card at every checkpoint; ours is written once, when the run is done."""

@@ -23,7 +23,7 @@ from instructft.data import prepare
 from instructft.errors import UsageError
 from instructft.estimate import largest_batch, memory, optimizer_bytes, resident
 from instructft.ledger import Ledger
-from instructft.recipe import load_recipe
+from instructft.recipe import AdapterSection, load_recipe
 from instructft.schedule import duration, last_speed, steps
 from instructft.shadow import Batch, activation_bytes
 
@@ -40,9 +40,14 @@ SHAPES = {
 ARGS = SimpleNamespace(bf16=False, fp16=False, gradient_checkpointing=False, optim="adamw_torch_fused")
 
 
-def estimated(kind: str, batch: Batch, *overrides: str, args: Any = ARGS, device: str = "cpu", **rest: Any) -> Any:
+def estimated(
+    kind: str, batch: Batch, *overrides: str, adapter: str = "none", args: Any = ARGS, device: str = "cpu", **rest: Any
+) -> Any:
     config = f"model.config={{model_type: {kind}, {SHAPES[kind]}}}"
     recipe = load_recipe("quickstart", [config, *overrides])
+    # a recipe with an adapter over random weights is refused; its shapes are as good as any
+    lora = load_recipe("quickstart", ["model={name_or_path: org/name}", f"adapter={adapter}"]).adapter
+    recipe = recipe.model_copy(update={"adapter": lora})
     tokenizer = instructft.load_tokenizer(recipe)
     return memory(recipe, tokenizer, batch, args, device, **rest), recipe, tokenizer
 
@@ -87,8 +92,8 @@ def test_adapters_are_counted_as_peft_counts_them() -> None:
         ("gpt_neox", ", target_modules: [query_key_value]"),
     ):
         adapter = f"{{type: lora, r: 4{more}}}"
-        found, recipe, tokenizer = estimated(kind, Batch(2, 16, 10), f"adapter={adapter}")
-        model = instructft.load_model(recipe, tokenizer)
+        found, recipe, tokenizer = estimated(kind, Batch(2, 16, 10), adapter=adapter)
+        model = instructft.load_model(recipe.model_copy(update={"adapter": AdapterSection()}), tokenizer)
         peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **recipe.adapter.peft_kwargs()))
         trainable, everything = peft.get_nb_trainable_parameters()
         assert found["parameters"] == {"all": everything, "trainable": trainable}
@@ -99,7 +104,7 @@ def test_adapters_are_counted_as_peft_counts_them() -> None:
 
 def test_an_adapter_that_fits_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="adapter"):
-        estimated("gpt2", Batch(2, 16, 10), "adapter={type: lora, target_modules: [no_such_module]}")
+        estimated("gpt2", Batch(2, 16, 10), adapter="{type: lora, target_modules: [no_such_module]}")
 
 
 def test_what_changes_the_memory() -> None:
@@ -117,7 +122,7 @@ def test_what_changes_the_memory() -> None:
     half = estimated("gpt2", batch, "model.dtype=bfloat16")[0]["memory"]
     assert half["weights"] < 0.55 * plain["weights"]
     assert half["optimizer"] == plain["optimizer"] / 2
-    lora, recipe, tokenizer = estimated("llama", batch, "adapter=lora")
+    lora, recipe, tokenizer = estimated("llama", batch, adapter="lora")
     quantized = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "4bit"})})
     assert memory(quantized, tokenizer, batch, ARGS, "cpu")["memory"]["weights"] < lora["memory"]["weights"]  # type: ignore[arg-type]
     again = estimated("gpt2", batch, accumulates=True)[0]["memory"]

@@ -229,8 +229,6 @@ def test_what_is_not_here_yet_is_refused() -> None:
 
     said = section("Not here yet")
     for override, key in [
-        (["adapter=lora"], "adapter.type"),
-        (["adapter=lora", "model.quantization=4bit"], "model.quantization"),
         (["hub={repo_id: me/x, push: end}"], "hub.push"),
         (["model.subfolder=latest"], "subfolder: latest"),
     ]:
@@ -239,7 +237,7 @@ def test_what_is_not_here_yet_is_refused() -> None:
         with pytest.raises(errors.UsageError, match=re.escape(key.split(":")[0])):
             _refuse_what_is_not_here(load_recipe("quickstart", [*base, *override]))
     names = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert not {"launch", "merge", "push", "ui"} & set(names)
+    assert not {"launch", "push", "ui"} & set(names)
     with pytest.raises(Exception, match="resume"):
         parse(["train", "quickstart", "--resume", "auto"])
 

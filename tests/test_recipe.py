@@ -232,6 +232,11 @@ BAD = {
         "line 1: model.quantization:",
         "lora",
     ),
+    "adapter, random weights": (
+        "model:\n  config: {model_type: gpt2}\n  tokenizer: gpt2\nadapter: lora\n" + DATA,
+        "line 4: adapter.type:",
+        "random weights (model.config)",
+    ),
     "rank, no adapter": (GOOD + "adapter: {r: 4}\n", "line 3: adapter.r:", "write adapter.type: lora"),
     "two sources": (
         MODEL + "data: {datasets: [{name: alpaca, hub: a/b}]}\n",
@@ -481,8 +486,13 @@ def test_defaults_are_those_of_the_contract(load):
         "samples": [],
         "hub": {"repo_id": None, "private": True, "path_in_repo": None, "push": "never"},
         "check": {
-            "max_dropped_share": None, "max_cut_share": None, "max_duplicate_share": None, "max_contradictions": None,
-            "max_leaks": None, "max_markers": None, "max_memory_gib": None,
+            "max_dropped_share": None,
+            "max_cut_share": None,
+            "max_duplicate_share": None,
+            "max_contradictions": None,
+            "max_leaks": None,
+            "max_markers": None,
+            "max_memory_gib": None,
         },
         "output_dir": "runs/mine",
     }

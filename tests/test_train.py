@@ -17,7 +17,7 @@ from rich.console import Console
 import instructft
 from instructft.data import prepare
 from instructft.encode import encode_prompt
-from instructft.errors import InstructftError, UsageError
+from instructft.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -221,11 +221,6 @@ def test_each_data_set_has_a_validation_loss_of_its_own(write_recipe: Any, tmp_p
         start += n
     mean = (metrics["eval_quickstart_loss"] * counts[0] + metrics["eval_numbers_loss"] * counts[1]) / sum(counts)
     assert metrics["eval_loss"] == pytest.approx(mean)
-
-
-def test_an_adapter_is_refused_until_there_is_one(write_recipe: Any) -> None:
-    with pytest.raises(InstructftError, match="adapter"):
-        instructft.train(instructft.load_recipe(write_recipe(), ["adapter=lora"]))
 
 
 def test_a_run_that_fails_leaves_nothing_that_poses_as_a_model(write_recipe: Any, monkeypatch: Any) -> None:

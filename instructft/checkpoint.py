@@ -1,0 +1,240 @@
+"""Checkpoints that can be trusted: a manifest written last, verification by size and SHA-256, and retention.
+
+    checkpoint-40/
+      model.safetensors, optimizer.pt, scheduler.pt, rng_state*.pth, trainer_state.json, …   as the Trainer writes them
+      manifest.json    every file's size and SHA-256, and what the run was made of; written when all else is on the disk
+
+A folder without a manifest is not a checkpoint: its writing was cut short. One whose files differ from the manifest is
+damaged. Neither is ever resumed from; both are named when an older one is taken instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from instructft.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_PARTIAL = f"{MANIFEST}.partial"
+FORMAT = 1  # of the manifest; a newer one is not read
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that verified.
+
+    Args:
+        folder: `checkpoint-N`.
+        step: optimizer steps done, N.
+        identity: what the run was made of when it was written: dotted recipe key or fact -> value (`resume.identity`).
+        versions: library -> version that wrote it.
+    """
+
+    folder: Path
+    step: int
+    identity: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+
+def folders(run: Path) -> list[Path]:
+    """The folders of a run that are named like checkpoints, the newest first.
+
+    >>> [path.name for path in folders(Path("runs/quickstart"))]
+    ['checkpoint-1200', 'checkpoint-900', 'checkpoint-600', 'checkpoint-300']
+    """
+    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(folder.name)
+    if match is None:
+        raise CheckpointError(f"{folder} is not named like a checkpoint (checkpoint-N)")
+    return int(match[1])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def seal(folder: Path, identity: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+    """Make a folder a checkpoint: bring its files to the disk, hash them, and write the manifest last.
+
+    Every process must have written its files before. A power cut at any moment leaves the folder with a manifest and
+    whole, or without.
+    """
+    files = {}
+    for path in _files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(file)}
+    for inner in {path.parent for path in _files(folder)}:
+        _sync(inner)
+    manifest = {
+        "format": FORMAT,
+        "step": step_of(folder),
+        "identity": dict(identity),
+        "versions": dict(versions),
+        "files": files,
+    }
+    partial = folder / _PARTIAL
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump({"manifest": manifest, "sha256": _digest(manifest)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / MANIFEST)
+    _sync(folder)
+    _sync(folder.parent)
+
+
+def begin(folder: Path) -> None:
+    """Make an empty folder for a checkpoint; what a save that was cut short left under its name goes.
+
+    Raises:
+        CheckpointError: another tool made a folder of this name; it is not touched.
+    """
+    if folder.is_dir():
+        if kind(folder) == "foreign":
+            raise CheckpointError(f"{folder} stands in the way, and instructft did not make it; move it elsewhere")
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: half of a checkpoint must not look like one
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / _PARTIAL).write_text("{}", encoding="utf-8")  # ours, and not whole
+
+
+def kind(folder: Path) -> str:
+    """`sealed` (it has a manifest), `cut short` (ours, without one), or `foreign` (another tool made it)."""
+    if (folder / MANIFEST).is_file():
+        return "sealed"
+    return "cut short" if (folder / _PARTIAL).is_file() or not any(folder.iterdir()) else "foreign"
+
+
+def require_space(run: Path, needed: int) -> None:
+    """Refuse to begin a checkpoint that the disk has no room for.
+
+    Raises:
+        CheckpointError: with what is needed, what is free, and the newest checkpoint that stands.
+    """
+    free = shutil.disk_usage(run).free
+    if free >= needed:
+        return
+    kept = next((path.name for path in folders(run) if kind(path) == "sealed"), None)
+    stands = f"{kept} stands; " if kept else ""
+    raise CheckpointError(
+        f"{run}: a checkpoint needs about {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free. "
+        f"{stands}make room and run the same command again. train.save_total_limit keeps fewer of them"
+    )
+
+
+def retain(run: Path, keep: int | None, best: str | None = None) -> list[str]:
+    """Delete all but the newest `keep` checkpoints and the best one; folders without our manifest stay.
+
+    Returns the names of what was deleted.
+    """
+    if not keep:
+        return []
+    ours = [path for path in folders(run) if kind(path) == "sealed"]
+    gone = [path for path in ours[keep:] if best is None or path.name != Path(best).name]
+    for path in gone:
+        (path / MANIFEST).unlink()  # first: half of a checkpoint must not look like one
+        shutil.rmtree(path)
+    return [path.name for path in gone]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Read a checkpoint's manifest, and every byte of its files.
+
+    Raises:
+        CheckpointError: what is missing or differs.
+    """
+    manifest = read_manifest(folder)
+    for name, known in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: {name} is missing")
+        size = path.stat().st_size
+        if size != known["size"]:
+            raise CheckpointError(f"{folder}: {name} has {size:,} bytes, {known['size']:,} were written")
+        with path.open("rb") as file:
+            if _sha256(file) != known["sha256"]:
+                raise CheckpointError(f"{folder}: {name} is not what was written (its SHA-256 differs)")
+    return Checkpoint(folder, manifest["step"], manifest["identity"], manifest["versions"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest alone; raises `CheckpointError` where there is none that can be read."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        why = "writing it was cut short" if kind(folder) == "cut short" else "another tool made it"
+        raise CheckpointError(f"{folder}: there is no {MANIFEST}; {why}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        manifest = dict(content["manifest"])
+        whole = content["sha256"] == _digest(manifest)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path} is not what was written")
+    if manifest["format"] > FORMAT:
+        raise CheckpointError(f"{path}: a newer instructft wrote it (format {manifest['format']}, known is {FORMAT})")
+    if manifest["step"] != step_of(folder):
+        raise CheckpointError(f"{folder}: it is checkpoint-{manifest['step']} under another name")
+    return manifest
+
+
+def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run that verifies, and why each newer one was passed over.
+
+    >>> newest(Path("runs/support"))
+    (Checkpoint(folder=PosixPath('runs/support/checkpoint-80'), …), ['runs/support/checkpoint-120: optimizer.pt is …'])
+    """
+    passed = []
+    for folder in folders(run):
+        try:
+            return verify(folder), passed
+        except CheckpointError as error:
+            passed.append(str(error))
+    return None, passed
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, _PARTIAL))
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk; where folders cannot be opened (Windows) there is nothing to do."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

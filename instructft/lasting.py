@@ -1,0 +1,158 @@
+"""The half of the trainer that makes a run last: checkpoints that are sealed, and all that a resumed run must know.
+
+Upstream's checkpoint holds weights, optimizer, schedule, random states and the trainer's state. What it leaves out, and
+what a run that goes on would lose: the losses since the last log, the tokens counted so far, the time spent, and an
+evaluation that was due. They go into `progress_<rank>.json`, so that a resumed run logs what it would have logged.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from trl import SFTTrainer
+
+from instructft import checkpoint
+from instructft.errors import CheckpointError
+from instructft.stop import EvaluationLeft, Stop
+
+
+class LastingTrainer(SFTTrainer):
+    """`SFTTrainer` whose checkpoints verify and whose resumed runs continue bit for bit.
+
+    Args:
+        identity: what the run is made of (`instructft.resume.identity`); written into every checkpoint.
+        versions: of the libraries.
+        stop: the signals to listen to.
+    """
+
+    def __init__(
+        self, *, identity: Mapping[str, Any] | None = None, versions: Mapping[str, str] | None = None,
+        stop: Stop | None = None, **kwargs: Any,
+    ):  # fmt: skip
+        super().__init__(**kwargs)
+        self._identity, self._versions = identity or {}, versions or {}
+        self.stop = stop or Stop()
+        self.add_callback(self.stop)
+        self._keep, self.args.save_total_limit = self.args.save_total_limit, None  # upstream deletes folders of others
+        self.seconds = 0.0  # of training, the part before a resume included
+        self._loss_before = 0.0  # summed over the steps before a resume
+        self._resumes_from: Path | None = None
+        self.last_checkpoint: str | None = None
+
+    # -- going on ---------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train to the end or to a signal; from a checkpoint's folder where one is given."""
+        self._resumes_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._began = time.perf_counter()
+        with self.stop:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self._resumes_from is not None:
+            folder, self._resumes_from = self._resumes_from, None
+            self._restore(folder)
+        if self.state.global_step >= self.state.max_steps:  # upstream would train one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def _restore(self, folder: Path) -> None:
+        known = json.loads((folder / f"progress_{self.args.process_index}.json").read_text(encoding="utf-8"))
+        self._tr_loss += known["loss_since_log"]
+        self._globalstep_last_logged = known["last_logged"]
+        self._loss_before = known["loss"]
+        self.seconds = known["seconds"]
+        self.restore_counts(known["counts"])
+        for mode, metrics in known["metrics"].items():
+            for name, values in metrics.items():
+                self._metrics[mode][name] = list(values)
+        if known["evaluation_is_due"]:  # random states are restored after this, so it changes nothing that is trained
+            self._determine_best_metric(self._evaluate(None, None), None)
+
+    def counts(self) -> list[int]:
+        """What a subclass counts on this process, to be kept in checkpoints."""
+        return []
+
+    def restore_counts(self, counts: list[int]) -> None:
+        """Go on counting from there."""
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run = Path(self.args.output_dir)
+        folder = run / f"checkpoint-{self.state.global_step}"
+        try:
+            if self.args.process_index == 0:
+                checkpoint.require_space(run, self._bytes())
+                checkpoint.begin(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self._write_progress(folder)
+            self.accelerator.wait_for_everyone()  # every process has written its files
+            if self.args.process_index == 0:
+                checkpoint.seal(folder, self._identity, self._versions)
+                checkpoint.retain(run, self._keep, self.state.best_model_checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{folder} could not be written: {_reason(error)}; {self._standing(run)}") from error
+        self.accelerator.wait_for_everyone()
+        self.last_checkpoint = folder.name
+
+    def _write_progress(self, folder: Path) -> None:
+        metrics = {mode: {name: list(map(float, values)) for name, values in found.items()}
+                   for mode, found in self._metrics.items()}  # fmt: skip
+        known = {
+            "loss_since_log": float(self._tr_loss),
+            "last_logged": self._globalstep_last_logged,
+            "loss": self._loss_before + self._total_loss_scalar,
+            "seconds": self.seconds + time.perf_counter() - self._began,
+            "counts": self.counts(),
+            "metrics": metrics,
+            "evaluation_is_due": self.stop.left_evaluation,
+        }
+        path = folder / f"progress_{self.args.process_index}.json"
+        path.write_text(json.dumps(known), encoding="utf-8")
+
+    def _bytes(self) -> int:
+        """About what a checkpoint takes on the disk."""
+        model = self.accelerator.unwrap_model(self.model)
+        saved = [p for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config")]
+        states = getattr(self.optimizer, "state", {}) if self.optimizer is not None else {}
+        tensors = [t for state in states.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        return sum(t.numel() * t.element_size() for t in [*saved, *tensors]) + (1 << 20)
+
+    def _standing(self, run: Path) -> str:
+        kept = [path.name for path in checkpoint.folders(run) if checkpoint.kind(path) == "sealed"]
+        return f"{kept[0]} stands" if kept else "there is no checkpoint before it"
+
+    # -- signals ----------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        try:
+            found: dict[str, float] = super()._evaluate(*args, **kwargs)
+            return found
+        except EvaluationLeft:
+            self.stop.left_evaluation = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return bool(metrics) and bool(super()._determine_best_metric(metrics=metrics, trial=trial))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; the mean loss of a run counts the steps before a resume too."""
+        if "train_loss" in logs:
+            steps = max(self.state.global_step, 1)
+            logs["train_loss"] = (self._loss_before + self._total_loss_scalar) / steps
+        super().log(logs, *args, **kwargs)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

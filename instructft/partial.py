@@ -1,0 +1,89 @@
+"""A folder that is whole or not there: written beside its place, and given its name in one step.
+
+A process that is killed leaves a folder `NAME.partial-…`; the next one that writes to the same place removes it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from instructft.errors import ModelError
+
+try:
+    import fcntl
+except ImportError:  # Windows: a folder in which another process has a file open cannot be removed there anyway
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def partial_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its name when all went well, with every file on disk; else it is removed.
+
+    >>> with partial_folder(Path("merged")) as folder:
+    ...     (folder / "config.json").write_text("{}")
+
+    Raises:
+        ModelError: it could not be written, or `output` is no longer free.
+    """
+    parent = output.absolute().parent
+    folder = parent / f"{output.name}.partial-{uuid.uuid4().hex[:8]}"
+    handle = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _clean(parent, output.name)
+        folder.mkdir()
+        handle = _lock(folder)
+        yield folder
+        for path in (*folder.rglob("*"), folder):
+            _sync(path)
+        os.rename(folder, output)  # onto an empty folder too; on one that has filled up it fails and changes nothing
+        _sync(parent)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ModelError(f"{output} could not be written: {error.strerror or error}; nothing was kept") from error
+        raise
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _clean(parent: Path, name: str) -> None:
+    """Remove what killed processes left; one that is still at work holds its lock."""
+    for folder in parent.iterdir():
+        if re.fullmatch(re.escape(name) + r"\.partial-[0-9a-f]{8}", folder.name) and folder.is_dir():
+            handle = _lock(folder)
+            if handle is not None or fcntl is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            if handle is not None:
+                os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold a folder until the handle is closed or this process ends; None where another holds it."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on disk."""
+    if os.name == "nt":  # it takes a handle that may write
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

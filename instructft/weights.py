@@ -1,0 +1,171 @@
+"""Reads weight files by their headers: which tensors a model has, and a fingerprint to know it again by.
+
+Nothing is loaded: a base of many gigabytes takes well under a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from instructft.errors import ModelError
+
+BLOCKS, BLOCK = 16, 4096  # of a tensor's bytes the fingerprint reads this many blocks of this size
+
+# bytes per element of the types that a safetensors file can hold
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4}
+_SIZES |= {"U16": 2, "U8": 1, "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+_SIZES |= {"F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
+
+
+class Entry(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    dtype: str  # as the format spells it: F32, BF16, …
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+    end: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, by name, without their values. The file must be whole.
+
+    Format: https://huggingface.co/docs/safetensors/index#format
+
+    >>> read_header(Path("model.safetensors"))["lm_head.weight"]
+    Entry(dtype='BF16', shape=(32000, 4096), start=2048, end=262146048)
+
+    Raises:
+        ModelError: it is no such file, or its end is missing.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= size - 8:
+                raise ModelError(f"{path} is cut short or no safetensors file; copy or download it again")
+            header = json.loads(file.read(length))
+        entries = {
+            name: Entry(t["dtype"], tuple(t["shape"]), *(8 + length + offset for offset in t["data_offsets"]))
+            for name, t in header.items()
+            if name != "__metadata__"
+        }
+    except OSError as error:
+        raise ModelError(f"{path} could not be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is no safetensors file: its header cannot be read") from error
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        known = entry.dtype not in _SIZES or entry.end - entry.start == math.prod(entry.shape) * _SIZES[entry.dtype]
+        if entry.start != end or entry.end < entry.start or not known:
+            raise ModelError(f"{path} is damaged: its header gives {name} a place that does not fit its shape")
+        end = entry.end
+    if end != size:
+        found = "cut short" if size < end else "longer than its header says"
+        raise ModelError(f"{path} is {found}: found {size} bytes, expected {end}; copy or download it again")
+    return entries
+
+
+# the weight file and the index of its shards, in the order in which `from_pretrained` looks for them
+NAMES = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of the model in `folder`, as `from_pretrained` would choose them.
+
+    Raises:
+        ModelError: there are none, or the index of shards cannot be read or names one that is not there.
+    """
+    for single, index in NAMES:
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            try:
+                names = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ModelError(f"{folder / index} is no index of shards: it cannot be read") from error
+            if bad := sorted(str(n) for n in names if not isinstance(n, str) or Path(n).name != n):
+                raise ModelError(f"{folder / index} names {bad[0]}, which is no file in its folder")
+            files = [folder / name for name in sorted(names)]
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise ModelError(f"{folder} is not whole: {', '.join(missing[:3])} missing ({len(missing)} in all)")
+            return files
+    raise ModelError(f"{folder} holds no weights: found neither model.safetensors nor pytorch_model.bin, nor shards")
+
+
+def fingerprint(folder: Path) -> str:
+    """A SHA-256 over the tensors of the model in `folder`; how they are spread over files does not change it.
+
+    It covers name, type and shape of each tensor, and sixteen evenly spaced blocks of 4 KiB of its bytes (all of them
+    in a smaller one), so that a base of many gigabytes takes well under a second. A change that misses every block,
+    of a few numbers in a large tensor, is not seen; another training run, however short, changes them all.
+
+    >>> fingerprint(Path("models/gpt2"))
+    'sha256:7f1c…'
+
+    Raises:
+        ModelError: there are no weights, or they cannot be read.
+    """
+    digest = hashlib.sha256()
+    files = weight_files(folder)
+    tensors = _torch_tensors(files) if files[0].suffix == ".bin" else _safetensors(files)
+    for name, dtype, shape, parts in tensors:
+        digest.update(json.dumps([name, dtype, list(shape)]).encode())
+        for part in parts:
+            digest.update(part)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _spans(size: int) -> list[tuple[int, int]]:
+    """Begin and end of the blocks of a tensor of `size` bytes that are read."""
+    if size <= BLOCKS * BLOCK:
+        return [(0, size)]
+    starts = [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]
+    return [(start, start + BLOCK) for start in starts]
+
+
+def _safetensors(files: list[Path]) -> Iterator[tuple[str, str, tuple[int, ...], Iterator[bytes]]]:
+    """Name, type, shape and the blocks of each tensor, sorted by name over all files."""
+    where = {name: (file, entry) for file in files for name, entry in read_header(file).items()}
+    handles = {file: file.open("rb") for file in files}
+    try:
+        for name, (file, entry) in sorted(where.items()):
+
+            def parts(handle: Any = handles[file], entry: Entry = entry) -> Iterator[bytes]:
+                for start, end in _spans(entry.end - entry.start):
+                    handle.seek(entry.start + start)
+                    yield handle.read(end - start)
+
+            yield name, entry.dtype, entry.shape, parts()
+    finally:
+        for handle in handles.values():
+            handle.close()
+
+
+def _torch_tensors(files: list[Path]) -> Iterator[tuple[str, str, tuple[int, ...], Iterator[bytes]]]:
+    """The same for pickled weights, mapped into memory and not read."""
+    import pickle
+
+    import torch
+
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            try:
+                tensors |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            except RuntimeError:  # a file from before torch 1.6, which cannot be mapped
+                tensors |= torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise ModelError(f"{file} could not be read as weights: {str(error).splitlines()[0]}") from error
+    for name, tensor in sorted(tensors.items()):
+        raw = tensor.detach().contiguous().flatten().view(torch.uint8)
+        parts = (raw[start:end].numpy().tobytes() for start, end in _spans(len(raw)))
+        yield name, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), parts
