@@ -204,7 +204,7 @@ def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
     >>> newest(Path("runs/support"))
     (Checkpoint(folder=PosixPath('runs/support/checkpoint-80'), …), ['runs/support/checkpoint-120: optimizer.pt is …'])
     """
-    passed = []
+    passed: list[str] = []
     for folder in folders(run):
         try:
             return verify(folder), passed

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from instructft import __version__
-from instructft.errors import EXIT_FAILED, EXIT_USAGE, InstructftError, UsageError
+from instructft.errors import EXIT_FAILED, EXIT_SIGTERM, EXIT_USAGE, InstructftError, UsageError
 
 app = typer.Typer(
     name="instructft",
@@ -34,15 +34,28 @@ ModelArgument = Annotated[
 
 
 @app.command()
-def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Train the model of a recipe; what comes out is its run folder."""
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|CHECKPOINT",
+            help="auto goes on from the newest checkpoint that verifies; never wants an empty run folder.",
+        ),
+    ] = "auto",
+) -> None:
+    """Train the model of a recipe; what comes out is its run folder. The same command again goes on with a run."""
+    import signal
+
     from instructft.recipe import load_recipe
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))  # until training listens itself
     loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     from instructft.train import train as run_training
 
-    result = run_training(loaded)
+    result = run_training(loaded, resume=resume)
     if int(os.environ.get("RANK", "0")) == 0:
         _print_outcome(result)
 

@@ -36,7 +36,7 @@ class LastingTrainer(SFTTrainer):
         stop: Stop | None = None, **kwargs: Any,
     ):  # fmt: skip
         super().__init__(**kwargs)
-        self._identity, self._versions = identity or {}, versions or {}
+        self._identity, self.versions = identity or {}, versions or {}
         self.stop = stop or Stop()
         self.add_callback(self.stop)
         self._keep, self.args.save_total_limit = self.args.save_total_limit, None  # upstream deletes folders of others
@@ -44,6 +44,7 @@ class LastingTrainer(SFTTrainer):
         self._loss_before = 0.0  # summed over the steps before a resume
         self._resumes_from: Path | None = None
         self.last_checkpoint: str | None = None
+        self.resumes: list[dict[str, Any]] = []  # each time that the run was gone on with: from where, what had changed
 
     # -- going on ---------------------------------------------------------------------------------------------------
 
@@ -52,7 +53,9 @@ class LastingTrainer(SFTTrainer):
         self._resumes_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._began = time.perf_counter()
         with self.stop:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.seconds += time.perf_counter() - self._began
+        return output
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self._resumes_from is not None:
@@ -69,6 +72,7 @@ class LastingTrainer(SFTTrainer):
         self._globalstep_last_logged = known["last_logged"]
         self._loss_before = known["loss"]
         self.seconds = known["seconds"]
+        self.resumes = [*known["resumes"], *self.resumes]
         self.restore_counts(known["counts"])
         for mode, metrics in known["metrics"].items():
             for name, values in metrics.items():
@@ -97,7 +101,7 @@ class LastingTrainer(SFTTrainer):
             self._write_progress(folder)
             self.accelerator.wait_for_everyone()  # every process has written its files
             if self.args.process_index == 0:
-                checkpoint.seal(folder, self._identity, self._versions)
+                checkpoint.seal(folder, self._identity, self.versions)
                 checkpoint.retain(run, self._keep, self.state.best_model_checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{folder} could not be written: {_reason(error)}; {self._standing(run)}") from error
@@ -112,6 +116,7 @@ class LastingTrainer(SFTTrainer):
             "last_logged": self._globalstep_last_logged,
             "loss": self._loss_before + self._total_loss_scalar,
             "seconds": self.seconds + time.perf_counter() - self._began,
+            "resumes": self.resumes,
             "counts": self.counts(),
             "metrics": metrics,
             "evaluation_is_due": self.stop.left_evaluation,
@@ -133,6 +138,13 @@ class LastingTrainer(SFTTrainer):
 
     # -- signals ----------------------------------------------------------------------------------------------------
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; random states stay as they are, so that how often one looks changes nothing that is trained."""
+        device = self.args.device  # merely to iterate over a data loader draws a number
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=_kind(device)):
+            found: dict[str, float] = super().evaluate(*args, **kwargs)
+        return found
+
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         try:
             found: dict[str, float] = super()._evaluate(*args, **kwargs)
@@ -146,11 +158,17 @@ class LastingTrainer(SFTTrainer):
         return bool(metrics) and bool(super()._determine_best_metric(metrics=metrics, trial=trial))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log; the mean loss of a run counts the steps before a resume too."""
+        """Log; the mean loss of a run counts the steps before a resume too, and is told at its end only."""
         if "train_loss" in logs:
+            if self.stop.agreed:
+                return
             steps = max(self.state.global_step, 1)
             logs["train_loss"] = (self._loss_before + self._total_loss_scalar) / steps
         super().log(logs, *args, **kwargs)
+
+
+def _kind(device: torch.device) -> str:
+    return device.type if device.type != "cpu" else "cuda"  # the CPU's own state is always kept
 
 
 def _reason(error: Exception) -> str:

@@ -152,10 +152,7 @@ ALIASES: dict[str, tuple[str | None, str]] = {
     "use_tensorboard": ("train.report_to", "`true` is `[tensorboard]`, the default"),
     "save_safetensors": (None, "take it out: weights are always saved as safetensors"),
     "overwrite_output_dir": (None, "take it out: a run never writes over another; choose another output_dir"),
-    "auto_resume_from_checkpoints": (
-        None,
-        "take it out: a run starts from the beginning",
-    ),
+    "auto_resume_from_checkpoints": (None, "take it out: the same command again goes on with a run"),
     "stage": (None, "take it out: `instructft train` is supervised fine-tuning"),
     "rl": (None, "take it out: `instructft train` is supervised fine-tuning"),
     "strict": (None, "take it out"),
@@ -209,7 +206,7 @@ TRAIN_HOMES: dict[str, str] = {
     "do_train": _COMMAND,
     "do_eval": "use train.eval_strategy (`false` is `no`)",
     "do_predict": _COMMAND,
-    "resume_from_checkpoint": "take it out: continuing from a checkpoint is not here yet",
+    "resume_from_checkpoint": "take it out: the same command goes on with a run; `--resume CHECKPOINT` chooses where",
     "enable_jit_checkpoint": "take it out: it ends a stopped run as if it were finished",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +29,72 @@ _LENGTH = ("train.max_steps", "train.num_train_epochs")
 _OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
-def identity(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, fingerprint: str, processes: int, base: str | None
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class GoingOn:
+    """How a run begins: anew, or from a checkpoint. Use `going_on`.
+
+    Args:
+        identity: what the run is made of now.
+        checkpoint: where it goes on from; None begins anew.
+        passed: why newer checkpoints were passed over.
+        changed: fields that differ from the checkpoint's and may: key -> [then, now].
+    """
+
+    identity: Mapping[str, Any]
+    checkpoint: Checkpoint | None = None
+    passed: list[str] = field(default_factory=list)
+    changed: Mapping[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    @property
+    def folder(self) -> str | None:
+        """What `Trainer.train` is told."""
+        return str(self.checkpoint.folder) if self.checkpoint else None
+
+    def finished(self, run: Path) -> dict[str, Any] | None:
+        """The `run.json` of a run that has reached its end already."""
+        if self.checkpoint is None or self.changed or not (run / "run.json").is_file():
+            return None
+        facts: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        return facts if facts["train"]["steps"] == self.step else None
+
+    def lines(self) -> list[str]:
+        """What a person should know, line by line."""
+        lines = [f"passed over: {reason}" for reason in self.passed]
+        if self.checkpoint:
+            lines.append(f"going on from {self.folder}, {self.step:,} steps done; every byte of it verified")
+            lines += [f"changed: {key}, {_short(then)} to {_short(now)}" for key, (then, now) in self.changed.items()]
+        return lines
+
+    def record(self, versions: Mapping[str, str]) -> list[dict[str, Any]]:
+        """What `run.json` keeps of it; a library of another version is no reason to stop, but to be known."""
+        if self.checkpoint is None:
+            return []
+        then = self.checkpoint.versions
+        others = {name: [then.get(name), now] for name, now in versions.items() if then.get(name) != now}
+        return [{"step": self.step, "passed_over": self.passed, "changed": dict(self.changed), "versions": others}]
+
+
+def going_on(checkpoint: Checkpoint | None, passed: list[str], identity: Mapping[str, Any]) -> GoingOn:
+    """Begin anew, or from a checkpoint if what the run is made of is as it was; raises `ResumeError`."""
+    changed = refuse_changes(checkpoint, identity) if checkpoint else {}
+    return GoingOn(identity, checkpoint, passed, changed)
+
+
+def identity(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, fingerprint: str, processes: int) -> dict[str, Any]:
     """What a run is made of: every recipe key that is fixed for its life, and what these led to.
 
     Args:
         fingerprint: of the prepared data.
         processes: that train together.
-        base: fingerprint of the base model's weights; None for random weights.
     """
+    from instructft.adapter_files import base_fingerprint
+    from instructft.starting_point import weights_of
+
     values = recipe.to_dict()
     flat = {f"{name}.{key}": value for name in ("model", "data", "adapter") for key, value in values[name].items()}
     for key, value in values["train"].items():
@@ -45,7 +102,8 @@ def identity(
             flat[f"train.{key}"] = value
     template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
     made = {"data (its rows)": fingerprint, "data.template (its text)": template, "processes": processes}
-    made["model (its weights)"] = base
+    if recipe.model.config is None:
+        made["model (its weights)"] = base_fingerprint(*weights_of(recipe))
     plain: dict[str, Any] = json.loads(json.dumps({**flat, **made}, default=str))
     return plain
 

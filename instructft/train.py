@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from instructft import __version__, quantize
 from instructft.adapters import Papers, count_parameters, is_peft
+from instructft.checkpoint import folders, kind
 from instructft.data import Prepared, prepare
 from instructft.errors import InstructftError, UsageError
 from instructft.models import load_config, load_model, load_tokenizer, weights_dtype
+from instructft.processes import first_process
 from instructft.recipe import Recipe, check_against_installed
+from instructft.resume import GoingOn, find, going_on, identity
 from instructft.starting_point import base_record
 from instructft.stream import Streamed, prepare_stream
 
@@ -42,8 +44,12 @@ class Result:
         return self.facts["metrics"]
 
 
-def train(recipe: Recipe, *, console: Console | None = None) -> Result:
+def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = None) -> Result:
     """Train the recipe's model and leave a complete run folder.
+
+    Args:
+        resume: `auto` goes on from the newest checkpoint in the run folder that verifies, where there is one; `never`
+            refuses a run folder that is not empty; else the checkpoint to go on from.
 
     >>> result = train(load_recipe("quickstart", overrides=["train.max_steps=10"]))
     >>> sorted(p.name for p in result.output_dir.glob("*.json*"))
@@ -51,6 +57,8 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
 
     Raises:
         UsageError: recipe, data or run folder are not right; raised before any weight is loaded.
+        ResumeError: the run cannot go on from where it was.
+        Stopped: a signal ended the run; its last step is saved.
         InstructftError: the run failed.
     """
     from accelerate import PartialState
@@ -60,7 +68,9 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
     run = Path(recipe.output_dir)
     check_against_installed(recipe)
     _refuse_what_is_not_here(recipe)
-    _refuse_used_folder(run)
+    checkpoint, passed = first_process(state, lambda: find(run, resume))
+    if checkpoint is None:
+        _refuse_used_folder(run)
 
     tokenizer = load_tokenizer(recipe)
     load_config(recipe, tokenizer)  # a model that does not fit the recipe is refused before the data is read
@@ -68,24 +78,30 @@ def train(recipe: Recipe, *, console: Console | None = None) -> Result:
     with state.main_process_first():
         data = prepare_stream(recipe, tokenizer) if recipe.data.datasets[0].streaming else prepare(recipe, tokenizer)
     args, precision = training_arguments(recipe, data, state)
+    made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, state.num_processes))
+    start = going_on(checkpoint, passed, made_of)
+    if facts := start.finished(run):
+        console.print(f"{run} is finished, {facts['train']['steps']:,} steps: there is nothing to go on with")
+        return Result(run, facts)
 
     model = load_model(recipe, tokenizer)
     announce(recipe, tokenizer, data, model, args, precision, console)
+    for line in start.lines():
+        console.print(line, markup=False, highlight=False)
     if state.is_main_process:
-        _make_folder(run)
+        _make_folder(run, fresh=checkpoint is None)
+        (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     state.wait_for_everyone()
-    trainer = build_trainer(recipe, tokenizer, data, model, args, console)
+    trainer = build_trainer(recipe, tokenizer, data, model, args, start, console)
     if recipe.data.packing:
         prove_isolation(model, console)
     proof = watch_adapter(trainer)
 
-    began = time.perf_counter()
-    _run(trainer, console)
-    seconds = time.perf_counter() - began
+    _run(trainer, start, console)
     adapter = prove_adapter(proof, trainer, console)
     metrics = final_metrics(trainer)
 
-    facts = collect_facts(recipe, data, trainer, metrics, seconds, precision) | adapter
+    facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter
     save(trainer, recipe, tokenizer, facts)
     state.wait_for_everyone()
     return Result(run, facts)
@@ -107,7 +123,9 @@ def _refuse_what_is_not_here(recipe: Recipe) -> None:
         raise UsageError(f"{', '.join(keys)}: instructft {__version__} cannot do this yet; leave it at its default")
 
 
-_LOGS = {"metrics.jsonl", "samples.jsonl", "tensorboard"}  # what a run that was stopped leaves before its first model
+_PARTIAL = "final.partial"  # the final model while it is written
+# What a run that was stopped before its first checkpoint leaves.
+_LOGS = {"metrics.jsonl", "samples.jsonl", "tensorboard", "recipe.yaml", _PARTIAL}
 
 
 def _refuse_used_folder(run: Path) -> None:
@@ -115,15 +133,16 @@ def _refuse_used_folder(run: Path) -> None:
     for path in (run, *run.parents):
         if path.exists() and not path.is_dir():
             raise UsageError(f"output_dir: {path} is a file, expected a folder; choose another output_dir")
-    if run.is_dir() and {path.name for path in run.iterdir()} - _LOGS:
+    begun = {folder.name for folder in folders(run) if kind(folder) == "cut short"}
+    if run.is_dir() and {path.name for path in run.iterdir()} - _LOGS - begun:
         raise UsageError(
             f"output_dir: {run} already holds a run. Choose another folder (output_dir=…), or remove it: rm -r {run}"
         )
 
 
-def _make_folder(run: Path) -> None:
+def _make_folder(run: Path, fresh: bool) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    for name in _LOGS:
+    for name in _LOGS if fresh else [_PARTIAL]:
         path = run / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -242,6 +261,7 @@ def build_trainer(
     data: Prepared | Streamed,
     model: PreTrainedModel,
     args: SFTConfig,
+    start: GoingOn,
     console: Console,
 ) -> Trainer:
     """The trainer with its collator and with what watches it."""
@@ -259,7 +279,7 @@ def build_trainer(
     if args.process_index == 0 and "tensorboard" in _reporters(recipe):
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(run / "tensorboard"))
+        writer = SummaryWriter(str(run / "tensorboard"), purge_step=start.step + 1 if start.step else None)
         callbacks.append(TensorBoardCallback(writer))
     if recipe.samples:
         callbacks.append(Samples(recipe.samples, Generator(model, tokenizer), run / "samples.jsonl", console, writer))
@@ -271,6 +291,8 @@ def build_trainer(
         train_dataset=data.for_training,
         eval_dataset=data.splits.get("validation"),
         eval_groups=data.groups,
+        identity=start.identity,
+        versions=_versions(recipe),
         papers=Papers(model, base_record(recipe), recipe.model.quantization) if is_peft(model) else None,
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -306,15 +328,17 @@ def prove_adapter(proof: AdapterProof | None, trainer: Trainer, console: Console
     return {"adapter": verdict}
 
 
-def _run(trainer: Trainer, console: Console) -> None:
+def _run(trainer: Trainer, start: GoingOn, console: Console) -> None:
     from instructft.watch import ProgressLine
 
+    trainer.resumes = start.record(trainer.versions)
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=start.folder)
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressLine):
                 callback.close()
+    trainer.stop.raise_if_stopped(trainer.last_checkpoint)
 
 
 def final_metrics(trainer: Trainer) -> dict[str, Any]:
@@ -330,21 +354,16 @@ def final_metrics(trainer: Trainer) -> dict[str, Any]:
 
 
 def collect_facts(
-    recipe: Recipe, data: Prepared | Streamed, trainer: Trainer, metrics: dict[str, Any], seconds: float, precision: str
+    recipe: Recipe, data: Prepared | Streamed, trainer: Trainer, metrics: dict[str, Any], precision: str
 ) -> dict[str, Any]:
     """The contents of `run.json`."""
-    from importlib.metadata import version
-
     import torch
 
-    seen = trainer.seen
+    seen, seconds = trainer.seen, trainer.seconds
     device = trainer.args.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    libraries = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers"]
-    if recipe.model.quantization != "none":
-        libraries.append("bitsandbytes")
     return {
-        "versions": {"instructft": __version__, **{name: version(name) for name in libraries}},
+        "versions": dict(trainer.versions),
         "hardware": {"device": hardware, "processes": trainer.args.world_size, "precision": precision},
         "seed": recipe.train["seed"],
         "data": {
@@ -362,9 +381,28 @@ def collect_facts(
             "tokens": seen["tokens"],
             "supervised_tokens": seen["supervised_tokens"],
             "tokens_per_second": seen["tokens"] / seconds,
+            "resumed": trainer.resumes,
         },
         "metrics": metrics,
     }
+
+
+def _give_names(partial: Path, run: Path) -> None:
+    """Move the final model to its place, the file by which libraries know a model last."""
+    (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs beside recipe.yaml
+    known = ("config.json", "adapter_config.json")
+    for path in sorted(partial.iterdir(), key=lambda path: (path.name in known, path.name)):
+        path.replace(run / path.name)
+    partial.rmdir()
+
+
+def _versions(recipe: Recipe) -> dict[str, str]:
+    from importlib.metadata import version
+
+    libraries = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers"]
+    if recipe.model.quantization != "none":
+        libraries.append("bitsandbytes")
+    return {"instructft": __version__, **{name: version(name) for name in libraries}}
 
 
 def save(trainer: Trainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]) -> None:
@@ -376,11 +414,11 @@ def save(trainer: Trainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, f
     run = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
     _fit_special_tokens(model, tokenizer)  # the trainer aligns them with the tokenizer's EOS, which may be another
-    trainer.save_model(str(run))
+    trainer.save_model(str(run / _PARTIAL))
     if not trainer.is_world_process_zero():
         return
-    (run / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs beside recipe.yaml
-    (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one goes on from there
+    _give_names(run / _PARTIAL, run)
     (run / "run.json").write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
     plot_loss(run, recipe.name)
     write_card(run, recipe, facts)

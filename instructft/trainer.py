@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTTrainer
 
 from instructft.adapters import Papers
 from instructft.head import add_supervised_head, scores
+from instructft.lasting import LastingTrainer
 from instructft.pack import flat
 
 
@@ -58,7 +58,7 @@ class LengthGrouped(Sampler[int]):
         yield from (int(row) for rows in [*full, *rest] for row in rows)
 
 
-class Trainer(SFTTrainer):
+class Trainer(LastingTrainer):
     """`SFTTrainer` for rows that are tokenized and masked already.
 
     - `eval_loss` is the mean over all supervised tokens of the validation rows. Upstream averages the means of
@@ -68,6 +68,7 @@ class Trainer(SFTTrainer):
     - `seen` counts tokens, supervised tokens and padding of the training batches, on all processes. Upstream's
       `num_tokens` counts a batch of packs as if it were one row (trl 1.16, `compute_loss`).
     - `train_sampling_strategy: group_by_length` forms steps of rows of like length (`LengthGrouped`).
+    - What is saved can be trusted and gone on from: see `instructft.lasting`.
     - The model card is written by `instructft.card`, not at every checkpoint.
     - An adapter is trained in float32 over a quantized base too, and each folder that holds one gets its `papers`.
     """
@@ -85,6 +86,15 @@ class Trainer(SFTTrainer):
         add_supervised_head(self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model)
         self._seen = torch.zeros(3, dtype=torch.int64, device=self.args.device)
         self._eval_sums: list[torch.Tensor] = []
+
+    def counts(self) -> list[int]:
+        """Tokens, supervised tokens and slots that this process has trained."""
+        found: list[int] = self._seen.tolist()
+        return found
+
+    def restore_counts(self, counts: list[int]) -> None:
+        """Go on counting from a checkpoint."""
+        self._seen = torch.tensor(counts, dtype=torch.int64, device=self.args.device)
 
     @property
     def seen(self) -> dict[str, int]:

@@ -33,8 +33,11 @@ class MetricsFile(TrainerCallback):
         """Keep the lines up to the step that the run continues from; a fresh run starts an empty file."""
         if not state.is_world_process_zero:
             return
-        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= state.global_step]
+        kept = _until(state.global_step, self.path)
         self.path.write_text("".join(kept), encoding="utf-8")
+        if kept:  # what is still to come of this step belongs into its line
+            self._record = json.loads(kept[-1])
+            self._step, self._start = self._record["step"], sum(len(line.encode()) for line in kept[:-1])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the values of one step."""
@@ -51,8 +54,10 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(self._record, allow_nan=False) + "\n")
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+def _until(step: int, path: Path) -> list[str]:
+    """The lines of a file up to a step; one that was cut short by a kill is none."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
 
 
 def _strict(value: Any) -> Any:
@@ -132,8 +137,7 @@ class Samples(TrainerCallback):
         """Keep the answers up to the step that the run continues from, and show what the model says before."""
         if not state.is_world_process_zero:
             return
-        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        self.path.write_text("".join(_until(state.global_step, self.path)), encoding="utf-8")
         if state.global_step == 0:
             self.answer(0)
 

@@ -1,0 +1,296 @@
+"""A run that was stopped, killed or damaged goes on as if nothing had happened, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import TrainerCallback
+
+import instructft
+from instructft.checkpoint import verify
+from instructft.errors import CheckpointError, ResumeError, Stopped, UsageError
+from instructft.train import train
+from instructft.trainer import Trainer
+
+KILLS = int(os.environ.get("INSTRUCTFT_KILLS", "4"))  # of each kind of run; `make battery` asks for more
+QUIET = Console(quiet=True)
+
+MODEL = "config: {model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 16, n_positions: 64}"  # with dropout
+FULL = f"""
+model:
+  {MODEL}
+  tokenizer: quickstart
+data:
+  datasets: [{{name: quickstart, rows: 60}}]
+  template: instruction
+  max_length: 64
+  packing: false
+  splits: {{validation: 0.1}}
+train:
+  {{max_steps: 12, per_device_train_batch_size: 4, gradient_accumulation_steps: 2, logging_steps: 2, eval_steps: 4,
+   save_steps: 3, save_total_limit: 2, use_cpu: true, learning_rate: 1e-2, report_to: none}}
+"""
+LORA = FULL.replace(MODEL, "name_or_path: BASE") + "adapter: {type: lora, r: 4, dropout: 0.2}\n"
+PACKED = FULL.replace("packing: false", "packing: true")
+KINDS = {"full": FULL, "lora": LORA, "packed": PACKED}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base model on disk, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    path = folder / "base.yaml"
+    path.write_text(FULL)
+    recipe = instructft.load_recipe(path)
+    tokenizer = instructft.load_tokenizer(recipe)
+    instructft.load_model(recipe, tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def write(tmp_path: Path, base: Path) -> Any:
+    def write(kind: str = "full", **changes: str) -> Path:
+        text = KINDS[kind].replace("BASE", str(base))
+        for old, new in changes.items():
+            text = text.replace(old, new)
+        path = tmp_path / f"{kind}.yaml"
+        path.write_text(f"{text}output_dir: {tmp_path / 'run'}\n")
+        return path
+
+    return write
+
+
+def weights(run: Path) -> bytes:
+    return next(p for p in (run / "model.safetensors", run / "adapter_model.safetensors") if p.exists()).read_bytes()
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "num_tokens", "train_loss")
+    return [{key: line[key] for key in kept if key in line} for line in lines]
+
+
+# Killed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_goes_on_bit_for_bit(kind: str, write: Any, tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("crash.py")), str(write(kind)), str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, str(KILLS), "7"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, *killed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert whole["moments"] > 60
+    assert len(killed) == KILLS
+    for run in killed:
+        assert run["status"] == 0, (run, done.stderr[-3000:])
+        assert (run["weights"], run["logged"]) == (whole["weights"], whole["logged"]), run
+
+
+# Stopped by a signal
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal at one place of the run."""
+
+    def __init__(self, place: str, step: int, number: int = signal.SIGTERM):
+        self.place, self.step, self.number = place, step, number
+        self.sent = False
+
+    def _send(self, place: str, state: Any) -> None:
+        if place == self.place and state.global_step == self.step and not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), self.number)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._send("step", state)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._send("evaluation", state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._send("save", state)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
+    began = Trainer.train
+
+    def train_with(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        self.callback_handler.callbacks.insert(0, callback)
+        return began(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train", train_with)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "full.yaml").write_text(f"{FULL}output_dir: {folder / 'run'}\n")
+    return train(instructft.load_recipe(folder / "full.yaml"), console=QUIET).output_dir
+
+
+@pytest.mark.parametrize(
+    ("place", "step", "number"),
+    [
+        *[("step", step, signal.SIGTERM) for step in (0, 3, 7, 11)],
+        ("step", 5, signal.SIGINT),
+        ("evaluation", 4, signal.SIGTERM),
+        ("evaluation", 12, signal.SIGTERM),
+        ("save", 6, signal.SIGTERM),
+    ],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(
+    write: Any, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path, place: str, step: int, number: int
+) -> None:
+    recipe = instructft.load_recipe(write())
+    run = Path(recipe.output_dir)
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        interrupt(patch, SignalAt(place, step, number))
+        with pytest.raises(
+            Stopped, match=rf"stopped by {signal.Signals(number).name}; checkpoint-\d+ is saved"
+        ) as stop:
+            train(recipe, console=QUIET)
+    assert stop.value.exit_code == 128 + number
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not (run / "model.safetensors").exists()
+    assert not (run / "run.json").exists()
+    result = train(recipe, console=QUIET)
+    assert weights(run) == weights(uninterrupted)
+    assert logged(run) == logged(uninterrupted)
+    (resumed,) = result.facts["train"]["resumed"]
+    assert resumed["step"] == {"step": step + 1, "evaluation": step, "save": step + 1}[place]
+    assert result.facts["train"]["tokens"] == json.loads((uninterrupted / "run.json").read_text())["train"]["tokens"]
+
+
+# Refused, or said
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with checkpoints at 3 and 6 of 12 steps, that was stopped there."""
+    folder = tmp_path_factory.mktemp("half")
+    (folder / "full.yaml").write_text(f"{FULL}output_dir: {folder / 'run'}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, SignalAt("step", 5))
+        with pytest.raises(Stopped):
+            train(instructft.load_recipe(folder / "full.yaml"), console=QUIET)
+    return folder / "full.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.seed=7", "train.seed: 42 when checkpoint-6 was written, now 7"),
+        ("data.seed=7", "data.seed"),
+        ("train.per_device_train_batch_size=8", "train.per_device_train_batch_size"),
+        ("train.gradient_accumulation_steps=1", "train.gradient_accumulation_steps"),
+        ("data.datasets=[{name: quickstart, rows: 61}]", "data.datasets"),
+        ("data.max_length=48", "data.max_length"),
+        ("data.packing=true", "data.packing"),
+        ("data.template=human-assistant", "data.template"),
+        ("model.config.n_layer=1", "model.config"),
+        ("train.optim=sgd", "train.optim"),
+        ("train.lr_scheduler_type=constant", "train.lr_scheduler_type"),
+        ("train.max_steps=24", "train.max_steps: 12 when checkpoint-6 was written, now 24; it may only grow"),
+    ],
+)
+def test_a_changed_field_is_refused_by_name(half: Path, override: str, said: str) -> None:
+    before = sorted((half.parent / "run").rglob("*"))
+    with pytest.raises(ResumeError, match="cannot go on with these changes") as error:
+        train(instructft.load_recipe(half, [override]), console=QUIET)
+    assert said in str(error.value)
+    assert error.value.exit_code == 2
+    assert sorted((half.parent / "run").rglob("*")) == before
+
+
+def test_what_is_free_may_change(half: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(half.parent / "run", run)
+    free = ["train.logging_steps=1", "train.eval_steps=6", "train.save_steps=5", "samples=[Hello]", f"output_dir={run}"]
+    train(instructft.load_recipe(half, free), console=QUIET)
+    assert weights(run) == weights(uninterrupted)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(half: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(half.parent / "run", run)
+    newest = run / "checkpoint-6" / "optimizer.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    recipe = instructft.load_recipe(half, [f"output_dir={run}"])
+    with pytest.raises(ResumeError, match=r"checkpoint-6: optimizer.pt is not what was written"):
+        train(recipe, resume="checkpoint-6", console=QUIET)
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    result = train(recipe, console=console)
+    said = " ".join(console.export_text().split())
+    assert "checkpoint-6: optimizer.pt is not what was written (its SHA-256 differs)" in said
+    assert "going on from" in said
+    assert "checkpoint-3, 3 steps done" in said
+    assert weights(run) == weights(uninterrupted)
+    assert result.facts["train"]["resumed"][0]["passed_over"]
+
+
+def test_never_and_a_finished_run(uninterrupted: Path) -> None:
+    recipe = instructft.load_recipe(uninterrupted.parent / "full.yaml")
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(recipe, resume="never", console=QUIET)
+    before = (uninterrupted / "model.safetensors").stat().st_mtime_ns
+    assert train(recipe, console=QUIET).facts["train"]["steps"] == 12
+    assert (uninterrupted / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_with_a_constant_schedule_may_grow(write: Any, tmp_path: Path) -> None:
+    path = write(**{"learning_rate: 1e-2": "learning_rate: 1e-2, lr_scheduler_type: constant"})
+    short = train(instructft.load_recipe(path, ["train.max_steps=6"]), console=QUIET)
+    assert short.facts["train"]["steps"] == 6
+    grown = train(instructft.load_recipe(path), console=QUIET)
+    assert grown.facts["train"]["resumed"][0]["changed"] == {"train.max_steps": [6, 12]}
+    whole = train(instructft.load_recipe(path, [f"output_dir={tmp_path / 'whole'}"]), console=QUIET)
+    assert weights(grown.output_dir) == weights(whole.output_dir)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Space runs out while the second checkpoint is written, though there seemed to be enough."""
+    import torch
+
+    recipe = instructft.load_recipe(write())
+    real, calls = torch.save, []
+
+    def full(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(path)
+        if "checkpoint-6" in str(path):
+            raise OSError(28, "No space left on device")
+        real(content, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-6 could not be written: .*No space left.*checkpoint-3 stands"
+    ):
+        train(recipe, console=QUIET)
+    run = Path(recipe.output_dir)
+    assert verify(run / "checkpoint-3").step == 3
+    assert not (run / "run.json").exists()
+
+
+def test_retention_keeps_the_newest(uninterrupted: Path) -> None:
+    assert sorted(p.name for p in uninterrupted.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-9"]
