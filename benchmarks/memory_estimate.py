@@ -51,7 +51,24 @@ CASES: dict[str, tuple[str, int, int, list[str]]] = {
         256,
         ["data.packing=true"],
     ),
+    "LoRA on gpt2 6x512": (f"{GPT2}, n_layer: 6, n_embd: 512, n_head: 8", 8, 256, ["adapter=lora"]),
+    "LoRA on 124M": (f"{GPT2}, n_layer: 12, n_embd: 768, n_head: 12", 2, 512, ["adapter=lora"]),
+    "LoRA on llama 6x512, packed": (
+        f"{LLAMA}, num_hidden_layers: 6, hidden_size: 512, intermediate_size: 1376, num_attention_heads: 8",
+        8,
+        256,
+        ["adapter={type: lora, r: 64}", "data.packing=true"],
+    ),
 }
+
+# Makes the base that an adapter is trained on: a recipe's random model, saved.
+BASE = """
+import sys, instructft
+recipe = instructft.load_recipe(sys.argv[1])
+tokenizer = instructft.load_tokenizer(recipe)
+instructft.load_model(recipe, tokenizer).save_pretrained(sys.argv[2])
+tokenizer.save_pretrained(sys.argv[2])
+"""
 
 # Trains, then prints the bytes held before the model was made, and the most held at any time.
 CHILD = """
@@ -99,10 +116,16 @@ def measure(config: str, batch: int, width: int, overrides: list[str]) -> tuple[
         path = recipe(Path(name), config, batch, width)
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         answers = []
-        for command in (
+        commands = [
             ["-m", "instructft", "check", str(path), *overrides, "--json"],
             ["-c", CHILD, str(path), *overrides],
-        ):
+        ]
+        if any(override.startswith("adapter=") for override in overrides):
+            base = str(Path(name) / "base")
+            subprocess.run([sys.executable, "-c", BASE, str(path), base], env=environment, check=True)
+            for command in commands:
+                command.append(f"model={{name_or_path: {base}}}")
+        for command in commands:
             done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{' '.join(command[:4])} failed:\n{done.stderr[-2000:]}")

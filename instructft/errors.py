@@ -9,6 +9,7 @@
     │   ├── TemplateError              a chat template under which no honest mask exists
     │   └── ResumeError                a run that cannot go on from where it was: no whole checkpoint, or a changed key
     ├── Stopped               143, 130 stopped by SIGTERM or SIGINT, with a checkpoint to go on from
+    ├── NotFiniteError        exit 1   a loss or gradient that is not a number; the step was not taken
     ├── CheckpointError       exit 1   a checkpoint that cannot be written, or is not what was written
     └── ModelError            exit 1   weights that cannot be loaded or used
         └── AdapterError      exit 2   an adapter folder that is broken or does not fit its base, said before any weight
@@ -69,6 +70,10 @@ class Stopped(InstructftError):
     def __init__(self, message: str, exit_code: int):
         self.exit_code = exit_code
         super().__init__(message)
+
+
+class NotFiniteError(InstructftError):
+    """A loss or a gradient that is infinite or not a number; raised before the optimizer takes the step."""
 
 
 class CheckpointError(InstructftError):

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from trl import SFTTrainer
 
 from instructft import checkpoint
 from instructft.errors import CheckpointError
+from instructft.finite import FiniteTrainer
 from instructft.stop import EvaluationLeft, Stop
 
 
-class LastingTrainer(SFTTrainer):
+class LastingTrainer(FiniteTrainer):
     """`SFTTrainer` whose checkpoints verify and whose resumed runs continue bit for bit.
 
     Args:

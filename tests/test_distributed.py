@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -30,10 +33,19 @@ output_dir: {out}
 """
 DDP = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
 
-# The command, with a note of each process that encodes rows.
+# The command, with a note of each process that encodes rows; STOP=RANK:STEP sends one process SIGTERM in a step.
 DRIVER = """
-import os, sys
+import os, signal, sys, time
 from instructft import data
+from instructft.lasting import LastingTrainer
+step = LastingTrainer.training_step
+def watched(self, *args, **kwargs):
+    if os.environ.get("STOP") == f"{{os.environ['RANK']}}:{{self.state.global_step}}":
+        del os.environ["STOP"]  # a second signal would stop it at once
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(float(os.environ.get("SLOW", "0")))
+    return step(self, *args, **kwargs)
+LastingTrainer.training_step = watched
 encode = data._Batches.__call__
 def noted(self, table, numbers):
     with open({log!r}, "a") as file:
@@ -46,19 +58,27 @@ main()
 """
 
 
-def two_processes(folder: Path, name: str, **recipe: Any) -> Path:
-    """Train a recipe on two processes, 2 rows a micro-batch, 8 a step; its run folder."""
+def launched(folder: Path, name: str, text: str = RECIPE, **recipe: Any) -> list[str]:
+    """Write a recipe for two processes, 2 rows a micro-batch, 8 a step; the command that trains it."""
     path, log = folder / f"{name}.yaml", str(folder / f"{name}.log")
-    path.write_text(RECIPE.format(out=folder / name, **recipe))
-    (folder / "driver.py").write_text(DRIVER.format(log=log, recipe=str(path)))
+    path.write_text(text.format(out=folder / name, **recipe))
+    driver = folder / f"{name}.py"
+    driver.write_text(DRIVER.format(log=log, recipe=str(path)))
     (folder / "ddp.yaml").write_text(DDP)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "ddp.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, str(folder / "driver.py")], env=environment, capture_output=True, text=True, check=False, timeout=240
-    )
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "ddp.yaml")]
+    return [*accelerate, str(driver)]
+
+
+def two_processes(folder: Path, name: str, **recipe: Any) -> Path:
+    """Train a recipe on two processes; its run folder."""
+    done = run(launched(folder, name, **recipe))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / name
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
 
 
 def one_process(two: Path, rows: int, accumulation: int) -> Path:
@@ -113,6 +133,53 @@ def test_a_stream_is_divided_among_processes(data: Path) -> None:
     assert {k: facts[k] for k in ("tokens", "supervised_tokens")} == {
         k: other[k] for k in ("tokens", "supervised_tokens")
     }
+
+
+LASTING = (
+    RECIPE.replace("resid_pdrop: 0.0, embd_pdrop: 0.0, attn_pdrop: 0.0", "resid_pdrop: 0.3")
+    .replace("max_steps: 4", "max_steps: 12, save_steps: 5")
+    .replace("optim: sgd, learning_rate: 0.5", "learning_rate: 1e-2")
+)
+
+
+def test_two_processes_that_were_stopped_go_on_bit_for_bit(data: Path) -> None:
+    """SIGTERM to one of two, then to the launcher; dropout, and a random state of its own on each."""
+    folder, given = data.parent, {"data": data, "streaming": "", "held_out": 0.1}
+    whole = two_processes(folder, "whole", text=LASTING, **given)
+    command, out = launched(folder, "stopped", LASTING, **given), folder / "stopped"
+
+    done = run(command, STOP="1:2")
+    assert done.returncode != 0
+    assert "stopped by SIGTERM; checkpoint-3 is saved" in done.stdout + done.stderr
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-3"]
+    assert not (out / "run.json").exists()
+
+    with subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1", "SLOW": "0.3"}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    ) as launcher:  # fmt: skip
+        wait_for(lambda: metrics(out)[-1]["step"] >= 4)
+        workers = psutil.Process(launcher.pid).children(recursive=True)
+        launcher.terminate()
+        launcher.wait(60)
+    assert len(workers) >= 2
+    wait_for(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), seconds=5)
+    assert not (out / "run.json").exists()
+
+    done = run(command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = json.loads((out / "run.json").read_text())["train"]["resumed"]
+    assert first["step"] == 3 < second["step"] < 12
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    losses = [[(line["step"], line["loss"]) for line in metrics(run) if "loss" in line] for run in (out, whole)]
+    assert losses[0] == losses[1]
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def same_losses(two: Path, one: Path, *names: str) -> None:

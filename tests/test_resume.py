@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 import instructft
 from instructft.checkpoint import verify
-from instructft.errors import CheckpointError, ResumeError, Stopped, UsageError
+from instructft.errors import CheckpointError, NotFiniteError, ResumeError, Stopped, UsageError
 from instructft.train import train
 from instructft.trainer import Trainer
 
@@ -290,6 +290,38 @@ def test_a_full_disk_leaves_the_checkpoint_before(write: Any, monkeypatch: pytes
     run = Path(recipe.output_dir)
     assert verify(run / "checkpoint-3").step == 3
     assert not (run / "run.json").exists()
+
+
+class Poison(TrainerCallback):
+    """Puts NaN where it can come from: into what the model computes (`loss`), or into a gradient."""
+
+    def __init__(self, what: str, step: int):
+        self.what, self.step = what, step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            if self.what == "loss":
+                model.transformer.ln_f.register_forward_hook(lambda *a: a[-1] * float("nan"))
+            else:
+                model.transformer.wte.weight.register_hook(lambda grad: grad * float("inf"))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_a_number_is_not_taken(write: Any, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    recipe = instructft.load_recipe(write())
+    run = Path(recipe.output_dir)
+    with monkeypatch.context() as patch:
+        interrupt(patch, Poison(what, 5))
+        with pytest.raises(NotFiniteError, match=r"step 5: .* not a finite number; the step was not taken") as error:
+            train(recipe, console=QUIET)
+    rows = [json.loads(line) for line in (run / "not-finite-5-0.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert all("### Response:" in row["text"] for row in rows)
+    assert {row["loss"] == "nan" for row in rows} == {what == "loss"}
+    assert ("8 of its 8 rows" in str(error.value)) == (what == "loss")
+    assert verify(run / "checkpoint-3").step == 3
+    assert not any("nan" in str(line.get("loss")) for line in logged(run))
+    assert train(recipe, console=QUIET).facts["train"]["resumed"][0]["step"] == 3
 
 
 def test_retention_keeps_the_newest(uninterrupted: Path) -> None:
