@@ -31,7 +31,8 @@ lint: venv  ## style and format, checked not changed
 types: venv  ## static types
 	@$(BIN)/python -m mypy
 
-battery: lint types test quickstart  ## everything above: what a release must pass
+battery: export INSTRUCTFT_KILLS := 17
+battery: lint types test quickstart  ## everything above, with fifty killed runs: what a release must pass
 
 venv:  ## the virtual environment with the tested versions, made once
 	@sh scripts/venv.sh

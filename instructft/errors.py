@@ -23,6 +23,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_SIGTERM = 143  # stopped by SIGTERM (128 + 15)
+EXIT_SIGINT = 130  # stopped by Ctrl-C (128 + 2)
 
 
 class InstructftError(Exception):

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from instructft.errors import EXIT_SIGTERM, Stopped
+from instructft.errors import EXIT_SIGINT, EXIT_SIGTERM, Stopped
 
-_EXIT = {signal.SIGTERM: EXIT_SIGTERM, signal.SIGINT: 128 + signal.SIGINT}
+_EXIT = {signal.SIGTERM: EXIT_SIGTERM, signal.SIGINT: EXIT_SIGINT}
 
 
 class Stop(TrainerCallback):

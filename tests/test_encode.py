@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from instructft import encode
 from instructft.collate import CompletionOnlyCollator
-from instructft.encode import encode_conversation, encode_prompt, encoder, render
+from instructft.encode import Encoder, encode_conversation, encode_prompt, encoder, render
 from instructft.errors import DataError, TemplateError
 from instructft.templates import TEMPLATES
 
@@ -389,3 +390,26 @@ def test_collator_refuses_a_row_without_loss(labels: list[int]) -> None:
 def test_collator_refuses_labels_of_another_length() -> None:
     with pytest.raises(DataError, match="3 input_ids and 2 labels"):
         CompletionOnlyCollator(0)([{"input_ids": [1, 2, 3], "labels": [1, 2]}])
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_many_conversations_are_rendered_as_few_are(bare_tokenizer: Any, template: str) -> None:
+    """The short way to the compiled template gives upstream's text, or is not taken."""
+    tokenizer = bare_tokenizer()
+    tokenizer.chat_template = TEMPLATES[template].text()
+    if template == "chatml":
+        tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    encoder = Encoder(tokenizer)
+    rows = [
+        [{"role": "user", "content": f" {i} <b>", "input": "x" * (i % 3)}, {"role": "assistant", "content": f" a{i}\n"}]
+        for i in range(encode._MANY)
+    ]
+    assert encoder._compiled is not None
+    for asks in (True, False):
+        assert encoder.render(rows, asks) == [encoder.render([row], asks)[0] for row in rows]
+
+
+def test_another_text_by_the_short_way_is_not_taken(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(tokenizer)
+    monkeypatch.setattr(Encoder, "_direct", lambda *_: ["another text"])
+    assert encoder._compiled is None

@@ -20,7 +20,7 @@ from instructft.errors import CheckpointError, NotFiniteError, ResumeError, Stop
 from instructft.train import train
 from instructft.trainer import Trainer
 
-KILLS = int(os.environ.get("INSTRUCTFT_KILLS", "4"))  # of each kind of run; `make battery` asks for more
+KILLS = int(os.environ.get("INSTRUCTFT_KILLS", "3"))  # of each kind of run; `make battery` asks for more
 QUIET = Console(quiet=True)
 
 MODEL = "config: {model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 16, n_positions: 64}"  # with dropout
