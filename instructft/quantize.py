@@ -99,8 +99,6 @@ def loading(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
     """
     if recipe.model.quantization == "none":
         return {}
-    # int8 layers compute in float16 whatever comes in, and say so at every one of millions of calls (0.50)
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return {
         "quantization_config": configuration(recipe.model.quantization, dtype),
         "device_map": {"": device(recipe)},
@@ -115,6 +113,8 @@ def configuration(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
         dtype: of the rest of the model; layers compute in it, and packed 4-bit weights are stored as if they were of
             it, since FSDP shards only tensors of one dtype together.
     """
+    # int8 layers compute in float16 whatever comes in, and say so at every one of millions of calls (0.50)
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     from transformers import BitsAndBytesConfig
 
     if quantization == "8bit":
