@@ -182,8 +182,10 @@ class Generator:
 
         was_training = self.model.training
         self.model.eval()
+        # under FSDP2 training goes on with what is gathered here, and could not with tensors of inference mode
+        mode = torch.no_grad if hasattr(self.model, "unshard") else torch.inference_mode
         try:
-            with torch.inference_mode():
+            with mode():
                 yield
         finally:
             self.model.train(was_training)

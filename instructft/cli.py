@@ -31,19 +31,20 @@ Overrides = Annotated[
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint in it, any model folder, or a Hub id.")
 ]
+ResumeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|never|CHECKPOINT",
+        help="auto goes on from the newest checkpoint that verifies; never wants an empty run folder.",
+    ),
+]
 
 
 @app.command()
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    resume: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|never|CHECKPOINT",
-            help="auto goes on from the newest checkpoint that verifies; never wants an empty run folder.",
-        ),
-    ] = "auto",
+    resume: ResumeOption = "auto",
 ) -> None:
     """Train the model of a recipe; what comes out is its run folder. The same command again goes on with a run."""
     import signal
@@ -58,6 +59,44 @@ def train(
     result = run_training(loaded, resume=resume)
     if int(os.environ.get("RANK", "0")) == 0:
         _print_outcome(result)
+
+
+@app.command()
+def launch(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    processes: Annotated[
+        str, typer.Option(metavar="auto|N", help="On each machine; auto is one for each GPU, one without.")
+    ] = "auto",
+    strategy: Annotated[
+        str,
+        typer.Option(metavar="ddp|fsdp2|zero2|zero3", help="ddp: each process holds the whole model; else divided."),
+    ] = "ddp",
+    machines: Annotated[int, typer.Option(min=1, help="That train together; each runs this command.")] = 1,
+    machine_rank: Annotated[int | None, typer.Option(help="Which one this is, from 0.", show_default=False)] = None,
+    main_address: Annotated[
+        str | None, typer.Option(metavar="HOST", help="Of the machine of rank 0.", show_default=False)
+    ] = None,
+    main_port: Annotated[int, typer.Option(min=1, max=65535, help="Of the same, with several machines.")] = 29500,
+    resume: ResumeOption = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command, and run nothing.")] = False,
+) -> None:
+    """Train on several processes or machines: prints the `accelerate launch` command it stands for, and runs it."""
+    from instructft.launch import launch as launch_processes
+
+    code = launch_processes(
+        recipe,
+        overrides or [],
+        processes=processes,
+        strategy=strategy,
+        machines=machines,
+        machine_rank=machine_rank,
+        main_address=main_address,
+        main_port=main_port,
+        resume=resume,
+        dry_run=dry_run,
+    )
+    raise typer.Exit(code)
 
 
 @app.command()

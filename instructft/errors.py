@@ -10,6 +10,7 @@
     │   └── ResumeError                a run that cannot go on from where it was: no whole checkpoint, or a changed key
     ├── Stopped               143, 130 stopped by SIGTERM or SIGINT, with a checkpoint to go on from
     ├── NotFiniteError        exit 1   a loss or gradient that is not a number; the step was not taken
+    ├── OutOfMemoryError      exit 1   memory that ran out in training: what held it, and which keys would help
     ├── CheckpointError       exit 1   a checkpoint that cannot be written, or is not what was written
     └── ModelError            exit 1   weights that cannot be loaded or used
         └── AdapterError      exit 2   an adapter folder that is broken or does not fit its base, said before any weight
@@ -75,6 +76,10 @@ class Stopped(InstructftError):
 
 class NotFiniteError(InstructftError):
     """A loss or a gradient that is infinite or not a number; raised before the optimizer takes the step."""
+
+
+class OutOfMemoryError(InstructftError):
+    """Memory that ran out while training; says what held it, and which recipe keys would help most."""
 
 
 class CheckpointError(InstructftError):

@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule
 
 from instructft import checkpoint
 from instructft.errors import CheckpointError
-from instructft.finite import FiniteTrainer
+from instructft.fitting import FittingTrainer
+from instructft.out_of_memory import ran_out
 from instructft.stop import EvaluationLeft, Stop
 
 
-class LastingTrainer(FiniteTrainer):
+class LastingTrainer(FittingTrainer):
     """`SFTTrainer` whose checkpoints verify and whose resumed runs continue bit for bit.
 
     Args:
@@ -66,6 +68,11 @@ class LastingTrainer(FiniteTrainer):
             return
         super()._run_epoch(**kwargs)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self._resumes_from is not None:  # no epoch was left to train
+            self._restore(self._resumes_from)
+        return super()._finalize_training(*args, **kwargs)
+
     def _restore(self, folder: Path) -> None:
         known = json.loads((folder / f"progress_{self.args.process_index}.json").read_text(encoding="utf-8"))
         self._tr_loss += known["loss_since_log"]
@@ -74,18 +81,12 @@ class LastingTrainer(FiniteTrainer):
         self.seconds = known["seconds"]
         self.resumes = [*known["resumes"], *self.resumes]
         self.restore_counts(known["counts"])
+        self.rows_at_once = known.get("rows_at_once")
         for mode, metrics in known["metrics"].items():
             for name, values in metrics.items():
                 self._metrics[mode][name] = list(values)
         if known["evaluation_is_due"]:  # random states are restored after this, so it changes nothing that is trained
             self._determine_best_metric(self._evaluate(None, None), None)
-
-    def counts(self) -> list[int]:
-        """What a subclass counts on this process, to be kept in checkpoints."""
-        return []
-
-    def restore_counts(self, counts: list[int]) -> None:
-        """Go on counting from there."""
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
@@ -104,6 +105,8 @@ class LastingTrainer(FiniteTrainer):
                 checkpoint.seal(folder, self._identity, self.versions)
                 checkpoint.retain(run, self._keep, self.state.best_model_checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if ran_out(error):
+                raise
             raise CheckpointError(f"{folder} could not be written: {_reason(error)}; {self._standing(run)}") from error
         self.accelerator.wait_for_everyone()
         self.last_checkpoint = folder.name
@@ -118,16 +121,31 @@ class LastingTrainer(FiniteTrainer):
             "seconds": self.seconds + time.perf_counter() - self._began,
             "resumes": self.resumes,
             "counts": self.counts(),
+            "rows_at_once": self.rows_at_once,
             "metrics": metrics,
             "evaluation_is_due": self.stop.left_evaluation,
         }
         path = folder / f"progress_{self.args.process_index}.json"
         path.write_text(json.dumps(known), encoding="utf-8")
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as `from_pretrained` wants it. Every process must call; the first one writes."""
+        if not self.is_fsdp2:
+            super().save_model(output_dir, _internal_call)
+            return
+        # upstream saves nothing where checkpoints are in shards (transformers 5.23), and of an adapter gathers the base
+        self._save(output_dir or self.args.output_dir, state_dict=_gathered(self.model))
+
+    @property
+    def is_fsdp2(self) -> bool:
+        """Whether each process holds a part of every weight only (FSDP, version 2)."""
+        return bool(self.is_fsdp_enabled and self.accelerator.is_fsdp2)
+
     def _bytes(self) -> int:
-        """About what a checkpoint takes on the disk."""
+        """About what a checkpoint takes on the disk, the parts of all processes together."""
         model = self.accelerator.unwrap_model(self.model)
         saved = [p for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config")]
+        saved *= 2 if self.is_fsdp_enabled else 1  # accelerate's own files, and the one for `from_pretrained`
         states = getattr(self.optimizer, "state", {}) if self.optimizer is not None else {}
         tensors = [t for state in states.values() for t in state.values() if isinstance(t, torch.Tensor)]
         return sum(t.numel() * t.element_size() for t in [*saved, *tensors]) + (1 << 20)
@@ -142,8 +160,22 @@ class LastingTrainer(FiniteTrainer):
         """Evaluate; random states stay as they are, so that how often one looks changes nothing that is trained."""
         device = self.args.device  # merely to iterate over a data loader draws a number
         with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=_kind(device)):
-            found: dict[str, float] = super().evaluate(*args, **kwargs)
+            try:
+                found: dict[str, float] = super().evaluate(*args, **kwargs)
+            finally:
+                self._reshard()
         return found
+
+    def _reshard(self) -> None:
+        """Leave each process its part of the weights; FSDP2 keeps some gathered after a pass that has no backward.
+
+        They take memory, and a checkpoint would put them back: the steps after it would differ in their last bits from
+        those of a run that made none there.
+        """
+        if self.is_fsdp2:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         try:
@@ -165,6 +197,21 @@ class LastingTrainer(FiniteTrainer):
             steps = max(self.state.global_step, 1)
             logs["train_loss"] = (self._loss_before + self._total_loss_scalar) / steps
         super().log(logs, *args, **kwargs)
+
+
+def _gathered(model: Any) -> dict[str, torch.Tensor]:
+    """The weights that are saved of a model under FSDP2, whole, on the first process; on the others nothing."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    adapter = hasattr(model, "peft_config")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
+    gathered: dict[str, torch.Tensor] = get_model_state_dict(model, options=options)
+    if not adapter:  # once gathered, tied weights no longer look like one
+        names: dict[int, str] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if names.setdefault(id(tensor), name) != name:
+                gathered.pop(name, None)
+    return gathered
 
 
 def _kind(device: torch.device) -> str:

@@ -131,15 +131,12 @@ def _train(recipe: Recipe) -> Iterator[Contradiction]:
         return bool(train.get(key))
 
     evaluates, saves = train["eval_strategy"], train["save_strategy"]
-    if on("tokens_per_step"):
-        if train.get("gradient_accumulation_steps") is not None:
-            say = "contradicts train.tokens_per_step, which sets it from the number of processes; keep one"
-            yield at("gradient_accumulation_steps"), say
-        if on("auto_find_batch_size"):
-            yield (
-                at("auto_find_batch_size"),
-                "contradicts train.tokens_per_step, which counts on a fixed batch; keep one",
-            )
+    if on("tokens_per_step") and train.get("gradient_accumulation_steps") is not None:
+        say = "contradicts train.tokens_per_step, which sets it from the number of processes; keep one"
+        yield at("gradient_accumulation_steps"), say
+    if on("auto_find_batch_size") and recipe.data.packing and "flash" in recipe.model.attn_implementation:
+        say = "flash-attention gets packs as one row, which cannot be halved; set train.per_device_train_batch_size"
+        yield at("auto_find_batch_size"), say
     for one, two in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
         if on(one) and on(two):
             yield (at(one) + at(two)), f"contradicts train.{two}; keep one"

@@ -1,7 +1,8 @@
 """SIGTERM and SIGINT while training: once finishes the step and saves it, twice stops now.
 
 A scheduler that takes a machine back sends SIGTERM and waits half a minute. Only some of the processes of a run may get
-it, and at different moments; they agree after each step, so that all of them save the same one.
+it, and at different moments; they agree after each step, so that all of them save the same one. Others get it twice at
+once, from the scheduler and from the launcher that passes it on; only one that comes a second later asks again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import TrainerCallback
 
 from instructft.errors import EXIT_SIGINT, EXIT_SIGTERM, Stopped
 
+_AGAIN = 1.0  # seconds; what comes sooner is the same request, on another way
 _EXIT = {signal.SIGTERM: EXIT_SIGTERM, signal.SIGINT: EXIT_SIGINT}
 
 
@@ -29,6 +32,7 @@ class Stop(TrainerCallback):
 
     def __init__(self) -> None:
         self.signal = 0  # the number of the signal that came to this process
+        self._since = 0.0  # when, by the monotonic clock
         self.agreed = 0  # the one that all processes have agreed on
         self.left_evaluation = False  # one was due or under way, and is left to the run that goes on
         self._before: dict[int, Any] = {}
@@ -44,8 +48,10 @@ class Stop(TrainerCallback):
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
-            os._exit(_EXIT[signal.Signals(number)])  # now: nothing on the way out may hold it up
-        self.signal = number
+            if time.monotonic() - self._since >= _AGAIN:
+                os._exit(_EXIT[signal.Signals(number)])  # now: nothing on the way out may hold it up
+            return
+        self.signal, self._since = number, time.monotonic()
         name = signal.Signals(number).name
         os.write(sys.stderr.fileno(), f"\n{name}: finishing this step, then saving it; again stops now\n".encode())
 

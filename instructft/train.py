@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +15,9 @@ from instructft import __version__, quantize
 from instructft.adapters import Papers, count_parameters, is_peft
 from instructft.checkpoint import folders, kind
 from instructft.data import Prepared, prepare
-from instructft.errors import InstructftError, UsageError
+from instructft.errors import UsageError
 from instructft.models import load_config, load_model, load_tokenizer, weights_dtype
+from instructft.out_of_memory import explained
 from instructft.processes import first_process
 from instructft.recipe import Recipe, check_against_installed
 from instructft.resume import GoingOn, find, going_on, identity
@@ -67,7 +70,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     console = console or _console(state)
     run = Path(recipe.output_dir)
     check_against_installed(recipe)
-    _refuse_what_is_not_here(recipe)
+    _refuse_what_is_not_here(recipe, state)
     checkpoint, passed = first_process(state, lambda: find(run, resume))
     if checkpoint is None:
         _refuse_used_folder(run)
@@ -97,9 +100,10 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
         prove_isolation(model, console)
     proof = watch_adapter(trainer)
 
-    _run(trainer, start, console)
-    adapter = prove_adapter(proof, trainer, console)
-    metrics = final_metrics(trainer)
+    with explained(recipe, trainer):
+        _run(trainer, start, console)
+        adapter = prove_adapter(proof, trainer, console)
+        metrics = final_metrics(trainer)
 
     facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter
     save(trainer, recipe, tokenizer, facts)
@@ -113,7 +117,7 @@ def _console(state: PartialState) -> Console:
     return Console(quiet=not state.is_main_process, soft_wrap=True)
 
 
-def _refuse_what_is_not_here(recipe: Recipe) -> None:
+def _refuse_what_is_not_here(recipe: Recipe, state: PartialState) -> None:
     """Keys that this version reads but cannot carry out are refused, never ignored."""
     asked = {
         "hub.push": recipe.hub.push != "never",
@@ -121,6 +125,17 @@ def _refuse_what_is_not_here(recipe: Recipe) -> None:
     }
     if keys := [key for key, wanted in asked.items() if wanted]:
         raise UsageError(f"{', '.join(keys)}: instructft {__version__} cannot do this yet; leave it at its default")
+    if recipe.train.get("auto_find_batch_size") and state.num_processes > 1:
+        raise UsageError(
+            f"train.auto_find_batch_size: found {state.num_processes} processes, and memory that runs out in one of "
+            "them leaves the others waiting; set train.per_device_train_batch_size, or use one process"
+        )
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded and state.num_processes > 1 and state.distributed_type.value == "MULTI_CPU":
+        raise UsageError(
+            "the launcher asks for FSDP, and accelerate leaves it out on CPUs: every process would hold the whole "
+            "model. Launch with distributed_type: MULTI_GPU in place of FSDP to train on CPUs"
+        )
 
 
 _PARTIAL = "final.partial"  # the final model while it is written
@@ -161,6 +176,7 @@ def training_arguments(recipe: Recipe, data: Prepared | Streamed, state: Partial
 
     fields = recipe.sft_kwargs()
     tokens_per_step = recipe.train.get("tokens_per_step")
+    fields.pop("auto_find_batch_size", None)  # `instructft.fitting` does it; upstream changes the rows of a step
     fields["bf16"], fields["fp16"], precision = decide_precision(recipe)
     # TensorBoard is attached in `build_trainer`, so that its files lie in the run folder under a plain name
     fields["report_to"] = [name for name in _reporters(recipe) if name != "tensorboard"]
@@ -291,6 +307,8 @@ def build_trainer(
         train_dataset=data.for_training,
         eval_dataset=data.splits.get("validation"),
         eval_groups=data.groups,
+        find_batch=bool(recipe.train.get("auto_find_batch_size")),
+        say=functools.partial(console.print, markup=False, highlight=False),
         identity=start.identity,
         versions=_versions(recipe),
         papers=Papers(model, base_record(recipe), recipe.model.quantization) if is_peft(model) else None,
@@ -382,6 +400,7 @@ def collect_facts(
             "supervised_tokens": seen["supervised_tokens"],
             "tokens_per_second": seen["tokens"] / seconds,
             "resumed": trainer.resumes,
+            **({"rows_at_once": trainer.rows_at_once} if trainer.rows_at_once else {}),
         },
         "metrics": metrics,
     }
@@ -410,6 +429,7 @@ def save(trainer: Trainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, f
     from instructft.card import write_card
     from instructft.models import _fit_special_tokens
     from instructft.report import plot_loss
+    from instructft.whole import require_whole
 
     run = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -417,10 +437,11 @@ def save(trainer: Trainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, f
     trainer.save_model(str(run / _PARTIAL))
     if not trainer.is_world_process_zero():
         return
+    require_whole(model, run / _PARTIAL)
     (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one goes on from there
     _give_names(run / _PARTIAL, run)
-    (run / "run.json").write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
     plot_loss(run, recipe.name)
     write_card(run, recipe, facts)
-    if not (run / ("adapter_config.json" if is_peft(model) else "config.json")).is_file():
-        raise InstructftError(f"the final model was not written to {run}")
+    partial = run / "run.json.partial"  # last, and whole or not there: by it a run is known to be finished
+    partial.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+    partial.replace(run / "run.json")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from instructft.adapters import Papers
+from instructft.adapters import Papers, token_rows
 from instructft.head import add_supervised_head, scores
 from instructft.lasting import LastingTrainer
 from instructft.pack import flat
@@ -83,7 +85,10 @@ class Trainer(LastingTrainer):
                 parameter.data = trained[name].to(parameter.device)
         self._papers = papers
         self._eval_groups = eval_groups or {}
-        add_supervised_head(self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model)
+        bare = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        add_supervised_head(bare)
+        if token_rows(bare.get_output_embeddings()) is not None:
+            bare.base_model.register_forward_pre_hook(functools.partial(_gather_head, bare))
         self._seen = torch.zeros(3, dtype=torch.int64, device=self.args.device)
         self._eval_sums: list[torch.Tensor] = []
 
@@ -132,6 +137,7 @@ class Trainer(LastingTrainer):
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         """Loss of one validation batch; its sums are kept, row by row, for the mean over all tokens."""
+        self.under_way = ("validation", tuple(inputs["input_ids"].shape))
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             out = scores(model, inputs)
@@ -178,6 +184,16 @@ class Trainer(LastingTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Upstream writes its own card at every checkpoint; ours is written once, when the run is done."""
+
+
+def _gather_head(model: Any, *_: Any) -> None:
+    """Under FSDP2, gather an output head with rows of new tokens; training reads it past the call that would do so.
+
+    PEFT puts the rows into the weight, and cannot where one is sharded and the other is not (peft 0.21).
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, FSDPModule):
+        head.unshard()
 
 
 def _plain(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from instructft.generate import Generator
@@ -135,21 +136,26 @@ class Samples(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the answers up to the step that the run continues from, and show what the model says before."""
-        if not state.is_world_process_zero:
-            return
-        self.path.write_text("".join(_until(state.global_step, self.path)), encoding="utf-8")
+        if state.is_world_process_zero:
+            self.path.write_text("".join(_until(state.global_step, self.path)), encoding="utf-8")
         if state.global_step == 0:
-            self.answer(0)
+            self._answer(state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Answer all samples."""
-        if state.is_world_process_zero:
-            self.answer(state.global_step)
+        self._answer(state)
 
-    def answer(self, step: int) -> None:
+    def _answer(self, state: Any) -> None:
+        # under FSDP2 a model can be run by all processes together only
+        if state.is_world_process_zero or isinstance(self.generator.model, FSDPModule):
+            self.answer(state.global_step, write=state.is_world_process_zero)
+
+    def answer(self, step: int, write: bool = True) -> None:
         """Answer all samples greedily with the model as it is now."""
         conversations = [[{"role": "user", "content": prompt}] for prompt in self.prompts]
         answers = self.generator.answers(conversations, max_new_tokens=64)
+        if not write:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             for prompt, answer in zip(self.prompts, answers, strict=True):
                 record = {

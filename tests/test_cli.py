@@ -315,7 +315,8 @@ def test_version_recipes_and_init(here, run):
     assert run("--version") == (0, f"instructft {instructft.__version__}\n", "")
     code, out, _ = run("recipes")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == sorted(path.stem for path in (REPO / "recipes").glob("*.yaml"))
+    shipped = sorted(path.stem for path in (REPO / "recipes").glob("*.yaml"))
+    assert [line.split()[0] for line in out.splitlines()] == shipped
     assert json.loads(run("recipes", "--schema")[1])["properties"]["data"]
     assert run("init", "quickstart", "mine.yaml")[0] == 0
     assert instructft.load_recipe("mine.yaml").data == instructft.load_recipe("quickstart").data

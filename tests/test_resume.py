@@ -82,6 +82,7 @@ def logged(run: Path) -> list[dict[str, Any]]:
 # Killed
 
 
+@pytest.mark.timeout(120 + 30 * KILLS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_goes_on_bit_for_bit(kind: str, write: Any, tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("crash.py")), str(write(kind)), str(tmp_path / "out")]
