@@ -108,11 +108,9 @@ def _accelerate_options(
     options = ["--config_file", _shown(accelerate_config(name)), "--num_processes", str(total)]
     options += ["--num_machines", str(machines)]
     if machines > 1:
-        options += ["--machine_rank", str(rank)]
-        options += ["--main_process_ip", str(address), "--main_process_port", str(port)]
-    if (
-        gpus == 0 and strategy == "ddp" and "OMP_NUM_THREADS" not in os.environ
-    ):  # accelerate would give each process one thread
+        options += ["--machine_rank", str(rank), "--main_process_ip", str(address), "--main_process_port", str(port)]
+    if gpus == 0 and strategy == "ddp" and "OMP_NUM_THREADS" not in os.environ:
+        # of itself accelerate gives a process one thread
         options += ["--num_cpu_threads_per_process", str(max(1, _cores() // per_machine))]
     return options
 

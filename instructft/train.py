@@ -130,6 +130,11 @@ def _refuse_what_is_not_here(recipe: Recipe, state: PartialState) -> None:
             f"train.auto_find_batch_size: found {state.num_processes} processes, and memory that runs out in one of "
             "them leaves the others waiting; set train.per_device_train_batch_size, or use one process"
         )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and state.num_processes == 1:
+        raise UsageError(
+            f"a launcher started {os.environ['WORLD_SIZE']} processes, and accelerate counts one in each: all would "
+            "write into one run folder. Without a GPU write train.use_cpu=true, and launch with instructft launch"
+        )
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if sharded and state.num_processes > 1 and state.distributed_type.value == "MULTI_CPU":
         raise UsageError(

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,23 @@ def wait_for(true: Callable[[], Any], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
+@contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """The command, running; should the test fail, nothing of it goes on."""
+    launcher = subprocess.Popen(command, env=ENVIRONMENT, text=True, **options)
+    below: list[psutil.Process] = []
+    try:
+        yield launcher
+    except BaseException:
+        below = psutil.Process(launcher.pid).children(recursive=True) if launcher.poll() is None else []
+        raise
+    finally:
+        for process in [*below, launcher]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        launcher.communicate()
+
+
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
@@ -210,9 +228,7 @@ def test_a_run_on_two_processes_is_stopped_and_goes_on(tmp_path: Path) -> None:
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "run"
     recipe.write_text(f"{RECIPE}output_dir: {out}\n")
     command = [*COMMAND, str(recipe), "--processes", "2"]
-    with subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as launcher:
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as launcher:
         wait_for(lambda: steps(out) >= 3 or launcher.poll() is not None)
         below = psutil.Process(launcher.pid).children(recursive=True)
         launcher.terminate()
@@ -277,7 +293,7 @@ def test_the_exit_code_is_that_of_the_workers(tmp_path: Path, case: str) -> None
 def test_a_second_signal_leaves_nothing_behind(tmp_path: Path) -> None:
     """Workers and a process of theirs that will not hear SIGTERM."""
     body = "signal.signal(signal.SIGTERM, lambda *_: here('told'))\nstray()\nhere('up')\nwhile True: time.sleep(0.1)"
-    with subprocess.Popen(launched(tmp_path, body), cwd=tmp_path, env=ENVIRONMENT) as launcher:
+    with started(launched(tmp_path, body), cwd=tmp_path) as launcher:
         wait_for(lambda: len(list(tmp_path.glob("up*"))) == 2)
         below = psutil.Process(launcher.pid).children(recursive=True)
         assert len(below) >= 5
@@ -294,7 +310,7 @@ def test_a_second_signal_leaves_nothing_behind(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent was killed")
 def test_workers_are_stopped_when_the_launcher_is_killed(tmp_path: Path) -> None:
     body = "def end(*_): here('told'); sys.exit(143)\nsignal.signal(signal.SIGTERM, end)\nhere('up')\ntime.sleep(300)"
-    with subprocess.Popen(launched(tmp_path, body), cwd=tmp_path, env=ENVIRONMENT) as launcher:
+    with started(launched(tmp_path, body), cwd=tmp_path) as launcher:
         wait_for(lambda: len(list(tmp_path.glob("up*"))) == 2)
         below = psutil.Process(launcher.pid).children(recursive=True)
         launcher.kill()

@@ -7,6 +7,7 @@ import json
 import math
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -271,3 +272,13 @@ output_dir: {tmp_path / "run"}
     )
     # the model on disk, judged from outside, has the loss that the run reported (rows are cut at the same length)
     assert again["loss"] == pytest.approx(result.metrics["eval_loss"], abs=1e-4)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(write_recipe, monkeypatch):
+    """accelerate counts one process in each of two, on a machine without a GPU that was not told to use the CPU."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    refuse = import_module("instructft.train")._refuse_what_is_not_here
+    state = SimpleNamespace(num_processes=1, distributed_type=SimpleNamespace(value="NO"))
+    with pytest.raises(UsageError, match="a launcher started 2 processes, and accelerate counts one in each"):
+        refuse(instructft.load_recipe(write_recipe()), state)
