@@ -249,7 +249,11 @@ def _encode(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> D
 
     encoder(tokenizer)  # a template that cannot be trained is refused here, not in another process
     batches = _Batches(part, recipe.data, tokenizer)
-    if batches.many:
+    fingerprint = shaped_by(part.raw._fingerprint, part, recipe, tokenizer)
+    cached = [
+        path for f in part.raw.cache_files[:1] for path in Path(f["filename"]).parent.glob(f"cache-{fingerprint}*")
+    ]
+    if batches.many and not cached:
         encoder(tokenizer).make_fast()  # here, once: processes that are forked inherit it
     shape = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
     shape |= {"dropped": Value("string"), "cut_tokens": Value("int32")}
@@ -265,7 +269,7 @@ def _encode(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> D
                 num_proc=processes if processes > 1 else None,
                 remove_columns=part.raw.column_names,
                 features=Features(shape),
-                new_fingerprint=shaped_by(part.raw._fingerprint, part, recipe, tokenizer),
+                new_fingerprint=fingerprint,
                 desc=None,
             )
             .with_format(None)
