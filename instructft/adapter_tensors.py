@@ -86,6 +86,11 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def first_three(problems: list[str]) -> str:
+    """Problems for a message, a line each: the first three, and how many more.
+
+    >>> first_three(["a", "b", "c", "d"])
+    '  a\\n  b\\n  c\\n  and 1 more'
+    """
     more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
     return "\n".join(f"  {line}" for line in (*problems[:3], *more))
 

@@ -24,6 +24,7 @@ from instructft.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 _PARTIAL = f"{MANIFEST}.partial"
+NOT_FINITE = "not-finite-"  # how files beside the checkpoints begin that hold the rows of a step that was not taken
 FORMAT = 1  # of the manifest; a newer one is not read
 _NAME = re.compile(r"checkpoint-(\d+)")
 

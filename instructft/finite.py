@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from trl import SFTTrainer
 
+from instructft.checkpoint import NOT_FINITE
 from instructft.errors import NotFiniteError
 
 
@@ -52,7 +53,7 @@ class FiniteTrainer(SFTTrainer):
     def _stop_before_it(self) -> None:
         step = self.state.global_step + 1
         self.model.zero_grad()
-        path = Path(self.args.output_dir) / f"not-finite-{step}-{self.args.process_index}.jsonl"
+        path = Path(self.args.output_dir) / f"{NOT_FINITE}{step}-{self.args.process_index}.jsonl"
         rows, bad = self._rows()
         path.write_text("".join(json.dumps({"step": step, **row}) + "\n" for row in rows), encoding="utf-8")
         what = f"the loss of {bad} of its {len(rows)} rows" if bad else "a gradient"

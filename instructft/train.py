@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from instructft import __version__, quantize
 from instructft.adapters import Papers, count_parameters, is_peft
-from instructft.checkpoint import folders, kind
 from instructft.data import Prepared, prepare
 from instructft.errors import UsageError
 from instructft.models import load_config, load_model, load_tokenizer, weights_dtype
@@ -21,6 +18,7 @@ from instructft.out_of_memory import explained
 from instructft.processes import first_process
 from instructft.recipe import Recipe, check_against_installed
 from instructft.resume import GoingOn, find, going_on, identity
+from instructft.run_folder import collect_facts, library_versions, make_folder, refuse_used_folder, save
 from instructft.starting_point import base_record
 from instructft.stream import Streamed, prepare_stream
 
@@ -73,7 +71,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     _refuse_what_is_not_here(recipe, state)
     checkpoint, passed = first_process(state, lambda: find(run, resume))
     if checkpoint is None:
-        _refuse_used_folder(run)
+        refuse_used_folder(run)
 
     tokenizer = load_tokenizer(recipe)
     load_config(recipe, tokenizer)  # a model that does not fit the recipe is refused before the data is read
@@ -92,7 +90,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     for line in start.lines():
         console.print(line, markup=False, highlight=False)
     if state.is_main_process:
-        _make_folder(run, fresh=checkpoint is None)
+        make_folder(run, fresh=checkpoint is None)
         (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     state.wait_for_everyone()
     trainer = build_trainer(recipe, tokenizer, data, model, args, start, console)
@@ -141,33 +139,6 @@ def _refuse_what_is_not_here(recipe: Recipe, state: PartialState) -> None:
             "the launcher asks for FSDP, and accelerate leaves it out on CPUs: every process would hold the whole "
             "model. Launch with distributed_type: MULTI_GPU in place of FSDP to train on CPUs"
         )
-
-
-_PARTIAL = "final.partial"  # the final model while it is written
-# What a run that was stopped before its first checkpoint leaves.
-_LOGS = {"metrics.jsonl", "samples.jsonl", "tensorboard", "recipe.yaml", _PARTIAL}
-
-
-def _refuse_used_folder(run: Path) -> None:
-    """A run never writes over another; what a run left that came to nothing is no run."""
-    for path in (run, *run.parents):
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"output_dir: {path} is a file, expected a folder; choose another output_dir")
-    begun = {folder.name for folder in folders(run) if kind(folder) == "cut short"}
-    if run.is_dir() and {path.name for path in run.iterdir()} - _LOGS - begun:
-        raise UsageError(
-            f"output_dir: {run} already holds a run. Choose another folder (output_dir=…), or remove it: rm -r {run}"
-        )
-
-
-def _make_folder(run: Path, fresh: bool) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    for name in _LOGS if fresh else [_PARTIAL]:
-        path = run / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -315,7 +286,7 @@ def build_trainer(
         find_batch=bool(recipe.train.get("auto_find_batch_size")),
         say=functools.partial(console.print, markup=False, highlight=False),
         identity=start.identity,
-        versions=_versions(recipe),
+        versions=library_versions(recipe),
         papers=Papers(model, base_record(recipe), recipe.model.quantization) if is_peft(model) else None,
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -374,79 +345,3 @@ def final_metrics(trainer: Trainer) -> dict[str, Any]:
     for entry in trainer.state.log_history:
         metrics.update(entry)
     return {key: value for key, value in metrics.items() if key not in ("step", "epoch", "total_flos")}
-
-
-def collect_facts(
-    recipe: Recipe, data: Prepared | Streamed, trainer: Trainer, metrics: dict[str, Any], precision: str
-) -> dict[str, Any]:
-    """The contents of `run.json`."""
-    import torch
-
-    seen, seconds = trainer.seen, trainer.seconds
-    device = trainer.args.device
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {
-        "versions": dict(trainer.versions),
-        "hardware": {"device": hardware, "processes": trainer.args.world_size, "precision": precision},
-        "seed": recipe.train["seed"],
-        "data": {
-            "fingerprint": data.fingerprint,
-            "rows": data.rows,
-            "dropped": dict(data.dropped),
-            "cut": {"rows": data.cut, "tokens": data.cut_tokens},
-            "tokens": data.tokens["train"],
-            "supervised_tokens": data.supervised_tokens["train"],
-            "padding_share": 1 - seen["tokens"] / max(seen["slots"], 1),
-        },
-        "train": {
-            "seconds": seconds,
-            "steps": trainer.state.global_step,
-            "tokens": seen["tokens"],
-            "supervised_tokens": seen["supervised_tokens"],
-            "tokens_per_second": seen["tokens"] / seconds,
-            "resumed": trainer.resumes,
-            **({"rows_at_once": trainer.rows_at_once} if trainer.rows_at_once else {}),
-        },
-        "metrics": metrics,
-    }
-
-
-def _give_names(partial: Path, run: Path) -> None:
-    """Move the final model to its place, the file by which libraries know a model last."""
-    (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs beside recipe.yaml
-    known = ("config.json", "adapter_config.json")
-    for path in sorted(partial.iterdir(), key=lambda path: (path.name in known, path.name)):
-        path.replace(run / path.name)
-    partial.rmdir()
-
-
-def _versions(recipe: Recipe) -> dict[str, str]:
-    from importlib.metadata import version
-
-    libraries = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers"]
-    if recipe.model.quantization != "none":
-        libraries.append("bitsandbytes")
-    return {"instructft": __version__, **{name: version(name) for name in libraries}}
-
-
-def save(trainer: Trainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]) -> None:
-    """Write the final model, its tokenizer and the papers of the run."""
-    from instructft.card import write_card
-    from instructft.models import _fit_special_tokens
-    from instructft.report import plot_loss
-    from instructft.whole import require_whole
-
-    run = Path(trainer.args.output_dir)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    _fit_special_tokens(model, tokenizer)  # the trainer aligns them with the tokenizer's EOS, which may be another
-    trainer.save_model(str(run / _PARTIAL))
-    if not trainer.is_world_process_zero():
-        return
-    require_whole(model, run / _PARTIAL)
-    (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one goes on from there
-    _give_names(run / _PARTIAL, run)
-    plot_loss(run, recipe.name)
-    write_card(run, recipe, facts)
-    partial = run / "run.json.partial"  # last, and whole or not there: by it a run is known to be finished
-    partial.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-    partial.replace(run / "run.json")

@@ -325,5 +325,17 @@ def test_a_step_that_is_not_a_number_is_not_taken(write: Any, monkeypatch: pytes
     assert train(recipe, console=QUIET).facts["train"]["resumed"][0]["step"] == 3
 
 
+def test_not_a_number_in_the_first_step_leaves_no_run(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to go on with, so the same command begins anew."""
+    recipe = instructft.load_recipe(write(), ["train.max_steps=2"])
+    with monkeypatch.context() as patch:
+        interrupt(patch, Poison("loss", 1))
+        with pytest.raises(NotFiniteError):
+            train(recipe, console=QUIET)
+    assert (Path(recipe.output_dir) / "not-finite-1-0.jsonl").is_file()
+    assert train(recipe, console=QUIET).facts["train"]["resumed"] == []
+    assert not list(Path(recipe.output_dir).glob("not-finite-*"))
+
+
 def test_retention_keeps_the_newest(uninterrupted: Path) -> None:
     assert sorted(p.name for p in uninterrupted.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-9"]

@@ -1,0 +1,133 @@
+"""The run folder: refused when it is used, made, and at the end filled with a model that is whole and what says of it.
+
+What is being written has a name that no library takes for a model: `final.partial/` until the model is whole, then its
+files move to their place, and `run.json` comes last. By `run.json` a run is known to be finished.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instructft import __version__
+from instructft.checkpoint import NOT_FINITE, folders, kind
+from instructft.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from instructft.data import Prepared
+    from instructft.recipe import Recipe
+    from instructft.stream import Streamed
+    from instructft.trainer import Trainer
+
+_PARTIAL = "final.partial"  # the final model while it is written
+# What a run that was stopped before its first checkpoint leaves.
+_LOGS = {"metrics.jsonl", "samples.jsonl", "tensorboard", "recipe.yaml", _PARTIAL}
+
+
+def refuse_used_folder(run: Path) -> None:
+    """A run never writes over another; what a run left that came to nothing is no run."""
+    for path in (run, *run.parents):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"output_dir: {path} is a file, expected a folder; choose another output_dir")
+    begun = {folder.name for folder in folders(run) if kind(folder) == "cut short"}
+    begun |= {path.name for path in run.glob(f"{NOT_FINITE}*.jsonl")}  # rows of a step that was not taken
+    if run.is_dir() and {path.name for path in run.iterdir()} - _LOGS - begun:
+        raise UsageError(
+            f"output_dir: {run} already holds a run. Choose another folder (output_dir=…), or remove it: rm -r {run}"
+        )
+
+
+def make_folder(run: Path, fresh: bool) -> None:
+    """Make the folder, without what an unfinished attempt left; one that is gone on with keeps its logs."""
+    run.mkdir(parents=True, exist_ok=True)
+    old = [*(run / name for name in _LOGS), *run.glob(f"{NOT_FINITE}*.jsonl")] if fresh else [run / _PARTIAL]
+    for path in old:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def collect_facts(
+    recipe: Recipe, data: Prepared | Streamed, trainer: Trainer, metrics: dict[str, Any], precision: str
+) -> dict[str, Any]:
+    """The contents of `run.json`."""
+    import torch
+
+    seen, seconds = trainer.seen, trainer.seconds
+    device = trainer.args.device
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "versions": dict(trainer.versions),
+        "hardware": {"device": hardware, "processes": trainer.args.world_size, "precision": precision},
+        "seed": recipe.train["seed"],
+        "data": {
+            "fingerprint": data.fingerprint,
+            "rows": data.rows,
+            "dropped": dict(data.dropped),
+            "cut": {"rows": data.cut, "tokens": data.cut_tokens},
+            "tokens": data.tokens["train"],
+            "supervised_tokens": data.supervised_tokens["train"],
+            "padding_share": 1 - seen["tokens"] / max(seen["slots"], 1),
+        },
+        "train": {
+            "seconds": seconds,
+            "steps": trainer.state.global_step,
+            "tokens": seen["tokens"],
+            "supervised_tokens": seen["supervised_tokens"],
+            "tokens_per_second": seen["tokens"] / seconds,
+            "resumed": trainer.resumes,
+            **({"rows_at_once": trainer.rows_at_once} if trainer.rows_at_once else {}),
+        },
+        "metrics": metrics,
+    }
+
+
+def _give_names(partial: Path, run: Path) -> None:
+    """Move the final model to its place, the file by which libraries know a model last."""
+    (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs beside recipe.yaml
+    known = ("config.json", "adapter_config.json")
+    for path in sorted(partial.iterdir(), key=lambda path: (path.name in known, path.name)):
+        path.replace(run / path.name)
+    partial.rmdir()
+
+
+def library_versions(recipe: Recipe) -> dict[str, str]:
+    """Library -> version, of all that have a part in this run.
+
+    >>> library_versions(recipe)["torch"]
+    '2.13.0+cpu'
+    """
+    from importlib.metadata import version
+
+    libraries = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers"]
+    if recipe.model.quantization != "none":
+        libraries.append("bitsandbytes")
+    return {"instructft": __version__, **{name: version(name) for name in libraries}}
+
+
+def save(trainer: Trainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]) -> None:
+    """Write the final model, its tokenizer and the papers of the run."""
+    from instructft.card import write_card
+    from instructft.models import _fit_special_tokens
+    from instructft.report import plot_loss
+    from instructft.whole import require_whole
+
+    run = Path(trainer.args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    _fit_special_tokens(model, tokenizer)  # the trainer aligns them with the tokenizer's EOS, which may be another
+    trainer.save_model(str(run / _PARTIAL))
+    if not trainer.is_world_process_zero():
+        return
+    require_whole(model, run / _PARTIAL)
+    (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one goes on from there
+    _give_names(run / _PARTIAL, run)
+    plot_loss(run, recipe.name)
+    write_card(run, recipe, facts)
+    partial = run / "run.json.partial"  # last, and whole or not there: by it a run is known to be finished
+    partial.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+    partial.replace(run / "run.json")
