@@ -10,21 +10,27 @@ damaged. Neither is ever resumed from; both are named when an older one is taken
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from instructft.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 _PARTIAL = f"{MANIFEST}.partial"
-NOT_FINITE = "not-finite-"  # how files beside the checkpoints begin that hold the rows of a step that was not taken
+# How files beside the checkpoints begin that hold the rows of a step: one that was not taken, one whose loss leapt.
+NOT_FINITE, SPIKE = "not-finite-", "loss-spike-"
+_NOTHING = 1 << 16  # bytes: a disk with less is full
 FORMAT = 1  # of the manifest; a newer one is not read
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -130,12 +136,40 @@ def require_space(run: Path, needed: int) -> None:
     free = shutil.disk_usage(run).free
     if free >= needed:
         return
-    kept = next((path.name for path in folders(run) if kind(path) == "sealed"), None)
-    stands = f"{kept} stands; " if kept else ""
     raise CheckpointError(
         f"{run}: a checkpoint needs about {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free. "
-        f"{stands}make room and run the same command again. train.save_total_limit keeps fewer of them"
+        f"{standing(run)}; make room and run the same command again. train.save_total_limit keeps fewer of them"
     )
+
+
+def standing(run: Path) -> str:
+    """The newest checkpoint that a failure leaves, in words."""
+    kept = [path.name for path in folders(run) if kind(path) == "sealed"]
+    return f"{kept[0]} stands" if kept else "there is no checkpoint before it"
+
+
+def out_of_space(error: BaseException, run: Path) -> bool:
+    """Whether an error comes from a full disk; torch's own writer does not say so."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return shutil.disk_usage(run).free < _NOTHING
+
+
+@contextlib.contextmanager
+def full_disk_explained(run: Path) -> Iterator[None]:
+    """Turn a full disk, whatever was being written, into one message.
+
+    Raises:
+        CheckpointError: with the checkpoint that stands.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not out_of_space(error, run):
+            raise
+        raise CheckpointError(
+            f"{run}: the disk is full; {standing(run)}. Make room and run the same command again"
+        ) from error
 
 
 def retain(run: Path, keep: int | None, best: str | None = None) -> list[str]:

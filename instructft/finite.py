@@ -7,6 +7,7 @@ is logged as NaN for a day, and the checkpoints that follow are worthless. Here 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +67,31 @@ class FiniteTrainer(SFTTrainer):
     def _rows(self) -> tuple[list[dict[str, Any]], int]:
         """Each row (pack) of the step with its loss, those first whose loss is not finite, and how many those are."""
         rows = []
-        for batch in self._step_batches:
-            count = batch["input_ids"].shape[0]
-            for i in range(count):
-                one = {
-                    name: value[i : i + 1] if value.shape[:1] == (count,) else value for name, value in batch.items()
-                }
-                one = self._prepare_inputs(one)
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    loss = float(self.model(**one, use_cache=False).loss)
-                ids = one["input_ids"][0]
-                if (mask := one.get("attention_mask")) is not None:
-                    ids = ids[mask[0].bool()]
-                text = self.processing_class.decode(ids)
-                rows.append({"loss": loss, "text": text, "input_ids": ids.tolist()})
+        for one in self._single_rows():
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = float(self.model(**self._prepare_inputs(one), use_cache=False).loss)
+            rows.append({"loss": loss, **self._text_of(one)})
         rows.sort(key=lambda row: _is_finite(row["loss"]))
         bad = sum(not _is_finite(row["loss"]) for row in rows)
         return [{**row, "loss": row["loss"] if _is_finite(row["loss"]) else str(row["loss"])} for row in rows], bad
+
+    def _texts(self) -> list[dict[str, Any]]:
+        """Each row (pack) of the step, as text and as ids."""
+        return [self._text_of(one) for one in self._single_rows()]
+
+    def _single_rows(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The rows of the step, each as a batch of one."""
+        for batch in self._step_batches:
+            count = batch["input_ids"].shape[0]
+            for i in range(count):
+                yield {name: value[i : i + 1] if value.shape[:1] == (count,) else value
+                       for name, value in batch.items()}  # fmt: skip
+
+    def _text_of(self, one: dict[str, torch.Tensor]) -> dict[str, Any]:
+        ids = one["input_ids"][0]
+        if (mask := one.get("attention_mask")) is not None:
+            ids = ids[mask[0].bool()]
+        return {"text": self.processing_class.decode(ids), "input_ids": ids.tolist()}
 
 
 def _is_finite(value: float) -> bool:

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from instructft.finite import FiniteTrainer
 from instructft.out_of_memory import ran_out
+from instructft.spikes import SpikeTrainer
 
 
-class FittingTrainer(FiniteTrainer):
+class FittingTrainer(SpikeTrainer):
     """`SFTTrainer` that finds out how many rows at a time fit, when asked to. In one process only.
 
     Args:
@@ -37,8 +37,8 @@ class FittingTrainer(FiniteTrainer):
     current_gradient_accumulation_steps: int  # of upstream: micro-batches in the step under way
 
     def __init__(self, *, find_batch: bool = False, say: Callable[[str], Any] = print, **kwargs: Any):
-        super().__init__(**kwargs)
-        self._find_batch, self._say = find_batch, say
+        super().__init__(say=say, **kwargs)
+        self._find_batch = find_batch
         self.rows_at_once: int | None = None
         self.under_way: tuple[str, tuple[int, ...]] = ("before the first step", ())  # what, and its batch (B, T)
         self._random: Any = None  # states as they were when the step under way began

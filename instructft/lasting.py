@@ -82,6 +82,7 @@ class LastingTrainer(FittingTrainer):
         self.resumes = [*known["resumes"], *self.resumes]
         self.restore_counts(known["counts"])
         self.rows_at_once = known.get("rows_at_once")
+        self.recent_losses, self.spikes = known["recent_losses"], known["spikes"]
         for mode, metrics in known["metrics"].items():
             for name, values in metrics.items():
                 self._metrics[mode][name] = list(values)
@@ -107,7 +108,8 @@ class LastingTrainer(FittingTrainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if ran_out(error):
                 raise
-            raise CheckpointError(f"{folder} could not be written: {_reason(error)}; {self._standing(run)}") from error
+            why = "the disk is full" if checkpoint.out_of_space(error, run) else _reason(error)
+            raise CheckpointError(f"{folder} could not be written: {why}; {checkpoint.standing(run)}") from error
         self.accelerator.wait_for_everyone()
         self.last_checkpoint = folder.name
 
@@ -122,6 +124,8 @@ class LastingTrainer(FittingTrainer):
             "resumes": self.resumes,
             "counts": self.counts(),
             "rows_at_once": self.rows_at_once,
+            "recent_losses": self.recent_losses,
+            "spikes": self.spikes,
             "metrics": metrics,
             "evaluation_is_due": self.stop.left_evaluation,
         }
@@ -149,10 +153,6 @@ class LastingTrainer(FittingTrainer):
         states = getattr(self.optimizer, "state", {}) if self.optimizer is not None else {}
         tensors = [t for state in states.values() for t in state.values() if isinstance(t, torch.Tensor)]
         return sum(t.numel() * t.element_size() for t in [*saved, *tensors]) + (1 << 20)
-
-    def _standing(self, run: Path) -> str:
-        kept = [path.name for path in checkpoint.folders(run) if checkpoint.kind(path) == "sealed"]
-        return f"{kept[0]} stands" if kept else "there is no checkpoint before it"
 
     # -- signals ----------------------------------------------------------------------------------------------------
 

@@ -26,11 +26,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from instructft import recipe_checks, recipe_contradictions, recipe_yaml
 from instructft.errors import RecipeError
-from instructft.recipe_keys import legal_train_fields, nearest
+from instructft.recipe_keys import OWN_TRAIN_FIELDS, legal_train_fields, nearest
 
 # What `train:` holds unless the recipe says otherwise, where that differs from trl.SFTConfig.
 TRAIN_DEFAULTS: dict[str, Any] = {
-    "tokens_per_step": None,  # ours: not a field of SFTConfig
+    **{name: row["default"] for name, row in OWN_TRAIN_FIELDS.items()},  # ours: not fields of SFTConfig
     "seed": 42,  # the same as SFTConfig's, here because it belongs to every record of a run
     "gradient_checkpointing": False,  # recomputing every layer costs a fifth of the speed; a small model has the memory
     "logging_steps": 10,  # steps
@@ -207,7 +207,7 @@ class Recipe(_Section):
     data: DataSection = Field(description="what it is trained on")
     adapter: AdapterSection = Field(default=AdapterSection(), description="all weights, or a LoRA adapter")
     train: FrozenMap = Field(
-        default_factory=recipe_yaml.FrozenDict, description="tokens_per_step, and fields of trl.SFTConfig"
+        default_factory=recipe_yaml.FrozenDict, description="our own keys, and fields of trl.SFTConfig"
     )
     samples: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), description="prompts answered at every evaluation"
@@ -235,7 +235,7 @@ class Recipe(_Section):
         >>> load_recipe("quickstart", ["train.max_steps=10"]).sft_kwargs()["max_steps"]
         10
         """
-        return {key: recipe_yaml.thaw(value) for key, value in self.train.items() if key != "tokens_per_step"}
+        return {key: recipe_yaml.thaw(value) for key, value in self.train.items() if key not in OWN_TRAIN_FIELDS}
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain dicts and lists: every key, every default."""

@@ -250,6 +250,7 @@ VALUE_HINTS: dict[tuple[str, str], str] = {
 # name under `train:` -> (least, greatest, in words); an open end is None, `<` excludes the bound itself
 TRAIN_BOUNDS: dict[str, tuple[float | None, float | None, str]] = {
     "tokens_per_step": (1, None, "a whole number above 0 (tokens in a global batch)"),
+    "loss_spike_limit": (1 + 1e-9, None, "a number above 1 (times the usual loss), or null"),
     "per_device_train_batch_size": (1, None, "a whole number above 0 (rows)"),
     "per_device_eval_batch_size": (1, None, "a whole number above 0 (rows)"),
     "gradient_accumulation_steps": (1, None, "a whole number above 0 (batches in one step)"),

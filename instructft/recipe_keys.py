@@ -19,7 +19,25 @@ from pydantic.fields import FieldInfo
 from instructft.recipe_aliases import ADAPTER_HOMES, TRAIN_BOUNDS, TRAIN_HOMES, VALUE_HINTS
 from instructft.recipe_yaml import KeyPath, is_secret
 
-_TOKENS_PER_STEP = {"kinds": ["int", "null"], "default": None, "help": "global batch in tokens; sets the accumulation"}
+# Keys of `train:` that are ours; all the others are fields of SFTConfig.
+OWN_TRAIN_FIELDS: dict[str, dict[str, Any]] = {
+    "tokens_per_step": {
+        "kinds": ["int", "null"],
+        "default": None,
+        "help": "global batch in tokens; sets the accumulation",
+    },
+    "loss_spike_limit": {
+        "kinds": ["float", "null"],
+        "default": 3.0,
+        "help": "times the median loss of the last 50 steps; a step beyond it is told with its rows. null: never",
+    },
+    "on_loss_spike": {
+        "kinds": ["str"],
+        "default": "warn",
+        "choices": ["warn", "skip"],
+        "help": "whether a step beyond loss_spike_limit is taken all the same, or left out",
+    },
+}
 _KIND_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _KIND_WORDS |= {"list": "a list", "dict": "a mapping", "null": "null"}
 
@@ -34,7 +52,7 @@ def _shipped_fields() -> dict[str, Any]:
 def legal_train_fields() -> dict[str, dict[str, Any]]:
     """Name -> kinds, default, choices and help of every key that `train:` takes."""
     fields = {name: row for name, row in _shipped_fields()["sft_config"].items() if name not in TRAIN_HOMES}
-    return {"tokens_per_step": _TOKENS_PER_STEP} | {name: row for name, row in fields.items() if not is_secret(name)}
+    return OWN_TRAIN_FIELDS | {name: row for name, row in fields.items() if not is_secret(name)}
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from instructft.recipe_aliases import TRAIN_BOUNDS
-from instructft.recipe_keys import legal_lora_fields, legal_train_fields
+from instructft.recipe_keys import OWN_TRAIN_FIELDS, legal_lora_fields, legal_train_fields
 from instructft.recipe_yaml import thaw
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def build(model: type[Recipe], train_defaults: Mapping[str, Any]) -> dict[str, A
         "anyOf": [adapter, {"enum": ["none", "lora", None]}],
     }
     properties["train"] = {
-        "description": "tokens_per_step, and the fields of trl.SFTConfig by their own names",
+        "description": f"{', '.join(OWN_TRAIN_FIELDS)}, and the fields of trl.SFTConfig by their own names",
         "type": ["object", "null"],
         "additionalProperties": False,
         "properties": {

@@ -24,6 +24,8 @@ _FREE = (
     *("per_device_eval_batch_size", "prediction_loss_only", "do_", "dataloader_", "torch_empty", "skip_memory_metrics"),
     *("ddp_", "use_cpu", "fp16_full_eval", "bf16_full_eval", "enable_jit_checkpoint"),
 )
+# Fields that may change on purpose; a change is recorded.
+_OPEN = ("train.loss_spike_limit", "train.on_loss_spike")
 _LENGTH = ("train.max_steps", "train.num_train_epochs")
 # Schedules whose learning rate at a step does not depend on how many steps follow.
 _OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
@@ -121,7 +123,8 @@ def refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> dict[str, 
     # the rows follow from these keys; told apart, they would only be said twice
     if any(key.startswith("data.") for key in changed):
         changed.pop("data (its rows)", None)
-    allowed = {key: change for key, change in changed.items() if key in _LENGTH and _may_grow(key, checkpoint, now)}
+    grown = {key for key in _LENGTH if _may_grow(key, checkpoint, now)}
+    allowed = {key: change for key, change in changed.items() if key in grown or key in _OPEN}
     refused = {key: change for key, change in changed.items() if key not in allowed}
     if refused:
         lines = [f"  {key}: {_short(a)} when {checkpoint.folder.name} was written, now {_short(b)}{_why(key)}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft import __version__
-from instructft.checkpoint import NOT_FINITE, folders, kind
+from instructft.checkpoint import NOT_FINITE, SPIKE, folders, kind
 from instructft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def refuse_used_folder(run: Path) -> None:
         if path.exists() and not path.is_dir():
             raise UsageError(f"output_dir: {path} is a file, expected a folder; choose another output_dir")
     begun = {folder.name for folder in folders(run) if kind(folder) == "cut short"}
-    begun |= {path.name for path in run.glob(f"{NOT_FINITE}*.jsonl")}  # rows of a step that was not taken
+    begun |= {path.name for path in _rows_of_steps(run)}
     if run.is_dir() and {path.name for path in run.iterdir()} - _LOGS - begun:
         raise UsageError(
             f"output_dir: {run} already holds a run. Choose another folder (output_dir=…), or remove it: rm -r {run}"
@@ -44,12 +44,17 @@ def refuse_used_folder(run: Path) -> None:
 def make_folder(run: Path, fresh: bool) -> None:
     """Make the folder, without what an unfinished attempt left; one that is gone on with keeps its logs."""
     run.mkdir(parents=True, exist_ok=True)
-    old = [*(run / name for name in _LOGS), *run.glob(f"{NOT_FINITE}*.jsonl")] if fresh else [run / _PARTIAL]
+    old = [*(run / name for name in _LOGS), *_rows_of_steps(run)] if fresh else [run / _PARTIAL]
     for path in old:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _rows_of_steps(run: Path) -> list[Path]:
+    """The files with rows of steps that stood out: not a number, or far above the usual loss."""
+    return [path for name in (NOT_FINITE, SPIKE) for path in run.glob(f"{name}*.jsonl")]
 
 
 def collect_facts(
@@ -81,6 +86,7 @@ def collect_facts(
             "supervised_tokens": seen["supervised_tokens"],
             "tokens_per_second": seen["tokens"] / seconds,
             "resumed": trainer.resumes,
+            **({"loss_spikes": trainer.spikes} if trainer.spikes else {}),
             **({"rows_at_once": trainer.rows_at_once} if trainer.rows_at_once else {}),
         },
         "metrics": metrics,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft import __version__, quantize
 from instructft.adapters import Papers, count_parameters, is_peft
+from instructft.checkpoint import full_disk_explained
 from instructft.data import Prepared, prepare
 from instructft.errors import UsageError
 from instructft.models import load_config, load_model, load_tokenizer, weights_dtype
@@ -89,22 +90,23 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     announce(recipe, tokenizer, data, model, args, precision, console)
     for line in start.lines():
         console.print(line, markup=False, highlight=False)
-    if state.is_main_process:
-        make_folder(run, fresh=checkpoint is None)
-        (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    state.wait_for_everyone()
-    trainer = build_trainer(recipe, tokenizer, data, model, args, start, console)
-    if recipe.data.packing:
-        prove_isolation(model, console)
-    proof = watch_adapter(trainer)
+    with full_disk_explained(run):
+        if state.is_main_process:
+            make_folder(run, fresh=checkpoint is None)
+            (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        state.wait_for_everyone()
+        trainer = build_trainer(recipe, tokenizer, data, model, args, start, console)
+        if recipe.data.packing:
+            prove_isolation(model, console)
+        proof = watch_adapter(trainer)
 
-    with explained(recipe, trainer):
-        _run(trainer, start, console)
-        adapter = prove_adapter(proof, trainer, console)
-        metrics = final_metrics(trainer)
+        with explained(recipe, trainer):
+            _run(trainer, start, console)
+            adapter = prove_adapter(proof, trainer, console)
+            metrics = final_metrics(trainer)
 
-    facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter
-    save(trainer, recipe, tokenizer, facts)
+        facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter
+        save(trainer, recipe, tokenizer, facts)
     state.wait_for_everyone()
     return Result(run, facts)
 
@@ -284,6 +286,8 @@ def build_trainer(
         eval_dataset=data.splits.get("validation"),
         eval_groups=data.groups,
         find_batch=bool(recipe.train.get("auto_find_batch_size")),
+        spike_limit=recipe.train["loss_spike_limit"],
+        skip_spikes=recipe.train["on_loss_spike"] == "skip",
         say=functools.partial(console.print, markup=False, highlight=False),
         identity=start.identity,
         versions=library_versions(recipe),

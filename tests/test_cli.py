@@ -153,7 +153,7 @@ BAD_FILES = {
     "bad gzip": ("a.jsonl.gz", b"\x1f\x8bnonsense", ["a.jsonl.gz could not be read"]),
     "cut gzip": (
         "a.jsonl.gz",
-        gzip.compress(ROW.encode() * 99)[:50],
+        gzip.compress(ROW.encode() * 99, mtime=0)[:50],
         ["a.jsonl.gz could not be read: Compressed file"],
     ),
     "bad parquet": ("a.parquet", b"PAR1", ["a.parquet is not a whole Parquet file"]),

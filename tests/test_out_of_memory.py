@@ -186,7 +186,7 @@ def test_a_model_that_is_too_large_gets_other_advice(recipe: Any, monkeypatch: p
 
 def test_a_process_whose_memory_is_limited(recipe: Any, tmp_path: Path) -> None:
     """A real allocation that fails, in the command: exit 1, the message, and no traceback."""
-    asked = recipe("train.per_device_train_batch_size=32", "model.config.n_embd=128")
+    asked = recipe("train.per_device_train_batch_size=32", "model.config.n_embd=512")  # some 400 MB of activations
     (tmp_path / "big.yaml").write_text(asked.to_yaml())
     program = f"""
 import resource, sys

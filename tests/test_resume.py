@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from stops import SignalAt, interrupt
 from transformers import TrainerCallback
 
 import instructft
 from instructft.checkpoint import verify
 from instructft.errors import CheckpointError, NotFiniteError, ResumeError, Stopped, UsageError
 from instructft.train import train
-from instructft.trainer import Trainer
 
-KILLS = int(os.environ.get("INSTRUCTFT_KILLS", "3"))  # of each kind of run; `make battery` asks for more
+# Of each kind of run, and at as many steps; `make battery` asks for more.
+KILLS = int(os.environ.get("INSTRUCTFT_KILLS", "3"))
 QUIET = Console(quiet=True)
 
 MODEL = "config: {model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 16, n_positions: 64}"  # with dropout
@@ -85,56 +86,61 @@ def logged(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.timeout(120 + 30 * KILLS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_goes_on_bit_for_bit(kind: str, write: Any, tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(__file__).with_name("crash.py")), str(write(kind)), str(tmp_path / "out")]
+    whole, *killed = hit(write(kind), tmp_path, KILLS, "kill")
+    assert whole["moments"] > 60
+    assert len(killed) == KILLS
+    for run in killed:
+        assert run["status"] == 0, run
+        assert (run["weights"], run["logged"]) == (whole["weights"], whole["logged"]), run
+
+
+def hit(recipe: Path, tmp_path: Path, hits: int, how: str, under: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """What `crash.py` found: the run that nothing hit, then those that were."""
+    program = str(Path(__file__).with_name("crash.py"))
     done = subprocess.run(
-        [*command, str(KILLS), "7"],
+        [*under, sys.executable, program, str(recipe), str(tmp_path / "out"), str(hits), "7", how],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    whole, *killed = [json.loads(line) for line in done.stdout.splitlines()]
-    assert whole["moments"] > 60
-    assert len(killed) == KILLS
-    for run in killed:
-        assert run["status"] == 0, (run, done.stderr[-3000:])
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+# A full disk
+
+OWN_MOUNTS = ("unshare", "--map-root-user", "--mount")  # what is mounted there goes with the process
+
+
+def _can_mount(folder: Path) -> bool:
+    try:
+        command = [*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", str(folder)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:  # there is no such program
+        return False
+
+
+@pytest.mark.timeout(120 + 30 * KILLS)
+def test_a_full_disk_ends_a_run_with_a_word_and_harms_nothing(write: Any, tmp_path: Path) -> None:
+    """A small disk of the run's own, without a free byte from some writing moment on; with room it goes on."""
+    if not _can_mount(tmp_path):
+        pytest.skip("this machine lets nobody mount a tmpfs")
+    whole, *filled = hit(write(), tmp_path, 2 * KILLS, "fill", OWN_MOUNTS)
+    assert len(filled) == 2 * KILLS
+    for run in filled:
+        if run["ended"]:  # the last moments need no room
+            assert "the disk is full" in run["said"] or "MiB are free" in run["said"], run
+            newest = next(iter(run["left"]), None)
+            stands = f"{newest} stands" if newest else "there is no checkpoint before it"
+            assert stands in run["said"], run
+        assert run["status"] == 0, run
+        assert run["from"] == [int(name.removeprefix("checkpoint-")) for name in run["left"]][:1], run
         assert (run["weights"], run["logged"]) == (whole["weights"], whole["logged"]), run
+    assert sum(bool(run["ended"]) for run in filled) > KILLS
 
 
 # Stopped by a signal
-
-
-class SignalAt(TrainerCallback):
-    """Sends this process a signal at one place of the run."""
-
-    def __init__(self, place: str, step: int, number: int = signal.SIGTERM):
-        self.place, self.step, self.number = place, step, number
-        self.sent = False
-
-    def _send(self, place: str, state: Any) -> None:
-        if place == self.place and state.global_step == self.step and not self.sent:
-            self.sent = True
-            os.kill(os.getpid(), self.number)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._send("step", state)
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._send("evaluation", state)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._send("save", state)
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
-    began = Trainer.train
-
-    def train_with(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        self.callback_handler.callbacks.insert(0, callback)
-        return began(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "train", train_with)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +182,29 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     (resumed,) = result.facts["train"]["resumed"]
     assert resumed["step"] == {"step": step + 1, "evaluation": step, "save": step + 1}[place]
     assert result.facts["train"]["tokens"] == json.loads((uninterrupted / "run.json").read_text())["train"]["tokens"]
+
+
+def test_a_run_that_is_stopped_at_each_of_its_steps(
+    write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One stop after the other, each a step further: to the bits of the run that nobody stopped."""
+    steps = 20 if KILLS > 3 else 5
+    whole = train(
+        instructft.load_recipe(write(), [f"train.max_steps={steps}", f"output_dir={tmp_path / 'whole'}"]), console=QUIET
+    )
+    recipe = instructft.load_recipe(write(), [f"train.max_steps={steps}"])
+    run = Path(recipe.output_dir)
+    for step in range(steps):
+        with monkeypatch.context() as patch:
+            interrupt(patch, SignalAt("step", step))
+            with pytest.raises(Stopped, match=f"checkpoint-{step + 1} is saved") as stop:
+                train(recipe, console=QUIET)
+        assert stop.value.exit_code == 143
+        assert not (run / "run.json").exists()
+    result = train(recipe, console=QUIET)
+    assert [entry["step"] for entry in result.facts["train"]["resumed"]] == list(range(1, steps + 1))
+    assert weights(run) == weights(whole.output_dir)
+    assert logged(run) == logged(whole.output_dir)
 
 
 # Refused, or said
@@ -285,7 +314,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(write: Any, monkeypatch: pytes
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(
-        CheckpointError, match=r"checkpoint-6 could not be written: .*No space left.*checkpoint-3 stands"
+        CheckpointError, match=r"checkpoint-6 could not be written: the disk is full; checkpoint-3 stands"
     ):
         train(recipe, console=QUIET)
     run = Path(recipe.output_dir)
