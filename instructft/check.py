@@ -29,7 +29,12 @@ LIMITS: dict[str, tuple[str, ...]] = {
 
 
 def check(
-    recipe: Recipe, *, tokens_per_second: float | None = None, device: str | None = None, processes: int = 1
+    recipe: Recipe,
+    *,
+    tokens_per_second: float | None = None,
+    device: str | None = None,
+    processes: int = 1,
+    strategy: str = "ddp",
 ) -> dict[str, Any]:
     """The report as plain dicts and lists; nothing is trained, no weight is loaded.
 
@@ -37,6 +42,7 @@ def check(
         tokens_per_second: of all processes together; default: what the last run of this recipe did.
         device: "cpu" or "cuda"; default: the one that training would take here.
         processes: that train together.
+        strategy: ddp, fsdp2, zero2 or zero3.
 
     >>> report = check(load_recipe("quickstart"))
     >>> report["data"]["total"]["rows"], report["ok"]
@@ -80,6 +86,7 @@ def check(
             else None,
         }
         asked: dict[str, Any] = {"device": device, "processes": processes, "tokens_per_second": tokens_per_second}
+        asked["strategy"] = strategy
         report["estimate"] = estimate(recipe, tokenizer, data, args, base=base, **asked)
         report["estimate"]["precision"] = precision
     report["limits"] = limits(recipe, report)
@@ -223,7 +230,8 @@ def _show_needs(report: dict[str, Any], console: Console) -> None:
             console.print(f"  {part}: by a rule of thumb, this kind is not known here\n", style="dim")
     if needs["device"] != "cpu":
         host = needs["host_memory"]
-        console.print(f"  host memory: {_size(host['process'])} a process, {_size(host['total'])} in all\n")
+        more = f", {_size(host['first'])} the first to save" if host["first"] > host["process"] else ""
+        console.print(f"  host memory: {_size(host['process'])} a process{more}, {_size(host['total'])} in all\n")
 
 
 def _time(time: dict[str, Any]) -> str:

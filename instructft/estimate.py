@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from instructft.data import Prepared
     from instructft.recipe import Recipe
 
+# What a strategy of `instructft launch` divides among the processes; each holds the rest whole.
+DIVIDED: dict[str, tuple[str, ...]] = {
+    "ddp": (),
+    "zero2": ("gradients", "optimizer"),
+    "zero3": ("weights", "gradients", "optimizer"),
+    "fsdp2": ("weights", "gradients", "optimizer"),
+}
+
 MIB, GIB = 1 << 20, 1 << 30
 
 # Bytes of optimizer state per trainable parameter: (states, bytes of each); None: as wide as the parameter.
@@ -63,6 +71,7 @@ def estimate(
     *,
     device: str | None = None,
     processes: int = 1,
+    strategy: str = "ddp",
     tokens_per_second: float | None = None,
     base: int | None = None,
 ) -> dict[str, Any]:
@@ -71,7 +80,8 @@ def estimate(
     Args:
         args: what `instructft.train.training_arguments` gives.
         device: "cpu" or "cuda"; default: the one that training would take here.
-        processes: devices that train together, each with a whole copy of the model (DDP).
+        processes: devices that train together.
+        strategy: what they divide among them, as in `DIVIDED`.
         tokens_per_second: of all processes together; default: what the last run of this recipe did.
         base: bytes that a process holds before the model is there; default: what this one holds now.
 
@@ -82,7 +92,7 @@ def estimate(
     accumulation = args.gradient_accumulation_steps
     batch = largest_batch(data, args.per_device_train_batch_size, args.pad_to_multiple_of or 1)
     schedule = steps(data, args, processes)
-    model = memory(recipe, tokenizer, batch, args, device, accumulation > 1, processes, base)
+    model = memory(recipe, tokenizer, batch, args, device, accumulation > 1, processes, base, strategy)
     return {**model, "schedule": schedule, "time": duration(recipe, schedule, processes, tokens_per_second)}
 
 
@@ -115,8 +125,13 @@ def memory(
     accumulates: bool = False,
     processes: int = 1,
     base: int | None = None,
+    strategy: str = "ddp",
 ) -> dict[str, Any]:
-    """`parameters`, `memory` (bytes on one device, by part) and `host_memory` (bytes of one process)."""
+    """`parameters`, `memory` (bytes on one device, by part) and `host_memory` (bytes of the processes of one machine).
+
+    A model that moves to a GPU is read into the memory of its process first, whole, whatever the strategy (see
+    recipes/accelerate); where weights are divided, the first process gathers weights and optimizer state to save them.
+    """
     from instructft.models import weights_dtype
 
     model, config = skeleton(recipe, tokenizer, weights_dtype(recipe, device), device)
@@ -132,10 +147,16 @@ def memory(
         gradients = sum(map(nbytes, trainable))
         optimizer, known = optimizer_bytes(str(args.optim), trainable)
         logits = head_bytes(head.shape, head.requires_grad, batch.supervised, device)
+        gathered = gathered_bytes(model) if "weights" in DIVIDED[strategy] and processes > 1 else 0
     cpu = device == "cpu"
-    communication = gradients if processes > 1 else 0  # DDP's buckets
+    whole = weights + optimizer  # what the first process gathers to save
+    shares = {part: processes if part in DIVIDED[strategy] else 1 for part in ("weights", "gradients", "optimizer")}
     # gradients arrive while activations go; where micro-batches accumulate they stay
-    needed = weights + optimizer + logits + communication + max(step.together, gradients)
+    in_step = max(step.together, gradients) if shares["gradients"] == 1 else step.activations + gradients // processes
+    communication = gathered or (gradients if processes > 1 else 0)  # whole blocks at work, or DDP's buckets
+    read, weights = weights, weights // shares["weights"]
+    optimizer, gradients = optimizer // shares["optimizer"], gradients // shares["gradients"]
+    needed = weights + optimizer + logits + communication + in_step
     base = resident() if base is None else base
     framework = base + _CPU_RUNTIME if cpu else _CUDA_RUNTIME
     allocator = round(step.together * _CPU_ALLOCATOR if cpu else needed * _CUDA_ALLOCATOR)
@@ -150,13 +171,18 @@ def memory(
         "framework": framework,
         "total": needed + allocator + framework,
     }
-    # a model that moves to a GPU is read into the memory of its process first
-    host = parts["total"] if cpu else base + weights
+    host = parts["total"] if cpu else base + read
+    first = host if cpu or not gathered else base + max(read, whole)
     return {
         "device": device,
         "parameters": counts,
         "memory": parts,
-        "host_memory": {"process": host, "processes": processes, "total": host * processes},
+        "host_memory": {
+            "process": host,
+            "first": first,
+            "processes": processes,
+            "total": host * (processes - 1) + first,
+        },
         "batch": {"rows": batch.rows, "width": batch.width, "supervised_tokens": batch.supervised},
         "exact": {"activations": step.traced, "optimizer": known},
     }
@@ -175,6 +201,19 @@ def head_bytes(shape: Any, trained: bool, supervised: int, device: str) -> int:
     else:
         tile = 4 * min(supervised, 4096) * min(vocabulary, 32768)
     return gradient + tile + 2 * 4 * supervised * hidden
+
+
+def gathered_bytes(model: Any) -> int:
+    """What FSDP2 and ZeRO-3 hold whole while they work: two blocks, and what lies outside of blocks (embeddings, head).
+
+    >>> gathered_bytes(llama) / sum(p.nbytes for p in llama.parameters())  # 32 blocks
+    0.1
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    sizes = [sum(nbytes(p) for p in block.parameters()) for block in blocks]
+    outside = sum(map(nbytes, model.parameters())) - sum(sizes)
+    return outside + sum(sorted(sizes)[-2:])
 
 
 def optimizer_bytes(name: str, trainable: list[Any]) -> tuple[int, bool]:

@@ -131,6 +131,26 @@ def test_what_changes_the_memory() -> None:
         assert parts["total"] <= sum(size for name, size in parts.items() if name != "total")
 
 
+def test_what_a_strategy_divides() -> None:
+    batch = Batch(4, 128, 200)
+
+    def parts(strategy: str) -> Any:
+        return estimated("llama", batch, device="cuda", processes=4, strategy=strategy, base=0)[0]
+
+    ddp, zero2, zero3, fsdp2 = map(parts, ("ddp", "zero2", "zero3", "fsdp2"))
+    assert fsdp2 == zero3
+    assert zero2["memory"]["weights"] == ddp["memory"]["weights"]
+    for part in ("gradients", "optimizer"):
+        assert zero2["memory"][part] == fsdp2["memory"][part] == ddp["memory"][part] // 4
+    assert fsdp2["memory"]["weights"] == ddp["memory"]["weights"] // 4
+    # a shape of two blocks: all of it is gathered while it works
+    assert fsdp2["memory"]["communication"] == pytest.approx(ddp["memory"]["weights"], rel=0.02)
+    saving = ddp["memory"]["weights"] + ddp["memory"]["optimizer"]
+    assert fsdp2["host_memory"]["first"] - ddp["host_memory"]["first"] == pytest.approx(
+        saving - ddp["memory"]["weights"], rel=0.05
+    )
+
+
 def test_the_formula_of_korthikanti() -> None:
     # 34 s b h bytes a layer in 16 bit, and 5 a b s² of scores where they are kept (arXiv:2205.05198, equation 1)
     config = AutoConfig.for_model("gpt2", n_layer=3, n_embd=256, n_head=4, attn_pdrop=0.0)
