@@ -14,6 +14,7 @@ the model; `probe` asks the model at hand before the first step.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,9 @@ def pack(dataset: Dataset, capacity: int, seed: int = 0) -> Dataset:
     documents = lengths[order]
     ends = np.cumsum(documents)
     # position in the flat arrays of every token, in the order of the packs
-    source = np.arange(ends[-1]) + np.repeat(starts[order] - (ends - documents), documents)
+    narrow = np.int32 if starts[-1] < 2**30 else np.int64
+    source = np.repeat((starts[order] - (ends - documents)).astype(narrow), documents)
+    source += np.arange(ends[-1], dtype=narrow)
     ids, labels = columns["input_ids"][source], columns["labels"][source]
     labels[ends - documents] = IGNORE_INDEX
     row_ends = ends[np.cumsum(per_pack) - 1]
@@ -100,7 +103,9 @@ def pack(dataset: Dataset, capacity: int, seed: int = 0) -> Dataset:
         "labels": lists(labels, row_ends),
         "seq_lengths": lists(documents, np.cumsum(per_pack)),
     }
-    return Dataset(pa.table(table))
+    # of itself the library would pickle and hash every token, for as long as packing takes
+    made_of = f"{dataset._fingerprint} pack {capacity} {seed}".encode()
+    return Dataset(pa.table(table), fingerprint=hashlib.blake2b(made_of, digest_size=8).hexdigest())
 
 
 def flat(dataset: Dataset) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
