@@ -31,6 +31,7 @@ _PUBLIC = {
     "load_tokenizer": "models",
     "merge_adapter": "merge",
     "prepare_dataset": "data",
+    "push_to_hub": "push",
     "train": "train",
 }
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from instructft.merge import merge_adapter as merge_adapter
     from instructft.models import load_model as load_model
     from instructft.models import load_tokenizer as load_tokenizer
+    from instructft.push import push_to_hub as push_to_hub
     from instructft.recipe import Recipe as Recipe
     from instructft.recipe import load_recipe as load_recipe
     from instructft.train import train as train

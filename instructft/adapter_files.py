@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from instructft import remote_code
 from instructft.adapter_tensors import CONFIG, WEIGHTS, AdapterFolder, first_three, is_adapter, read_adapter, token_rows
 from instructft.base_files import BASE, BaseModelRecord, base_fingerprint, base_folder, is_hub_id, record_base
 from instructft.errors import AdapterError, ModelError
@@ -157,9 +158,10 @@ def check_fit(adapter: AdapterFolder, base: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    trust = remote_code.flag()
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, **trust), **trust)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{base} could not be read as a model: {str(error).splitlines()[0]}") from error
     with torch.device("meta"):

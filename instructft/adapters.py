@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from instructft import remote_code
 from instructft.errors import UsageError
 from instructft.recipe_keys import nearest
 
@@ -253,7 +254,7 @@ def check(recipe: Recipe, config: PretrainedConfig, new_tokens: Sequence[int] = 
     if recipe.adapter.type == "none":
         return
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **remote_code.flag())
         add_lora(model, recipe, new_tokens, only_shapes=True)
 
 

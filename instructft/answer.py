@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator as Generator_
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from instructft.encode import encoder
 from instructft.errors import ModelError, UsageError
+from instructft.rolling import Batch, Row
 from instructft.sources import Message
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ class Answer:
 
     text: str
     finish_reason: str
+    tokens: int = field(default=0, compare=False)  # generated, the stop token included
 
 
 def check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
@@ -110,70 +113,47 @@ class Generator:
             raise UsageError(f"batch_size: found {batch_size}, expected 1 or more")
         prompts = self.encoder.prompts(conversations) if conversations else []
         limits = [min(max_new_tokens, self.room(ids, f"prompt {i}")) for i, ids in enumerate(prompts, 1)]
-        answers: dict[int, Answer] = {}
         # the longest first: where one batch fits in memory, so do those after it
-        waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-        while waiting:
-            size = batch_size or self._auto_size(len(prompts[waiting[0]]) + max_new_tokens)
-            batch = waiting[:size]
-            made = self._try([prompts[i] for i in batch], [limits[i] for i in batch], temperature, top_p)
-            if made is None:
-                if batch_size or len(batch) == 1:
-                    raise ModelError(
-                        f"{len(batch)} prompts at once do not fit in memory; take less, or batch size auto"
-                    )
-                self._fits = len(batch) // 2
-                continue
-            waiting = waiting[size:]
-            for i, ids in zip(batch, made, strict=True):
-                answers[i] = self._answer(ids)
+        waiting = [Row(i, prompts[i], limits[i]) for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))]
+        answers: dict[int, Answer] = {}
+        batch = Batch(self, temperature, top_p)
+        while waiting or batch.rows:
+            tokens = max(len(row.prompt) for row in [*waiting[:1], *batch.rows]) + max_new_tokens
+            size = batch_size or self._auto_size(tokens)
+            free = size - len(batch.rows) if batch.rolls or not batch.rows else 0
+            joining, waiting = waiting[: max(0, free)], waiting[max(0, free) :]
+            if not self._try(batch, joining):
+                tried = [*batch.disperse(), *joining]
+                at_once, waiting = len(tried), [*tried, *waiting]
+                if batch_size or at_once == 1:
+                    raise ModelError(f"{at_once} prompts at once do not fit in memory; take less, or batch size auto")
+                self._fits = at_once // 2
+            for row in batch.leave():
+                answers[row.index] = self._answer(row.made)
                 if done:
-                    done(i, answers[i])
+                    done(row.index, answers[row.index])
         return [answers[i] for i in range(len(prompts))]
 
     def _auto_size(self, tokens: int) -> int:
         most = CPU_BATCH if self.model.device.type == "cpu" else max(1, GPU_TOKENS // tokens)
         return min(most, self._fits)
 
-    def _try(self, *batch: Any) -> list[list[int]] | None:
-        """`_continue`, or None when memory ran out."""
+    def _try(self, batch: Batch, joining: list[Row]) -> bool:
+        """Let rows join, or else let those in the batch go on; False when memory ran out."""
         import torch
 
         try:
-            return self._continue(*batch)
+            if joining:
+                batch.join(joining)
+            else:
+                batch.step()
+            return True
         except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS and the CPU raise it plain
             if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
                 raise
         if torch.cuda.is_available():  # outside `except`, whose traceback holds the tensors
             torch.cuda.empty_cache()
-        return None
-
-    def _continue(
-        self, prompts: list[list[int]], limits: list[int], temperature: float, top_p: float
-    ) -> list[list[int]]:
-        """The ids that follow each prompt, up to and including a stop token, at most `limits[i]` of them.
-
-        Where a long prompt reaches the end of the context, the others go on without it: no row is cut short by
-        another, and an answer is the same in a batch as alone.
-        """
-        import torch
-
-        made: list[list[int]] = [[] for _ in prompts]
-        going = list(range(len(prompts)))
-        while going:
-            step = min(limits[i] - len(made[i]) for i in going)
-            rows = [prompts[i] + made[i] for i in going]
-            longest = max(map(len, rows))
-            # Padded on the left, so that all answers begin in the same column. (B, T)
-            ids = torch.tensor([[self.pad_id] * (longest - len(row)) + row for row in rows], device=self.model.device)
-            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=ids.device)
-            with self.evaluating():
-                out = self.model.generate(input_ids=ids, attention_mask=mask, **self.options(step, temperature, top_p))
-            for i, new in zip(going, out[:, longest:].tolist(), strict=True):
-                end = next((n for n, token in enumerate(new, 1) if token in self.stop_ids), len(new))
-                made[i] += new[:end]
-            going = [i for i in going if made[i][-1] not in self.stop_ids and len(made[i]) < limits[i]]
-        return made
+        return False
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -194,7 +174,7 @@ class Generator:
         stopped = bool(ids) and ids[-1] in self.stop_ids
         # A character that the limit cut in two is no part of the answer.
         text = self._decode(ids[:-1] if stopped else ids).rstrip("\ufffd")
-        return Answer(text.strip(), "stop" if stopped else "length")
+        return Answer(text.strip(), "stop" if stopped else "length", len(ids))
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -206,8 +186,11 @@ class Generator:
         temperature: float = 0.0,
         top_p: float = 1.0,
         stopped: threading.Event | None = None,
-    ) -> Iterator[str]:
-        """Yield the answer to one conversation piece by piece; set `stopped` to end it early."""
+    ) -> Generator_[str, None, str]:
+        """Yield the answer to one conversation piece by piece; set `stopped` to end it early.
+
+        What the generator returns at its end (`StopIteration.value`) is the finish reason, `stop` or `length`.
+        """
         import torch
 
         halt = threading.Event()  # the reader has gone; `stopped` is the caller's own
@@ -249,6 +232,7 @@ class Generator:
             thread.join()
         if failed:
             raise failed[0]
+        return "stop" if pieces.stopped else "length"
 
 
 class _Pieces:
@@ -262,6 +246,7 @@ class _Pieces:
         self.queue: SimpleQueue[str | None] = SimpleQueue()
         self.decode, self.stop_ids = decode, stop_ids
         self.ids: list[int] | None = None  # of the answer
+        self.stopped = False  # a stop token has come
         self.before = self.shown = 0  # positions in `ids`: where decoding begins, and up to where it is shown
 
     def put(self, value: torch.Tensor) -> None:
@@ -269,6 +254,7 @@ class _Pieces:
         if self.ids is None:
             self.ids = []
             return
+        self.stopped = self.stopped or any(token in self.stop_ids for token in value.tolist())
         self.ids += [token for token in value.tolist() if token not in self.stop_ids]
         if not self._pending().endswith("\ufffd"):
             self.queue.put(self._pending())

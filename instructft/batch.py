@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import hashlib
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from instructft.answer import CPU_BATCH, check_settings
+from instructft.answer import Answer, check_settings
+from instructft.batch_file import Output
+from instructft.batch_rows import ADDED, BASE_ADDED, Asked, SetAside, first_ten, read_rows
+from instructft.beside import Beside, check_base
 from instructft.errors import DataError, TemplateError, UsageError
-from instructft.generate import Generator, load_for_inference
-from instructft.sources import Message
+from instructft.generate import Generator, find_adapter, load_for_inference, locate
+from instructft.weights import fingerprint
 
-CHUNK = 8  # batches answered between two writes; within them, prompts of like length share a batch
-ADDED = ("response", "finish_reason")
+WINDOW = 4096  # rows that are sorted by length together; an answer waits at most this long for its turn in the file
+BACKENDS = ("transformers", "vllm")
 
 
 def generate_file(
@@ -24,180 +28,155 @@ def generate_file(
     temperature: float = 0.0,
     top_p: float = 1.0,
     batch_size: str = "auto",
+    base: str | None = None,
+    backend: str = "transformers",
 ) -> None:
     """Answer every row of `source` and append it to `target` with `response` and `finish_reason`.
 
-    A row that has one of these already keeps it as `input_response` or `input_finish_reason`. Rows that `target`
-    holds already are kept, so that the same command continues what was interrupted.
+    A row that has one of these already keeps it as `input_response` or `input_finish_reason`. What `target` holds
+    already is kept, so that the same command continues what was interrupted; another model, or other settings, do not.
+    Lines that cannot be asked are named, and set aside in `target`.rejected.jsonl.
+
+    Args:
+        base: a second model, or `start` (what the run began from), whose answers go to `base_response` and
+            `base_finish_reason`.
+        backend: transformers, or vllm where it is installed.
 
     >>> generate_file("runs/quickstart", Path("questions.jsonl"), Path("answers.jsonl"))  # {"prompt": "Hi"}
-    3 answers written to answers.jsonl.
+    3 answers written to answers.jsonl: 41 tokens in 0.4 s, 102 tokens/s.
 
     Raises:
-        UsageError: a setting that is out of range, or a prompt that fills the model's context.
-        DataError: a row without a prompt, or a `target` that was made from other rows.
+        UsageError: a setting that is out of range, or a `target` that another model or other settings began.
+        DataError: no row that can be asked, or a `target` that was made from other rows.
     """
     from rich.console import Console
-    from rich.progress import track
 
     if batch_size != "auto" and not (batch_size.isascii() and batch_size.isdigit() and int(batch_size) > 0):
         raise UsageError(f"--batch-size: found {batch_size}, expected auto or a number of prompts")
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend: found {backend}, expected {' or '.join(BACKENDS)}")
+    if backend == "vllm" and base:
+        raise UsageError("--base needs --backend transformers; with vllm, write each model's answers to its own file")
     check_settings(max_new_tokens, temperature, top_p)
-    rows = read_rows(source)
-    done = _finished(target, [row for _, row, _ in rows])
+    added = ADDED + BASE_ADDED if base else ADDED
+    rows, bad = read_rows(source, added)
+    made_by: dict[str, Any] = {"model": _identity(model)}
+    if base:
+        check_base(model, base)
+        made_by["base"] = base if base == "start" else _identity(base)
+    made_by |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "backend": backend}
+    output = Output(target, rows, added, made_by)
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    if done == len(rows):
-        console.print(f"{target} holds all {done} answers already.")
-        return
-    if done:
-        console.print(f"{target} holds {done} of {len(rows)} answers already; going on behind them.")
-    if any(f"input_{name}" in row for _, row, _ in rows for name in ADDED):
+    if any(f"input_{name}" in row.row for row in rows for name in added):
         console.print("Rows that had a response of their own keep it as input_response.")
-    generator = Generator(*load_for_inference(model))
-    _check_prompts(generator, source, rows[done:])
-    size = None if batch_size == "auto" else int(batch_size)
-    chunk = CHUNK * (size or CPU_BATCH)
-    starts = range(done, len(rows), chunk)
-    with target.open("a", encoding="utf-8", newline="\n") as file:
-        for start in track(starts, description="Answering", console=console, disable=not console.is_terminal):
-            part = rows[start : start + chunk]
-            answers = generator.answers([asked for _, _, asked in part], max_new_tokens, temperature, top_p, size)
-            for (_, row, _), answer in zip(part, answers, strict=True):
-                out = {**row, "response": answer.text, "finish_reason": answer.finish_reason}
-                file.write(json.dumps(out, ensure_ascii=False) + "\n")
-            file.flush()
-    console.print(f"{len(rows) - done} answers written to {target}.")
+    if output.complete:
+        _say_set_aside(console, output, source, target, bad)
+        console.print(f"{target} holds all {output.done} answers already.")
+        return
+    if kept := output.done + len(output.ahead):
+        console.print(f"{target} holds {kept} of {len(output.rows)} answers already; going on behind them.")
+    generator = _load(model, backend)
+    beside = Beside.of(model, base, generator) if base else None
+    too_long = _too_long(generator, output.rows[output.done :])
+    if beside:
+        with beside.answering() as other:
+            too_long = _too_long(other, output.rows[output.done :]) | too_long
+    output.set_aside(too_long)
+    _say_set_aside(console, output, source, target, bad)
+    if not output.rows:
+        raise DataError(f"{source}: none of its prompts can be answered by {model}")
+    settings = (max_new_tokens, temperature, top_p, None if batch_size == "auto" else int(batch_size))
+    with output:
+        _answer(console, output, generator, beside, settings)
+    console.print(f"{target} is complete: {output.done} answers.")
 
 
-def read_rows(source: Path) -> list[tuple[int, dict[str, Any], list[Message]]]:
-    """The rows of a JSONL file: line number, the row as it goes to the output, and the conversation to be answered.
+def _load(model: str, backend: str) -> Generator:
+    if backend == "vllm":
+        from instructft.vllm_backend import VllmGenerator
+
+        return VllmGenerator(model)
+    return Generator(*load_for_inference(model))
+
+
+def _answer(
+    console: Any, output: Output, generator: Generator, beside: Beside | None, settings: tuple[int, float, float, Any]
+) -> None:
+    """Answer what is missing, window by window, and tell how fast it went."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("Answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    speed = TextColumn("{task.fields[speed]}")
+    began, tokens, count = time.perf_counter(), 0, 0
+    names = [ADDED, BASE_ADDED] if beside else [ADDED]
+    work = {pair: output.missing(pair) for pair in names}
+    with Progress(*columns, speed, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=sum(map(len, work.values())), speed="")
+
+        def taker(places: Sequence[int], pair: tuple[str, ...]) -> Callable[[int, Answer], None]:
+            def take(i: int, answer: Answer) -> None:
+                nonlocal tokens, count
+                output.put(places[i], dict(zip(pair, (answer.text, answer.finish_reason), strict=True)))
+                tokens, count = tokens + answer.tokens, count + 1
+                progress.update(task, advance=1, speed=f"{tokens / (time.perf_counter() - began):,.0f} tokens/s")
+
+            return take
+
+        for start in range(output.done, len(output.rows), WINDOW):
+            for pair in names:
+                places = [i for i in work[pair] if start <= i < start + WINDOW]
+                asked = [output.rows[i].messages for i in places]
+                if not places:
+                    continue
+                if pair == ADDED:
+                    generator.answers(asked, *settings, taker(places, pair))
+                elif beside:
+                    with beside.answering() as other:
+                        other.answers(asked, *settings, taker(places, pair))
+    seconds = time.perf_counter() - began
+    console.print(f"{count} answers made: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s.")
+
+
+def _identity(model: str) -> dict[str, str]:
+    """What tells one model from another, wherever it lies: its weights, and what renders and cuts its prompts.
 
     Raises:
-        DataError: every line that is not JSON or holds no prompt, up to ten of them.
+        UsageError: there is no such model.
     """
-    if not source.is_file():
-        raise DataError(f"--input: there is no file {source}")
-    rows: list[tuple[int, dict[str, Any], list[Message]]] = []
-    bad: list[str] = []
-    # Not `splitlines`: JSON may hold U+2028 and its like inside a text.
-    for number, line in enumerate(source.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
+    location, revision = locate(model)
+    folder = Path(location)
+    if not folder.exists():
+        return {"hub": location, "revision": revision}
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        if (folder / name).is_file():
+            digest.update(name.encode() + b"\0" + (folder / name).read_bytes())
+    adapter = find_adapter(model)
+    if adapter is None:
+        return {"weights": fingerprint(folder), "tokenizer": f"sha256:{digest.hexdigest()}"}
+    weights = hashlib.sha256((folder / "adapter_config.json").read_bytes())
+    weights.update((folder / "adapter_model.safetensors").read_bytes())
+    found = {"adapter": f"sha256:{weights.hexdigest()}", "tokenizer": f"sha256:{digest.hexdigest()}"}
+    return found | {"base": adapter.base.fingerprint or adapter.base.name_or_path}
+
+
+def _too_long(generator: Generator, rows: Sequence[Asked]) -> dict[int, str]:
+    """Rows that this model cannot be asked, by line, before the first is."""
+    found = {}
+    for row in rows:
         try:
-            row = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
-            rows.append((number, _kept(row), _asked(row)))
-        except json.JSONDecodeError as error:
-            bad.append(f"line {number}, column {error.colno}: not JSON: {error.msg}")
-        except UnicodeDecodeError as error:
-            bad.append(f"line {number}: not UTF-8 at byte {error.start + 1}")
-        except DataError as error:
-            bad.append(f"line {number}: {error}")
-    if bad:
-        more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
-        count = "1 bad line" if len(bad) == 1 else f"{len(bad)} bad lines"
-        raise DataError(f"{source}: {count}\n  " + "\n  ".join(bad[:10]) + more)
-    if not rows:
-        raise DataError(f"{source} holds no rows")
-    return rows
-
-
-def _no_constant(name: str) -> None:
-    raise DataError(f"not JSON: {name} is no number there")
-
-
-def _kept(row: Any) -> dict[str, Any]:
-    """The row with names of its own for what the output adds; nothing that came in is written over.
-
-    >>> _kept({"prompt": "Hi", "response": "Hello"})
-    {'prompt': 'Hi', 'input_response': 'Hello'}
-    """
-    if not isinstance(row, dict):
-        raise DataError("expected an object with messages, prompt or instruction")
-    try:
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError("it holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
-    kept = {}
-    for name, value in row.items():
-        free = name
-        while free in ADDED or (free != name and free in row):
-            free = f"input_{free}"
-        kept[free] = value
-    return kept
-
-
-def _asked(row: dict[str, Any]) -> list[Message]:
-    """The conversation that a row asks to continue."""
-    messages = row.get("messages")
-    if messages is None:
-        for key, extras in (("prompt", ()), ("instruction", ("input", "context"))):
-            if isinstance(row.get(key), str) and row[key].strip():
-                given = {extra: row[extra] for extra in extras if row.get(extra)}
-                messages = [{"role": "user", "content": row[key], **given}]
-                break
-    if not isinstance(messages, list) or not messages:
-        raise DataError("found no prompt; expected messages, prompt, or instruction with optional input or context")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise DataError("a message needs a role and a content, both text")
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise DataError(f"role {message.get('role')!r} is unknown; expected system, user or assistant")
-        for extra in ("input", "context"):
-            if not isinstance(message.get(extra, ""), str):
-                raise DataError(f"{extra} is not text")
-    if messages[-1]["role"] != "user":
-        raise DataError("the last message is not the user's, so there is nothing to answer")
-    return messages
-
-
-def _check_prompts(
-    generator: Generator, source: Path, rows: Sequence[tuple[int, dict[str, Any], list[Message]]]
-) -> None:
-    """Find every prompt that cannot be answered before the first is, and name its line."""
-    bad = []
-    for number, _, asked in rows:
-        try:
-            generator.room(generator.encoder.prompts([asked])[0])
+            generator.room(generator.encoder.prompts([row.messages])[0])
         except (UsageError, TemplateError) as error:
-            bad.append(f"line {number}: {error}")
-    if bad:
-        more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise DataError(
-            f"{source}: {len(bad)} of {len(rows)} prompts cannot be answered\n  " + "\n  ".join(bad[:10]) + more
-        )
+            found[row.line] = f": {error}"
+    return found
 
 
-def _finished(target: Path, rows: Sequence[Mapping[str, Any]]) -> int:
-    """How many answers `target` holds; a half-written last line is taken off."""
-    if target.is_dir():
-        raise DataError(f"--output: {target} is a folder; name a file")
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return 0
-    content = target.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    lines = whole.split(b"\n")[:-1]
-    for number, line in enumerate(lines, 1):
-        try:
-            made = json.loads(line)
-            same = {**made, **dict.fromkeys(ADDED)} == {**rows[number - 1], **dict.fromkeys(ADDED)}
-            answered = all(name in made for name in ADDED)
-        except (ValueError, TypeError, IndexError):
-            same = answered = False
-        if not (same and answered):
-            raise DataError(
-                f"--output: line {number} of {target} is not an answer to row {number} of the input, so it was made "
-                "from other rows; name another file, or remove it"
-            )
-    if len(whole) < len(content):
-        if not lines and not _begins_row(content, rows[0]):
-            raise DataError(f"--output: {target} holds something else than answers; name another file, or remove it")
-        with target.open("r+b") as file:
-            file.truncate(len(whole))
-    return len(lines)
-
-
-def _begins_row(content: bytes, row: Mapping[str, Any]) -> bool:
-    """Whether a half-written only line began as this row: nobody else's file is cut."""
-    begun = json.dumps(row, ensure_ascii=False).encode("utf-8")[:-1]
-    return content[: len(begun)] == begun[: len(content)]
+def _say_set_aside(console: Any, output: Output, source: Path, target: Path, bad: list[SetAside]) -> None:
+    lines = source.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if output.too_long else []
+    text = {line: lines[line - 1].decode("utf-8", errors="replace").rstrip("\r") for line in output.too_long}
+    aside = [*bad, *(SetAside(line, reason, text[line]) for line, reason in output.too_long.items())]
+    aside.sort(key=lambda one: one.line)
+    output.write_rejected(aside)
+    if aside:
+        count = "1 line is" if len(aside) == 1 else f"{len(aside)} lines are"
+        console.print(f"{source}: {count} set aside in {target}.rejected.jsonl\n{first_ten(aside)}")

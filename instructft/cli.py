@@ -136,17 +136,24 @@ def check(
         str | None, typer.Option(help="cpu or cuda; default: where it would train here.", show_default=False)
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
+    strategy: Annotated[
+        str, typer.Option(metavar="ddp|fsdp2|zero2|zero3", help="What they divide among them, as in `launch`.")
+    ] = "ddp",
 ) -> None:
     """Validate a recipe, audit its data, estimate memory and time; nothing is trained."""
+    from instructft.launch import STRATEGIES
     from instructft.recipe import load_recipe
 
     if device not in (None, "cpu", "cuda"):
         raise UsageError(f"--device: found {device}, expected cpu or cuda")
+    if strategy not in STRATEGIES:
+        raise UsageError(f"--strategy: found {strategy}, expected one of {', '.join(STRATEGIES)}")
     loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     from instructft.check import run
 
-    if not run(loaded, as_json, tokens_per_second=tokens_per_second, device=device, processes=processes):
+    asked: dict[str, Any] = {"device": device, "processes": processes, "strategy": strategy}
+    if not run(loaded, as_json, tokens_per_second=tokens_per_second, **asked):
         raise typer.Exit(EXIT_USAGE)
 
 
@@ -164,6 +171,8 @@ def _print_outcome(result: Any) -> None:
         markup=False,
         highlight=False,
     )
+    if result.pushed is not None:
+        console.print(str(result.pushed), markup=False, highlight=False)
 
 
 def _clock(seconds: float) -> str:
@@ -239,13 +248,40 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens in an answer, at most.")] = 256,
+    base: Annotated[str, typer.Option(help="What /compare asks; `start`: what the run began from.")] = "start",
 ) -> None:
     """Talk to a model in the terminal."""
     _quiet_libraries()
     from instructft.generate import Chat
     from instructft.terminal import converse
 
-    converse(Chat(model, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens), model)
+    told = Chat(model, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+    converse(told, model, base)
+
+
+@app.command()
+def ui(
+    model: ModelArgument,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="On 127.0.0.1; default: a free one.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="A model to ask beside it; default: what the run began from.", show_default=False),
+    ] = None,
+    system: Annotated[str, typer.Option(help="A system prompt to begin with.", show_default=False)] = "",
+    temperature: Annotated[float, typer.Option(help="To begin with; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling, to begin with.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens in an answer, at most, to begin with.")] = 256,
+    share: Annotated[bool, typer.Option("--share", help="Also make a public link, through Gradio's servers.")] = False,
+) -> None:
+    """Talk to a model on a page in the browser, served on this machine only."""
+    _quiet_libraries()
+    from instructft.talk import Settings
+    from instructft.ui import serve
+
+    settings = Settings(system, temperature, top_p, max_new_tokens)
+    serve(model, port=port, share=share, base=base, settings=settings)
 
 
 @app.command()
@@ -257,12 +293,17 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     batch_size: Annotated[str, typer.Option(help="Prompts answered at once, or auto.")] = "auto",
+    base: Annotated[
+        str | None,
+        typer.Option(help="A second model, for base_response; `start`: what the run began from.", show_default=False),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="transformers, or vllm where it is installed.")] = "transformers",
 ) -> None:
-    """Answer a file of prompts."""
+    """Answer a file of prompts. The same command again goes on where it stopped."""
     from instructft.batch import generate_file
 
     _quiet_libraries()
-    generate_file(model, input, output, max_new_tokens, temperature, top_p, batch_size)
+    generate_file(model, input, output, max_new_tokens, temperature, top_p, batch_size, base, backend)
 
 
 @app.command()
@@ -283,12 +324,41 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results to this file.", show_default=False)
     ] = None,
+    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="All checkpoints of a run in one table.")] = False,
+    prompts: Annotated[bool, typer.Option("--prompts", help="Answer thirty built-in prompts, to be read.")] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,…", help="Tasks of lm-evaluation-harness (extra `eval`).", show_default=False),
+    ] = None,
 ) -> None:
     """Measure a model on held-out rows; with --base, two side by side."""
-    from instructft.compare import compare
-
+    ways = {"--checkpoints": checkpoints, "--prompts": prompts, "--tasks": tasks is not None}
+    chosen = [name for name, wanted in ways.items() if wanted]
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(chosen)} are different evaluations; choose one at a time")
+    given = {"--base": base, "--data": data, "--split": split, "--limit": limit}
+    useless = {"--checkpoints": ["--base"], "--prompts": ["--data", "--split", "--limit"]}
+    useless["--tasks"] = ["--data", "--split"]
+    for option in useless[chosen[0]] if chosen else []:
+        if given[option] is not None:
+            raise UsageError(f"{option} has no effect with {chosen[0]}; leave it out")
     _quiet_libraries()
-    compare(model, base, data, split, limit, show, json_file)
+    if tasks is not None:
+        from instructft.harness import run_tasks
+
+        run_tasks(model, tasks, base=base, limit=limit, json_file=json_file)
+    elif checkpoints:
+        from instructft.compare_checkpoints import compare_checkpoints
+
+        compare_checkpoints(model, data, split, limit, json_file)
+    elif prompts:
+        from instructft.reading import read_prompts
+
+        read_prompts(model, base, json_file)
+    else:
+        from instructft.compare import compare
+
+        compare(model, base, data, split, limit, show, json_file)
 
 
 @app.command()
@@ -321,6 +391,69 @@ def merge(
     )
 
 
+@app.command()
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT.pt", help="A GPT-2 state dict of torch.save, as nanoGPT's ckpt.pt.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new or empty folder for the converted model.")],
+    n_head: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads, where the file does not say.", show_default=False)
+    ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="gelu|gelu_new|relu",
+            help="Of the MLP: exact GELU, tanh GELU, ReLU; default: as the code that writes such files has it.",
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|HUB_ID", help="A tokenizer to save beside the model.", show_default=False),
+    ] = None,
+    keep_padding: Annotated[
+        bool, typer.Option("--keep-padding", help="Keep embedding rows that belong to no token.")
+    ] = False,
+) -> None:
+    """Make a `from_pretrained` folder of a GPT-2 state dict in nanoGPT's layout and its kin, and prove it."""
+    _quiet_libraries()
+    from instructft.convert import convert as convert_checkpoint
+
+    convert_checkpoint(
+        checkpoint,
+        output,
+        n_head=n_head,
+        activation=activation,
+        tokenizer=tokenizer,
+        keep_padding=keep_padding,
+    )
+
+
+@app.command()
+def push(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A run folder, a checkpoint in it, an adapter folder, any model folder."),
+    ],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where to, as org/name; made where there is none.")],
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="Who may see it. Private never goes into a public repository.")
+    ] = True,
+    path_in_repo: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="A folder in the repository.", show_default=False)
+    ] = None,
+) -> None:
+    """Upload model, tokenizer, chat template and model card to the Hub, in one commit, and read it back."""
+    _quiet_libraries()
+    from instructft.push import push_to_hub
+
+    pushed = push_to_hub(model, repo_id, private=private, path_in_repo=path_in_repo)
+    if pushed.left_out:
+        print("left out: " + ", ".join(f"{name} ({why})" for name, why in sorted(pushed.left_out.items())))
+    print(pushed)
+
+
 def _quiet_libraries() -> None:
     """Their bars and notices are replaced by ours, and what they say to developers is not for users."""
     import warnings
@@ -346,8 +479,15 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="With any command: let a model run its own code."),
+    ] = False,
 ) -> None:
-    pass
+    if trust_remote_code:
+        from instructft import remote_code
+
+        remote_code.allow()
 
 
 def main() -> None:
@@ -361,7 +501,8 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        trust = [word for word in sys.argv[1:] if word == "--trust-remote-code"][:1]  # may stand behind any command
+        app([*trust, *(word for word in sys.argv[1:] if word not in trust)])
     except InstructftError as error:
         if os.environ.get("INSTRUCTFT_TRACEBACK") == "1":
             raise

@@ -12,6 +12,7 @@
     ├── NotFiniteError        exit 1   a loss or gradient that is not a number; the step was not taken
     ├── OutOfMemoryError      exit 1   memory that ran out in training: what held it, and which keys would help
     ├── CheckpointError       exit 1   a checkpoint that cannot be written, or is not what was written
+    ├── HubError              exit 1   the Hub cannot be reached or refuses, or something must not leave this machine
     └── ModelError            exit 1   weights that cannot be loaded or used
         └── AdapterError      exit 2   an adapter folder that is broken or does not fit its base, said before any weight
 
@@ -84,6 +85,10 @@ class OutOfMemoryError(InstructftError):
 
 class CheckpointError(InstructftError):
     """A checkpoint that cannot be written, is not whole, or is not what was written."""
+
+
+class HubError(InstructftError):
+    """The Hub cannot be reached or refuses what was asked of it, or a file must not leave this machine."""
 
 
 class ModelError(InstructftError):

@@ -1,4 +1,8 @@
-"""How good is a model: loss and perplexity over supervised tokens, and its answers held against the references."""
+"""How good is a model: loss and perplexity over supervised tokens, and its answers held against the references.
+
+Every figure comes with the interval that the choice of rows leaves it (`instructft.bootstrap`), and also for each data
+set and each category of rows.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from instructft.answer import Answer
+from instructft.bootstrap import intervals
 from instructft.encode import IGNORE_INDEX, encode_conversation
 from instructft.errors import DataError
 from instructft.generate import MAX_NEW_TOKENS, Generator, as_generator
@@ -14,6 +20,7 @@ from instructft.sources import Message, Unusable, detect_format, to_conversation
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NGRAM = 4  # tokens; how often an answer says the same again is counted in runs of so many
 TOKENS_AT_ONCE = 4096  # in one forward pass of the loss, padding included: the logits take this times the vocabulary
 
 
@@ -32,7 +39,7 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
 
     scorer = RougeScorer(["rougeL"])
     scores = [scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references, strict=True)]
-    return sum(scores) / len(scores)
+    return float(sum(scores) / len(scores))
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -48,6 +55,7 @@ METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
     "rougeL": rouge_l,
     "bleu": bleu,
 }
+GROUPED = ("dataset", "category")  # columns of rows by whose values figures are told apart
 
 
 def evaluate(
@@ -70,9 +78,14 @@ def evaluate(
 
     Returns:
         `loss` (mean over all supervised tokens, the end of turn included), `perplexity`, `exact_match`, `rougeL`,
-        `bleu`, `cut`, and `rows`: `prompt` (the last user turn), `prediction`, `reference`. `cut` counts rows that
-        are longer than the model's context: their loss is that of what fits, and a prompt that fills the context
-        gets the prediction "".
+        `bleu`; of the answers `answer_tokens` (mean length), `stopped` (share that ended by themselves) and `repeated`
+        (mean share of runs of four tokens that an answer has said before: Welleck et al., 2020, arXiv:1908.04319);
+        `reference_tokens`, `cut`, `intervals` (name -> [low, high], 95%), `groups` and `rows`.
+
+        `cut` counts rows that are longer than the model's context: their loss is that of what fits, and a prompt that
+        fills the context gets the prediction "". `groups` holds the same figures under `dataset` and `category`, where
+        rows name more than one. A row holds `prompt` (the last user turn), `prediction`, `reference`, its own `nll`
+        (summed over `supervised_tokens`), `rougeL`, `finish_reason`, `answer_tokens` and `repeated`.
 
     >>> evaluate("runs/quickstart", [{"instruction": "Name the capital of France.", "output": "Paris"}])["exact_match"]
     1.0
@@ -85,19 +98,65 @@ def evaluate(
         raise DataError("there are no rows to evaluate on")
     generator = as_generator(model_or_path, tokenizer)
     scored = negative_log_likelihood(generator, conversations, train_on, batch_size)
-    predictions = _predictions(generator, conversations, max_new_tokens, batch_size)
+    answers = _answers(generator, conversations, max_new_tokens, batch_size)
     references = [str(c[-1]["content"]).strip() for c in conversations]
-    loss = scored.total / scored.tokens
+    found = []
+    for row, asked, answer, reference, (nll, tokens) in zip(
+        rows, conversations, answers, references, scored.rows, strict=True
+    ):
+        ids = _ids(generator, answer.text)
+        found.append(
+            {name: str(row[name]) for name in GROUPED if row.get(name) is not None}
+            | {"prompt": _asked(asked), "prediction": answer.text, "reference": reference}
+            | {"finish_reason": answer.finish_reason, "answer_tokens": len(ids), "repeated": repeated(ids)}
+            | {"reference_tokens": len(_ids(generator, reference)), "nll": nll, "supervised_tokens": tokens}
+            | {"rougeL": rouge_l([answer.text], [reference])}
+        )
+    return {**_figures(found), "cut": scored.cut, "groups": _groups(found), "rows": found}
+
+
+def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures over some rows, with their intervals."""
+    predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
+    tokens = sum(row["supervised_tokens"] for row in rows)
+    loss = sum(row["nll"] for row in rows) / tokens if tokens else math.nan
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         **{name: metric(predictions, references) for name, metric in METRICS.items()},
-        "cut": scored.cut,
-        "rows": [
-            {"prompt": _asked(c), "prediction": p, "reference": r}
-            for c, p, r in zip(conversations, predictions, references, strict=True)
-        ],
+        "answer_tokens": sum(row["answer_tokens"] for row in rows) / len(rows),
+        "reference_tokens": sum(row["reference_tokens"] for row in rows) / len(rows),
+        "stopped": sum(row["finish_reason"] == "stop" for row in rows) / len(rows),
+        "repeated": sum(row["repeated"] for row in rows) / len(rows),
+        "intervals": intervals(rows),
     }
+
+
+def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By data set and by category: name -> its figures and `count`. Groups whose answers lie past the context: none."""
+    groups: dict[str, dict[str, Any]] = {}
+    for column in GROUPED:
+        names = sorted({row[column] for row in rows if column in row})
+        parts = {name: [row for row in rows if row.get(column) == name] for name in names}
+        parts = {name: part for name, part in parts.items() if any(row["supervised_tokens"] for row in part)}
+        if len(parts) > 1:
+            groups[column] = {name: {"count": len(part), **_figures(part)} for name, part in parts.items()}
+    return groups
+
+
+def _ids(generator: Generator, text: str) -> list[int]:
+    ids: list[int] = generator.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def repeated(ids: Sequence[int]) -> float:
+    """Share of an answer's runs of `NGRAM` tokens that it has said before; 0 where it is too short for one.
+
+    >>> repeated([1, 2, 3, 4, 1, 2, 3, 4])
+    0.2
+    """
+    grams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _conversation(number: int, row: Mapping[str, Any]) -> list[Message]:
@@ -113,16 +172,16 @@ def _asked(conversation: Sequence[Message]) -> str:
     return "\n".join(str(last[key]) for key in ("content", "context", "input") if last.get(key))
 
 
-def _predictions(
+def _answers(
     generator: Generator, conversations: Sequence[Sequence[Message]], max_new_tokens: int, batch_size: int | None
-) -> list[str]:
+) -> list[Answer]:
     """The greedy answer to each conversation without its last turn; "" where the prompt fills the context."""
     asked = [c[:-1] for c in conversations]
     lengths = map(len, generator.encoder.prompts(asked))
     fits = [i for i, length in enumerate(lengths) if length < generator.context]
     answers = generator.answers([asked[i] for i in fits], max_new_tokens, batch_size=batch_size)
-    texts = {i: answer.text for i, answer in zip(fits, answers, strict=True)}
-    return [texts.get(i, "") for i in range(len(asked))]
+    given = dict(zip(fits, answers, strict=True))
+    return [given.get(i, Answer("", "length")) for i in range(len(asked))]
 
 
 class Scored(NamedTuple):
@@ -131,6 +190,7 @@ class Scored(NamedTuple):
     total: float  # sum of -log p, in nats
     tokens: int  # supervised tokens
     cut: int  # rows that are longer than the model's context
+    rows: list[tuple[float, int]]  # of each row, in order: its sum and its supervised tokens
 
 
 def negative_log_likelihood(
@@ -152,20 +212,24 @@ def negative_log_likelihood(
     encoded = [encode_conversation(messages, generator.tokenizer, train_on) for messages in conversations]
     cut = sum(len(row["input_ids"]) > generator.context for row in encoded)
     rows = [{name: values[: generator.context] for name, values in row.items()} for row in encoded]
-    rows = [row for row in rows if any(label != IGNORE_INDEX for label in row["labels"][1:])]
-    if not rows:
+    order = [i for i, row in enumerate(rows) if any(label != IGNORE_INDEX for label in row["labels"][1:])]
+    if not order:
         raise DataError(f"no row has an answer within the model's context of {generator.context} tokens")
-    rows.sort(key=lambda row: len(row["input_ids"]), reverse=True)
-    total, tokens, start = 0.0, 0, 0
+    order.sort(key=lambda i: len(rows[i]["input_ids"]), reverse=True)
+    each = [(0.0, 0)] * len(rows)
+    start = 0
     with generator.evaluating():
-        while start < len(rows):
-            size = batch_size or max(1, TOKENS_AT_ONCE // len(rows[start]["input_ids"]))
-            batch = {k: v.to(generator.model.device) for k, v in collate(rows[start : start + size]).items()}
+        while start < len(order):
+            size = batch_size or max(1, TOKENS_AT_ONCE // len(rows[order[start]]["input_ids"]))
+            some = order[start : start + size]
+            batch = {k: v.to(generator.model.device) for k, v in collate([rows[i] for i in some]).items()}
             labels = batch.pop("labels")[:, 1:]  # (B, T - 1): the token that position t predicts
             logits = generator.model(**batch, use_cache=False).logits[:, :-1]  # (B, T - 1, V)
             mask = labels != IGNORE_INDEX
-            losses = torch.nn.functional.cross_entropy(logits[mask].float(), labels[mask], reduction="none")
-            total += float(losses.cpu().double().sum())
-            tokens += len(losses)
+            losses = torch.zeros(labels.shape, dtype=torch.float64)
+            picked = torch.nn.functional.cross_entropy(logits[mask].float(), labels[mask], reduction="none")
+            losses[mask.cpu()] = picked.cpu().double()
+            for i, nll, tokens in zip(some, losses.sum(1).tolist(), mask.sum(1).tolist(), strict=True):
+                each[i] = (nll, tokens)
             start += size
-    return Scored(total, tokens, cut)
+    return Scored(sum(nll for nll, _ in each), sum(tokens for _, tokens in each), cut, each)

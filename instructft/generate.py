@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Generator as Generator_
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,9 @@ class Chat:
         self.system = system
         self.turns: list[Message] = []  # question, answer, question, answer, …
         self.left = 0  # turns that had to leave the context
+        self.gone: list[Message] = []  # those turns
+        self._cut: list[Message] = []  # answers that are not whole
+        self.finish_reason = ""  # of the last answer: stop, length (it was cut off), or stopped (by the reader)
 
     @property
     def messages(self) -> list[Message]:
@@ -108,7 +112,40 @@ class Chat:
 
     def reset(self) -> None:
         """Forget all turns; the system prompt stays."""
-        self.turns, self.left = [], 0
+        self.turns, self.left, self.gone, self._cut = [], 0, [], []
+
+    def undo(self) -> str | None:
+        """Take back the last question with its answer, and return it; None where there is none.
+
+        >>> chat.undo()
+        'What is the capital of France?'
+        """
+        if not self.turns:
+            return None
+        question = self.turns[-2]["content"]
+        self.turns = self.turns[:-2]
+        return question
+
+    def retry(self, stopped: threading.Event | None = None) -> Iterator[str]:
+        """Answer the last question again, piece by piece; without an answer the old one stays.
+
+        Raises:
+            UsageError: there is no question yet.
+        """
+        if not self.turns:
+            raise UsageError("there is nothing to answer again")
+        before, question = self.turns, self.turns[-2]
+        self.turns = self.turns[:-2]
+        return self._answer(question, stopped, before)
+
+    @property
+    def conversation(self) -> list[Message]:
+        """All of it, also the turns that have left the context, to train on.
+
+        An answer that was cut off carries `weight` 0: learned, it would teach to stop in the middle.
+        """
+        whole = [*self.messages[: len(self.messages) - len(self.turns)], *self.gone, *self.turns]
+        return [{**m, "weight": 0} if any(m is cut for cut in self._cut) else m for m in whole]
 
     def send(self, text: str) -> str:
         """Send a user turn, return the whole answer."""
@@ -126,16 +163,31 @@ class Chat:
         self._make_room(question)
         return self._answer(question, stopped)
 
-    def _answer(self, question: Message, stopped: threading.Event | None) -> Iterator[str]:
+    def _answer(
+        self, question: Message, stopped: threading.Event | None, before: list[Message] | None = None
+    ) -> Generator_[str, None, str]:
         pieces: list[str] = []
         settings = (self.max_new_tokens, self.temperature, self.top_p)
+        self.finish_reason = "stopped"  # unless the stream comes to its end
         try:
-            for piece in self.generator.stream([*self.messages, question], *settings, stopped):
+            stream = self.generator.stream([*self.messages, question], *settings, stopped)
+            while True:
+                try:
+                    piece = next(stream)
+                except StopIteration as end:
+                    self.finish_reason = "stopped" if stopped and stopped.is_set() else end.value or "stop"
+                    break
                 pieces.append(piece)
                 yield piece
         finally:
             if answer := "".join(pieces).strip():
-                self.turns += [question, {"role": "assistant", "content": answer}]
+                reply: Message = {"role": "assistant", "content": answer}
+                if self.finish_reason != "stop":
+                    self._cut.append(reply)
+                self.turns = [*self.turns, question, reply]
+            elif before:
+                self.turns = before
+        return self.finish_reason
 
     def _make_room(self, question: Message) -> None:
         """Let the oldest questions and answers go until the prompt leaves room for an answer."""
@@ -145,7 +197,7 @@ class Chat:
         for gone in range(0, len(self.turns) + 1, 2):
             prompt = self.generator.encoder.prompts([[*system, *self.turns[gone:], question]])[0]
             if len(prompt) + room <= context:
-                self.turns = self.turns[gone:]
+                self.gone, self.turns = self.gone + self.turns[:gone], self.turns[gone:]
                 self.left += gone
                 return
         raise UsageError(

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,11 @@ from instructft import checkpoint
 from instructft.errors import CheckpointError
 from instructft.fitting import FittingTrainer
 from instructft.out_of_memory import ran_out
+from instructft.push import progress_of
 from instructft.stop import EvaluationLeft, Stop
+
+if TYPE_CHECKING:
+    from instructft.publisher import Publisher
 
 
 class LastingTrainer(FittingTrainer):
@@ -46,6 +50,7 @@ class LastingTrainer(FittingTrainer):
         self._loss_before = 0.0  # summed over the steps before a resume
         self._resumes_from: Path | None = None
         self.last_checkpoint: str | None = None
+        self.publisher: Publisher | None = None  # uploads what is sealed, beside training
         self.resumes: list[dict[str, Any]] = []  # each time that the run was gone on with: from where, what had changed
 
     # -- going on ---------------------------------------------------------------------------------------------------
@@ -63,7 +68,8 @@ class LastingTrainer(FittingTrainer):
         if self._resumes_from is not None:
             folder, self._resumes_from = self._resumes_from, None
             self._restore(folder)
-        if self.state.global_step >= self.state.max_steps:  # upstream would train one step more
+        ended = self.control.should_training_stop and not self.stop.agreed  # by patience, before the resume
+        if ended or self.state.global_step >= self.state.max_steps:  # upstream would train one step more
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
@@ -79,6 +85,9 @@ class LastingTrainer(FittingTrainer):
         self._globalstep_last_logged = known["last_logged"]
         self._loss_before = known["loss"]
         self.seconds = known["seconds"]
+        if step := self.state.best_global_step:  # upstream forgets it where the run's folder has another path now
+            best = Path(self.args.output_dir) / f"checkpoint-{step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else self.state.best_model_checkpoint
         self.resumes = [*known["resumes"], *self.resumes]
         self.restore_counts(known["counts"])
         self.rows_at_once = known.get("rows_at_once")
@@ -105,6 +114,7 @@ class LastingTrainer(FittingTrainer):
             if self.args.process_index == 0:
                 checkpoint.seal(folder, self._identity, self.versions)
                 checkpoint.retain(run, self._keep, self.state.best_model_checkpoint)
+                self._upload(run, folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             if ran_out(error):
                 raise
@@ -112,6 +122,12 @@ class LastingTrainer(FittingTrainer):
             raise CheckpointError(f"{folder} could not be written: {why}; {checkpoint.standing(run)}") from error
         self.accelerator.wait_for_everyone()
         self.last_checkpoint = folder.name
+
+    def _upload(self, run: Path, folder: Path) -> None:
+        if self.publisher is not None:
+            tokens, loss = progress_of(folder)
+            kept = [path.name for path in checkpoint.folders(run) if checkpoint.kind(path) == "sealed"]
+            self.publisher.checkpoint_sealed(folder, self.state.global_step, tokens, loss, kept)
 
     def _write_progress(self, folder: Path) -> None:
         metrics = {mode: {name: list(map(float, values)) for name, values in found.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from instructft import remote_code
 from instructft.errors import InstructftError, UsageError
 from instructft.recipe import load_recipe
 from instructft.workers import run
@@ -55,7 +56,7 @@ def launch(
         _refuse_what_this_machine_cannot(strategy, per_machine, gpus)
     arguments = [
         *_accelerate_options(strategy, per_machine, machines, machine_rank or 0, main_address, main_port, gpus),
-        *("-m", "instructft", "train", recipe, *overrides),
+        *("-m", "instructft", "train", recipe, *overrides, *([remote_code.FLAG] if remote_code.allowed() else [])),
     ]
     if gpus == 0 and strategy == "ddp" and per_machine * machines > 1 and not loaded.train.get("use_cpu"):
         # without it accelerate finds no device to divide the work over, and each process trains on its own

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from instructft import remote_code
 from instructft.adapter_files import WEIGHTS, AdapterFolder, is_adapter, locate_base, read_adapter
 from instructft.delta import merged
 from instructft.errors import AdapterError, InstructftError, ModelError, UsageError
@@ -157,7 +158,7 @@ def _prove(
 
     began = time.perf_counter()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **remote_code.flag())
     except (OSError, ValueError):  # neither the adapter nor its base has one
         tokenizer = None
     context = getattr(plan.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20

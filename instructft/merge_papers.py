@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from instructft import __version__
+from instructft import __version__, remote_code
 from instructft.card import _LOAD, _LOAD_ADAPTER
 from instructft.tensors import write_text
 
@@ -83,7 +83,7 @@ def _special_tokens(target: Path, model: PreTrainedModel) -> dict[str, Any]:
 
     if not (target / "tokenizer_config.json").is_file():
         return {}
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(target, **remote_code.flag())
     if not isinstance(tokenizer.chat_template, str) or tokenizer.pad_token is None:
         return {}
     _fit_special_tokens(model, tokenizer)

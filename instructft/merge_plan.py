@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from instructft import remote_code
 from instructft.delta import Edit
 from instructft.errors import ModelError, UsageError
 from instructft.merge_edits import find_edits
@@ -116,14 +117,14 @@ def _skeleton(base: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, **remote_code.flag())
     if getattr(config, "quantization_config", None):
         raise UsageError(
             f"{base} is stored quantized (quantization_config in its config.json); an adapter is merged into the "
             "unquantized model: name that as base_model_name_or_path in adapter_config.json"
         )
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, **remote_code.flag())
 
 
 def _tied(model: PreTrainedModel) -> dict[str, list[str]]:

@@ -11,9 +11,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instructft import adapters, quantize
+from instructft import adapters, quantize, remote_code
 from instructft.adapter_files import AdapterFolder, attach
 from instructft.errors import ModelError, TemplateError, UsageError
+from instructft.latest import settled
 from instructft.starting_point import adapter_to_go_on_with, weights_of
 from instructft.templates import TEMPLATES
 
@@ -63,6 +64,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    recipe, _ = settled(recipe)
     if recipe.model.tokenizer == "quickstart":
         from instructft.quickstart import tokenizer
 
@@ -72,11 +74,11 @@ def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     key = "model.tokenizer" if recipe.model.tokenizer else "model.name_or_path"
     name = recipe.model.tokenizer or recipe.model.name_or_path
     own = recipe.model.tokenizer is None
+    revision = (recipe.model.revision if own else None) or "main"
+    trust = remote_code.pinned(str(name), revision) if own else {"trust_remote_code": False}
     try:
         return AutoTokenizer.from_pretrained(
-            name,
-            revision=(recipe.model.revision if own else None) or "main",
-            subfolder=(recipe.model.subfolder if own else None) or "",
+            name, revision=revision, subfolder=(recipe.model.subfolder if own else None) or "", **trust
         )
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise UsageError(_not_loaded(key, str(name), "a tokenizer", error)) from error
@@ -85,6 +87,8 @@ def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 def _not_loaded(key: str, name: str, what: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     folder = Path(name).expanduser()
+    if hint := remote_code.wanted(error):
+        return f"{key}: {name} could not be loaded as {what}: {hint}."
     if folder.is_dir():
         holds = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
         hint = f"the folder {name} holds {holds}"
@@ -197,9 +201,12 @@ def load_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pretraine
                 "leave the key out, and it follows the tokenizer"
             )
     else:
+        recipe, _ = settled(recipe)
         name, revision, subfolder = weights_of(recipe)
         try:
-            config = AutoConfig.from_pretrained(name, revision=revision, subfolder=subfolder)
+            config = AutoConfig.from_pretrained(
+                name, revision=revision, subfolder=subfolder, **remote_code.pinned(name, revision)
+            )
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(_not_loaded("model.name_or_path", name, "a model", error)) from error
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -262,13 +269,16 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     """
     from transformers import AutoModelForCausalLM, set_seed
 
+    recipe, _ = settled(recipe)
     config = load_config(recipe, tokenizer)
     quantize.check(recipe)
     dtype = weights_dtype(recipe)
     attention = None if recipe.model.attn_implementation == "auto" else recipe.model.attn_implementation
     if recipe.model.config is not None:
         set_seed(recipe.train["seed"])
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, **remote_code.flag()
+        )
     else:
         name, revision, subfolder = weights_of(recipe)
         try:
@@ -279,6 +289,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
                 attn_implementation=attention,
                 revision=revision,
                 subfolder=subfolder,
+                **remote_code.pinned(name, revision),
                 **quantize.loading(recipe, dtype),
             )
         except (OSError, ValueError, RuntimeError, ImportError) as error:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from instructft import remote_code
 from instructft.errors import ModelError, UsageError
 from instructft.proof_texts import Texts
 from instructft.proof_weights import compare_weights, jitter
@@ -182,7 +183,9 @@ def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedM
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, **remote_code.flag(), **options
+        )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise ModelError(f"{folder} could not be loaded: {str(error).strip().splitlines()[0]}") from error
     return model.eval(), info

@@ -51,6 +51,12 @@ def train_defaults(written: Mapping[str, Any], validation: float) -> dict[str, A
     defaults = dict(TRAIN_DEFAULTS)
     chosen = {**defaults, **written}
     best = bool(chosen.get("load_best_model_at_end"))  # needs evaluations exactly where checkpoints are
+    if chosen["early_stopping_patience"] is not None and validation > 0 and written.get("eval_strategy") != "no":
+        best = bool(chosen.get("load_best_model_at_end", True))
+        defaults["load_best_model_at_end"] = True
+        defaults["save_strategy"] = written.get("eval_strategy", "steps")
+        defaults["save_steps"] = written.get("eval_steps", 0.1)  # a checkpoint at every evaluation, to go back to
+        chosen = {**defaults, **written}
     if validation > 0:
         defaults["eval_strategy"] = "epoch" if best and chosen["save_strategy"] == "epoch" else "steps"
     else:

@@ -136,7 +136,6 @@ ALIASES: dict[str, tuple[str | None, str]] = {
     "length_grouped_samples": ("train.train_sampling_strategy", "`true` is `group_by_length`"),
     "enable_liger_kernel": ("train.use_liger_kernel", ""),
     "neftune_alpha": ("train.neftune_noise_alpha", ""),
-    "early_stopping_patience": ("train.load_best_model_at_end", "keeps the best checkpoint; nothing stops early"),
     "no_cuda": ("train.use_cpu", ""),
     "use_mps_device": (None, "take it out: the device is found by itself (train.use_cpu: true forces the CPU)"),
     "wandb_name": ("train.run_name", "with train.report_to: [wandb]"),
@@ -250,6 +249,7 @@ VALUE_HINTS: dict[tuple[str, str], str] = {
 # name under `train:` -> (least, greatest, in words); an open end is None, `<` excludes the bound itself
 TRAIN_BOUNDS: dict[str, tuple[float | None, float | None, str]] = {
     "tokens_per_step": (1, None, "a whole number above 0 (tokens in a global batch)"),
+    "early_stopping_patience": (1, None, "a whole number above 0 (evaluations), or null"),
     "loss_spike_limit": (1 + 1e-9, None, "a number above 1 (times the usual loss), or null"),
     "per_device_train_batch_size": (1, None, "a whole number above 0 (rows)"),
     "per_device_eval_batch_size": (1, None, "a whole number above 0 (rows)"),

@@ -162,7 +162,10 @@ def _train(recipe: Recipe) -> Iterator[Contradiction]:
             yield at("save_strategy"), "best follows the evaluations; set train.eval_strategy"
     if saves == "best" and not on("metric_for_best_model") and not on("load_best_model_at_end"):
         yield at("save_strategy"), "best needs train.metric_for_best_model, such as eval_loss"
-    if on("load_best_model_at_end") and saves != "best":
+    if train.get("early_stopping_patience") is not None:
+        if problem := _early_stopping(recipe):
+            yield at("early_stopping_patience"), problem
+    elif on("load_best_model_at_end") and saves != "best":
         if evaluates != saves or saves == "no":
             say = (
                 f"needs checkpoints where there are evaluations; found save_strategy {saves}, eval_strategy {evaluates}"
@@ -176,6 +179,30 @@ def _train(recipe: Recipe) -> Iterator[Contradiction]:
         yield at("dataloader_prefetch_factor"), "needs train.dataloader_num_workers above 0"
     if recipe.hub.push == "checkpoints" and saves == "no":
         yield at("save_strategy"), "no, but hub.push: checkpoints uploads checkpoints"
+
+
+def _early_stopping(recipe: Recipe) -> str:
+    """What keeps a run from stopping by its validation loss and going back to its best checkpoint; "" if nothing."""
+    train = recipe.train
+    evaluates, saves = train["eval_strategy"], train["save_strategy"]
+    if recipe.data.splits.validation == 0:
+        return "there is no validation loss: data.splits.validation is 0; hold rows out, e.g. 0.05"
+    if evaluates == "no":
+        return "follows the evaluations; set train.eval_strategy"
+    if not train.get("load_best_model_at_end"):
+        return "goes back to the best checkpoint; take train.load_best_model_at_end: false out"
+    metric = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    if metric != "loss" or train.get("greater_is_better"):
+        found = f"metric_for_best_model {metric}" if metric != "loss" else "greater_is_better: true"
+        return f"stops by the validation loss, the lower the better; found {found}: take it out"
+    if saves == "best":
+        return ""
+    every, save = train.get("eval_steps") or train["logging_steps"], train["save_steps"]
+    if evaluates != saves or (saves == "steps" and not (_multiple(save, every) and _multiple(every, save))):
+        found = f"eval_strategy {evaluates}, save_strategy {saves}"
+        found += f", eval_steps {every:g}, save_steps {save:g}" if evaluates == saves else ""
+        return f"needs a checkpoint at every evaluation, to go back to the best; found {found}"
+    return ""
 
 
 def _multiple(save: float, evaluate: float) -> bool:

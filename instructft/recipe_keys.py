@@ -37,6 +37,11 @@ OWN_TRAIN_FIELDS: dict[str, dict[str, Any]] = {
         "choices": ["warn", "skip"],
         "help": "whether a step beyond loss_spike_limit is taken all the same, or left out",
     },
+    "early_stopping_patience": {
+        "kinds": ["int", "null"],
+        "default": None,
+        "help": "evaluations without a lower validation loss after which training ends, with the best checkpoint",
+    },
 }
 _KIND_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _KIND_WORDS |= {"list": "a list", "dict": "a mapping", "null": "null"}

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.checkpoint import Checkpoint, folders, kind, newest, verify
 from instructft.errors import CheckpointError, ResumeError
+from instructft.places import without_places
+from instructft.run_folder import refuse_used_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from instructft.recipe import Recipe
+    from instructft.recipe import HubSection, Recipe
 
 # Fields of `train:` that change nothing that is trained; all the others are fixed for a run's life.
 _FREE = (
@@ -25,7 +27,7 @@ _FREE = (
     *("ddp_", "use_cpu", "fp16_full_eval", "bf16_full_eval", "enable_jit_checkpoint"),
 )
 # Fields that may change on purpose; a change is recorded.
-_OPEN = ("train.loss_spike_limit", "train.on_loss_spike")
+_OPEN = ("train.loss_spike_limit", "train.on_loss_spike", "train.early_stopping_patience")
 _LENGTH = ("train.max_steps", "train.num_train_epochs")
 # Schedules whose learning rate at a step does not depend on how many steps follow.
 _OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
@@ -107,7 +109,9 @@ def identity(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, fingerprint: st
     if recipe.model.config is None:
         made["model (its weights)"] = base_fingerprint(*weights_of(recipe))
     plain: dict[str, Any] = json.loads(json.dumps({**flat, **made}, default=str))
-    return plain
+    # of a path the last name: rows and weights are known by their content, and a run may go on on another machine
+    run = Path(recipe.output_dir)
+    return {key: without_places(value, [run], key.rpartition(".")[2]) for key, value in plain.items()}
 
 
 def refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -156,11 +160,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:80] + "…"
 
 
-def find(run: Path, asked: str) -> tuple[Checkpoint | None, list[str]]:
+def find(run: Path, asked: str, hub: HubSection | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint that a run goes on from, and the newer ones that were passed over, each with its reason.
 
     Args:
         asked: `auto` (the newest that verifies), `never`, or a checkpoint's folder.
+        hub: where to look, with `auto`, when the run folder holds none.
 
     Raises:
         ResumeError: the one that was asked for is not whole, or there are some and none verifies: a run never starts
@@ -186,6 +191,11 @@ def find(run: Path, asked: str) -> tuple[Checkpoint | None, list[str]]:
             f"none of the checkpoints in {run} is whole:\n{reasons}\n"
             f"To begin anew, choose another output_dir, or remove the folder: rm -r {run}"
         )
+    if found is None and hub is not None and hub.repo_id:
+        from instructft.fetch import newest_on_hub
+
+        refuse_used_folder(run)
+        return newest_on_hub(hub, run)
     return found, passed
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 _PARTIAL = "final.partial"  # the final model while it is written
 # What a run that was stopped before its first checkpoint leaves.
-_LOGS = {"metrics.jsonl", "samples.jsonl", "tensorboard", "recipe.yaml", _PARTIAL}
+_LOGS = {"metrics.jsonl", "samples.jsonl", "warnings.jsonl", "tensorboard", "recipe.yaml", ".upload", ".fetch"}
+_LOGS |= {_PARTIAL}
 
 
 def refuse_used_folder(run: Path) -> None:
@@ -63,6 +64,9 @@ def collect_facts(
     """The contents of `run.json`."""
     import torch
 
+    from instructft.early_stopping import ending
+    from instructft.ill_signs import told
+
     seen, seconds = trainer.seen, trainer.seconds
     device = trainer.args.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -87,9 +91,11 @@ def collect_facts(
             "tokens_per_second": seen["tokens"] / seconds,
             "resumed": trainer.resumes,
             **({"loss_spikes": trainer.spikes} if trainer.spikes else {}),
+            **ending(trainer),
             **({"rows_at_once": trainer.rows_at_once} if trainer.rows_at_once else {}),
         },
         "metrics": metrics,
+        "warnings": told(Path(trainer.args.output_dir)),
     }
 
 
@@ -116,11 +122,18 @@ def library_versions(recipe: Recipe) -> dict[str, str]:
     return {"instructft": __version__, **{name: version(name) for name in libraries}}
 
 
-def save(trainer: Trainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]) -> None:
+def save(
+    trainer: Trainer,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: dict[str, Any],
+    data: Prepared | Streamed,
+) -> None:
     """Write the final model, its tokenizer and the papers of the run."""
     from instructft.card import write_card
     from instructft.models import _fit_special_tokens
     from instructft.report import plot_loss
+    from instructft.report_page import draw_report
     from instructft.whole import require_whole
 
     run = Path(trainer.args.output_dir)
@@ -134,6 +147,7 @@ def save(trainer: Trainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, f
     _give_names(run / _PARTIAL, run)
     plot_loss(run, recipe.name)
     write_card(run, recipe, facts)
+    draw_report(run, recipe, facts, tokenizer, data)
     partial = run / "run.json.partial"  # last, and whole or not there: by it a run is known to be finished
     partial.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
     partial.replace(run / "run.json")

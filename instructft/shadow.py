@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from instructft import remote_code
 from instructft.adapters import ADAPTERS
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def skeleton(
                 setattr(text, name, 0.0)
     chosen = {"auto": None, "eager": "eager"}.get(attention, "sdpa")  # flash-attention keeps what fused sdpa keeps
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=chosen)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=chosen, **remote_code.flag())
         model = ADAPTERS[recipe.adapter.type](model, recipe, added, only_shapes=True)
     return model.train(), config
 

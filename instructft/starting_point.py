@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instructft.adapter_files import AdapterFolder, is_adapter, locate_base, read_adapter
+from instructft.base_files import commit_of, is_hub_id
 from instructft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,3 +74,23 @@ def base_record(recipe: Recipe) -> dict[str, str | None]:
     adapter = adapter_to_go_on_with(recipe)
     base = recipe.model if adapter is None else adapter.base
     return {"name_or_path": base.name_or_path, "revision": base.revision, "subfolder": base.subfolder}
+
+
+def started_from(recipe: Recipe) -> dict[str, str | None] | None:
+    """`base_record` with the commit that the name stood for when the base was fetched; None for random weights.
+
+    A branch on the Hub moves on: without its commit nobody could say later which weights these were.
+
+    >>> started_from(load_recipe("gpt2-dolly"))
+    {'name_or_path': 'openai-community/gpt2', 'revision': None, 'subfolder': None, 'commit': '…'}
+    """
+    if recipe.model.config is not None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    name, revision, subfolder = weights_of(recipe)
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and is_hub_id(name):
+        file = try_to_load_from_cache(name, f"{subfolder}/config.json".lstrip("/"), revision=revision)
+        folder = Path(file).parent if isinstance(file, str) else folder
+    return {**base_record(recipe), "commit": commit_of(folder)}

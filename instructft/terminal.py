@@ -7,37 +7,40 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
-from instructft.errors import UsageError
+from instructft.chat_commands import LEAVE, Commands
+from instructft.errors import InstructftError
 from instructft.generate import Chat
 
-HELP = """\
-/help               this list
-/reset              forget the conversation
-/system TEXT        set the system prompt (no TEXT: take it away) and start over
-/temperature T      0 is greedy; /temp is the same
-/exit               leave; /quit and Ctrl-D are the same
-Ctrl-C stops an answer; the up arrow brings earlier lines back."""
 
-
-def converse(chat: Chat, name: str) -> None:
+def converse(chat: Chat, name: str, base: str = "start") -> None:
     """Read turns until the end of the input, and answer each as it is generated.
+
+    Args:
+        name: the model as it was named: `/compare` finds there what it began from.
+        base: the model that `/compare` asks; `start` is what the run began from.
 
     >>> converse(Chat("runs/quickstart"), "quickstart")  # with `What is the capital of France?` on stdin
     The capital of France is Paris.
     """
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
-        _say(f"{name} · /help lists the commands, /exit leaves")
+        _say(f"{name} · /help lists the commands, /quit leaves")
+    commands = Commands(chat, name, base, _say, lambda ask: _answer(chat, ask, terminal))
     for text in _turns(terminal):
         try:
             if text.startswith("/"):
-                if _command(chat, text):
+                if commands.carry_out(text) is LEAVE:
                     return
             else:
-                _answer(chat, text, terminal)
-        except UsageError as error:
+                _answer(chat, partial(chat.stream, text), terminal)
+        except InstructftError as error:  # also of a base that cannot be loaded; the conversation goes on
             _say(f"({error})")
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            _say("(stopped)")
 
 
 def _turns(terminal: bool) -> Iterator[str]:
@@ -54,7 +57,7 @@ def _turns(terminal: bool) -> Iterator[str]:
         except KeyboardInterrupt:
             if not terminal:
                 raise
-            _say("(Ctrl-D or /exit leaves)")
+            _say("(Ctrl-D or /quit leaves)")
             continue
         except EOFError:
             return
@@ -64,17 +67,25 @@ def _turns(terminal: bool) -> Iterator[str]:
             yield line.strip()
 
 
-def _answer(chat: Chat, text: str, terminal: bool) -> None:
+def _answer(chat: Chat, ask: Callable[[threading.Event], Iterator[str]], terminal: bool) -> None:
+    """Show an answer as it comes, and say where it was cut off."""
     before, stopped = chat.left, threading.Event()
-    pieces = chat.stream(text, stopped)
+    pieces = ask(stopped)
     if chat.left > before:
         _say(f"(the context is full: the oldest {chat.left - before} turns have left it)")
-    said = False
+    said, reason = False, None
+
+    def noting() -> Iterator[str]:
+        nonlocal reason
+        reason = yield from pieces
+
     with _interrupting(stopped) if terminal else nullcontext():
-        for piece in pieces:
+        for piece in noting():
             said = True
             print(piece, end="", flush=True)
     note = "(stopped)" if stopped.is_set() else "" if said else "(no answer)"
+    if terminal and said and not note and reason == "length":
+        note = "(cut off; /max allows more tokens)"
     _say(f" {note}" if said and note else note)
 
 
@@ -93,32 +104,3 @@ def _interrupting(stopped: threading.Event) -> Iterator[None]:
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _command(chat: Chat, text: str) -> bool:
-    """Carry out a command; True when it is time to leave."""
-    word, _, rest = text.partition(" ")
-    rest = rest.strip()
-    if word in ("/exit", "/quit"):
-        return True
-    if word == "/help":
-        _say(HELP)
-    elif word == "/reset":
-        chat.reset()
-        _say("(a new conversation)")
-    elif word == "/system":
-        chat.system = rest or None
-        chat.reset()
-        _say("(system prompt set; a new conversation)" if rest else "(no system prompt; a new conversation)")
-    elif word in ("/temperature", "/temp"):
-        try:
-            value = float(rest)
-            if not 0 <= value <= 10:
-                raise ValueError
-            chat.temperature = value
-            _say(f"(temperature {value:g})")
-        except ValueError:
-            _say(f"(/temperature takes a number from 0 to 10, not {rest or 'nothing'})")
-    else:
-        _say(f"({word} is unknown; /help lists the commands)")
-    return False

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instructft import __version__, quantize
+from instructft import quantize
 from instructft.adapters import Papers, count_parameters, is_peft
 from instructft.checkpoint import full_disk_explained
 from instructft.data import Prepared, prepare
 from instructft.errors import UsageError
+from instructft.latest import asks_for_latest, settled
 from instructft.models import load_config, load_model, load_tokenizer, weights_dtype
 from instructft.out_of_memory import explained
 from instructft.processes import first_process
 from instructft.recipe import Recipe, check_against_installed
 from instructft.resume import GoingOn, find, going_on, identity
 from instructft.run_folder import collect_facts, library_versions, make_folder, refuse_used_folder, save
-from instructft.starting_point import base_record
+from instructft.starting_point import base_record, started_from
 from instructft.stream import Streamed, prepare_stream
 
 if TYPE_CHECKING:
@@ -30,15 +32,17 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from instructft.adapter_proof import AdapterProof
+    from instructft.publisher import Publisher, Status
     from instructft.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves: its folder, and the contents of its `run.json`."""
+    """What a run leaves: its folder, the contents of its `run.json`, and on the first process how `hub.push` went."""
 
     output_dir: Path
     facts: Mapping[str, Any]
+    pushed: Status | None = None
 
     @property
     def metrics(self) -> Mapping[str, Any]:
@@ -70,9 +74,13 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     run = Path(recipe.output_dir)
     check_against_installed(recipe)
     _refuse_what_is_not_here(recipe, state)
-    checkpoint, passed = first_process(state, lambda: find(run, resume))
+    checkpoint, passed = first_process(state, lambda: find(run, resume, recipe.hub))
     if checkpoint is None:
         refuse_used_folder(run)
+    if asks_for_latest(recipe):
+        named = recipe
+        recipe, why = first_process(state, lambda: settled(named, checkpoint))
+        console.print(f"model.subfolder: latest is {recipe.model.subfolder} ({why})", markup=False, highlight=False)
 
     tokenizer = load_tokenizer(recipe)
     load_config(recipe, tokenizer)  # a model that does not fit the recipe is refused before the data is read
@@ -87,15 +95,17 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
         return Result(run, facts)
 
     model = load_model(recipe, tokenizer)
+    base = started_from(recipe)  # now, since a branch on the Hub may move while the run lasts
     announce(recipe, tokenizer, data, model, args, precision, console)
     for line in start.lines():
         console.print(line, markup=False, highlight=False)
-    with full_disk_explained(run):
+    with full_disk_explained(run), uploads(recipe, run, state.is_main_process, console) as publisher:
         if state.is_main_process:
             make_folder(run, fresh=checkpoint is None)
             (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         state.wait_for_everyone()
         trainer = build_trainer(recipe, tokenizer, data, model, args, start, console)
+        trainer.publisher = publisher
         if recipe.data.packing:
             prove_isolation(model, console)
         proof = watch_adapter(trainer)
@@ -105,10 +115,11 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
             adapter = prove_adapter(proof, trainer, console)
             metrics = final_metrics(trainer)
 
-        facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter
-        save(trainer, recipe, tokenizer, facts)
-    state.wait_for_everyone()
-    return Result(run, facts)
+        facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter | {"base": base}
+        save(trainer, recipe, tokenizer, facts, data)
+        state.wait_for_everyone()  # the others need not wait for an upload
+        status = publisher.finish(final=True) if publisher else None
+    return Result(run, facts, status)
 
 
 def _console(state: PartialState) -> Console:
@@ -118,13 +129,7 @@ def _console(state: PartialState) -> Console:
 
 
 def _refuse_what_is_not_here(recipe: Recipe, state: PartialState) -> None:
-    """Keys that this version reads but cannot carry out are refused, never ignored."""
-    asked = {
-        "hub.push": recipe.hub.push != "never",
-        "model.subfolder: latest": recipe.model.subfolder == "latest",
-    }
-    if keys := [key for key, wanted in asked.items() if wanted]:
-        raise UsageError(f"{', '.join(keys)}: instructft {__version__} cannot do this yet; leave it at its default")
+    """What cannot be carried out in these processes is refused, never ignored."""
     if recipe.train.get("auto_find_batch_size") and state.num_processes > 1:
         raise UsageError(
             f"train.auto_find_batch_size: found {state.num_processes} processes, and memory that runs out in one of "
@@ -263,7 +268,9 @@ def build_trainer(
     from transformers.integrations import TensorBoardCallback
 
     from instructft.collate import CompletionOnlyCollator
+    from instructft.early_stopping import EarlyStopping
     from instructft.generate import Generator
+    from instructft.ill_signs import IllSigns
     from instructft.trainer import Trainer
     from instructft.watch import MetricsFile, ProgressLine, Samples
 
@@ -276,7 +283,14 @@ def build_trainer(
         writer = SummaryWriter(str(run / "tensorboard"), purge_step=start.step + 1 if start.step else None)
         callbacks.append(TensorBoardCallback(writer))
     if recipe.samples:
-        callbacks.append(Samples(recipe.samples, Generator(model, tokenizer), run / "samples.jsonl", console, writer))
+        path, trackers = run / "samples.jsonl", args.report_to or ()
+        callbacks.append(Samples(recipe.samples, Generator(model, tokenizer), path, console, writer, trackers))
+    asked = data.splits.get("validation", data.for_training)
+    signs = IllSigns(Generator(model, tokenizer), asked, run, console)
+    callbacks.append(signs)
+    say = functools.partial(console.print, markup=False, highlight=False)
+    if patience := recipe.train["early_stopping_patience"]:
+        callbacks.append(EarlyStopping(patience, say))
     flatten = "flash" in str(model.config._attn_implementation)
     trainer = Trainer(
         model=model,
@@ -288,7 +302,7 @@ def build_trainer(
         find_batch=bool(recipe.train.get("auto_find_batch_size")),
         spike_limit=recipe.train["loss_spike_limit"],
         skip_spikes=recipe.train["on_loss_spike"] == "skip",
-        say=functools.partial(console.print, markup=False, highlight=False),
+        say=say,
         identity=start.identity,
         versions=library_versions(recipe),
         papers=Papers(model, base_record(recipe), recipe.model.quantization) if is_peft(model) else None,
@@ -296,6 +310,7 @@ def build_trainer(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    signs.stop = trainer.stop
     return trainer
 
 
@@ -326,6 +341,23 @@ def prove_adapter(proof: AdapterProof | None, trainer: Trainer, console: Console
     return {"adapter": verdict}
 
 
+@contextlib.contextmanager
+def uploads(recipe: Recipe, run: Path, first: bool, console: Console) -> Iterator[Publisher | None]:
+    """What `hub.push` asks for, on the first process; a run that ends early says where its uploads stand."""
+    from instructft.publisher import Publisher
+
+    if recipe.hub.push == "never" or not first:
+        yield None
+        return
+    say = functools.partial(console.print, markup=False, highlight=False)
+    publisher = Publisher(recipe, run, say)
+    try:
+        yield publisher
+    except BaseException:
+        say(str(publisher.finish(final=False)))
+        raise
+
+
 def _run(trainer: Trainer, start: GoingOn, console: Console) -> None:
     from instructft.watch import ProgressLine
 
@@ -341,11 +373,16 @@ def _run(trainer: Trainer, start: GoingOn, console: Console) -> None:
 
 def final_metrics(trainer: Trainer) -> dict[str, Any]:
     """The last value of every metric; validates once more if the last validation was before the last step."""
+    from instructft.early_stopping import restored
+
     history = trainer.state.log_history
     evaluated = max((entry["step"] for entry in history if "eval_loss" in entry), default=-1)
-    if trainer.eval_dataset is not None and evaluated != trainer.state.global_step:
+    best = restored(trainer)
+    if trainer.eval_dataset is not None and evaluated != trainer.state.global_step and best is None:
         trainer.evaluate()
     metrics: dict[str, Any] = {}
-    for entry in trainer.state.log_history:
+    # the final model is that of the best checkpoint, and so are its figures
+    at_best = [entry for entry in trainer.state.log_history if entry["step"] == best and "eval_loss" in entry]
+    for entry in [*trainer.state.log_history, *at_best]:
         metrics.update(entry)
     return {key: value for key, value in metrics.items() if key not in ("step", "epoch", "total_flos")}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from instructft import remote_code
 from instructft.adapter_files import AdapterFolder, attach, check_fit, is_adapter, locate_base, read_adapter
 from instructft.base_files import adapter_on_hub, commit_of
 from instructft.errors import ModelError, UsageError
@@ -60,13 +61,31 @@ def load_for_inference(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         ModelError: it is there, but cannot be loaded whole.
     """
     model, tokenizer = load_bare(name)
+    return model, with_template(name, tokenizer)
+
+
+def with_template(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer with the chat template that its model is asked with; stderr says where that is not its own."""
     if isinstance(tokenizer.chat_template, dict):  # some models carry several; the one for chatting is called default
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
         print(f"{name} has no chat template; it is asked with the template instruction.", file=sys.stderr)
         text = TEMPLATES["instruction"].text()
         tokenizer.chat_template = ("{{- bos_token -}}\n" if _adds_bos(tokenizer) else "") + text
-    return model, tokenizer
+    return tokenizer
+
+
+def load_tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of `load_for_inference`, without the model.
+
+    Raises:
+        UsageError, AdapterError, ModelError: as there.
+    """
+    location, revision = locate(name)
+    adapter = find_adapter(name)
+    if adapter is None:
+        return with_template(name, _load_tokenizer(name, location, revision=revision))
+    return with_template(name, _tokenizer_of(name, adapter, locate_base(adapter)))
 
 
 def load_bare(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -133,7 +152,8 @@ def _tokenizer_of(name: str, adapter: AdapterFolder, base: Path) -> PreTrainedTo
 def _load_tokenizer(name: str, location: str, **where: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer = _whole(name, AutoTokenizer.from_pretrained, location, **where)
+    trust = remote_code.pinned(location, where.get("revision"))
+    tokenizer = _whole(name, AutoTokenizer.from_pretrained, location, **where, **trust)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of a folder with none
         raise ModelError(f"{name} has no tokenizer: there is none in {location}; save one there")
     return cast("PreTrainedTokenizerBase", tokenizer)
@@ -166,6 +186,7 @@ def _load_weights(name: str, location: str, **options: Any) -> PreTrainedModel:
 
     device = _device()
     options = {"dtype": torch.float32 if device == "cpu" else "auto", **options}
+    options |= remote_code.pinned(location, options.get("revision"))
     load = AutoModelForCausalLM.from_pretrained
     model, info = _whole(name, load, location, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers and goes on
@@ -183,5 +204,5 @@ def _whole(name: str, load: Callable[..., Any], *args: Any, **options: Any) -> A
     try:
         return load(*args, **options)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = remote_code.wanted(error) or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{name} could not be loaded: {reason}") from error

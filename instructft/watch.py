@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from instructft.generate import Generator
+from instructft.sample_texts import send
 
 _SHOWN = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}", "eval_perplexity": "perplexity {:.2f}"}
 
@@ -21,7 +24,8 @@ _SHOWN = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}", "eval_pe
 class MetricsFile(TrainerCallback):
     """Writes `metrics.jsonl`: one line of strict JSON for each logged step, on disk as soon as it is logged.
 
-    Training and validation of one step arrive one after the other; they end up in one line.
+    Training and validation of one step arrive one after the other; they end up in one line. `tokens_per_second` is
+    added to the trainer's values: of the training steps since the line before, without the time that evaluation took.
     """
 
     def __init__(self, path: Path):
@@ -29,6 +33,8 @@ class MetricsFile(TrainerCallback):
         self._step: int | None = None
         self._start = 0  # where the last line begins
         self._record: dict[str, Any] = {}
+        self._tokens: float | None = 0.0  # at the line before; None where it is not known
+        self._begun: float | None = None  # when the first step since then began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the lines up to the step that the run continues from; a fresh run starts an empty file."""
@@ -39,11 +45,22 @@ class MetricsFile(TrainerCallback):
         if kept:  # what is still to come of this step belongs into its line
             self._record = json.loads(kept[-1])
             self._step, self._start = self._record["step"], sum(len(line.encode()) for line in kept[:-1])
+        if state.global_step:
+            self._tokens = self._record.get("num_tokens") if self._step == state.global_step else None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock of `tokens_per_second`."""
+        self._begun = self._begun or time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the values of one step."""
         if not state.is_world_process_zero or not logs:
             return
+        if "loss" in logs and "num_tokens" in logs:
+            tokens, now = float(logs["num_tokens"]), time.perf_counter()
+            if self._tokens is not None and self._begun is not None and tokens > self._tokens:
+                logs = {**logs, "tokens_per_second": round((tokens - self._tokens) / (now - self._begun), 1)}
+            self._tokens, self._begun = tokens, None
         with self.path.open("r+" if self.path.exists() else "w+", encoding="utf-8") as file:
             if state.global_step == self._step:
                 file.seek(self._start)
@@ -125,14 +142,18 @@ class ProgressLine(TrainerCallback):
 
 
 class Samples(TrainerCallback):
-    """Answers the recipe's `samples` at every evaluation: printed, kept in `samples.jsonl`, sent to TensorBoard."""
+    """Answers the recipe's `samples` at every evaluation: printed, kept in `samples.jsonl`, sent to the trackers."""
 
-    def __init__(self, prompts: tuple[str, ...], generator: Generator, path: Path, console: Console, writer: Any):
+    def __init__(
+        self, prompts: tuple[str, ...], generator: Generator, path: Path, console: Console, writer: Any,
+        reporters: Sequence[str] = (),
+    ):  # fmt: skip
         self.prompts = prompts
         self.generator = generator
         self.path = path
         self.console = console
         self.writer = writer
+        self.reporters = list(reporters)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the answers up to the step that the run continues from, and show what the model says before."""
@@ -172,3 +193,6 @@ class Samples(TrainerCallback):
                 self.console.print(f"  → {shown}{ending}", markup=False, highlight=False)
                 if self.writer:
                     self.writer.add_text(f"samples/{prompt[:80]}", answer.text, step)
+        texts = [(prompt, answer.text) for prompt, answer in zip(self.prompts, answers, strict=True)]
+        failed = send(self.reporters, step, texts, functools.partial(self.console.print, markup=False, highlight=False))
+        self.reporters = [name for name in self.reporters if name not in failed]

@@ -97,7 +97,7 @@ fi
 rm -f $venv/.stamp
 # torch first and alone: it is most of the download, and its version decides what everything after it may ask for.
 step "[2/4] torch, 0.2 to 3 GB to fetch the first time" $venv/bin/python -m pip install --no-compile -c constraints.txt torch
-step "[3/4] instructft and what it stands on" $venv/bin/python -m pip install --no-compile -c constraints.txt -e ".[dev,quant]"
+step "[3/4] instructft and what it stands on" $venv/bin/python -m pip install --no-compile -c constraints.txt -e ".[dev,quant,ui]"
 # pip would compile 15,000 files, most never imported (--no-compile: half the time); this compiles those that are.
 step "[4/4] first start" $venv/bin/python -c '
 import datasets, matplotlib.pyplot, peft, pytest, sacrebleu, tensorboard, torch, transformers, trl

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Said before any library reads it at import: caches of this session's own, no telemetry, threads that do not spin.
+import pytest
+
+# The address of the Hub that the fixture `hub` starts: kept for this process, because the libraries read it at import.
+# Bound and not listening: outside of such a test it is refused.
+HUB_ADDRESS = socket.socket()
+HUB_ADDRESS.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+HUB_ADDRESS.bind(("127.0.0.1", 0))
+
+# Said before any library reads it at import: caches of this session's own, no telemetry, threads that do not spin, and
+# no token or cache of whoever runs the tests.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="instructft-tests-")
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{HUB_ADDRESS.getsockname()[1]}"
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
+for _mine in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
+    os.environ.pop(_mine, None)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["COLUMNS"] = "120"
 os.environ.pop("INSTRUCTFT_TRACEBACK", None)
-
-import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 REAL_DATA = REPO.parent / "shared" / "data"  # real rows and the real GPT-2 tokenizer, where they are at hand
@@ -101,3 +114,62 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A fresh Hub (`tests/hub.py`) that this process reaches too: online for this test, with caches of its own.
+
+    Child processes get `os.environ` as it is in the test, or `hub.environment(folder)` for a machine of their own.
+    """
+    import datasets.config  # now: imported later in the test, it would copy "online" for the rest of the session
+    import datasets.utils._dataset_viewer as viewer
+    from hub import LocalHub
+    from huggingface_hub import HfFileSystem, close_session, constants
+    from huggingface_hub.utils import _cache_assets, _cache_manager
+
+    home = tmp_path / "hf"
+    started = LocalHub(HUB_ADDRESS.getsockname()[1])
+    assert started.url == constants.ENDPOINT, "huggingface_hub was imported before tests/conftest.py named the address"
+    for name, value in started.environment(home).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setattr(datasets.config, name, False)
+
+    # Every place that copied a folder's name at import.
+    hub_cache, assets = str(home / "hub"), str(home / "assets")
+    for module, name, folder in (
+        (constants, "HF_HOME", str(home)),
+        (constants, "HF_HUB_CACHE", hub_cache),
+        (constants, "HUGGINGFACE_HUB_CACHE", hub_cache),
+        (constants, "HF_ASSETS_CACHE", assets),
+        (constants, "HF_TOKEN_PATH", str(home / "token")),
+        (constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens")),
+        (_cache_manager, "HF_HUB_CACHE", hub_cache),
+        (_cache_assets, "HF_ASSETS_CACHE", assets),
+        (datasets.config, "HF_CACHE_HOME", str(home)),
+        (datasets.config, "HF_DATASETS_CACHE", home / "datasets"),
+        (datasets.config, "DOWNLOADED_DATASETS_PATH", home / "datasets" / "downloads"),
+        (datasets.config, "EXTRACTED_DATASETS_PATH", home / "datasets" / "downloads" / "extracted"),
+    ):
+        monkeypatch.setattr(module, name, folder)
+
+    # The real one answers at `datasets-server.<endpoint>`, which no resolver knows: "none there", without asking.
+    def none_there(*_: Any, **__: Any) -> None:
+        raise viewer.DatasetViewerError("the tests have no dataset viewer")
+
+    monkeypatch.setattr(viewer, "get_exported_parquet_files", none_there)
+    monkeypatch.setattr(viewer, "get_exported_dataset_infos", none_there)
+
+    def forget() -> None:
+        close_session()  # its kept-alive connections lead to a Hub that is gone
+        HfFileSystem.clear_instance_cache()  # one instance per endpoint, with the listings of the test before
+
+    forget()
+    try:
+        yield started
+    finally:
+        forget()
+        started.close()
+    assert not started.errors, "\n".join(started.errors)

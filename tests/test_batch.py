@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,14 @@ def folder(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> str:
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a model is a failure."""
 
+    def refuse(name: str) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(batch, "load_for_inference", refuse)
+    monkeypatch.setattr(batch, "_identity", lambda name: {"weights": name})
+
+
+def refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str) -> None:
         raise AssertionError("weights were loaded")
 
@@ -89,7 +96,7 @@ def test_rows_in_order_and_whole(batch_size: str, folder: str, tmp_path: Path) -
 
 
 def test_chunks_keep_the_order(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "CHUNK", 2)
+    monkeypatch.setattr(batch, "WINDOW", 4)
     rows = [{"prompt": "7" * (1 + i * 5 % 17), "i": i} for i in range(23)]
     generate_file(folder, write(tmp_path / "in.jsonl", *rows), tmp_path / "out", max_new_tokens=4, batch_size="2")
     assert [row["i"] for row in read(tmp_path / "out")] == list(range(23))
@@ -110,7 +117,7 @@ def test_what_came_in_is_never_written_over(folder: str, tmp_path: Path, capsys:
     assert second["input_finish_reason"] == "stop"
     assert "keep it as input_response" in capsys.readouterr().err
     before = target.read_bytes()
-    generate_file("./none", source, target, max_new_tokens=4)  # and the second call knows its own rows
+    generate_file(folder, source, target, max_new_tokens=4)  # and the second call knows its own rows
     assert target.read_bytes() == before
 
 
@@ -134,37 +141,63 @@ BAD = [
 ]
 
 
-@pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize(("row", "message"), BAD)
-def test_a_bad_line_is_named(row: Any, message: str, tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", {"prompt": "fine"}, "", row, {"prompt": "fine"})
-    with pytest.raises(DataError) as raised:
-        generate_file("./none", source, tmp_path / "out.jsonl")
-    text = str(raised.value)
-    assert text.startswith(f"{source}: 1 bad line\n  line 3")
-    assert message in text
-    assert raised.value.exit_code == 2
-    assert not (tmp_path / "out.jsonl").exists()
+def rejected(target: Path) -> list[dict[str, Any]]:
+    return read(target.with_name(target.name + ".rejected.jsonl"))
+
+
+def test_bad_lines_are_named_and_set_aside(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for row, _ in BAD for line in ({"prompt": f"fine {len(str(row))}"}, "", row)]
+    source, target = write(tmp_path / "in.jsonl", *lines, {"prompt": "7" * 200}), tmp_path / "out.jsonl"
+    generate_file(folder, source, target, max_new_tokens=2)
+    made = read(target)
+    assert [{"prompt": row["prompt"]} for row in made] == lines[::3]
+    aside = rejected(target)
+    assert [row["line"] for row in aside] == [*range(3, 3 * len(BAD) + 1, 3), 3 * len(BAD) + 1]
+    for row, (bad, message) in zip(aside, BAD, strict=False):
+        assert message in row["reason"] or message in f"column 2: {row['reason']}"
+        assert row["text"] == (bad if isinstance(bad, str) else json.dumps(bad, ensure_ascii=False))
+    assert aside[-1]["reason"].startswith("the prompt has 2")
+    err = capsys.readouterr().err
+    assert f"{source}: 14 lines are set aside in {target}.rejected.jsonl\n  line 3" in err
+    assert err.count("\n  line ") == 10
+    assert "and 4 more" in err
+    before = target.read_bytes()
+    generate_file(folder, source, target, max_new_tokens=2)
+    assert "holds all 13 answers already" in capsys.readouterr().err
+    assert (target.read_bytes(), rejected(target)) == (before, aside)
+
+
+def test_a_mended_input_goes_on(folder: str, tmp_path: Path) -> None:
+    """Lines that were set aside and come again, mended, behind the others."""
+    rows: list[Any] = [{"prompt": "a"}, "{", {"prompt": "7" * 200}, {"prompt": "b"}]
+    source, target = write(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
+    generate_file(folder, source, target, max_new_tokens=2)
+    assert [row["line"] for row in rejected(target)] == [2, 3]
+    write(source, *rows, {"prompt": "c"})
+    generate_file(folder, source, target, max_new_tokens=2)
+    assert [row["prompt"] for row in read(target)] == ["a", "b", "c"]
 
 
 @pytest.mark.usefixtures("no_model")
-def test_many_bad_lines_and_none(tmp_path: Path) -> None:
+def test_nothing_but_bad_lines(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", *["{"] * 13)
-    with pytest.raises(DataError, match=r"13 bad lines\n  line 1, (.|\n)*\n  line 10, .*\n  and 3 more$"):
+    with pytest.raises(DataError, match=r"no rows that can be asked\n  line 1, (.|\n)*\n  line 10, .*\n  and 3 more$"):
         read_rows(source)
     with pytest.raises(DataError, match="holds no rows"):
         read_rows(write(source, "", " "))
     with pytest.raises(DataError, match="there is no file"):
         read_rows(tmp_path / "none.jsonl")
-    source.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
-    with pytest.raises(DataError, match="line 2: not UTF-8 at byte 13"):
-        read_rows(source)
+    source.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n' + b'{"prompt": "b", "x": ' + b"[" * 200_000)
+    rows, bad = read_rows(source)
+    assert len(rows) == 1
+    assert str(bad[0]) == "line 2: not UTF-8 at byte 13"
+    assert bad[1].line == 3
 
 
 def test_windows_files_are_read(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes('\ufeff{"prompt": "a"}\r\n{"prompt": "é"}\r\n'.encode())
-    assert [row["prompt"] for _, row, _ in read_rows(source)] == ["a", "é"]
+    assert [row.row["prompt"] for row in read_rows(source)[0]] == ["a", "é"]
 
 
 @pytest.mark.usefixtures("no_model")
@@ -185,26 +218,75 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str, tmp_path:
         generate_file("./none", write(tmp_path / "in.jsonl", *ROWS), tmp_path / "out.jsonl", **settings)
 
 
-def test_prompts_that_fill_the_context_are_named_before_the_first_answer(folder: str, tmp_path: Path) -> None:
-    rows = [{"prompt": "Hi"}, "", {"prompt": "7" * 200}, {"prompt": "8" * 300}]
-    with pytest.raises(DataError) as raised:
-        generate_file(folder, write(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl")
-    assert "2 of 3 prompts cannot be answered\n  line 3: the prompt has 2" in str(raised.value)
-    assert "line 4: the prompt has 3" in str(raised.value)
-    assert not (tmp_path / "out.jsonl").exists()
+def test_no_prompt_that_fits(folder: str, tmp_path: Path) -> None:
+    source, target = write(tmp_path / "in.jsonl", {"prompt": "7" * 200}), tmp_path / "out.jsonl"
+    with pytest.raises(DataError, match="none of its prompts can be answered"):
+        generate_file(folder, source, target)
+    assert not target.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- continuing
 
 
-@pytest.mark.usefixtures("no_model")
-def test_complete_is_said_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write(tmp_path / "in.jsonl", *ROWS)
-    target = write(tmp_path / "out.jsonl", *[{**row, "response": "x", "finish_reason": "stop"} for row in ROWS])
+def test_complete_is_said_without_a_model(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", *ROWS), tmp_path / "out.jsonl"
+    generate_file(folder, source, target, max_new_tokens=3)
     before = target.read_bytes()
-    generate_file("./none", source, target)
+    assert sorted(p.name for p in tmp_path.glob("out*")) == ["out.jsonl", "out.jsonl.meta.json"]
+    refuse_models(monkeypatch)
+    generate_file(folder, source, target, max_new_tokens=3)
     assert f"holds all {len(ROWS)} answers already" in capsys.readouterr().err
     assert target.read_bytes() == before
+
+
+def test_another_model_or_setting_does_not_go_on_with_a_file(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    source, target = write(tmp_path / "in.jsonl", *ROWS), tmp_path / "out.jsonl"
+    generate_file(folder, source, target, max_new_tokens=3)
+    lines = target.read_bytes().split(b"\n")
+    target.write_bytes(b"\n".join(lines[:3]) + b"\n")
+    before = target.read_bytes()
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    generate_file(str(moved), source, tmp_path / "other.jsonl", max_new_tokens=3)
+    refuse_models(monkeypatch)
+    for settings, key in (
+        ({"max_new_tokens": 4}, "max_new_tokens: found 3, and now 4"),
+        ({"temperature": 0.5}, "temperature: found 0.0, and now 0.5"),
+        ({"top_p": 0.5}, "top_p: found 1.0, and now 0.5"),
+        ({"backend": "vllm"}, 'backend: found "transformers", and now "vllm"'),
+        ({"base": str(moved)}, "base"),
+    ):
+        with pytest.raises(UsageError, match=f"begun with another {key}|row 1 of the input") as raised:
+            generate_file(folder, source, target, **{"max_new_tokens": 3, **settings})  # type: ignore[arg-type]
+        assert raised.value.exit_code == 2
+        assert "name another file, or remove it" in str(raised.value)
+    (moved / "chat_template.jinja").write_text("{{ messages[-1].content }}{{ eos_token }}")
+    with pytest.raises(UsageError, match="begun with another model"):
+        generate_file(str(moved), source, target, max_new_tokens=3)
+    (tmp_path / "out.jsonl.meta.json").unlink()
+    with pytest.raises(UsageError, match=r"there is no .*out.jsonl.meta.json to say which model"):
+        generate_file(folder, source, target, max_new_tokens=3)
+    (tmp_path / "out.jsonl.meta.json").write_text("{")
+    with pytest.raises(UsageError, match="is not readable as JSON"):
+        generate_file(folder, source, target, max_new_tokens=3)
+    assert target.read_bytes() == before
+
+
+def test_the_same_model_elsewhere_goes_on(folder: str, tmp_path: Path) -> None:
+    import shutil
+
+    source, target = write(tmp_path / "in.jsonl", *ROWS), tmp_path / "out.jsonl"
+    generate_file(folder, source, target, max_new_tokens=3)
+    whole = target.read_bytes()
+    target.write_bytes(whole[: whole.index(b"\n") + 1])
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    generate_file(str(moved), source, target, max_new_tokens=3)
+    assert target.read_bytes() == whole
 
 
 @pytest.mark.usefixtures("no_model")
@@ -249,32 +331,165 @@ def test_a_half_written_line_is_made_anew(cut: int, folder: str, tmp_path: Path)
     assert target.read_bytes() == whole
 
 
-def test_killed_and_continued(folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """kill -9 in the middle; the same command completes the file, equal to one that was never interrupted."""
-    rows = [{"prompt": f"{i} " + "7" * (i % 13), "i": i} for i in range(40)]
+def test_killed_many_times_and_continued(folder: str, tmp_path: Path) -> None:
+    """kill -9 at random, again and again: what was made is kept, no line is lost or there twice."""
+    import random
+
+    rows = [{"prompt": f"{i} " + "7" * (i * 7 % 13), "i": i} for i in range(60)]
     source, target = write(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
-    command = [
-        *(sys.executable, "-m", "instructft", "generate", folder, "--input", str(source), "--output", str(target)),
-        *("--max-new-tokens", "24", "--batch-size", "1"),
-    ]
+    script = (
+        "import os, random, signal, sys\n"
+        "from pathlib import Path\n"
+        "from instructft import batch, batch_file\n"
+        "model, source, target, left = sys.argv[1:]\n"
+        "left = int(left)\n"
+        "put = batch_file.Output.put\n"
+        "def counted(self, i, columns):\n"
+        "    global left\n"
+        "    put(self, i, columns)\n"
+        "    left -= 1\n"
+        "    if left == 0:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "batch_file.Output.put = counted\n"
+        "batch.generate_file(model, Path(source), Path(target), max_new_tokens=12, batch_size='8')\n"
+    )
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while not (target.exists() and target.read_bytes().count(b"\n") >= 8):
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = target.read_bytes()
-    assert 8 <= kept.count(b"\n") < len(rows)
-    with target.open("ab") as file:  # as if it had died in the middle of a write
-        file.write(b'{"prompt": "' + "é".encode()[:1])
-    capfd.readouterr()
-    generate_file(folder, source, target, max_new_tokens=24, batch_size="1")
-    assert f"holds {kept.count(10)} of {len(rows)} answers already" in capfd.readouterr().err
-    assert target.read_bytes().startswith(kept)
-    uninterrupted = tmp_path / "once.jsonl"
-    generate_file(folder, source, uninterrupted, max_new_tokens=24, batch_size="1")
-    assert target.read_bytes() == uninterrupted.read_bytes()
-    assert [row["i"] for row in read(target)] == list(range(40))
+    draw, kept, kills = random.Random(5), 0, 0
+    ahead = tmp_path / "out.jsonl.ahead.jsonl"
+    while True:
+        left = draw.randint(5, 25)
+        command = [sys.executable, "-c", script, folder, str(source), str(target), str(left)]
+        code = subprocess.run(command, env=env, capture_output=True, check=False, timeout=120).returncode
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        kills += 1
+        made = [row["i"] for row in read(target)]
+        assert made == list(range(len(made)))
+        waiting = {row["line"] for row in read(ahead)} - {i + 1 for i in made}
+        assert len(made) + len(waiting) == kept + left  # every answer is kept as it comes
+        kept += left
+        for file in (target, ahead):  # as if it had died in the middle of a write
+            with file.open("ab") as handle:
+                handle.write(b'{"prompt": "' + "é".encode()[:1] if file.stat().st_size else b"")
+    assert kills >= 2
+    assert not ahead.exists()
+    once = tmp_path / "once.jsonl"
+    generate_file(folder, source, once, max_new_tokens=12, batch_size="8")
+    assert [row["i"] for row in read(target)] == list(range(60))
+    assert target.read_bytes() == once.read_bytes()
+
+
+# --------------------------------------------------------------------------------------------- a second model, and vLLM
+
+
+def test_base_beside(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from instructft.generate import load_for_inference
+
+    other = load_for_inference(folder)[0]
+    with __import__("torch").no_grad():
+        for weight in other.parameters():
+            weight.mul_(-1.3)
+    other.save_pretrained(tmp_path / "base")
+    load_for_inference(folder)[1].save_pretrained(tmp_path / "base")
+    rows = [*ROWS, {"prompt": "x", "base_response": "mine"}]
+    source, target = write(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
+    generate_file(folder, source, target, max_new_tokens=6, base=str(tmp_path / "base"))
+    made = read(target)
+    asked = [*ASKED, [{"role": "user", "content": "x"}]]
+    for column, name in (("", folder), ("base_", str(tmp_path / "base"))):
+        answers = Generator(*load_for_inference(name)).answers(asked, max_new_tokens=6)
+        assert [row[f"{column}response"] for row in made] == [a.text for a in answers]
+        assert [row[f"{column}finish_reason"] for row in made] == [a.finish_reason for a in answers]
+    assert any(row["response"] != row["base_response"] for row in made)
+    assert made[-1]["input_base_response"] == "mine"
+    whole = target.read_bytes()
+    target.write_bytes(whole[: len(whole) // 2])
+    generate_file(folder, source, target, max_new_tokens=6, base=str(tmp_path / "base"))
+    assert target.read_bytes() == whole
+    with pytest.raises(UsageError, match="--base start needs a run folder"):
+        generate_file(folder, source, tmp_path / "new.jsonl", base="start")
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A stand-in with vLLM's names, which answers each prompt with its length in sevens; what it was given."""
+    import types
+
+    calls: list[dict[str, Any]] = []
+
+    class LLM:
+        def __init__(self, model: str, **options: Any):
+            calls.append({"model": model, **options})
+
+        def generate(
+            self, prompts: Any, sampling_params: Any = None, *, use_tqdm: bool = True, lora_request: Any = None
+        ) -> list[Any]:
+            calls.append({"prompts": prompts, "sampling": sampling_params, "lora": lora_request})
+            out = []
+            for n, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
+                ids = [25] * (len(prompt["prompt_token_ids"]) % 3 + 1)
+                stop, reason = params["stop_token_ids"], "stop" if n % 2 else "length"
+                whole = [*ids, stop[0]] if n % 4 == 1 else ids  # some releases leave the stop token out
+                output = types.SimpleNamespace(token_ids=whole, finish_reason=reason)
+                out.append(types.SimpleNamespace(outputs=[output]))
+            return out
+
+    module = types.ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, lambda **k: k  # type: ignore[attr-defined]
+    request = types.ModuleType("vllm.lora.request")
+    request.LoRARequest = lambda *a: a  # type: ignore[attr-defined]
+    for name, made in (("vllm", module), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", request)):
+        monkeypatch.setitem(sys.modules, name, made)
+    return calls
+
+
+def test_vllm_is_given_our_ids(folder: str, vllm: list[dict[str, Any]], tmp_path: Path, tokenizer: Any) -> None:
+    from instructft.encode import encode_prompt
+
+    source, target = write(tmp_path / "in.jsonl", *ROWS), tmp_path / "out.jsonl"
+    generate_file(folder, source, target, max_new_tokens=9, temperature=0.5, top_p=0.9, backend="vllm")
+    load, call = vllm
+    assert load == {"model": folder, "skip_tokenizer_init": True}
+    assert [p["prompt_token_ids"] for p in call["prompts"]] == [encode_prompt(m, tokenizer) for m in ASKED]
+    for params in call["sampling"]:
+        assert params["stop_token_ids"] == [tokenizer.eos_token_id]
+        assert (params["temperature"], params["top_p"], params["max_tokens"]) == (0.5, 0.9, 9)
+        assert params["detokenize"] is False
+    assert call["lora"] is None
+    made = read(target)
+    assert [row["finish_reason"] for row in made] == [("length", "stop")[n % 2] for n in range(len(ROWS))]
+    letter = tokenizer.decode([25])
+    assert [row["response"] for row in made] == [
+        (letter * (len(p["prompt_token_ids"]) % 3 + 1)).strip() for p in call["prompts"]
+    ]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_vllm_and_adapters(plain: bool, vllm: list[dict[str, Any]], tmp_path: Path) -> None:
+    from test_adapter_files import make_adapter, make_base
+
+    from instructft.vllm_backend import VllmGenerator
+
+    base = make_base("llama", tmp_path / "base")
+    adapter, *_ = make_adapter(base, tmp_path / "adapter", use_dora=not plain)
+    if not plain:
+        with pytest.raises(UsageError, match="Merge it first: instructft merge"):
+            VllmGenerator(str(adapter))
+        assert vllm == []
+        return
+    VllmGenerator(str(adapter)).answers([[{"role": "user", "content": "Hi"}]], 5)
+    assert vllm[0] == {"model": str(base), "skip_tokenizer_init": True, "enable_lora": True, "max_lora_rank": 8}
+    assert vllm[1]["lora"] == ("adapter", 1, str(adapter))
+
+
+def test_vllm_that_is_not_there(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    source = write(tmp_path / "in.jsonl", *ROWS)
+    with pytest.raises(UsageError, match="vLLM is not installed here"):
+        generate_file(folder, source, tmp_path / "out.jsonl", backend="vllm")
+    with pytest.raises(UsageError, match="expected transformers or vllm"):
+        generate_file(folder, source, tmp_path / "out.jsonl", backend="tgi")
+    with pytest.raises(UsageError, match="--base needs --backend transformers"):
+        generate_file(folder, source, tmp_path / "out.jsonl", backend="vllm", base="start")
+    assert not (tmp_path / "out.jsonl").exists()

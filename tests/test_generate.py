@@ -19,6 +19,7 @@ from instructft.answer import Generator, _Pieces
 from instructft.encode import encode_conversation, encode_prompt
 from instructft.errors import ModelError, UsageError
 from instructft.generate import Chat, generate, load_for_inference, locate
+from instructft.rolling import Batch
 from instructft.templates import TEMPLATES
 
 CAPITALS = {"France": "Paris.", "Japan": "東京 🗼!", "Peru": "Lima\nis it.", "Cuba": "La Habana, Cuba."}
@@ -200,27 +201,29 @@ def test_prompt_longer_than_the_context(trained: tuple[Any, Any]) -> None:
 def test_out_of_memory_halves_and_remembers(trained: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     generator = Generator(*trained)
     sizes: list[int] = []
-    original = generator._continue
+    original = Batch._generate
 
-    def little_memory(prompts: list[Any], *rest: Any) -> Any:
-        sizes.append(len(prompts))
-        if len(prompts) > 5:
+    def little_memory(self: Batch, rows: list[Any], *rest: Any) -> Any:
+        sizes.append(len(rows) if rest[0] is not None else len({id(row) for row in [*self.rows, *rows]}))
+        if sizes[-1] > 5:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
-        return original(prompts, *rest)
+        return original(self, rows, *rest)
 
-    monkeypatch.setattr(generator, "_continue", little_memory)
+    monkeypatch.setattr(Batch, "_generate", little_memory)
     countries = list(CAPITALS) * 4
     assert [a.text for a in generator.answers([said(c) for c in countries])] == [CAPITALS[c] for c in countries]
-    assert sizes == [16, 8, 4, 4, 4, 4]
+    assert sizes[:3] == [16, 8, 4]
+    assert max(sizes[2:]) == 4
+    sizes.clear()
     generator.answers([said("Peru")] * 6)
-    assert sizes[6:] == [4, 2]  # what worked is kept
+    assert max(sizes) == 4  # what worked is kept
     with pytest.raises(ModelError, match="6 prompts at once do not fit"):
         generator.answers([said("Peru")] * 6, batch_size=6)
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(generator, "_continue", broken)
+    monkeypatch.setattr(Batch, "_generate", broken)
     with pytest.raises(RuntimeError, match="something else"):
         generator.answers([said("Peru")])
 
@@ -350,15 +353,16 @@ def test_the_model_is_given_the_prompt_that_was_trained(
         [{"role": "user", "content": "Who?", "context": "It was Ada."}],
     ]
     generate(model, conversations, tokenizer=tokenizer, max_new_tokens=2)
+    batch = calls[0]
+    calls.clear()
     for messages in conversations:
         list(Generator(model, tokenizer).stream(messages, 2))
-    batch = calls[0]
     given = [row[keep.bool()].tolist() for row, keep in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     prompts = [encode_prompt(messages, tokenizer) for messages in conversations]
     assert sorted(given) == sorted(prompts)
     # all of the padding stands on the left
     assert all(keep.tolist() == sorted(keep.tolist()) for keep in batch["attention_mask"])
-    assert [call["input_ids"].tolist() for call in calls[1:]] == [[prompt] for prompt in prompts]
+    assert [call["input_ids"].tolist() for call in calls] == [[prompt] for prompt in prompts]
     for messages, prompt in zip(conversations, prompts, strict=True):
         whole = encode_conversation([*messages, {"role": "assistant", "content": "Yes, 3."}], tokenizer)["input_ids"]
         assert whole[: len(prompt)] == prompt
@@ -430,7 +434,7 @@ def test_hub_id_with_revision(trained: tuple[Any, Any], monkeypatch: pytest.Monk
 
     asked: list[tuple[str, str]] = []
 
-    def tokenizer(name: str, revision: str) -> Any:
+    def tokenizer(name: str, revision: str, **_: Any) -> Any:
         asked.append((name, revision))
         return trained[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import select
@@ -16,8 +17,10 @@ from typing import Any
 import pytest
 import torch
 
+from instructft.chat_commands import HELP, Commands
+from instructft.errors import UsageError
 from instructft.generate import Chat
-from instructft.terminal import HELP, converse
+from instructft.terminal import converse
 
 
 @pytest.fixture
@@ -87,6 +90,193 @@ def test_each_command(talk: Any, tiny_model: Any, tokenizer: Any, monkeypatch: p
     assert say("/exit", "never read") == []
     assert say("/quit", "never read") == []
     assert chat.turns == []
+
+
+def test_sampling_limits(talk: Any, tiny_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = Chat(tiny_model, tokenizer, max_new_tokens=6)
+    given: list[tuple[Any, ...]] = []
+
+    def stream(messages: Any, *settings: Any) -> Iterator[str]:
+        given.append(settings[:3])
+        yield "ok"
+
+    monkeypatch.setattr(chat.generator, "stream", stream)
+    out, _ = talk("/top_p 0.9\n/temp 0.5\n/top-p 0.8\n/max 17\nHi\n", chat)
+    assert out == [
+        "(top_p 0.9, once /temp is above 0)",
+        "(temperature 0.5)",
+        "(top_p 0.8)",
+        "(at most 17 tokens in an answer)",
+        "ok",
+    ]
+    assert given == [(17, 0.5, 0.8)]
+    for bad in ("0", "1.1", "x", "nan", ""):
+        assert talk(f"/top_p {bad}", chat)[0] == [
+            f"(/top_p takes a number above 0 and up to 1, not {bad or 'nothing'})"
+        ]
+    for bad in ("0", "-4", "1.5", "²", ""):
+        assert talk(f"/max {bad}", chat)[0] == [f"(/max takes a number of tokens, 1 or more, not {bad or 'nothing'})"]
+    assert (chat.top_p, chat.max_new_tokens) == (0.8, 17)
+
+
+def test_undo_and_retry(talk: Any, tiny_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = Chat(tiny_model, tokenizer, max_new_tokens=6)
+    echo(chat, monkeypatch)
+    assert talk("/undo\n/retry\n", chat)[0] == [
+        "(there is nothing to take back)",
+        "(there is nothing to answer again)",
+    ]
+    talk("one\ntwo\n", chat)
+    both = list(chat.turns)
+    echo(chat, monkeypatch, "No, {}.")
+    assert talk("/retry", chat)[0] == [
+        "(temperature 0 gives the same answer again; /temp 0.7 varies it)",
+        "No, two.",
+    ]
+    assert chat.turns == [*both[:3], {"role": "assistant", "content": "No, two."}]
+    echo(chat, monkeypatch, "")
+    assert talk("/temp 1\n/retry", chat)[0] == ["(temperature 1)", "(no answer)"]
+    assert chat.turns[-1]["content"] == "No, two."  # nothing came: the old answer stays
+    assert talk("/undo", chat)[0] == ["(taken back: two)"]
+    assert chat.turns == both[:2]
+    assert talk("/undo\n/undo", chat)[0] == ["(taken back: one)", "(there is nothing to take back)"]
+
+
+def test_save_is_a_row_to_train_on(
+    talk: Any, tiny_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All turns are in it, also those that have left the context; read back by the loader of training data."""
+    from instructft.data import file_conversations
+
+    chat = Chat(tiny_model, tokenizer, system="S", max_new_tokens=6)
+    echo(chat, monkeypatch)
+    file, digits = tmp_path / "talk.jsonl", "4" * 40
+    assert talk(f"/save {file}", chat)[0] == ["(there is no conversation to save)"]
+    out, _ = talk(f"{digits}\nnext\n{digits}\n/save {file}\n", chat)
+    assert chat.left == 2
+    assert out[-1] == f"(saved to {file})"
+    turns = [(r, c) for q in (digits, "next", digits) for r, c in (("user", q), ("assistant", f"Yes, {q}."))]
+    expected = [{"role": "system", "content": "S"}, *({"role": r, "content": c} for r, c in turns)]
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [{"messages": expected}]
+    (row,) = file_conversations(str(file))
+    assert (row["messages"] if isinstance(row, dict) else row) == expected
+    before = file.read_bytes()
+    assert talk(f"/save {file}", chat)[0] == [f"({file} exists already; name another file)"]
+    assert file.read_bytes() == before
+    assert talk("/save talk.txt\n/save", chat)[0] == [
+        "(/save takes a file name that ends in .jsonl, not talk.txt)",
+        "(/save takes a file name that ends in .jsonl, not nothing)",
+    ]
+    assert "could not be written" in talk(f"/save {tmp_path / 'no' / 'x.jsonl'}", chat)[0][0]
+
+
+def test_an_answer_that_was_cut_off_is_saved_without_loss(
+    talk: Any, tiny_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    import threading
+
+    from instructft.encode import encode_conversation
+
+    with torch.no_grad():
+        tiny_model.transformer.wte.weight[tokenizer.eos_token_id] = 0
+    chat = Chat(tiny_model, tokenizer, max_new_tokens=6)
+    assert chat.send("Hi")
+    assert chat.finish_reason == "length"
+    assert len(chat.turns) == 2
+    stopped = threading.Event()
+    pieces = chat.stream("Ho", stopped)
+    next(pieces)
+    stopped.set()
+    list(pieces)
+    assert chat.finish_reason == "stopped"
+    talk(f"/save {tmp_path / 'a.jsonl'}", chat)
+    messages = json.loads((tmp_path / "a.jsonl").read_text())["messages"]
+    assert [m.get("weight") for m in messages] == [None, 0, None, 0]
+    assert set(encode_conversation(messages, tokenizer)["labels"]) == {-100}
+    assert not any("weight" in m for m in chat.messages)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_compare_asks_what_the_run_began_from(
+    kind: str,
+    talk: Any,
+    write_recipe: Callable[..., Path],
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The base's own answer, to the same conversation; of an adapter no second model is loaded."""
+    from test_adapter_files import make_adapter, make_base
+
+    import instructft
+    from instructft import beside as beside_module
+    from instructft.generate import Generator, load_for_inference
+
+    if kind == "full":
+        recipe = instructft.load_recipe(write_recipe())
+        base = instructft.load_model(recipe, tokenizer).eval()
+        tuned = instructft.load_model(recipe, tokenizer)
+        with torch.no_grad():
+            for weight in tuned.parameters():
+                weight.mul_(3)
+        tuned.save_pretrained(tmp_path / "run")
+        tokenizer.save_pretrained(tmp_path / "run")
+        (tmp_path / "run" / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    else:
+        folder = make_base("gpt2", tmp_path / "base")
+        make_adapter(folder, tmp_path / "run")
+        base = type(load_for_inference(str(tmp_path / "run"))[0].get_base_model()).from_pretrained(folder)
+    chat = Chat(str(tmp_path / "run"), max_new_tokens=8)
+    loads: list[str] = []
+    for name in ("load_model", "load_base", "load_bare"):
+        original = getattr(beside_module, name)
+        monkeypatch.setattr(
+            beside_module, name, lambda *a, _o=original, _n=name, **k: (loads.append(_n), _o(*a, **k))[1]
+        )
+
+    def run(text: str) -> str:
+        out: list[str] = []
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        monkeypatch.setattr(sys, "stdout", Written(out))
+        converse(chat, str(tmp_path / "run"))
+        return "".join(out)
+
+    assert run("/compare") == "(/compare takes a question, or comes after one)\n"
+    assert loads == []
+    said = run("Hello there\n/compare\n")
+    own = chat.turns[1]["content"]
+    other = Generator(base.eval(), chat.generator.tokenizer)
+    alone = "".join(other.stream([{"role": "user", "content": "Hello there"}], 8))
+    assert alone.strip() != own
+    assert said.endswith(f"tuned:\n{own}\nbase:\n{alone}\n")
+    again = run("/compare And now?\n")
+    history = [*chat.turns[:2], {"role": "user", "content": "And now?"}]
+    assert again.endswith("base:\n" + ("".join(other.stream(history, 8)) or "(no answer)") + "\n")
+    assert "tuned:\n" in again
+    assert loads == (["load_model"] if kind == "full" else [])
+    assert "".join(chat.generator.stream(history[:1], 8)).strip() == own  # the tuned model is itself again
+
+
+class Written(io.StringIO):
+    """A standard output that collects what is printed."""
+
+    def __init__(self, out: list[str]):
+        super().__init__()
+        self.out = out
+
+    def write(self, text: str) -> int:
+        self.out.append(text)
+        return len(text)
+
+
+def test_compare_where_nothing_is_known_of_a_base(talk: Any, tmp_path: Path, tiny_model: Any, tokenizer: Any) -> None:
+    tiny_model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    chat = Chat(tiny_model, tokenizer, max_new_tokens=3)
+    chat.turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    with pytest.raises(UsageError, match="says what the run began from; there is none beside"):
+        Commands(chat, str(tmp_path / "m"), "start", print, lambda ask: None).carry_out("/compare")
+    assert [m["content"] for m in chat.turns] == ["Hi", "Ho"]
 
 
 def test_a_full_context_is_announced_before_the_answer(
@@ -191,7 +381,7 @@ def test_in_a_terminal(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
 
     terminal = Terminal(sys.executable, "-m", "instructft", "chat", str(tmp_path), "--max-new-tokens", "50000")
     try:
-        terminal.wait_for("/help lists the commands, /exit leaves")
+        terminal.wait_for("/help lists the commands, /quit leaves")
         terminal.wait_for(">")
         terminal.type("Hello there\r")
         terminal.wait_for("zzzz")
@@ -199,7 +389,7 @@ def test_in_a_terminal(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
         terminal.wait_for("(stopped)")
         terminal.wait_for(">")
         terminal.type("\x03")  # at the prompt
-        terminal.wait_for("(Ctrl-D or /exit leaves)")
+        terminal.wait_for("(Ctrl-D or /quit leaves)")
         terminal.wait_for(">")
         terminal.type("/help\r")
         terminal.wait_for("Ctrl-C stops an answer")
@@ -208,9 +398,24 @@ def test_in_a_terminal(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
         terminal.wait_for("Hello there")
         terminal.type("\x03")
         terminal.wait_for(">")
-        terminal.type("/temp 0.5\r")
-        terminal.wait_for("(temperature 0.5)")
-        terminal.wait_for(">")
+        for command, answer in (
+            ("/temp 0.5", "(temperature 0.5)"),
+            ("/top_p 0.9", "(top_p 0.9)"),
+            ("/max 3", "(at most 3 tokens in an answer)"),
+            ("/retry", "zzz (cut off; /max allows more tokens)"),
+            ("/compare", "there is none beside"),
+            (f"/save {tmp_path / 'talk.jsonl'}", "(saved to "),
+            ("/undo", "(taken back: Hello there)"),
+            ("Hi", "zzz"),
+            ("/system Be brief.", "(system prompt set; a new conversation)"),
+            ("/reset", "(a new conversation)"),
+            ("/nonsense", "(/nonsense is unknown; /help lists the commands)"),
+        ):
+            terminal.type(command + "\r")
+            terminal.wait_for(command.split()[0])
+            terminal.wait_for(answer)
+            terminal.wait_for(">")
+        assert json.loads((tmp_path / "talk.jsonl").read_text())["messages"][1]["weight"] == 0
         terminal.type("\x04")
         assert terminal.process.wait(timeout=30) == 0
         assert "Traceback" not in terminal.screen
