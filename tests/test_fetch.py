@@ -200,11 +200,21 @@ def test_by_the_command_on_another_machine(
     assert done.returncode == 0, done.stderr
     assert "7 steps done" in done.stdout
     assert done.stdout.splitlines()[-1].startswith(f"pushed {hub.url}/{REPO}")
+    # and the token is nowhere but in the headers of requests
+    canary = hub.token.encode()
+    assert any(canary in str(request.headers).encode() for request in hub.requests)
+    written = [path for path in (tmp_path / "second").rglob("*") if path.is_file()]
+    assert len(written) > 20
+    leaks = [str(path) for path in written if canary in path.read_bytes()]
+    leaks += [request.path for request in hub.requests if canary in request.body or canary in request.path.encode()]
+    leaks += [path for path, content in hub.files(REPO).items() if canary in content]
+    assert leaks == []
     assert hub.token not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("kind", ["503", "drop"])
 def test_a_hub_that_dies_during_a_run_does_not_end_it(
-    hub: Any, machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    hub: Any, machine: Any, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """The run is finished and whole; its last line says what was not pushed, and the command that would."""
     import instructft.patience
@@ -218,7 +228,7 @@ def test_a_hub_that_dies_during_a_run_does_not_end_it(
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 4:
                 for route in ("info", "whoami", "create", "commit"):
-                    hub.fault(route, "503", 10_000)
+                    hub.fault(route, kind, 10_000)
 
     with monkeypatch.context() as patch:
         interrupt(patch, Dies())

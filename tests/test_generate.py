@@ -16,10 +16,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import instructft
 from instructft import answer as answer_module
 from instructft.answer import Generator, _Pieces
-from instructft.encode import encode_conversation, encode_prompt
+from instructft.encode import encode_conversation, encode_prompt, encoder
 from instructft.errors import ModelError, UsageError
 from instructft.generate import Chat, generate, load_for_inference, locate
-from instructft.rolling import Batch
+from instructft.rolling import Batch, Row
 from instructft.templates import TEMPLATES
 
 CAPITALS = {"France": "Paris.", "Japan": "東京 🗼!", "Peru": "Lima\nis it.", "Cuba": "La Habana, Cuba."}
@@ -367,6 +367,91 @@ def test_the_model_is_given_the_prompt_that_was_trained(
         whole = encode_conversation([*messages, {"role": "assistant", "content": "Yes, 3."}], tokenizer)["input_ids"]
         assert whole[: len(prompt)] == prompt
         assert len(whole) > len(prompt)
+
+
+OWN = {  # templates that models bring along
+    "headers": (
+        "{% for m in messages %}<|h|>{{ m.role }}<|/h|>\n\n{{ m.content | trim }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|h|>assistant<|/h|>\n\n{% endif %}"
+    ),
+    "system by default": (
+        "{% if messages[0].role != 'system' %}You help.\n{% endif %}"
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("template", [*sorted(TEMPLATES), *OWN])
+def test_chat_goes_on_from_what_training_would_see(
+    template: str, tiny_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several turns with a system prompt: the ids that chat feeds are a prefix of the trained row, turn by turn."""
+    tokenizer.chat_template = OWN.get(template) or TEMPLATES[template].text()
+    if template == "chatml":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        tiny_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    fed: list[list[int]] = []
+
+    def made(**given: Any) -> None:
+        fed.append(given["input_ids"][0].tolist())
+        answer = tokenizer(f" Answer {len(fed)}.", add_special_tokens=False)["input_ids"]
+        given["streamer"].put(given["input_ids"])
+        for token in [*answer, encoder(tokenizer).stop_token_id]:
+            given["streamer"].put(torch.tensor([token]))
+        given["streamer"].end()
+
+    monkeypatch.setattr(tiny_model, "generate", made)
+    chat = Chat(tiny_model, tokenizer, system="Be brief.", max_new_tokens=6)
+    chat.generator.context = 4096
+    for question in ("Hi", "And  \n now?", "日本 🗼"):
+        assert chat.send(question).startswith("Answer")
+        assert chat.finish_reason == "stop"
+    row = encode_conversation(chat.messages, tokenizer)["input_ids"]
+    assert len(fed) == 3
+    for ids, longer in zip(fed, [*fed[1:], row], strict=True):
+        assert row[: len(ids)] == ids
+        assert len(ids) < len(longer)
+    assert encode_prompt(chat.messages[:-1], tokenizer) == fed[-1]
+
+
+def test_rows_leave_and_join(tiny_model: Any, llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty prompts through a batch of eight: rows come and go, and each answer is that of one alone."""
+    for model in (tiny_model, llama):
+        sharpen(model)
+        with torch.no_grad():  # answers end at random places
+            head = model.get_output_embeddings().weight
+            head[tokenizer.eos_token_id] *= 1.6
+        generator = Generator(model, tokenizer)
+        asked = [ask("7" * (i * 7 % 60) + f" {i}?") for i in range(60)]
+        alone = [generator.answers([one], 24)[0] for one in asked]
+        joined: list[int] = []
+        original = Batch.join
+        monkeypatch.setattr(
+            Batch,
+            "join",
+            lambda self, rows, o=original, joined=joined: (joined.append(len(self.rows)), o(self, rows))[1],
+        )
+        assert generator.answers(asked, 24, batch_size=8) == alone
+        monkeypatch.setattr(Batch, "join", original)
+        assert sum(n > 0 for n in joined) > 5  # most joined others that were on their way
+        assert {a.finish_reason for a in alone} == {"stop", "length"}
+
+
+def test_a_cache_that_cannot_be_cut_is_left_alone(tokenizer: Any) -> None:
+    """A window in the cache: its columns are no tokens' own, so a batch waits for its longest answer."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(3)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, sliding_window=16, **shape)
+    model = sharpen(MistralForCausalLM(config).eval())
+    generator = Generator(model, tokenizer)
+    batch = Batch(generator, 0.0, 1.0)
+    batch.join([Row(0, encode_prompt(ask("Hi"), tokenizer), 4)])
+    assert not batch.rolls
+    asked = [ask("7" * (i * 5 % 40)) for i in range(1, 10)]
+    assert generator.answers(asked, 12, batch_size=4) == [generator.answers([one], 12)[0] for one in asked]
 
 
 def test_space_before_an_answer_is_no_part_of_it(trained: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,7 @@ def test_our_environment_variables_are_read() -> None:
 
 def own_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The README's recipe beside a file of rows, in the current directory."""
-    (text,) = blocks("yaml")
+    text = block_with("yaml", "yaml-language-server")
     (folder / "support.yaml").write_text(text, encoding="utf-8")
     (folder / "support.jsonl").write_text(json.dumps({"question": "Q", "answer": "A"}) + "\n", encoding="utf-8")
     monkeypatch.chdir(folder)
@@ -182,6 +182,10 @@ def test_the_recipe_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     recipe = load_recipe(own_recipe(tmp_path, monkeypatch))
     assert recipe.output_dir == "runs/support"
     assert recipe.data.datasets[0].columns == {"instruction": "question", "output": "answer"}
+    hub = block_with("yaml", "repo_id")
+    path = tmp_path / "hub.yaml"
+    path.write_text(f"model: {{name_or_path: org/name}}\ndata: {{datasets: quickstart}}\n{hub}", encoding="utf-8")
+    assert load_recipe(path).hub.push == "checkpoints"
 
 
 WRONG = """\
@@ -221,25 +225,6 @@ def test_keys_exist() -> None:
         shape = properties[name]
         known = shape["properties"] if "properties" in shape else shape["anyOf"][0]["properties"]
         assert key in known, f"{name}.{key}"
-
-
-def test_what_is_not_here_yet_is_refused() -> None:
-    """When one of these lands, it moves out of that section."""
-    from accelerate import PartialState
-
-    from instructft.train import _refuse_what_is_not_here
-
-    said = section("Not here yet")
-    for override, key in [
-        (["hub={repo_id: me/x, push: end}"], "hub.push"),
-        (["model.subfolder=latest"], "subfolder: latest"),
-    ]:
-        assert key in said
-        base = ["model={name_or_path: org/name}", "data.datasets=[{name: quickstart}]"]
-        with pytest.raises(errors.UsageError, match=re.escape(key.split(":")[0])):
-            _refuse_what_is_not_here(load_recipe("quickstart", [*base, *override]), PartialState())
-    names = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert not {"push", "ui"} & set(names)
 
 
 # Data and templates

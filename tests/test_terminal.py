@@ -177,12 +177,14 @@ def test_an_answer_that_was_cut_off_is_saved_without_loss(
 
     from instructft.encode import encode_conversation
 
-    with torch.no_grad():
-        tiny_model.transformer.wte.weight[tokenizer.eos_token_id] = 0
+    with torch.no_grad():  # every position says the same letter
+        tiny_model.transformer.ln_f.weight.zero_()
+        tiny_model.transformer.ln_f.bias.fill_(1)
+        tiny_model.transformer.wte.weight[tokenizer("z", add_special_tokens=False)["input_ids"][0]] = 5
     chat = Chat(tiny_model, tokenizer, max_new_tokens=6)
+    chat.turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
     assert chat.send("Hi")
     assert chat.finish_reason == "length"
-    assert len(chat.turns) == 2
     stopped = threading.Event()
     pieces = chat.stream("Ho", stopped)
     next(pieces)
@@ -191,8 +193,9 @@ def test_an_answer_that_was_cut_off_is_saved_without_loss(
     assert chat.finish_reason == "stopped"
     talk(f"/save {tmp_path / 'a.jsonl'}", chat)
     messages = json.loads((tmp_path / "a.jsonl").read_text())["messages"]
-    assert [m.get("weight") for m in messages] == [None, 0, None, 0]
-    assert set(encode_conversation(messages, tokenizer)["labels"]) == {-100}
+    assert [m.get("weight") for m in messages] == [None, None, None, 0, None, 0]
+    labels = [label for label in encode_conversation(messages, tokenizer)["labels"] if label != -100]
+    assert tokenizer.decode(labels) == "Ada." + tokenizer.eos_token
     assert not any("weight" in m for m in chat.messages)
 
 
@@ -243,16 +246,14 @@ def test_compare_asks_what_the_run_began_from(
 
     assert run("/compare") == "(/compare takes a question, or comes after one)\n"
     assert loads == []
-    said = run("Hello there\n/compare\n")
+    said = run("Hello there\n/compare\n/compare And now?\n")
     own = chat.turns[1]["content"]
     other = Generator(base.eval(), chat.generator.tokenizer)
-    alone = "".join(other.stream([{"role": "user", "content": "Hello there"}], 8))
-    assert alone.strip() != own
-    assert said.endswith(f"tuned:\n{own}\nbase:\n{alone}\n")
-    again = run("/compare And now?\n")
     history = [*chat.turns[:2], {"role": "user", "content": "And now?"}]
-    assert again.endswith("base:\n" + ("".join(other.stream(history, 8)) or "(no answer)") + "\n")
-    assert "tuned:\n" in again
+    first, second = ("".join(other.stream(asked, 8)) for asked in (history[:1], history))
+    assert first.strip() != own
+    assert f"tuned:\n{own}\nbase:\n{first or '(no answer)'}\ntuned:\n" in said
+    assert said.endswith(f"base:\n{second or '(no answer)'}\n")
     assert loads == (["load_model"] if kind == "full" else [])
     assert "".join(chat.generator.stream(history[:1], 8)).strip() == own  # the tuned model is itself again
 
