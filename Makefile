@@ -21,8 +21,9 @@ quickstart: venv  ## train a small chat model offline, compare it with where it 
 	@printf '\nTalk to it:\n  %s\n' '$(BIN)/instructft chat $(RUN)'
 
 test: export HF_HUB_DISABLE_TELEMETRY := 1
-test: venv  ## run the tests (no network, no GPU)
-	@$(BIN)/python -m pytest $(ARGS)
+test: export OMP_NUM_THREADS ?= 1
+test: venv  ## run the tests (no network, no GPU), on as many cores as there are
+	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal $(ARGS)
 
 lint: venv  ## style and format, checked not changed
 	@$(BIN)/python -m ruff check .

@@ -3,8 +3,9 @@
 #
 #   INSTRUCTFT_BROWSER             -> that one
 #   chromium, google-chrome, …     -> the first that is on the PATH
-#   a Chromium of Playwright       -> that one, fetched into its own cache first (170 MB)
-#   else, as root, on Debian       -> apt-get install chromium
+#   a Chromium of Playwright       -> that one
+#   none, as root on Debian        -> apt-get install chromium
+#   else                           -> Playwright fetches one into its own cache (170 MB)
 #
 # --find only looks, and installs nothing. The tests skip where this finds nothing; they never install.
 set -eu
@@ -28,9 +29,8 @@ with sync_playwright() as playwright:
 if find_one; then exit 0; fi
 if [ "${1:-}" = --find ]; then exit 1; fi
 
-if ! "$python" -m playwright install --with-deps chromium >&2; then
-  if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } >&2
-  fi
+if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } >&2 || :
 fi
+find_one || "$python" -m playwright install --with-deps chromium >&2 || :
 find_one || { echo 'No Chromium could be installed; name one: INSTRUCTFT_BROWSER=/path/to/chromium' >&2; exit 1; }

@@ -314,3 +314,23 @@ def test_in_a_browser(trained: Any) -> None:
         assert strip.locator("text").first.is_visible()
         assert strip.locator("text").first.text_content().startswith("step ")
     assert len(grounds) == len({colour for _, colour in grounds}) == 2
+
+
+def test_the_speed_of_a_line_is_that_of_its_own_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 tokens in 2 s, an evaluation of 50 s that counts for nothing, 300 tokens in 3 s."""
+    from types import SimpleNamespace
+
+    from instructft import watch
+
+    clock = iter([0.0, 2.0, 52.0, 55.0])
+    monkeypatch.setattr(watch.time, "perf_counter", lambda: next(clock))
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    file = watch.MetricsFile(tmp_path / "metrics.jsonl")
+    file.on_train_begin(None, state, None)
+    for step, tokens in ((1, 100.0), (2, 400.0)):
+        file.on_step_begin(None, state, None)
+        state.global_step = step
+        file.on_log(None, state, None, {"loss": 1.0, "num_tokens": tokens})
+        file.on_log(None, state, None, {"eval_loss": 1.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["tokens_per_second"] for line in lines] == [50.0, 100.0]
