@@ -8,7 +8,7 @@ RUN := runs/quickstart
 export OMP_WAIT_POLICY ?= PASSIVE
 unexport TOKENIZERS_PARALLELISM
 
-.PHONY: help quickstart test lint types battery venv clean
+.PHONY: help quickstart test lint types battery bench-gpu venv clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -34,6 +34,9 @@ types: venv  ## static types
 
 battery: export INSTRUCTFT_KILLS := 17
 battery: lint types test quickstart  ## everything above, with fifty killed runs: what a release must pass
+
+bench-gpu: venv  ## speed on one NVIDIA GPU beside TRL and a plain loop; ARGS="--only gpt2" goes to the script
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 venv:  ## the virtual environment with the tested versions, made once
 	@sh scripts/venv.sh

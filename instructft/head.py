@@ -1,9 +1,10 @@
-"""The output head on a CPU: projects only positions that carry loss, and makes their gradient in the same pass.
+"""The output head without Triton: projects only positions that carry loss, and makes their gradient in the same pass.
 
-TRL's fused head scores every position where there is no Triton, prompt and padding included, in blocks of up to half
+On a CPU or a Mac's GPU, TRL's fused head scores every position, prompt and padding included, in blocks of up to half
 a gigabyte that the allocator takes from the system and returns at every step. Here a block of logits stays below
 `_BLOCK_BYTES`, lives in two buffers that are used again, and gives log-probability, entropy, top-1 and gradient at
-once, as Liger's fused cross-entropy does on GPUs (https://arxiv.org/abs/2410.10989). On a GPU TRL's own head stays.
+once, as Liger's fused cross-entropy does on GPUs (https://arxiv.org/abs/2410.10989). With CUDA TRL's own head stays,
+whose Triton kernels score supervised positions only, too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from instructft.adapters import token_rows
+
+# Where TRL has no Triton, scores every position, and nothing is compiled for each new number of them.
+_DEVICES = ("cpu", "mps")
 
 # glibc hands blocks above 32 MiB back to the system when they are freed, and every page of the next one is faulted in
 # anew; that alone was half of the time of a step.
@@ -44,7 +48,7 @@ class Scores(ModelOutput):
 
 def scores(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
     """Score a batch with whatever head the model has: ours, TRL's, or (before trl 1.15, on a GPU) its logits."""
-    if hasattr(trl.trainer.utils, "add_fused_lm_head") or inputs["labels"].device.type == "cpu":
+    if hasattr(trl.trainer.utils, "add_fused_lm_head") or inputs["labels"].device.type in _DEVICES:
         return model(**inputs, use_cache=False, fused_lm_head=True)
     logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits[:, :-1].float()
     labels = inputs["labels"][:, 1:]
@@ -79,7 +83,7 @@ class _SupervisedLogProbs(torch.autograd.Function):
         block = max(1, min(tokens, _BLOCK_BYTES // (4 * vocabulary)))
         logits_buffer, probs_buffer = hidden.new_empty(2, block, vocabulary)
         log_probs, entropy = hidden.new_empty(2, tokens)
-        is_top1 = torch.empty(tokens, dtype=torch.bool)
+        is_top1 = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
         inputs = {"hidden": hidden, "weight": weight, "bias": bias, "rows": rows}
         wanted = dict(zip(inputs, (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4]), strict=True))
         grads = {name: torch.zeros_like(inputs[name]) for name, needed in wanted.items() if needed}
@@ -141,7 +145,7 @@ class _SupervisedLogProbs(torch.autograd.Function):
 def add_supervised_head(model: PreTrainedModel) -> bool:
     """Let `model(..., labels=…, fused_lm_head=True)` score only what carries loss; True when it applies.
 
-    Call it after TRL's `add_fused_lm_head`, whose forward keeps every other case: a GPU, low precision, logits that
+    Call it after TRL's `add_fused_lm_head`, whose forward keeps every other case: CUDA, low precision, logits that
     the architecture scales or caps, mixtures of experts, sharded heads.
     """
     config = model.config.get_text_config()
@@ -166,7 +170,8 @@ def add_supervised_head(model: PreTrainedModel) -> bool:
         head, rows, ids = _head(self)
         weight = head.weight
         labels = kwargs.get("labels")
-        here = weight.device.type == "cpu" and not isinstance(weight, DTensor) and not torch.is_autocast_enabled("cpu")
+        kind = weight.device.type
+        here = kind in _DEVICES and not isinstance(weight, DTensor) and not torch.is_autocast_enabled(kind)
         if not (kwargs.get("fused_lm_head") and here) or labels is None or kwargs.get("shift_labels") is not None:
             return upstream(*args, **kwargs)
         inputs = {k: v for k, v in kwargs.items() if k not in ("fused_lm_head", "labels", "num_items_in_batch")}

@@ -8,7 +8,7 @@ All rows end in the same column; what is left of them is padding (`.`), which th
 
 A batch that waits for its longest answer computes mostly padding: of 32 answers whose lengths spread as those of a
 language model do, the longest has about four times the mean. transformers' own `generate_batch` (5.23) needs paged
-attention, takes 20 to 45 s for a batch of six short prompts with a tiny model on a CPU, and has no place for PEFT.
+attention, and took 20 to 45 s for a batch of six short prompts with a tiny model on a CPU.
 """
 
 from __future__ import annotations

@@ -81,6 +81,7 @@ def collect_facts(
             "cut": {"rows": data.cut, "tokens": data.cut_tokens},
             "tokens": data.tokens["train"],
             "supervised_tokens": data.supervised_tokens["train"],
+            "supervised_share": data.supervised_tokens["train"] / max(data.tokens["train"], 1),
             "padding_share": 1 - seen["tokens"] / max(seen["slots"], 1),
         },
         "train": {

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 from instructft.chat_commands import LEAVE, Commands
 from instructft.errors import InstructftError
@@ -70,7 +71,7 @@ def _turns(terminal: bool) -> Iterator[str]:
 def _answer(chat: Chat, ask: Callable[[threading.Event], Iterator[str]], terminal: bool) -> None:
     """Show an answer as it comes, and say where it was cut off."""
     before, stopped = chat.left, threading.Event()
-    pieces = ask(stopped)
+    pieces: Any = ask(stopped)  # a generator, whose return value is the finish reason
     if chat.left > before:
         _say(f"(the context is full: the oldest {chat.left - before} turns have left it)")
     said, reason = False, None

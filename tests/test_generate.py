@@ -377,7 +377,8 @@ OWN = {  # templates that models bring along
     "system by default": (
         "{% if messages[0].role != 'system' %}You help.\n{% endif %}"
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
-        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
     ),
 }
 

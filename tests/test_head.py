@@ -114,3 +114,49 @@ def test_architectures_that_change_their_logits_keep_trls_head(change: dict[str,
     config = AutoConfig.for_model(**SHAPES["llama"], **change)
     model = AutoModelForCausalLM.from_config(config)
     assert not add_supervised_head(model)
+
+
+def test_a_frozen_head_is_left_alone_and_the_body_is_trained() -> None:
+    """As below an adapter, where the head's gradient would cost as much as its scores."""
+    ours, theirs = models("llama")
+    for model in (ours, theirs):
+        model.get_output_embeddings().weight.requires_grad_(False)
+        model(**batch(), fused_lm_head=True).loss.backward()
+        assert model.get_output_embeddings().weight.grad is None
+    for p, q in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_micro_batches_add_up_to_the_gradient_of_the_whole() -> None:
+    whole, parts = models("gpt2")[0], models("gpt2")[0]
+    inputs = batch()
+    count = (inputs["labels"][:, 1:] != -100).sum()
+    (-whole(**inputs, fused_lm_head=True).log_probs.sum() / count).backward()
+    for i in range(3):
+        one = {name: value[i : i + 1] for name, value in inputs.items()}
+        (-parts(**one, fused_lm_head=True).log_probs.sum() / count).backward()
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_everything_is_made_on_the_models_device() -> None:
+    """A stand-in for a Mac's GPU: tensors without storage, which refuse to meet any on the CPU."""
+    hidden, weight, bias = (torch.empty(*shape, device="meta") for shape in ((7, 16), (211, 16), (211,)))
+    labels = torch.empty(7, dtype=torch.long, device="meta")
+    ids, rows = torch.empty(3, dtype=torch.long, device="meta"), torch.empty(3, 16, device="meta")
+    found = head._SupervisedLogProbs.apply(hidden.requires_grad_(), weight, bias, labels, rows, ids)
+    assert [x.device.type for x in found] == ["meta"] * 3
+    assert [x.shape for x in found] == [(7,)] * 3
+
+
+@pytest.mark.parametrize("changed", ["another device", "autocast"])
+def test_the_rest_keeps_trls_head(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = models("gpt2")
+    calls: list[int] = []
+    monkeypatch.setattr(head._SupervisedLogProbs, "forward", _counted(head._SupervisedLogProbs.forward, calls))
+    if changed == "another device":
+        monkeypatch.setattr(head, "_DEVICES", ())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=changed == "autocast"):
+        loss, reference = (model(**batch(), fused_lm_head=True).loss for model in (ours, theirs))
+    assert torch.equal(loss, reference)
+    assert calls == []
