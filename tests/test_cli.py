@@ -256,15 +256,6 @@ OTHER = {
         ["generate", "./nowhere", "--input", "none.jsonl", "--output", "o.jsonl"],
         ["--input: there is no file none.jsonl"],
     ),
-    "generate from bad lines": (
-        ["generate", "./nowhere", "--input", "asked.jsonl", "--output", "o.jsonl"],
-        [
-            "asked.jsonl: 3 bad lines",
-            "line 2, column 1: not JSON",
-            "line 3: found no prompt",
-            "line 5: role 'bot' is unknown",
-        ],
-    ),
     "generate with a bad batch size": (
         ["generate", "./nowhere", "--input", "asked.jsonl", "--output", "o.jsonl", "--batch-size", "0"],
         ["--batch-size: found 0, expected auto or a number"],

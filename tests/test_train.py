@@ -41,8 +41,8 @@ def test_the_run_folder_is_complete(run: Any) -> None:
     names = {path.name for path in result.output_dir.iterdir()}
     assert names >= {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "loss.png", "loss.pdf", "report.html",
-        "README.md", "tensorboard",
+        "chat_template.jinja", "recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "loss.png", "loss.pdf",
+        "report.html", "README.md", "tensorboard",
     }  # fmt: skip
     assert "training_args.bin" not in names
     assert any((result.output_dir / "tensorboard").iterdir())
