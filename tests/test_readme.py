@@ -141,7 +141,8 @@ def test_the_table_of_commands_is_complete() -> None:
     group = typer.main.get_command(app)
     assert sorted(words[1] for words in listed) == sorted(group.commands)  # type: ignore[attr-defined]
     for _, name, *rest in listed:
-        known = {flag for parameter in group.commands[name].params for flag in parameter.opts}  # type: ignore[attr-defined]
+        options = group.commands[name].params  # type: ignore[attr-defined]
+        known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
         assert {word.strip("[]") for word in rest if word.strip("[]").startswith("--")} <= known
 
 
