@@ -104,7 +104,9 @@ def _give_names(partial: Path, run: Path) -> None:
     """Move the final model to its place, the file by which libraries know a model last."""
     (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs beside recipe.yaml
     known = ("config.json", "adapter_config.json")
+    readable = partial.stat().st_mode & 0o666  # safetensors lets the owner alone read its files
     for path in sorted(partial.iterdir(), key=lambda path: (path.name in known, path.name)):
+        path.chmod(readable)
         path.replace(run / path.name)
     partial.rmdir()
 

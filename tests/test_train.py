@@ -46,6 +46,8 @@ def test_the_run_folder_is_complete(run: Any) -> None:
     }  # fmt: skip
     assert "training_args.bin" not in names
     assert any((result.output_dir / "tensorboard").iterdir())
+    modes = {path.stat().st_mode for path in result.output_dir.iterdir() if path.is_file()}
+    assert len(modes) == 1  # who may read one file may read the others
     assert (result.output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (result.output_dir / "loss.pdf").read_bytes().startswith(b"%PDF")
     assert instructft.load_recipe(result.output_dir / "recipe.yaml") == recipe
