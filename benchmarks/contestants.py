@@ -34,11 +34,13 @@ class Task:
     """What to train.
 
     Args:
-        folder: holds `model/`, `rows.json` (Alpaca rows) and what `prepare` writes; of one model, shared by contestants.
+        folder: holds `model/`, `rows.json` (Alpaca rows) and what `prepare` writes; shared by contestants.
         which: ours | trl | plain | prepare | model.
+        here: in this process, which is quick and unfair: to try a script.
         sampling: group_by_length | sequential, of ours; the others take the rows in the order that comes out.
         packing: ours and plain take our packs; TRL makes its own of the same rows.
         warmup: steps at the beginning that are trained and not timed.
+        attention: as `model.attn_implementation`; of ours and TRL's.
         low: bfloat16 autocast (full), or a base in bfloat16 (adapter); else all is float32.
         options: more fields of SFTConfig for TRL, more keys of `train:` for ours.
         shape: configuration of the model, for `model`.
@@ -46,6 +48,7 @@ class Task:
 
     folder: str
     which: str = "ours"
+    here: bool = False
     tokenizer: str = ""
     sampling: str = "group_by_length"
     packing: bool = False
@@ -58,6 +61,7 @@ class Task:
     low: bool = False
     adapter: bool = False
     quantized: bool = False
+    attention: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
     shape: dict[str, Any] = field(default_factory=dict)
 
@@ -84,11 +88,13 @@ def make_model(task: Task) -> dict[str, Any]:
     with torch.device("cuda" if task.gpu else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if task.adapter else torch.float32)
     model.save_pretrained(Path(task.folder) / "model")
-    inner = [p for name, p in model.base_model.named_parameters() if p.dim() > 1]
-    tables = (model.get_input_embeddings().weight.numel(), getattr(config, "n_positions", 0) * getattr(config, "n_embd", 0))
-    head = model.get_output_embeddings().weight.numel()
-    everything = sum(p.numel() for p in model.parameters())
-    return {"body": sum(p.numel() for p in inner) - sum(tables), "head": head, "parameters": everything}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    inner = [p for p in model.base_model.parameters() if p.dim() > 1 and id(p) not in tables]
+    return {
+        "body": sum(p.numel() for p in inner),
+        "head": model.get_output_embeddings().weight.numel(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
 def recipe_of(task: Task) -> Path:
@@ -99,6 +105,7 @@ def recipe_of(task: Task) -> Path:
         "model": {
             "name_or_path": str(folder / "model"),
             "tokenizer": task.tokenizer,
+            "attn_implementation": task.attention,
             "quantization": "4bit" if task.quantized else "none",
         },
         "data": {
@@ -178,11 +185,14 @@ def ours(task: Task) -> dict[str, Any]:
         return trainer
 
     road.build_trainer = build_and_watch
-    with open(os.devnull, "w") as nowhere:
-        result = road.train(load_recipe(recipe_of(task)), console=Console(file=nowhere))
-    data = result.facts["data"]
+    try:
+        with open(os.devnull, "w") as nowhere:
+            facts = road.train(load_recipe(recipe_of(task)), console=Console(file=nowhere)).facts
+    finally:
+        road.build_trainer = build
+    data = facts["data"]
     found = of_trainer(kept[0], watch, task)
-    return found | {"supervised_share": data["supervised_tokens"] / data["tokens"], "padding": data["padding_share"]}
+    return found | {"supervised_share": data["supervised_share"], "padding": data["padding_share"]}
 
 
 def theirs(task: Task) -> dict[str, Any]:
@@ -204,7 +214,7 @@ def theirs(task: Task) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "max_length": task.max_length,
+        "max_length": task.max_length if task.packing else None,  # rows are cut already
         "packing": task.packing,
         "train_sampling_strategy": "sequential",
         "gradient_checkpointing": False,
@@ -290,7 +300,7 @@ def load(task: Task) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = torch.bfloat16 if task.adapter and task.low else torch.float32
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {} if task.attention == "auto" else {"attn_implementation": task.attention}
     if task.quantized:
         given["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -365,6 +375,8 @@ WORKERS = {"ours": ours, "trl": theirs, "plain": plain, "prepare": prepare_rows,
 
 def run(task: Task, launcher: Sequence[str] = (sys.executable,)) -> dict[str, Any]:
     """One contestant in a process of its own; `launcher` starts it, such as `accelerate launch …`."""
+    if task.here and launcher == (sys.executable,):
+        return WORKERS[task.which](task)
     cache = Path(task.folder) / "cache"
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore"}
@@ -383,20 +395,16 @@ def make(task: Task, source: Path, rows: int) -> dict[str, Any]:
     return run(dataclasses.replace(task, which="model"))
 
 
-def source_and_tokenizer(folder: Path) -> tuple[Path, str]:
-    """The real rows and tokenizer where they are at hand, else the bundled ones."""
-    if REAL.is_dir():
+def source_and_tokenizer(folder: Path, bundled: bool = False) -> tuple[Path, str]:
+    """The real rows and tokenizer where they are at hand, else (or if asked for) the bundled ones, which are small."""
+    if REAL.is_dir() and not bundled:
         return REAL / "alpaca_gpt4_sample.json", str(REAL / "gpt2-tokenizer")
     from instructft.quickstart import rows, tokenizer
 
     tokenizer().save_pretrained(folder / "tokenizer")
     path = folder / "bundled.json"
-    path.write_text(json.dumps([_alpaca(row["messages"]) for row in rows()]), encoding="utf-8")
+    path.write_text(json.dumps([{"input": "", **row} for row in rows()]), encoding="utf-8")
     return path, str(folder / "tokenizer")
-
-
-def _alpaca(messages: list[dict[str, str]]) -> dict[str, str]:
-    return {"instruction": messages[0]["content"], "input": "", "output": messages[-1]["content"]}
 
 
 if __name__ == "__main__":

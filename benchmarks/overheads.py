@@ -136,7 +136,9 @@ def main() -> None:
             print(f"{name}: {seconds:.2f} s")
     if "first" in args.only:
         seconds = first_step(args.repeats)
-        print(f"from the command to the end of quickstart's first step: {seconds:.1f} s {verdict(seconds < FIRST_STEP)}")
+        print(
+            f"from the command to the end of quickstart's first step: {seconds:.1f} s {verdict(seconds < FIRST_STEP)}"
+        )
     if "shares" in args.only:
         found = shares(args.steps, args.tiny)
         print(f"{found['steps']} steps, {found['seconds']:.1f} s:")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from instructft.encode import IGNORE_INDEX
 from instructft.pack import flat
 from instructft.schedule import duration, steps
-from instructft.shadow import Batch, nbytes, one_step, pretend, skeleton, storageless
+from instructft.shadow import Batch, Step, nbytes, one_step, pretend, skeleton, storageless
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,7 +148,9 @@ def memory(
         gradients = sum(map(nbytes, trainable))
         optimizer, known = optimizer_bytes(str(args.optim), trainable)
         logits = head_bytes(head.shape, head.requires_grad, batch.supervised, device)
-        gathered = gathered_bytes(model) if "weights" in DIVIDED[strategy] and processes > 1 else 0
+    gathered = 0
+    if "weights" in DIVIDED[strategy] and processes > 1:
+        gathered, step = _divided(recipe, tokenizer, batch, args, device, accumulates)
     cpu = device == "cpu"
     whole = weights + optimizer  # what the first process gathers to save
     shares = {part: processes if part in DIVIDED[strategy] else 1 for part in ("weights", "gradients", "optimizer")}
@@ -201,6 +204,26 @@ def head_bytes(shape: Any, trained: bool, supervised: int, device: str) -> int:
     else:
         tile = 4 * min(supervised, 4096) * min(vocabulary, 32768)
     return gradient + tile + 2 * 4 * supervised * hidden
+
+
+def _divided(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, batch: Batch, args: SFTConfig, device: str, accumulates: bool
+) -> tuple[int, Step]:
+    """(bytes of what is gathered, the step) where weights are divided: they are gathered in the type they compute in.
+
+    So autocast finds nothing to cast. Over whole weights in float32 it keeps a copy of each of them until its gradient
+    is there.
+    """
+    import torch
+
+    from instructft.models import weights_dtype
+
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weights_dtype(recipe, device)
+    model, config = skeleton(recipe, tokenizer, half, device)
+    plain: Any = SimpleNamespace(bf16=False, fp16=False, gradient_checkpointing=args.gradient_checkpointing)
+    with storageless():
+        pretend(model)
+        return gathered_bytes(model), one_step(model, config, batch, plain, passes=2 if accumulates else 1)
 
 
 def gathered_bytes(model: Any) -> int:

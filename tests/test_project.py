@@ -93,7 +93,7 @@ def test_make_has_the_targets_and_lists_them() -> None:
     if make is None:
         pytest.skip("no make")
     listed = subprocess.run([make, "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ["quickstart", "test", "lint", "types", "battery", "venv", "clean", "help"]:
+    for target in ["quickstart", "test", "lint", "types", "battery", "bench-gpu", "venv", "clean", "help"]:
         assert re.search(rf"^make {target} +\S", listed, re.M), target
         subprocess.run([make, "-n", target], cwd=ROOT, capture_output=True, check=True)
 

@@ -64,6 +64,7 @@ def test_run_json(run: Any) -> None:
     assert facts["data"]["supervised_tokens"] == sum(
         label != -100 for row in data.splits["train"] for label in row["labels"]
     )
+    assert facts["data"]["supervised_share"] == facts["data"]["supervised_tokens"] / facts["data"]["tokens"] < 1
     assert 0 < facts["data"]["padding_share"] < 0.6
     assert facts["train"]["steps"] == 120
     assert facts["train"]["tokens"] == 20 * facts["data"]["tokens"]  # 120 steps of 4 rows are 20 times 24 rows
