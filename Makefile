@@ -23,7 +23,7 @@ quickstart: venv  ## train a small chat model offline, compare it with where it 
 test: export HF_HUB_DISABLE_TELEMETRY := 1
 test: export OMP_NUM_THREADS ?= 1
 test: venv  ## run the tests (no network, no GPU), on as many cores as there are
-	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --durations=12 $(ARGS)
 
 lint: venv  ## style and format, checked not changed
 	@$(BIN)/python -m ruff check .

@@ -31,6 +31,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["COLUMNS"] = "120"
 os.environ.pop("INSTRUCTFT_TRACEBACK", None)
 
+BATTERY = int(os.environ.get("INSTRUCTFT_KILLS", "0")) > 3  # `make battery`: the same tests with larger counts
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave what is marked `battery` to `make battery`."""
+    if not BATTERY:
+        for item in items:
+            if item.get_closest_marker("battery"):
+                item.add_marker(pytest.mark.skip(reason="make battery runs it"))
+
+
 REPO = Path(__file__).resolve().parent.parent
 REAL_DATA = REPO.parent / "shared" / "data"  # real rows and the real GPT-2 tokenizer, where they are at hand
 

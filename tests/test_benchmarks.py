@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-long = pytest.mark.skipif("INSTRUCTFT_KILLS" not in os.environ, reason="make battery runs it")
 
 
 @pytest.fixture
@@ -89,7 +87,7 @@ def test_share_of_the_peak(script: Any) -> None:
     assert gpu.operations(weights, adapter=True, supervised_share=0.5) == 4 * 105
 
 
-@long
+@pytest.mark.battery
 def test_a_contestant_in_a_process_of_its_own(script: Any, tmp_path: Path) -> None:
     contestants = script("contestants")
     source, tokenizer = contestants.source_and_tokenizer(tmp_path, bundled=True)
@@ -102,7 +100,7 @@ def test_a_contestant_in_a_process_of_its_own(script: Any, tmp_path: Path) -> No
         contestants.run(contestants.Task(str(tmp_path), which="prepare", tokenizer=tokenizer))
 
 
-@long
+@pytest.mark.battery
 def test_overheads(tiny: Any) -> None:
     text = tiny("overheads")
     for part in ("--help: ", "a recipe with a wrong key: ", "first step: ", "checkpoints: 4 times", "evaluation: "):
@@ -110,7 +108,7 @@ def test_overheads(tiny: Any) -> None:
     assert text.startswith("--help")
 
 
-@long
+@pytest.mark.battery
 def test_scaling(tiny: Any, tmp_path: Path) -> None:
     text = tiny("scaling", "--only", "batch,gpus", "--plots", str(tmp_path))
     found = rows(text)
@@ -124,7 +122,7 @@ def test_scaling_tells_the_power_of_growth(script: Any) -> None:
     assert rows(text)[-1][-1] == "2.00"
 
 
-@long
+@pytest.mark.battery
 def test_profile_of_a_step(tiny: Any) -> None:
     from instructft.trainer import Trainer
 

@@ -142,6 +142,7 @@ LASTING = (
 )
 
 
+@pytest.mark.battery  # through the launcher: test_launch.py
 def test_two_processes_that_were_stopped_go_on_bit_for_bit(data: Path) -> None:
     """SIGTERM to one of two, then to the launcher; dropout, and a random state of its own on each."""
     folder, given = data.parent, {"data": data, "streaming": "", "held_out": 0.1}

@@ -205,6 +205,7 @@ def test_a_model_of_seven_billion_is_estimated_without_its_memory() -> None:
 CHILD = REPO / "benchmarks" / "memory_estimate.py"
 
 
+@pytest.mark.battery
 def test_the_estimate_is_near_the_peak_of_a_real_run(tmp_path: Path) -> None:
     """One small run on the CPU in a process of its own; benchmarks/memory_estimate.py has the larger ones."""
     sys.path.insert(0, str(CHILD.parent))

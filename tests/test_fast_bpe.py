@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from conftest import REAL_DATA
+from conftest import BATTERY, REAL_DATA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -90,7 +90,10 @@ def test_the_ids_are_the_same(tokenizer: Tokenizer) -> None:
     assert equal(tokenizer, [*CORPUS, *STRANGE])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = 150 if BATTERY else 50
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=8))
 def test_the_ids_are_the_same_for_any_text(tokenizer: Tokenizer, texts: list[str]) -> None:
     assert equal(tokenizer, texts)

@@ -223,7 +223,7 @@ def logged(run: Path, *names: str) -> list[dict[str, Any]]:
     return [{name: line[name] for name in ("step", *names) if name in line} for line in lines]
 
 
-@pytest.mark.parametrize("how", ["rows", "tokens"])
+@pytest.mark.parametrize("how", [pytest.param("rows", marks=pytest.mark.battery), "tokens"])
 def test_a_step_keeps_its_rows(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str) -> None:
     """Memory for two rows of four runs out in the middle of step 2: the run is the one that never ran out."""
     step = ("train.tokens_per_step=600",) if how == "tokens" else ()

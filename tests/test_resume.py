@@ -84,7 +84,8 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(120 + 30 * KILLS)
-@pytest.mark.parametrize("kind", KINDS)
+# where weights are all trained, a disk is full at such moments below
+@pytest.mark.parametrize("kind", ["lora", *(pytest.param(k, marks=pytest.mark.battery) for k in ("full", "packed"))])
 def test_a_killed_run_goes_on_bit_for_bit(kind: str, write: Any, tmp_path: Path) -> None:
     whole, *killed = hit(write(kind), tmp_path, KILLS, "kill")
     assert whole["moments"] > 60

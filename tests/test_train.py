@@ -242,8 +242,15 @@ def test_a_run_that_fails_leaves_nothing_that_poses_as_a_model(write_recipe: Any
     assert not (Path(recipe.output_dir) / "config.json").exists()
 
 
-@pytest.mark.parametrize("template", ["instruction", "alpaca"])
-@pytest.mark.parametrize("file", ["alpaca_gpt4_sample.json", "instruction-data.json"])
+@pytest.mark.parametrize(
+    ("file", "template"),
+    [
+        ("alpaca_gpt4_sample.json", "alpaca"),
+        ("instruction-data.json", "instruction"),
+        pytest.param("alpaca_gpt4_sample.json", "instruction", marks=pytest.mark.battery),
+        pytest.param("instruction-data.json", "alpaca", marks=pytest.mark.battery),
+    ],
+)
 def test_real_rows_and_the_real_tokenizer(tmp_path: Path, file: str, template: str) -> None:
     """On real files where they are at hand, else on made-up rows of the same shape."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
