@@ -369,6 +369,29 @@ def test_the_model_is_given_the_prompt_that_was_trained(
         assert len(whole) > len(prompt)
 
 
+@pytest.mark.parametrize("template", sorted(TEMPLATES))
+def test_evaluate_and_the_page_ask_what_was_trained(
+    template: str, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from instructft.talk import Desk, Settings
+
+    recipe = instructft.load_recipe(write_recipe(), overrides=[f"data.template={template}"])
+    tokenizer = instructft.load_tokenizer(recipe)
+    model = instructft.load_model(recipe, tokenizer).eval()
+    calls = record_calls(model, monkeypatch)
+    asked = [{"role": "system", "content": "Be brief."}, *ask("Name the capital of Cuba.")]
+    conversation = [*asked, {"role": "assistant", "content": "La Habana"}]
+    instructft.evaluate(model, [{"messages": conversation}], tokenizer=tokenizer, max_new_tokens=2)
+    talks = Desk(Generator(model, tokenizer))
+    list(talks.answer("tab", asked[1]["content"], Settings(system="Be brief.", max_new_tokens=2)))
+    first_of_each = [calls[0], calls[-1]]  # a batch goes on in calls of its own, from what it has
+    prompts = [call["input_ids"].tolist() for call in first_of_each]
+    trained = encode_conversation(conversation, tokenizer)
+    assert prompts == [[trained["input_ids"][: len(prompts[0][0])]]] * 2
+    first = next(i for i, label in enumerate(trained["labels"]) if label != -100)
+    assert len(prompts[0][0]) == first  # up to the first token that carries loss, and no further
+
+
 OWN = {  # templates that models bring along
     "headers": (
         "{% for m in messages %}<|h|>{{ m.role }}<|/h|>\n\n{{ m.content | trim }}{{ eos_token }}{% endfor %}"
