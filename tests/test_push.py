@@ -719,7 +719,7 @@ def test_a_stopped_run_is_not_held(begin: Any, hub: LocalHub, monkeypatch: pytes
     one.checkpoint_sealed(run / "checkpoint-2", 2, 1000, 2.0, ["checkpoint-2"])
     began = time.perf_counter()
     status = one.finish(final=False)
-    assert time.perf_counter() - began < 3
+    assert time.perf_counter() - began < 15  # a whole upload takes some 24
     assert not status.pushed
     assert status.command == f"instructft push {run / 'checkpoint-2'} {REPO_ID}"
     hub.before = None
