@@ -173,9 +173,9 @@ def _wrap(model: PreTrainedModel, adapter: AdapterFolder, trainable: bool, empty
     """The base with PEFT's layers in place, their weights still to be loaded."""
     from peft import LoraConfig, PeftModelForCausalLM
 
-    from instructft.models import _fit_embeddings
+    from instructft.models import fit_embeddings
 
-    _fit_embeddings(model, adapter.base.vocab_size)
+    fit_embeddings(model, adapter.base.vocab_size)
     rows = model.get_input_embeddings().weight.shape[0]
     most = max((max(indices) for indices in token_rows(adapter.config).values() if indices), default=0)
     if most >= rows:

@@ -111,14 +111,45 @@ class Generator:
         check_settings(max_new_tokens, temperature, top_p)
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size: found {batch_size}, expected 1 or more")
-        prompts = self.encoder.prompts(conversations) if conversations else []
-        limits = [min(max_new_tokens, self.room(ids, f"prompt {i}")) for i, ids in enumerate(prompts, 1)]
-        # the longest first: where one batch fits in memory, so do those after it
-        waiting = [Row(i, prompts[i], limits[i]) for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))]
+        rows = self.rows(conversations, max_new_tokens)
         answers: dict[int, Answer] = {}
+
+        def take(row: Row) -> None:
+            answers[row.index] = self._answer(row.made)
+            if done:
+                done(row.index, answers[row.index])
+
+        self.complete(rows, temperature, top_p, batch_size, take)
+        return [answers[row.index] for row in rows]
+
+    def rows(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> list[Row]:
+        """The prompt of each conversation, with the tokens that its answer may have in the model's context.
+
+        Raises:
+            UsageError: a prompt that leaves no room for an answer.
+        """
+        prompts = self.encoder.prompts(conversations) if conversations else []
+        return [Row(i, ids, min(max_new_tokens, self.room(ids, f"prompt {i + 1}"))) for i, ids in enumerate(prompts)]
+
+    def complete(
+        self,
+        rows: Sequence[Row],
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        batch_size: int | None = None,
+        done: Callable[[Row], None] | None = None,
+    ) -> None:
+        """Fill in `made`, the ids of the answer, in every row; `done(row)` as they come.
+
+        Raises:
+            ModelError: `batch_size` prompts, or one alone, do not fit in memory.
+        """
+        most = max((row.limit for row in rows), default=1)
+        # the longest first: where one batch fits in memory, so do those after it
+        waiting = sorted(rows, key=lambda row: -len(row.prompt))
         batch = Batch(self, temperature, top_p)
         while waiting or batch.rows:
-            tokens = max(len(row.prompt) for row in [*waiting[:1], *batch.rows]) + max_new_tokens
+            tokens = max(len(row.prompt) for row in [*waiting[:1], *batch.rows]) + most
             size = batch_size or self._auto_size(tokens)
             free = size - len(batch.rows) if batch.rolls or not batch.rows else 0
             joining, waiting = waiting[: max(0, free)], waiting[max(0, free) :]
@@ -129,10 +160,8 @@ class Generator:
                     raise ModelError(f"{at_once} prompts at once do not fit in memory; take less, or batch size auto")
                 self._fits = at_once // 2
             for row in batch.leave():
-                answers[row.index] = self._answer(row.made)
                 if done:
-                    done(row.index, answers[row.index])
-        return [answers[i] for i in range(len(prompts))]
+                    done(row)
 
     def _auto_size(self, tokens: int) -> int:
         most = CPU_BATCH if self.model.device.type == "cpu" else max(1, GPU_TOKENS // tokens)

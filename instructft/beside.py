@@ -9,7 +9,7 @@ from pathlib import Path
 from instructft.adapter_files import AdapterFolder, is_adapter, leaves_base_as_it_is
 from instructft.errors import UsageError
 from instructft.generate import Generator, find_adapter, load_bare, load_base, load_for_inference, locate
-from instructft.models import _fit_embeddings, load_model
+from instructft.models import fit_embeddings, load_model
 from instructft.recipe import Recipe, load_run_recipe
 
 START = "start"  # the model that the run began from
@@ -73,7 +73,7 @@ class Beside:
         tuned = self.tuned
         if self.base == START and self.adapter is not None:
             model = load_base(self.adapter)
-            _fit_embeddings(model, self.adapter.base.vocab_size)
+            fit_embeddings(model, self.adapter.base.vocab_size)
             return Generator(model, tuned.tokenizer)
         if self.base == START:
             assert self.recipe is not None
@@ -83,7 +83,7 @@ class Beside:
         model, tokenizer = load_bare(self.base)
         if tokenizer.get_vocab().items() <= tuned.tokenizer.get_vocab().items():
             if find_adapter(self.base) is None:  # an adapter brings its own rows
-                _fit_embeddings(model, len(tuned.tokenizer))
+                fit_embeddings(model, len(tuned.tokenizer))
             return Generator(model, tuned.tokenizer)
         return Generator(*load_for_inference(self.base))
 

@@ -15,6 +15,7 @@ from instructft import __version__, recipe_yaml
 from instructft.base_files import is_hub_id
 from instructft.places import last_name, without_places, without_roots
 from instructft.sources import SOURCES
+from instructft.words import FORMS, name_of
 
 if TYPE_CHECKING:
     from instructft.recipe import Recipe
@@ -29,7 +30,6 @@ _METRICS = {
 }
 
 EVALUATION = "evaluation.json"  # in the run folder, as `instructft evaluate --json` writes it
-_EVALUATED = {"loss": ".4f", "perplexity": ".2f", "exact_match": ".1%", "rougeL": ".3f", "bleu": ".1f"}
 
 _LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -213,10 +213,10 @@ def _evaluation(results: Mapping[str, Any] | None) -> str:
     if not results or not names:
         return ""
     rows = []
-    for metric, form in _EVALUATED.items():
-        values = [results[name].get(metric) for name in names]
+    for figure, form in FORMS.items():
+        values = [results[name].get(figure) for name in names]
         if all(isinstance(value, int | float) for value in values):
-            rows.append(f"| {metric} | " + " | ".join(format(value, form) for value in values) + " |")
+            rows.append(f"| {name_of(figure)} | " + " | ".join(map(form.format, values)) + " |")
     count = len(results["tuned"].get("rows") or ())
     head = f"| {count} held-out rows | {' | '.join(names)} |" if count else f"| | {' | '.join(names)} |"
     return "\n".join(["", "## Evaluation", "", head, "| --- |" + " ---: |" * len(names), *rows, ""])

@@ -10,6 +10,7 @@ from pathlib import Path
 from instructft.beside import Beside
 from instructft.errors import UsageError
 from instructft.generate import Chat
+from instructft.words import short
 
 HELP = """\
 /help               this list
@@ -82,7 +83,7 @@ class Commands:
 
     def _undo(self, _: str) -> None:
         question = self.chat.undo()
-        self.say("(there is nothing to take back)" if question is None else f"(taken back: {_short(question)})")
+        self.say("(there is nothing to take back)" if question is None else f"(taken back: {short(question, 60)})")
 
     def _retry(self, _: str) -> None:
         if self.chat.turns and not self.chat.temperature:
@@ -164,8 +165,3 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 60 else text[:59] + "…"

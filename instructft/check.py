@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import DataError, UsageError
+from instructft.words import clock
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -239,14 +240,8 @@ def _time(time: dict[str, Any]) -> str:
         return (
             "unknown: no run of this recipe yet. Measure: train it with train.max_steps=20, or give --tokens-per-second"
         )
-    seconds = int(time["seconds"])
-    clock = (
-        f"{seconds // 3600} h {seconds % 3600 // 60} min"
-        if seconds >= 3600
-        else f"{seconds // 60} min {seconds % 60} s"
-    )
     source = "as given" if time["source"] == "given" else f"as in {time['source']}"
-    return f"{clock} at {time['tokens_per_second']:,.0f} tokens/s, {source}"
+    return f"{clock(time['seconds'])} at {time['tokens_per_second']:,.0f} tokens/s, {source}"
 
 
 def _where(finding: dict[str, Any]) -> str:

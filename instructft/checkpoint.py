@@ -32,7 +32,7 @@ _PARTIAL = f"{MANIFEST}.partial"
 NOT_FINITE, SPIKE = "not-finite-", "loss-spike-"
 _NOTHING = 1 << 16  # bytes: a disk with less is full
 FORMAT = 1  # of the manifest; a newer one is not read
-_NAME = re.compile(r"checkpoint-(\d+)")
+NAME = re.compile(r"checkpoint-(\d+)")  # of its folder
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ def folders(run: Path) -> list[Path]:
     >>> [path.name for path in folders(Path("runs/quickstart"))]
     ['checkpoint-1200', 'checkpoint-900', 'checkpoint-600', 'checkpoint-300']
     """
-    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and NAME.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
     """The step in a checkpoint's name."""
-    match = _NAME.fullmatch(folder.name)
+    match = NAME.fullmatch(folder.name)
     if match is None:
         raise CheckpointError(f"{folder} is not named like a checkpoint (checkpoint-N)")
     return int(match[1])
@@ -97,12 +97,17 @@ def seal(folder: Path, identity: Mapping[str, Any], versions: Mapping[str, str])
     }
     partial = folder / _PARTIAL
     with partial.open("w", encoding="utf-8") as file:
-        json.dump({"manifest": manifest, "sha256": _digest(manifest)}, file, indent=1)
+        file.write(manifest_text(manifest))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / MANIFEST)
     _sync(folder)
     _sync(folder.parent)
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> str:
+    """The content of `manifest.json`: the manifest, and the hash by which a change in it is seen."""
+    return json.dumps({"manifest": manifest, "sha256": _digest(manifest)}, indent=1)
 
 
 def begin(folder: Path) -> None:
@@ -252,7 +257,7 @@ def _files(folder: Path) -> Iterable[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, _PARTIAL))
 
 
-def _digest(manifest: dict[str, Any]) -> str:
+def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 

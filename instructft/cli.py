@@ -38,6 +38,12 @@ ResumeOption = Annotated[
         help="auto goes on from the newest checkpoint that verifies; never wants an empty run folder.",
     ),
 ]
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+TopPOption = Annotated[float, typer.Option(help="Nucleus sampling.")]
+MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens in an answer, at most.")]
+StrategyOption = Annotated[
+    str, typer.Option(metavar="ddp|fsdp2|zero2|zero3", help="ddp: each process holds the whole model; else divided.")
+]
 
 
 @app.command()
@@ -68,10 +74,7 @@ def launch(
     processes: Annotated[
         str, typer.Option(metavar="auto|N", help="On each machine; auto is one for each GPU, one without.")
     ] = "auto",
-    strategy: Annotated[
-        str,
-        typer.Option(metavar="ddp|fsdp2|zero2|zero3", help="ddp: each process holds the whole model; else divided."),
-    ] = "ddp",
+    strategy: StrategyOption = "ddp",
     machines: Annotated[int, typer.Option(min=1, help="That train together; each runs this command.")] = 1,
     machine_rank: Annotated[int | None, typer.Option(help="Which one this is, from 0.", show_default=False)] = None,
     main_address: Annotated[
@@ -136,9 +139,7 @@ def check(
         str | None, typer.Option(help="cpu or cuda; default: where it would train here.", show_default=False)
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
-    strategy: Annotated[
-        str, typer.Option(metavar="ddp|fsdp2|zero2|zero3", help="What they divide among them, as in `launch`.")
-    ] = "ddp",
+    strategy: StrategyOption = "ddp",
 ) -> None:
     """Validate a recipe, audit its data, estimate memory and time; nothing is trained."""
     from instructft.launch import STRATEGIES
@@ -160,9 +161,11 @@ def check(
 def _print_outcome(result: Any) -> None:
     from rich.console import Console
 
+    from instructft.words import clock
+
     console = Console(soft_wrap=True)
     facts, metrics = result.facts["train"], result.metrics
-    parts = [f"{facts['steps']:,} steps in {_clock(facts['seconds'])}", f"{facts['tokens_per_second']:,.0f} tokens/s"]
+    parts = [f"{facts['steps']:,} steps in {clock(facts['seconds'])}", f"{facts['tokens_per_second']:,.0f} tokens/s"]
     if "eval_loss" in metrics:
         parts.append(f"validation loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}")
     console.print("Done: " + " · ".join(parts), highlight=False)
@@ -173,10 +176,6 @@ def _print_outcome(result: Any) -> None:
     )
     if result.pushed is not None:
         console.print(str(result.pushed), markup=False, highlight=False)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60} min {int(seconds) % 60} s" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 @app.command()
@@ -245,9 +244,9 @@ def init(
 def chat(
     model: ModelArgument,
     system: Annotated[str | None, typer.Option(help="A system prompt.", show_default=False)] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens in an answer, at most.")] = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    max_new_tokens: MaxNewTokensOption = 256,
     base: Annotated[str, typer.Option(help="What /compare asks; `start`: what the run began from.")] = "start",
 ) -> None:
     """Talk to a model in the terminal."""
@@ -270,9 +269,9 @@ def ui(
         typer.Option(help="A model to ask beside it; default: what the run began from.", show_default=False),
     ] = None,
     system: Annotated[str, typer.Option(help="A system prompt to begin with.", show_default=False)] = "",
-    temperature: Annotated[float, typer.Option(help="To begin with; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling, to begin with.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens in an answer, at most, to begin with.")] = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    max_new_tokens: MaxNewTokensOption = 256,
     share: Annotated[bool, typer.Option("--share", help="Also make a public link, through Gradio's servers.")] = False,
 ) -> None:
     """Talk to a model on a page in the browser, served on this machine only."""

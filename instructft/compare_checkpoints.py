@@ -11,10 +11,10 @@ from instructft.beside import recipe_of
 from instructft.bootstrap import differences
 from instructft.checkpoint import folders, verify
 from instructft.compare import json_place, rows_of
-from instructft.compare_tables import FORMS, name_of
 from instructft.errors import CheckpointError, UsageError
 from instructft.evaluate import evaluate
 from instructft.generate import Generator, load_for_inference
+from instructft.words import FORMS, name_of
 
 FINAL = "final"
 _SHOWN = ("loss", "exact_match", "rougeL", "bleu", "stopped", "repeated")

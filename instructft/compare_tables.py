@@ -5,18 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# figure -> how it is written, in the order of the table
-FORMS = {
-    "loss": "{:,.3f}",
-    "perplexity": "{:,.3f}",
-    "exact_match": "{:.1%}",
-    "rougeL": "{:.3f}",
-    "bleu": "{:.1f}",
-    "answer_tokens": "{:.1f}",
-    "stopped": "{:.1%}",
-    "repeated": "{:.1%}",
-}
-_NAMES = {"answer_tokens": "tokens in an answer", "stopped": "stops by itself", "repeated": "repeated 4-grams"}
+from instructft.words import FORMS, name_of, short
+
 _IN_GROUPS = ("loss", "exact_match", "rougeL", "bleu", "stopped")
 
 
@@ -27,11 +17,6 @@ def _table(*columns: str) -> Any:
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", overflow="fold")
     return table
-
-
-def name_of(figure: str) -> str:
-    """A figure's name for people."""
-    return _NAMES.get(figure, figure.replace("_", " "))
 
 
 def span(form: str, interval: Sequence[float] | None) -> str:
@@ -99,16 +84,6 @@ def print_rows(console: Any, results: Mapping[str, Any], show: int) -> None:
         mark = Text("✓", style="green") if right else Text("✗", style="red")
         table.add_row(*cells, mark, Text(short(row["prediction"], 100) or "(nothing)"))
     console.print(table)
-
-
-def short(text: str, limit: int) -> str:
-    """One line of at most `limit` characters.
-
-    >>> short("one\\n  two three", 9)
-    'one two …'
-    """
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _plain(text: str) -> Any:

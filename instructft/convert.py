@@ -22,8 +22,7 @@ from instructft.convert_layouts import ACTIVATIONS, Layout, read_layout
 from instructft.convert_proof import prove
 from instructft.convert_targets import GPT2_VOCABULARY, Target, choose_vocabulary, make_targets
 from instructft.errors import UsageError
-from instructft.merge import _refuse_used
-from instructft.partial import partial_folder
+from instructft.partial import partial_folder, refuse_used
 from instructft.tensors import Planned, index_of, shards, write_shard, write_text
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def convert(
     output = Path(output).expanduser()
     if activation not in (None, *ACTIVATIONS):
         raise UsageError(f"--activation: found {activation}, expected {', '.join(ACTIVATIONS)}")
-    _refuse_used(output)
+    refuse_used(output)
     source = read_file(Path(checkpoint).expanduser())
     layout = read_layout(source)
     heads = _heads(source, layout, n_head)
@@ -209,13 +208,15 @@ def _write_configs(
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    from instructft.models import _not_loaded
+    from instructft.models import not_loaded
 
     place, _, revision = (name, "", "") if Path(name).expanduser().is_dir() else name.partition("@")
     try:
-        return AutoTokenizer.from_pretrained(str(Path(place).expanduser()), revision=revision or "main")
+        return AutoTokenizer.from_pretrained(
+            str(Path(place).expanduser()), revision=revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
-        raise UsageError(_not_loaded("--tokenizer", name, "a tokenizer", error)) from error
+        raise UsageError(not_loaded("--tokenizer", name, "a tokenizer", error)) from error
 
 
 def tokenizer_name(name: str | None) -> str | None:

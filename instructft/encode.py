@@ -1,7 +1,7 @@
 """Decides which tokens carry loss: a conversation becomes `input_ids` and `labels`.
 
-This is the one place where a prompt is rendered; training, evaluation, chat and generation all come here. How a row
-is cut, for the template `instruction` and two turns (`^` carries loss)::
+This is the one place where a prompt is made; training, evaluation, chat and generation all come here, and it alone asks
+`instructft.rendering` for text. How a row is cut, for the template `instruction` and two turns (`^` carries loss)::
 
     ### Instruction:⏎Add 1 and 1.⏎⏎### Response:⏎2<eos>### Instruction:⏎And 2?⏎⏎### Response:⏎4<eos>
     └────────── prompt of turn 1 ─────────────┘^^^^^^└──── added by the prompt of turn 2 ─────┘^^^^^^
@@ -27,6 +27,7 @@ import numpy as np
 
 from instructft.errors import TemplateError
 from instructft.fast_bpe import FastBPE, fast_bpe
+from instructft.rendering import Renderer
 from instructft.sources import Message
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100  # a label of -100 carries no loss; PyTorch's cross_entropy skips it
 TRAIN_ON = ("responses", "last_response", "everything")
-_MANY = 100  # conversations; for fewer it does not matter how fast they are rendered
 
 # Answers that a template is tried on: what they begin with decides whether a tokenizer would merge across the border.
 _PROBES = ("Paris.", "42", "# Title", "(a) b", '"Yes"', "¿Qué?", "日本", "🙂 ok", "- one\n- two", "<b>", "e")
@@ -126,11 +126,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        if not isinstance(tokenizer.chat_template, str):
-            raise TemplateError(
-                "the tokenizer has no chat template; set data.template to one of the built-in templates "
-                "(instruction, alpaca, human-assistant, chatml) or to a .jinja file"
-            )
+        self.renderer = Renderer(tokenizer)
         self._learn_ending()
         self._learn_tokenization()
 
@@ -162,78 +158,10 @@ class Encoder:
         added = self.tokenizer.added_tokens_decoder.values()
         return {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
 
-    @cached_property
-    def _shows(self) -> dict[str, bool]:
-        """Whether the template has a place of its own for `input` and for `context`."""
-        answer = {"role": "assistant", "content": "A"}
-        shown = {}
-        for key in ("input", "context"):
-            message = {"role": "user", "content": "Q", key: "Extra-7"}
-            shown[key] = "Extra-7" in self._apply([[message, answer]], False)[0]
-        return shown
-
     def render(self, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = False) -> list[str]:
         """Render a batch of conversations to texts."""
-        return self._apply([self._normal(messages) for messages in conversations], add_generation_prompt)
-
-    @cached_property
-    def _compiled(self) -> Any:
-        """The compiled template, which upstream hides behind what it does for tools and images; None where its text
-        is another. A third of the time of rendering is saved."""
-        import jinja2
-        from transformers.utils import chat_template_utils
-
-        compiler = getattr(chat_template_utils, "_compile_jinja_template", None)
-        if compiler is None:
-            return None
-        compiled = compiler(self.tokenizer.chat_template)
-        turns: list[Message] = [
-            {"role": role, "content": f"{role} {n}"} for n in (1, 2) for role in ("user", "assistant")
-        ]
-        system: Message = {"role": "system", "content": "Be brief."}
-        for messages in (turns[:1], turns[:2], turns, [system, *turns]):
-            for asks in (True, False):
-                try:
-                    same = self._direct(compiled, [messages], asks) == self._slow([messages], asks)
-                except (jinja2.TemplateError, TypeError):  # a template may refuse a system message, by either way
-                    continue
-                if not same:
-                    return None
-        return compiled
-
-    def _direct(self, compiled: Any, conversations: Sequence[Sequence[Message]], asks: bool) -> list[str]:
-        values = {**self.tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": asks}
-        return [compiled.render(messages=messages, **values) for messages in conversations]
-
-    def _slow(self, conversations: Sequence[Sequence[Message]], asks: bool) -> list[str]:
-        texts: list[str] = self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=asks)
-        return texts
-
-    def _normal(self, messages: Sequence[Message]) -> list[Message]:
-        """Strip answers, so that no tokenizer merges across their borders; put extras where the template reads them."""
-        normal = []
-        for message in messages:
-            if message["role"] == "assistant":
-                content = message["content"].strip()
-                if content != message["content"]:
-                    message = {**message, "content": content}
-            elif "input" in message or "context" in message:
-                message = dict(message)
-                for key in ("context", "input"):
-                    if message.get(key) and not self._shows[key]:
-                        message["content"] = f"{message['content']}\n\n{message.pop(key)}"
-            normal.append(message)
-        return normal
-
-    def _apply(self, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool) -> list[str]:
-        import jinja2
-
-        try:
-            if len(conversations) >= _MANY and self._compiled is not None:
-                return self._direct(self._compiled, conversations, add_generation_prompt)
-            return self._slow(conversations, add_generation_prompt)
-        except jinja2.TemplateError as error:
-            raise TemplateError(f"the chat template does not accept these messages: {error}") from error
+        texts = self.renderer.texts
+        return texts([self.renderer.normal(messages) for messages in conversations], add_generation_prompt)
 
     # -- what the tokenizer does --------------------------------------------------------------------------------
 
@@ -359,7 +287,7 @@ class Encoder:
         asking: list[Sequence[Message]] = []
         ending: list[Sequence[Message]] = []
         turns: list[list[int]] = []  # positions of the trained answers in each conversation
-        conversations = [self._normal(messages) for messages in conversations]
+        conversations = [self.renderer.normal(messages) for messages in conversations]
         for messages in conversations:
             answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
             if train_on != "responses":
@@ -368,7 +296,7 @@ class Encoder:
             asking += [messages[:i] for i in answers]
             ending += [messages[: i + 1] for i in answers if i + 1 < len(messages)]
             ending.append(messages)
-        prompts, texts = iter(self._apply(asking, True)), iter(self._apply(ending, False))
+        prompts, texts = iter(self.renderer.texts(asking, True)), iter(self.renderer.texts(ending))
 
         rows = []
         for messages, answers in zip(conversations, turns, strict=True):

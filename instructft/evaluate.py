@@ -35,11 +35,16 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Mean ROUGE-L F1 as `rouge-score` computes it (Lin, 2004: https://aclanthology.org/W04-1013)."""
+    scores = rouge_l_each(predictions, references)
+    return sum(scores) / len(scores)
+
+
+def rouge_l_each(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+    """ROUGE-L F1 of each prediction."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
-    scores = [scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references, strict=True)]
-    return float(sum(scores) / len(scores))
+    return [float(scorer.score(r, p)["rougeL"].fmeasure) for p, r in zip(predictions, references, strict=True)]
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -100,9 +105,10 @@ def evaluate(
     scored = negative_log_likelihood(generator, conversations, train_on, batch_size)
     answers = _answers(generator, conversations, max_new_tokens, batch_size)
     references = [str(c[-1]["content"]).strip() for c in conversations]
+    overlaps = rouge_l_each([answer.text for answer in answers], references)
     found = []
-    for row, asked, answer, reference, (nll, tokens) in zip(
-        rows, conversations, answers, references, scored.rows, strict=True
+    for row, asked, answer, reference, (nll, tokens), overlap in zip(
+        rows, conversations, answers, references, scored.rows, overlaps, strict=True
     ):
         ids = _ids(generator, answer.text)
         found.append(
@@ -110,7 +116,7 @@ def evaluate(
             | {"prompt": _asked(asked), "prediction": answer.text, "reference": reference}
             | {"finish_reason": answer.finish_reason, "answer_tokens": len(ids), "repeated": repeated(ids)}
             | {"reference_tokens": len(_ids(generator, reference)), "nll": nll, "supervised_tokens": tokens}
-            | {"rougeL": rouge_l([answer.text], [reference])}
+            | {"rougeL": overlap}
         )
     return {**_figures(found), "cut": scored.cut, "groups": _groups(found), "rows": found}
 
@@ -123,7 +129,11 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        **{name: metric(predictions, references) for name, metric in METRICS.items()},
+        # of what was computed row by row the mean; the others see all texts
+        **{
+            name: sum(row[name] for row in rows) / len(rows) if name in rows[0] else metric(predictions, references)
+            for name, metric in METRICS.items()
+        },
         "answer_tokens": sum(row["answer_tokens"] for row in rows) / len(rows),
         "reference_tokens": sum(row["reference_tokens"] for row in rows) / len(rows),
         "stopped": sum(row["finish_reason"] == "stop" for row in rows) / len(rows),

@@ -117,10 +117,12 @@ def _fetch(api: HfApi, repo_id: str, head: str, tree: Tree, folder: str, run: Pa
     """
     aside = run / _ASIDE
     shutil.rmtree(aside, ignore_errors=True)
-    manifest = json.loads(_download(api, repo_id, head, f"{folder}/{MANIFEST}", aside).read_text(encoding="utf-8"))
+    path = _download(api, repo_id, head, f"{folder}/{MANIFEST}", aside)
     try:
-        step, files = int(manifest["manifest"]["step"]), dict(manifest["manifest"]["files"])
-    except (KeyError, TypeError, ValueError) as error:
+        manifest = json.loads(path.read_text(encoding="utf-8"))["manifest"]
+        step, files = int(manifest["step"]), dict(manifest["files"])
+        size = sum(int(known["size"]) for known in files.values())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} is not what was written") from error
     if bad := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise CheckpointError(f"{bad[0]} leaves the folder")
@@ -128,9 +130,9 @@ def _fetch(api: HfApi, repo_id: str, head: str, tree: Tree, folder: str, run: Pa
         remote = tree.get(f"{folder}/{name}")
         if remote is None:
             raise CheckpointError(f"{name} is missing")
-        if remote.size != known["size"] or (remote.sha256 and remote.sha256 != known["sha256"]):
+        if remote.size != known["size"] or (remote.sha256 and remote.sha256 != known.get("sha256")):
             raise CheckpointError(f"{name} is not what was written")
-    checkpoint.require_space(run, sum(int(known["size"]) for known in files.values()))
+    checkpoint.require_space(run, size)
     for name in files:
         _download(api, repo_id, head, f"{folder}/{name}", aside)
     named = aside / f"checkpoint-{step}"

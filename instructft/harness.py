@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from instructft.beside import Beside, check_base
 from instructft.compare import json_place
 from instructft.errors import UsageError
-from instructft.generate import load_for_inference, locate
+from instructft.generate import Generator, load_for_inference, locate
 
 
 def run_tasks(
@@ -43,16 +44,18 @@ def run_tasks(
         raise UsageError(f"--tasks: found {tasks!r}, expected names with commas between, such as hellaswag,arc_easy")
     locate(model)
     if base:
-        locate(base)
+        check_base(model, base)
     json_place(json_file)
     harness = _harness()
     manager = harness.tasks.TaskManager()
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise UsageError(f"--tasks: lm-evaluation-harness knows no {', '.join(unknown)}; see lm_eval --tasks list")
 
-    results = {"tuned": _run(harness, manager, model, names, limit)}
+    tuned = Generator(*load_for_inference(model))
+    results = {"tuned": _run(harness, manager, tuned, names, limit)}
     if base:
-        results["base"] = _run(harness, manager, base, names, limit)
+        with Beside.of(model, base, tuned).answering() as other:
+            results["base"] = _run(harness, manager, other, names, limit)
     if json_file:
         json_file.write_text(json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     _print(Console(highlight=False), results)
@@ -71,10 +74,9 @@ def _harness() -> Any:
     return lm_eval
 
 
-def _run(harness: Any, manager: Any, name: str, tasks: list[str], limit: int | None) -> dict[str, Any]:
+def _run(harness: Any, manager: Any, asked: Generator, tasks: list[str], limit: int | None) -> dict[str, Any]:
     """The results of one model: `tasks` and `harness`."""
-    model, tokenizer = load_for_inference(name)
-    wrapped = harness.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+    wrapped = harness.models.huggingface.HFLM(pretrained=asked.model, tokenizer=asked.tokenizer, batch_size=8)
     found = harness.simple_evaluate(
         model=wrapped, tasks=tasks, limit=limit, task_manager=manager, apply_chat_template=True, log_samples=False
     )

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -25,7 +24,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from instructft.encode import IGNORE_INDEX
 from instructft.errors import TemplateError
 from instructft.generate import Generator
-from instructft.watch import _until
+from instructft.rolling import Row
+from instructft.watch import lines_until
 
 FILE = "warnings.jsonl"
 RISES = 3  # evaluations since the best one
@@ -155,7 +155,7 @@ class IllSigns(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what was told up to the step that the run continues from."""
         path = self.folder / FILE
-        kept = _until(state.global_step, path)
+        kept = lines_until(state.global_step, path)
         if state.is_world_process_zero:
             if kept:
                 path.write_text("".join(kept), encoding="utf-8")
@@ -191,27 +191,11 @@ class IllSigns(TrainerCallback):
         limit = min(256, max(32, 4 * max(probe.tokens for probe in self.probes)), self.generator.context - longest)
         if limit < 1:
             return
-        made = self._answers(limit)
+        rows = [Row(i, probe.prompt, limit) for i, probe in enumerate(self.probes)]
+        self.generator.complete(rows)
+        made = [row.made for row in rows]
         self._tell(state, "template", self._repeats(made))
         self._tell(state, "never_stops", self._runs_on(made, limit))
-
-    def _answers(self, limit: int) -> list[list[int]]:
-        """The ids of a greedy answer to each question, the stop token included, at most `limit` of them."""
-        generator = self.generator
-        longest = max(len(probe.prompt) for probe in self.probes)
-        device = generator.model.device
-        pads = [longest - len(probe.prompt) for probe in self.probes]
-        # padded on the left, so that all answers begin in the same column; (B, T)
-        rows = zip(pads, self.probes, strict=True)
-        ids = torch.tensor([[generator.pad_id] * pad + probe.prompt for pad, probe in rows], device=device)
-        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)
-        with generator.evaluating():
-            out = generator.model.generate(input_ids=ids, attention_mask=mask, **generator.options(limit, 0.0, 1.0))
-        made = []
-        for new in out[:, longest:].tolist():
-            end = next((n for n, token in enumerate(new, 1) if token in generator.stop_ids), len(new))
-            made.append(new[:end])
-        return made
 
     def _repeats(self, made: Sequence[Sequence[int]]) -> str:
         found: list[str] = []

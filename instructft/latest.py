@@ -48,7 +48,12 @@ def settled(recipe: Recipe, checkpoint: Checkpoint | None = None) -> tuple[Recip
     return recipe.model_copy(update={"model": model}), why
 
 
-@functools.lru_cache  # tokenizer and weights of one process come from one place
+def look_anew() -> None:
+    """Forget what was found: a run takes what is the newest when it begins."""
+    _newest.cache_clear()
+
+
+@functools.lru_cache  # tokenizer and weights come from one place
 def _newest(name: str, revision: str | None, inside: str) -> tuple[str, str | None, str]:
     """(folder, commit, why)."""
     files, commit = _files(name, revision)

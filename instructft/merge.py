@@ -27,7 +27,7 @@ from instructft.errors import AdapterError, InstructftError, ModelError, UsageEr
 from instructft.merge_edits import refuse_unproved
 from instructft.merge_papers import config_text, copy_papers, places, write_papers
 from instructft.merge_plan import Plan, make_plan
-from instructft.partial import partial_folder
+from instructft.partial import partial_folder, refuse_used
 from instructft.tensors import Stored, index_of, pieces, read_checkpoint, read_tensors, shards, write_shard, write_text
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def merge_adapter(
     most = _bytes(max_shard_size)
     if dtype not in DTYPES:
         raise UsageError(f"--dtype: found {dtype}, expected {', '.join(DTYPES)}")
-    _refuse_used(output)
+    refuse_used(output)
     began = time.perf_counter()
     adapter = _read(Path(run).expanduser())
     if measure_quantized and adapter.base.quantization == "none":
@@ -221,14 +221,6 @@ def _read(run: Path) -> AdapterFolder:
     adapter = read_adapter(run)
     refuse_unproved(adapter.config, run)
     return adapter
-
-
-def _refuse_used(output: Path) -> None:
-    for path in (output, *output.absolute().parents):
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file, expected a folder; choose another OUTPUT")
-    if output.is_dir() and any(output.iterdir()):
-        raise UsageError(f"{output} is not empty; choose another OUTPUT, or remove it: rm -r {output}")
 
 
 def _refuse_not_finite(folder: Path, tensors: Mapping[str, Stored]) -> None:

@@ -79,14 +79,14 @@ def _special_tokens(target: Path, model: PreTrainedModel) -> dict[str, Any]:
     """Where the merged model stops and how it pads, as trained; nothing for an adapter without a chat template."""
     from transformers import AutoTokenizer
 
-    from instructft.models import _fit_special_tokens
+    from instructft.models import fit_special_tokens
 
     if not (target / "tokenizer_config.json").is_file():
         return {}
     tokenizer = AutoTokenizer.from_pretrained(target, **remote_code.flag())
     if not isinstance(tokenizer.chat_template, str) or tokenizer.pad_token is None:
         return {}
-    _fit_special_tokens(model, tokenizer)
+    fit_special_tokens(model, tokenizer)
     text = model.config.get_text_config()
     return {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 

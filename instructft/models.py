@@ -16,7 +16,7 @@ from instructft.adapter_files import AdapterFolder, attach
 from instructft.errors import ModelError, TemplateError, UsageError
 from instructft.latest import settled
 from instructft.starting_point import adapter_to_go_on_with, weights_of
-from instructft.templates import TEMPLATES
+from instructft.templates import BOS, TEMPLATES
 
 if TYPE_CHECKING:
     import torch
@@ -81,10 +81,11 @@ def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             name, revision=revision, subfolder=(recipe.model.subfolder if own else None) or "", **trust
         )
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
-        raise UsageError(_not_loaded(key, str(name), "a tokenizer", error)) from error
+        raise UsageError(not_loaded(key, str(name), "a tokenizer", error)) from error
 
 
-def _not_loaded(key: str, name: str, what: str, error: Exception) -> str:
+def not_loaded(key: str, name: str, what: str, error: Exception) -> str:
+    """The message for a model or tokenizer that could not be loaded: which key named it, why, and the way out."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     folder = Path(name).expanduser()
     if hint := remote_code.wanted(error):
@@ -126,8 +127,8 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         if template.stop:
             tokenizer.eos_token = template.stop
         text = template.text()
-        if _adds_bos(tokenizer):
-            text = "{{- bos_token -}}\n" + text
+        if adds_bos(tokenizer):
+            text = BOS + text
     else:
         text = _template_file(name)
     if recipe.data.system_prompt:
@@ -152,7 +153,7 @@ def _template_file(name: str) -> str:
         raise TemplateError(f"data.template: {name}, line {error.lineno}: not a Jinja template: {error}") from error
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the model was trained with a BOS in front: a template replaces what the tokenizer would have added."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
@@ -208,7 +209,7 @@ def load_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pretraine
                 name, revision=revision, subfolder=subfolder, **remote_code.pinned(name, revision)
             )
         except (OSError, ValueError, KeyError) as error:
-            raise UsageError(_not_loaded("model.name_or_path", name, "a model", error)) from error
+            raise UsageError(not_loaded("model.name_or_path", name, "a model", error)) from error
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and recipe.data.max_length > positions:
         raise UsageError(
@@ -293,13 +294,13 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
                 **quantize.loading(recipe, dtype),
             )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise ModelError(_not_loaded("model.name_or_path", name, "a model", error)) from error
+            raise ModelError(not_loaded("model.name_or_path", name, "a model", error)) from error
     rows = model.get_input_embeddings().weight.shape[0]
     adapter = adapter_to_go_on_with(recipe)
     if adapter is not None:
         return _go_on_with(adapter, model, tokenizer)
-    _fit_embeddings(model, len(tokenizer))
-    _fit_special_tokens(model, tokenizer)
+    fit_embeddings(model, len(tokenizer))
+    fit_special_tokens(model, tokenizer)
     added = new_tokens(recipe, tokenizer, rows) if recipe.adapter.type != "none" else []
     return adapters.ADAPTERS[recipe.adapter.type](model, recipe, added)
 
@@ -312,11 +313,11 @@ def _go_on_with(adapter: AdapterFolder, model: PreTrainedModel, tokenizer: PreTr
             f"({len(tokenizer)}, expected {adapter.base.vocab_size}); use data.template=tokenizer"
         )
     adapted = adapters.as_trained_here(attach(model, adapter, trainable=True))
-    _fit_special_tokens(adapted, tokenizer)
+    fit_special_tokens(adapted, tokenizer)
     return adapted
 
 
-def _fit_embeddings(model: PreTrainedModel, tokens: int) -> None:
+def fit_embeddings(model: PreTrainedModel, tokens: int) -> None:
     """Grow the embeddings to `tokens` rows; each new row is the mean of the old ones. They never shrink."""
     import torch
 
@@ -332,7 +333,7 @@ def _fit_embeddings(model: PreTrainedModel, tokens: int) -> None:
                     layer.bias[old:] = layer.bias[:old].float().mean().to(layer.bias.dtype)
 
 
-def _fit_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def fit_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let configuration and generation configuration stop where the trained template stops."""
     from instructft.encode import encoder
 

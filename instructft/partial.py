@@ -13,12 +13,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from instructft.errors import ModelError
+from instructft.errors import ModelError, UsageError
 
 try:
     import fcntl
 except ImportError:  # Windows: a folder in which another process has a file open cannot be removed there anyway
     fcntl = None  # type: ignore[assignment]
+
+
+def refuse_used(output: Path) -> None:
+    """Refuse a folder that is not empty, before anything is written.
+
+    Raises:
+        UsageError: something is there, or a file stands in the way.
+    """
+    for path in (output, *output.absolute().parents):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file, expected a folder; choose another OUTPUT")
+    if output.is_dir() and any(output.iterdir()):
+        raise UsageError(f"{output} is not empty; choose another OUTPUT, or remove it: rm -r {output}")
 
 
 @contextmanager

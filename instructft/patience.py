@@ -52,6 +52,14 @@ def time_out() -> None:
 
 
 def wait_or_give_up(error: Exception, tries: int, what: str, pause: Pause) -> None:
+    """Wait before the next try, longer each time, or as long as the Hub asks for.
+
+    Args:
+        tries: that failed so far.
+
+    Raises:
+        HubError: another try would not help, or `TRIES` of them have failed.
+    """
     if not _passes(error):
         raise HubError(refusal(error, what)) from error
     if tries >= TRIES:
@@ -99,6 +107,7 @@ def _retry_after(error: BaseException) -> float | None:
 
 
 def refusal(error: BaseException, what: str) -> str:
+    """The message for a request that the Hub refused, with the way out; nothing secret is in it."""
     status = status_of(error)
     if status == 401:
         return f"{what}: the Hub does not know this access token (401); {LOGIN}"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instructft import checkpoint, hub
+from instructft import checkpoint, hub, remote_code
 from instructft.adapter_tensors import is_adapter, read_adapter
 from instructft.card import bare_card, for_the_hub
 from instructft.errors import CheckpointError, ModelError, UsageError
@@ -98,7 +98,7 @@ def push_to_hub(
     if not folder.is_dir():
         raise UsageError(f"there is no model folder {run}; give a run folder, a merged model or an adapter folder")
     more: dict[str, Any] = {"private": private, "say": say, **({"pause": pause} if pause else {})}
-    if checkpoint._NAME.fullmatch(folder.name):
+    if checkpoint.NAME.fullmatch(folder.name):
         try:
             checkpoint.verify(folder)
         except CheckpointError:
@@ -234,11 +234,11 @@ def _tensors(folder: Path, found: set[str]) -> dict[str, tuple[int, ...]]:
     from instructft.whole import tensors
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, **remote_code.flag())
         if getattr(config, "quantization_config", None):  # its tensors are packed
             return {}
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, **remote_code.flag())
     except (OSError, ValueError, KeyError, ImportError, AttributeError):
         return {}
     return tensors(model, dict.fromkeys(found))

@@ -41,7 +41,7 @@ def check(recipe: Recipe) -> None:
             "model.quantization: 8bit weights cannot be sharded, since FSDP parts them from their scales "
             "(bitsandbytes 0.50); use 4bit, or another strategy than FSDP"
         )
-    trouble = _trouble(device(recipe), quantization)
+    trouble = trouble_with(device(recipe), quantization)
     if trouble:
         raise UsageError(
             f"model.quantization: {quantization} needs bitsandbytes, which {trouble}. "
@@ -50,7 +50,7 @@ def check(recipe: Recipe) -> None:
 
 
 @functools.cache
-def _trouble(where: str, quantization: str) -> str:
+def trouble_with(where: str, quantization: str) -> str:
     """Why bitsandbytes cannot be used, or "". Found by quantizing a small matrix, since its import rarely fails."""
     import torch
 

@@ -19,7 +19,6 @@ from instructft.report import read_metrics
 from instructft.report_charts import Series, chart, number
 from instructft.report_parts import (
     before_and_after,
-    clock,
     evaluation_table,
     finite,
     lengths,
@@ -29,6 +28,7 @@ from instructft.report_parts import (
     training_row,
 )
 from instructft.view import visible
+from instructft.words import clock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

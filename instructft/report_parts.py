@@ -12,6 +12,7 @@ import numpy as np
 
 from instructft.places import last_name
 from instructft.report_charts import bars, number
+from instructft.words import FORMS, name_of
 
 if TYPE_CHECKING:
     from instructft.data import Prepared
@@ -23,21 +24,6 @@ BARS = 24  # of the histogram, at most
 SAMPLES = 30  # prompts whose answers are shown
 EVALUATED = 12  # rows of an evaluation that are shown
 TEXT = 2_000  # characters of any text of data or models
-
-_FORMS = {"loss": ".4f", "perplexity": ".2f", "exact_match": ".1%", "rougeL": ".3f", "bleu": ".1f"}
-_NAMES = {"exact_match": "exact match", "rougeL": "ROUGE-L", "bleu": "BLEU"}
-
-
-def clock(seconds: float) -> str:
-    """A duration.
-
-    >>> clock(78.9), clock(4), clock(7400)
-    ('1 min 19 s', '4 s', '2 h 3 min')
-    """
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
 
 
 def notes(facts: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -141,11 +127,10 @@ def evaluation_table(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     sides = [name for name in ("base", "tuned") if isinstance(found.get(name), dict)]
     table = []
-    for metric, form in _FORMS.items():
-        values = [found[side].get(metric) for side in sides]
+    for figure, form in FORMS.items():
+        values = [found[side].get(figure) for side in sides]
         if any(finite(value) for value in values):
-            cells = [format(value, form) if finite(value) else "" for value in values]
-            table.append((_NAMES.get(metric, metric), cells))
+            table.append((name_of(figure), [form.format(value) if finite(value) else "" for value in values]))
     tuned = found["tuned"].get("rows") or []
     base = (found.get("base") or {}).get("rows") or []
     rows = [
@@ -192,6 +177,7 @@ def loading(recipe: Recipe) -> dict[str, str]:
 
 
 def starting_point(recipe: Recipe) -> str:
+    """What the run began from, without a folder of this machine: `openai-community/gpt2`, or `random weights`."""
     return last_name(recipe.model.name_or_path) if recipe.model.name_or_path else "random weights"
 
 
@@ -206,4 +192,9 @@ def _short(text: Any) -> str:
 
 
 def finite(value: Any) -> bool:
+    """Whether a value is a number that can be drawn or written.
+
+    >>> finite(1.5), finite(float("nan")), finite("nan")
+    (True, False, False)
+    """
     return isinstance(value, int | float) and math.isfinite(value)

@@ -134,14 +134,14 @@ def save(
 ) -> None:
     """Write the final model, its tokenizer and the papers of the run."""
     from instructft.card import write_card
-    from instructft.models import _fit_special_tokens
+    from instructft.models import fit_special_tokens
     from instructft.report import plot_loss
     from instructft.report_page import draw_report
     from instructft.whole import require_whole
 
     run = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    _fit_special_tokens(model, tokenizer)  # the trainer aligns them with the tokenizer's EOS, which may be another
+    fit_special_tokens(model, tokenizer)  # the trainer aligns them with the tokenizer's EOS, which may be another
     trainer.save_model(str(run / _PARTIAL))
     if not trainer.is_world_process_zero():
         return

@@ -6,10 +6,12 @@ the model to stop; `instructft.encode` refuses one that does not.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "templates"
+BOS = "{{- bos_token -}}\n"  # stands in front where a model was trained with a BOS
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,13 @@ TEMPLATES: dict[str, Template] = {
     # <|im_start|>role … <|im_end|>, with two tokens of its own
     "chatml": Template("chatml.jinja", stop="<|im_end|>", tokens=("<|im_start|>", "<|im_end|>")),
 }
+
+
+@functools.cache
+def _texts() -> tuple[str, ...]:
+    return tuple(template.text() for template in TEMPLATES.values())
+
+
+def is_built_in(text: str) -> bool:
+    """Whether a chat template is one of these, with or without a BOS in front (`instructft.models`)."""
+    return text.removeprefix(BOS) in _texts()

@@ -15,7 +15,7 @@ from instructft.adapters import Papers, count_parameters, is_peft
 from instructft.checkpoint import full_disk_explained
 from instructft.data import Prepared, prepare
 from instructft.errors import UsageError
-from instructft.latest import asks_for_latest, settled
+from instructft.latest import asks_for_latest, look_anew, settled
 from instructft.models import load_config, load_model, load_tokenizer, weights_dtype
 from instructft.out_of_memory import explained
 from instructft.processes import first_process
@@ -78,6 +78,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     if checkpoint is None:
         refuse_used_folder(run)
     if asks_for_latest(recipe):
+        look_anew()
         named = recipe
         recipe, why = first_process(state, lambda: settled(named, checkpoint))
         console.print(f"model.subfolder: latest is {recipe.model.subfolder} ({why})", markup=False, highlight=False)
@@ -139,6 +140,12 @@ def _refuse_what_is_not_here(recipe: Recipe, state: PartialState) -> None:
         raise UsageError(
             f"a launcher started {os.environ['WORLD_SIZE']} processes, and accelerate counts one in each: all would "
             "write into one run folder. Without a GPU write train.use_cpu=true, and launch with instructft launch"
+        )
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if deepspeed and recipe.train["on_loss_spike"] == "skip":
+        raise UsageError(
+            "train.on_loss_spike: skip has no effect under DeepSpeed, which takes each step by itself; write warn, or "
+            "divide the model with --strategy fsdp2"
         )
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if sharded and state.num_processes > 1 and state.distributed_type.value == "MULTI_CPU":

@@ -14,7 +14,7 @@ from instructft import remote_code
 from instructft.adapter_files import AdapterFolder, attach, check_fit, is_adapter, locate_base, read_adapter
 from instructft.base_files import adapter_on_hub, commit_of
 from instructft.errors import ModelError, UsageError
-from instructft.models import _adds_bos
+from instructft.models import adds_bos
 from instructft.templates import TEMPLATES
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def with_template(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTo
     if not tokenizer.chat_template:
         print(f"{name} has no chat template; it is asked with the template instruction.", file=sys.stderr)
         text = TEMPLATES["instruction"].text()
-        tokenizer.chat_template = ("{{- bos_token -}}\n" if _adds_bos(tokenizer) else "") + text
+        tokenizer.chat_template = ("{{- bos_token -}}\n" if adds_bos(tokenizer) else "") + text
     return tokenizer
 
 
@@ -168,7 +168,7 @@ def _quantized(adapter: AdapterFolder) -> dict[str, Any]:
     how, device = adapter.base.quantization, _device()
     if how == "none":
         return {}
-    if trouble := quantize._trouble(device, how):
+    if trouble := quantize.trouble_with(device, how):
         print(
             f"{adapter.folder} was trained on a base with {how} weights through bitsandbytes, which {trouble}: the "
             "base is loaded unquantized, and answers may differ a little.",

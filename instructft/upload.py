@@ -12,7 +12,6 @@ Of a sealed checkpoint all leaves that a resumed run needs, under a manifest tha
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -170,7 +169,7 @@ def _why_not(name: str) -> str:
         return "custom code, which is not uploaded"
     if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")):
         return "a pickle"
-    if checkpoint._NAME.fullmatch(name):
+    if checkpoint.NAME.fullmatch(name):
         return "a checkpoint; hub.push: checkpoints uploads them"
     return "not part of a model"
 
@@ -182,7 +181,7 @@ def _manifest(folder: Path, leaving: Mapping[str, Leaving]) -> bytes:
     told = {key: without_places(value, [folder.parent], key.rpartition(".")[2]) for key, value in identity.items()}
     files = {name: {"size": file.size, "sha256": file.sha256} for name, file in leaving.items()}
     manifest = {**manifest, "identity": told, "files": files}
-    return json.dumps({"manifest": manifest, "sha256": checkpoint._digest(manifest)}, indent=1).encode()
+    return checkpoint.manifest_text(manifest).encode()
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from instructft import remote_code
 from instructft.adapter_files import AdapterFolder, locate_base
 from instructft.answer import MAX_NEW_TOKENS, Answer, Generator, check_settings
 from instructft.errors import ModelError, UsageError
@@ -41,7 +42,7 @@ class VllmGenerator(Generator):
         rank = _rank(adapter) if adapter else 0
         place = str(locate_base(adapter)) if adapter else location
         where: dict[str, Any] = {} if Path(place).exists() else {"revision": revision}
-        config = AutoConfig.from_pretrained(place, **where)
+        config = AutoConfig.from_pretrained(place, **where, **remote_code.pinned(place, revision))
         own = adapter is not None and (adapter.folder / "generation_config.json").is_file()
         try:
             generation = GenerationConfig.from_pretrained(str(adapter.folder) if adapter and own else place, **where)
@@ -51,6 +52,7 @@ class VllmGenerator(Generator):
         super().__init__(cast("Any", shape), load_tokenizer_of(name))
         options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": rank} if adapter else {}
         # Prompts go in and answers come out as ids: the text is made here, as everywhere else.
+        options |= remote_code.pinned(place, revision)
         self._engine = vllm.LLM(model=place, skip_tokenizer_init=True, **where, **options)
         self._sampling = vllm.SamplingParams
         self._adapter: dict[str, Any] = {}
@@ -75,19 +77,18 @@ class VllmGenerator(Generator):
             ModelError: vLLM gave no answer to one.
         """
         check_settings(max_new_tokens, temperature, top_p)
-        prompts = self.encoder.prompts(conversations) if conversations else []
-        limits = [min(max_new_tokens, self.room(ids, f"prompt {i}")) for i, ids in enumerate(prompts, 1)]
+        rows = self.rows(conversations, max_new_tokens)
         settings = [
             self._sampling(
                 temperature=temperature,
                 top_p=top_p,
-                max_tokens=limit,
+                max_tokens=row.limit,
                 stop_token_ids=self.stop_ids,
                 detokenize=False,
             )
-            for limit in limits
+            for row in rows
         ]
-        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        asked = [{"prompt_token_ids": row.prompt} for row in rows]
         made = self._engine.generate(asked, settings, use_tqdm=False, **self._adapter) if asked else []
         answers = []
         for i, request in enumerate(made):

@@ -40,7 +40,7 @@ class MetricsFile(TrainerCallback):
         """Keep the lines up to the step that the run continues from; a fresh run starts an empty file."""
         if not state.is_world_process_zero:
             return
-        kept = _until(state.global_step, self.path)
+        kept = lines_until(state.global_step, self.path)
         self.path.write_text("".join(kept), encoding="utf-8")
         if kept:  # what is still to come of this step belongs into its line
             self._record = json.loads(kept[-1])
@@ -72,7 +72,7 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(self._record, allow_nan=False) + "\n")
 
 
-def _until(step: int, path: Path) -> list[str]:
+def lines_until(step: int, path: Path) -> list[str]:
     """The lines of a file up to a step; one that was cut short by a kill is none."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -158,7 +158,7 @@ class Samples(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the answers up to the step that the run continues from, and show what the model says before."""
         if state.is_world_process_zero:
-            self.path.write_text("".join(_until(state.global_step, self.path)), encoding="utf-8")
+            self.path.write_text("".join(lines_until(state.global_step, self.path)), encoding="utf-8")
         if state.global_step == 0:
             self._answer(state)
 

@@ -35,7 +35,7 @@ from instructft.adapter_files import (
 )
 from instructft.errors import AdapterError, ModelError, UsageError
 from instructft.generate import generate
-from instructft.models import _fit_embeddings
+from instructft.models import fit_embeddings
 from instructft.templates import TEMPLATES
 from instructft.trained import load_bare, load_base, load_for_inference, locate
 from instructft.weights import read_header
@@ -89,7 +89,7 @@ def make_adapter(
     if new:
         tokenizer.add_special_tokens({"additional_special_tokens": NEW})
         rows = [len(tokenizer) - 2, len(tokenizer) - 1]
-        _fit_embeddings(model, len(tokenizer))
+        fit_embeddings(model, len(tokenizer))
         lora["trainable_token_indices"] = rows if conv1d else {"embed_tokens": rows, "lm_head": rows}
     lora = {"target_modules": "all-linear", "fan_in_fan_out": conv1d, **lora}
     live = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **lora))
@@ -174,7 +174,7 @@ def test_without_its_adapter_it_is_its_base(kind: str, base: str, bases: dict[st
     adapter = read_adapter(folder)
     model = load_bare(str(folder))[0]
     start = load_base(adapter)
-    _fit_embeddings(start, adapter.base.vocab_size)
+    fit_embeddings(start, adapter.base.vocab_size)
     with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
         difference = (model(ids).logits - start(ids).logits).abs().max()
     if leaves_base_as_it_is(adapter):
@@ -246,7 +246,7 @@ def test_an_adapter_of_peft_alone_with_its_whole_embedding(bases: dict[str, Path
     """PEFT saves the whole matrix when the vocabulary has grown and no rows of it are named."""
     grown = AutoModelForCausalLM.from_pretrained(bases["llama"])
     rows = grown.config.vocab_size
-    _fit_embeddings(grown, rows + 9)
+    fit_embeddings(grown, rows + 9)
     live = get_peft_model(grown, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
     with torch.no_grad():
         live.get_input_embeddings().weight[-9:] += 1
@@ -639,7 +639,7 @@ def test_a_quantized_base_comes_as_it_was_in_training(
     with torch.no_grad():
         near = (model(ids).logits - live(ids).logits).abs().mean() / live(ids).logits.abs().mean()
     assert 1e-4 < near < 0.5
-    monkeypatch.setattr(quantize, "_trouble", lambda *_: "is not installed")
+    monkeypatch.setattr(quantize, "trouble_with", lambda *_: "is not installed")
     capfd.readouterr()
     model, _ = load_for_inference(str(folder))
     assert f"{how} weights through bitsandbytes, which is not installed: the base is loaded unquantized" in (
@@ -687,13 +687,14 @@ def test_what_an_adapter_began_from(
     assert len(loaded) == (2 if kind == "pissa" else 1)  # its base is in memory once, where that is exact
     tokenizer = load_for_inference(str(folder))[1]
     start = AutoModelForCausalLM.from_pretrained(bases["llama"])
-    _fit_embeddings(start, len(tokenizer))
+    fit_embeddings(start, len(tokenizer))
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     for side, model in (("base", start), ("tuned", live)):
         expected = instructft.evaluate(model, rows, tokenizer=tokenizer, max_new_tokens=8)
         assert results[side]["loss"] == pytest.approx(expected["loss"], abs=1e-6), side
         for found, row in zip(results[side]["rows"], expected["rows"], strict=True):
-            assert all(found[key] == row[key] for key in ("prompt", "prediction", "reference", "finish_reason")), side
+            assert found.pop("dataset").endswith("rows.jsonl")  # which rows in memory do not have
+            assert found == {**row, "nll": pytest.approx(row["nll"], abs=1e-5)}, side
     assert abs(results["base"]["loss"] - results["tuned"]["loss"]) > 1e-3
 
 

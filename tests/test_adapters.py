@@ -305,7 +305,7 @@ def test_without_a_working_bitsandbytes_it_is_refused_before_weights(
 ) -> None:
     import sys
 
-    quantize._trouble.cache_clear()
+    quantize.trouble_with.cache_clear()
     functional = SimpleNamespace(
         quantize_4bit=lambda x, **_: (x, None), dequantize_4bit=lambda packed, state: torch.zeros_like(packed)
     )
@@ -320,7 +320,7 @@ def test_without_a_working_bitsandbytes_it_is_refused_before_weights(
     says = {"missing": "not installed", "device": "does not know the device cpu", "wrong": "does not work here"}
     assert says[broken] in str(raised.value)
     assert not (tmp_path / "run").exists()
-    quantize._trouble.cache_clear()
+    quantize.trouble_with.cache_clear()
 
 
 def test_the_type_of_frozen_weights(base: Any, tmp_path: Path) -> None:

@@ -463,7 +463,7 @@ def test_vllm_is_given_our_ids(folder: str, vllm: list[dict[str, Any]], tmp_path
     source, target = write(tmp_path / "in.jsonl", *ROWS), tmp_path / "out.jsonl"
     generate_file(folder, source, target, max_new_tokens=9, temperature=0.5, top_p=0.9, backend="vllm")
     load, call = vllm
-    assert load == {"model": folder, "skip_tokenizer_init": True}
+    assert load == {"model": folder, "skip_tokenizer_init": True, "trust_remote_code": False}
     assert [p["prompt_token_ids"] for p in call["prompts"]] == [encode_prompt(m, tokenizer) for m in ASKED]
     for params in call["sampling"]:
         assert params["stop_token_ids"] == [tokenizer.eos_token_id]
@@ -492,7 +492,10 @@ def test_vllm_and_adapters(plain: bool, vllm: list[dict[str, Any]], tmp_path: Pa
         assert vllm == []
         return
     VllmGenerator(str(adapter)).answers([[{"role": "user", "content": "Hi"}]], 5)
-    assert vllm[0] == {"model": str(base), "skip_tokenizer_init": True, "enable_lora": True, "max_lora_rank": 8}
+    assert vllm[0] == {
+        "model": str(base), "skip_tokenizer_init": True, "trust_remote_code": False, "enable_lora": True,
+        "max_lora_rank": 8,
+    }  # fmt: skip
     assert vllm[1]["lora"] == ("adapter", 1, str(adapter))
 
 

@@ -256,6 +256,15 @@ OTHER = {
         ["generate", "./nowhere", "--input", "none.jsonl", "--output", "o.jsonl"],
         ["--input: there is no file none.jsonl"],
     ),
+    "generate from bad lines": (
+        ["generate", "./nowhere", "--input", "bad.jsonl", "--output", "o.jsonl"],
+        [
+            "bad.jsonl holds no rows that can be asked",
+            "line 1, column 1: not JSON",
+            "line 2: found no prompt",
+            "line 4: role 'bot' is unknown",
+        ],
+    ),
     "generate with a bad batch size": (
         ["generate", "./nowhere", "--input", "asked.jsonl", "--output", "o.jsonl", "--batch-size", "0"],
         ["--batch-size: found 0, expected auto or a number"],
@@ -278,6 +287,8 @@ def test_other_commands(here, run, no_weights, case):
         '{"prompt": "a"}\nnonsense\n{"question": "b"}\n\n{"messages": [{"role": "bot", "content": "c"}]}\n',
         encoding="utf-8",
     )
+    lines = Path("asked.jsonl").read_text(encoding="utf-8").splitlines()
+    Path("bad.jsonl").write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
     arguments, parts = OTHER[case]
     said_clearly(*run(*arguments), *parts)
     assert not Path("o.jsonl").exists()

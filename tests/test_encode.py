@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from instructft import encode
 from instructft.collate import CompletionOnlyCollator
 from instructft.encode import Encoder, encode_conversation, encode_prompt, encoder, render
 from instructft.errors import DataError, TemplateError
+from instructft.rendering import MANY, Renderer
 from instructft.templates import TEMPLATES
 
 PREAMBLE = (
@@ -402,14 +402,14 @@ def test_many_conversations_are_rendered_as_few_are(bare_tokenizer: Any, templat
     encoder = Encoder(tokenizer)
     rows = [
         [{"role": "user", "content": f" {i} <b>", "input": "x" * (i % 3)}, {"role": "assistant", "content": f" a{i}\n"}]
-        for i in range(encode._MANY)
+        for i in range(MANY)
     ]
-    assert encoder._compiled is not None
+    assert encoder.renderer._compiled is not None
     for asks in (True, False):
         assert encoder.render(rows, asks) == [encoder.render([row], asks)[0] for row in rows]
 
 
 def test_another_text_by_the_short_way_is_not_taken(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = Encoder(tokenizer)
-    monkeypatch.setattr(Encoder, "_direct", lambda *_: ["another text"])
-    assert encoder._compiled is None
+    renderer = Renderer(tokenizer)
+    monkeypatch.setattr(Renderer, "_direct", lambda *_: ["another text"])
+    assert renderer._compiled is None

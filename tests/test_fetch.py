@@ -122,6 +122,23 @@ def test_one_that_is_damaged_on_the_hub_is_passed_over(
     assert result.facts["train"]["resumed"][0]["step"] == 3
 
 
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"manifest": {"step": 7}}', '{"manifest": {"step": "x", "files": {}}}']
+)
+def test_a_manifest_that_cannot_be_read_is_passed_over(
+    hub: Any, machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
+) -> None:
+    stopped(machine("first"), 3, monkeypatch)
+    newest = max(
+        checkpoints(hub), key=lambda name: json.loads(hub.files(REPO)[f"{name}/manifest.json"])["manifest"]["step"]
+    )
+    hub.put(REPO, {f"{newest}/manifest.json": content})
+    found, passed = newest_on_hub(machine("second").hub, tmp_path / "second" / "run")
+    assert found is not None
+    assert found.step == 3
+    assert passed == [f"{REPO}/{newest}: manifest.json is not what was written"]
+
+
 def test_none_that_is_whole_stops_the_run(hub: Any, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped(machine("first", "train.save_steps=100"), 3, monkeypatch)
     (name,) = checkpoints(hub)

@@ -12,7 +12,7 @@ from stops import SignalAt, interrupt
 import instructft
 from instructft.errors import UsageError
 from instructft.hub_checkpoints import checkpoint_name, newest_checkpoint, progress
-from instructft.latest import _newest, settled
+from instructft.latest import look_anew, settled
 from instructft.train import train
 
 QUIET = Console(quiet=True)
@@ -21,7 +21,7 @@ QUIET = Console(quiet=True)
 @pytest.fixture(autouse=True)
 def another_process() -> None:
     """Forgets what was found: a process asks once."""
-    _newest.cache_clear()
+    look_anew()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,6 @@ def test_from_the_hub_and_pinned_to_the_commit(
     assert written.model.subfolder == "checkpoint_tokens_10k_loss_1.0"
     assert written.model.revision == commit
     hub.put("org/pre", {f"checkpoint_tokens_11k_loss_0.9/{name}": content for name, content in model(11).items()})
-    _newest.cache_clear()  # another process would ask anew
     result = train(asked, console=QUIET)
     assert result.facts["train"]["resumed"][0]["step"] == 2
     assert instructft.recipe.load_run_recipe(tmp_path / "run").model.subfolder == "checkpoint_tokens_10k_loss_1.0"
@@ -192,6 +191,6 @@ def test_without_a_network_the_cache_serves(
     online, _ = settled(recipe(tmp_path, "org/pre"))
     instructft.load_model(online, instructft.load_tokenizer(online))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    _newest.cache_clear()
+    look_anew()
     offline, _ = settled(recipe(tmp_path, "org/pre").model_copy())
     assert offline.model.subfolder == "checkpoint-5"

@@ -63,10 +63,10 @@ def make_adapter(folder: Path, base: Path, rows: int = 1490, **options: Any) -> 
     from transformers import AutoModelForCausalLM
 
     from instructft.adapter_files import record_base
-    from instructft.models import _fit_embeddings
+    from instructft.models import fit_embeddings
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    _fit_embeddings(model, rows)
+    fit_embeddings(model, rows)
     options = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8, **options}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
     source = torch.Generator().manual_seed(1)

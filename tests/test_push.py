@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -586,7 +587,7 @@ def test_the_card_is_what_the_hub_reads(trained: dict[str, Path], hub: LocalHub,
     card = ModelCard(text)
     assert card.data.library_name == "peft"
     assert {result.metric_type for result in card.data.eval_results} >= {"loss", "perplexity"}
-    assert "| loss | 3.5000 | 2.0000 |" in text
+    assert "| loss | 3.500 | 2.000 |" in text
     assert b"a secret question" not in b"".join(files.values())
     assert "Licence of the base: not known here" in text
     assert f'from_pretrained("{REPO_ID}")' in text
@@ -715,15 +716,17 @@ def test_a_dead_hub_ends_no_run(kind: str, begin: Any, hub: LocalHub) -> None:
 def test_a_stopped_run_is_not_held(begin: Any, hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publisher, "PATIENCE", 0.3)
     one, run, _ = begin()
-    hub.before = lambda request: time.sleep(1.2)
+    held = threading.Event()  # the Hub answers nothing until this is set
+    hub.before = lambda request: held.wait(10)
     one.checkpoint_sealed(run / "checkpoint-2", 2, 1000, 2.0, ["checkpoint-2"])
-    began = time.perf_counter()
     status = one.finish(final=False)
-    assert time.perf_counter() - began < 15  # a whole upload takes some 24
+    assert not held.is_set()  # it came back while the upload was held
+    assert one._thread
+    assert one._thread.is_alive()
+    held.set()
     assert not status.pushed
     assert status.command == f"instructft push {run / 'checkpoint-2'} {REPO_ID}"
     hub.before = None
-    assert one._thread
     one._thread.join(5)
     assert not one._thread.is_alive()
     assert ("model", REPO_ID) not in hub.repos or len(hub.commits(REPO_ID)) == 1

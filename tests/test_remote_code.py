@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -116,6 +117,25 @@ def test_the_flag_stands_before_or_behind_a_command(monkeypatch: pytest.MonkeyPa
     assert ended.value.code == 0
     assert remote_code.allowed()
     assert "quickstart" in capsys.readouterr().out
+
+
+def test_no_model_is_loaded_without_a_word_on_its_code() -> None:
+    """Left out, the argument asks at the terminal, and code runs that nobody pinned."""
+    calls = []
+    for path in sorted((Path(instructft.__file__).parent).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            function = node.func if isinstance(node, ast.Call) else None
+            named = isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)
+            if named and function.value.id.startswith("Auto") and function.attr in ("from_pretrained", "from_config"):
+                said = ast.unparse(ast.Module([ast.Expr(node)], []))
+                calls.append(
+                    (
+                        f"{path.name}:{node.lineno}",
+                        "trust_remote_code" in said or ("**" in said and "trust" in said) or "remote_code" in said,
+                    )
+                )
+    assert len(calls) > 10
+    assert [place for place, said in calls if not said] == []
 
 
 def test_no_recipe_can_say_so(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from stops import SignalAt, interrupt
 from transformers import TrainerCallback
 
 import instructft
-from instructft.errors import Stopped
+from instructft.errors import Stopped, UsageError
 from instructft.spikes import FEWEST, usual_loss
 from instructft.train import train
 
@@ -112,6 +112,12 @@ def test_a_step_that_is_left_out_changes_nothing(spiked: Any) -> None:
     pairs = zip(leap.state_before, leap.state_after, strict=True)
     assert all(torch.equal(before, after) for before, after in pairs)
     assert result.facts["train"]["steps"] == 18
+
+
+def test_deepspeed_takes_each_step_by_itself(spiked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UsageError, match=r"train.on_loss_spike: skip has no effect under DeepSpeed"):
+        spiked("train.on_loss_spike=skip")
 
 
 def test_no_limit_says_nothing(spiked: Any) -> None:

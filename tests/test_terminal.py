@@ -362,25 +362,37 @@ def _own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_in_a_terminal(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    """A model that never stops, in a context long enough that only Ctrl-C ends its answer in time."""
+def one_letter(tokenizer: Any, letter: str, folder: Path) -> Path:
+    """A model that says the same letter at every position, and never stops."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(tokenizer), n_layer=1, n_head=2, n_embd=8, n_positions=60_000, bos_token_id=0, eos_token_id=0
     )
     model = GPT2LMHeadModel(config)
-    letter = tokenizer("z", add_special_tokens=False)["input_ids"][0]
-    with torch.no_grad():  # every position says the same letter
+    with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.fill_(1)
-        model.transformer.wte.weight[letter] = 5
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+        model.transformer.wte.weight[tokenizer(letter, add_special_tokens=False)["input_ids"][0]] = 5
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
-    terminal = Terminal(sys.executable, "-m", "instructft", "chat", str(tmp_path), "--max-new-tokens", "50000")
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_in_a_terminal(tokenizer: Any, tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+    """A model that never stops, in a context long enough that only Ctrl-C ends its answer in time."""
+    import instructft
+
+    run, base = one_letter(tokenizer, "z", tmp_path / "run"), one_letter(tokenizer, "y", tmp_path / "base")
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "Hi", "completion": "z"}\n')
+    recipe = instructft.load_recipe(
+        write_recipe(f"model: {{name_or_path: {base}}}\ndata: {{datasets: [{{path: {data}}}]}}\n")
+    )
+    (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+    terminal = Terminal(sys.executable, "-m", "instructft", "chat", str(run), "--max-new-tokens", "50000")
     try:
         terminal.wait_for("/help lists the commands, /quit leaves")
         terminal.wait_for(">")
@@ -404,8 +416,10 @@ def test_in_a_terminal(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
             ("/top_p 0.9", "(top_p 0.9)"),
             ("/max 3", "(at most 3 tokens in an answer)"),
             ("/retry", "zzz (cut off; /max allows more tokens)"),
-            ("/compare", "there is none beside"),
+            ("/compare", "base:\r\nyyy"),
+            ("/compare And you?", "tuned:\r\nzzz"),
             (f"/save {tmp_path / 'talk.jsonl'}", "(saved to "),
+            ("/undo", "(taken back: And you?)"),
             ("/undo", "(taken back: Hello there)"),
             ("Hi", "zzz"),
             ("/system Be brief.", "(system prompt set; a new conversation)"),
