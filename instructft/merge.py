@@ -100,8 +100,7 @@ def merge_adapter(
     except ModelError as error:  # said before anything is written, so it is an error in what was given
         raise AdapterError(str(error)) from error
     precision = _precision(plan)
-    parameters = sum(tensor.numel() for tensor in plan.model.parameters())
-    machine = choose_machine(parameters, precision) if verify else None
+    machine = choose_machine(plan, precision) if verify else None
     files = shards((output.planned for output in plan.outputs.values()), most)
     total = sum(out.planned.bytes for out in plan.outputs.values())
     _refuse_full_disk(output, total)
@@ -165,7 +164,8 @@ def _prove(
     rows = plan.model.get_input_embeddings().weight.shape[0]
     texts = choose_texts(_recipe(adapter.folder), tokenizer, context, rows)
     precision = str(machine.dtype).removeprefix("torch.")
-    console.print(f"proof   {len(texts.rows)} × {texts.source}, in {precision} on {machine.device}", highlight=False)
+    where = machine.device if machine.whole else "cpu, read from the disk since it does not fit in memory"
+    console.print(f"proof   {len(texts.rows)} × {texts.source}, in {precision} on {where}", highlight=False)
     proof = prove(base, adapter, folder, read_checkpoint(folder), plan, texts, machine)
     found = {"proof": {**proof, "seconds": time.perf_counter() - began}}
     if quantized:
@@ -196,7 +196,7 @@ def _report(console: Console, output: Path, facts: Mapping[str, Any]) -> None:
         say(
             f"        largest difference of a logit {proof['difference']:.2e}, allowed {proof['tolerance']:.2e}; "
             f"the adapter changes logits by {proof['effect']:.2e}\n"
-            f"        greedy answers: {proof['equal_tokens']} of {proof['tokens']} tokens equal"
+            f"        {proof['compared']}: {proof['equal_tokens']} of {proof['tokens']} tokens equal"
         )
     if quantized := facts.get("quantized"):
         say(

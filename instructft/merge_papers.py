@@ -148,7 +148,7 @@ def proof_in_words(merge: Mapping[str, Any]) -> str:
         f"| largest difference of a logit | {proof['difference']:.2e} |",
         f"| allowed ({merge['dtype']}) | {proof['tolerance']:.2e} |",
         f"| largest change of a logit by the adapter | {proof['effect']:.2e} |",
-        f"| greedy answers, tokens equal | {proof['equal_tokens']} of {proof['tokens']} |",
+        f"| {proof['compared']}, tokens equal | {proof['equal_tokens']} of {proof['tokens']} |",
     ]
     if proof.get("weights"):
         lines.append(

@@ -9,12 +9,15 @@ the last place, and how far that moves the logits depends on the model. So the a
 by random amounts of just that size, and a merge may differ by four times what this did to the logits, or by a
 ten-thousandth of the largest logit, which is float32's share.
 
-One model is in memory at a time: the base with its adapter is let go before the merged one is loaded.
+One model is in memory at a time: the base with its adapter is let go before the merged one is loaded. A model that
+does not fit is mapped from its files: the system brings in what a layer computes with, and lets it go again. All texts
+then go through in one batch, and the most likely next tokens are counted in place of those of answers.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from instructft import remote_code
 from instructft.errors import ModelError, UsageError
 from instructft.proof_texts import Texts
-from instructft.proof_weights import compare_weights, jitter
+from instructft.proof_weights import compare_weights, jitter, jittered
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from instructft.tensors import Stored
 
 LOGITS = 64 << 20  # bytes of logits that are kept for one model
+_COMPARED = {True: "greedy answers", False: "most likely next tokens"}  # of a model that fits in memory, and not
 MARGIN = 4  # the tolerance is this many times what simulated rounding does
 FLOOR = 1e-4  # of the largest logit: what float32 arithmetic in another order may do
 
@@ -57,30 +61,48 @@ class Machine:
 
     device: str
     dtype: torch.dtype
+    whole: bool = True  # in memory; else mapped from its files
 
 
-def choose_machine(parameters: int, stored: torch.dtype) -> Machine:
-    """Float32 where one model fits in memory that way, else the merged weights' own dtype.
+def choose_machine(plan: Plan, stored: torch.dtype) -> Machine:
+    """Float32 where one model fits in memory that way, else the merged weights' own dtype, else mapped from its files.
+
+    Args:
+        stored: the dtype of most merged weights.
 
     Raises:
-        UsageError: it does not fit in either.
+        UsageError: not even what must be in memory of a mapped model fits.
     """
     import psutil
     import torch
 
+    parameters = sum(tensor.numel() for tensor in plan.model.parameters())
     free = {"cpu": psutil.virtual_memory().available}
     if torch.cuda.is_available():
         free = {"cuda": torch.cuda.mem_get_info()[0], **free}
-    need = 0.0
+    rest = 1 << 30  # activations, logits
     for device, room in free.items():
         for dtype in dict.fromkeys((torch.float32, stored)):
-            need = parameters * dtype.itemsize * 1.15 + (1 << 30)  # activations, logits, the largest weight once more
-            if need <= room:
+            if parameters * dtype.itemsize * 1.15 + rest <= room:  # the largest weight once more
                 return Machine(device, dtype)
+    need = in_memory(plan, stored) + rest
+    if need <= free["cpu"]:
+        return Machine("cpu", stored, whole=False)
     raise UsageError(
-        f"the proof holds one model in memory, about {need / 1e9:.1f} GB, and {max(free.values()) / 1e9:.1f} GB are "
-        "free; merge on a larger machine, or without the proof: --no-verify"
+        f"the proof needs about {need / 1e9:.1f} GB of memory, and {free['cpu'] / 1e9:.1f} GB are free; merge on a "
+        "larger machine, or without the proof: --no-verify"
     )
+
+
+def in_memory(plan: Plan, stored: torch.dtype) -> int:
+    """Bytes of a mapped model that are in memory all the same: weights that loading changes, one layer in copies."""
+    changed = sum(
+        math.prod(out.planned.shape) * stored.itemsize
+        for out in plan.outputs.values()
+        if out.edit.rows or {out.base.dtype, out.planned.dtype} != {stored}
+    )
+    # merged: the weight, its delta and the sum in float32, the noise
+    return changed + 5 * max(math.prod(out.planned.shape) * 4 for out in plan.outputs.values())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -104,26 +126,31 @@ def prove(
 
     Returns:
         `difference`, `tolerance`, `rounding`, `effect` and `scale`, in logits; `tokens` and `equal_tokens` of the
-        greedy answers; `weights`; `texts`, `source`, `precision`, `device`.
+        greedy answers, or of what `compared` says; `weights`; `texts`, `source`, `precision`, `device`.
 
     Raises:
         ModelError: the merged model is not the adapted one.
     """
     live, unexpected = _adapted(base, adapter, machine)
-    seen = look(live, texts)
+    see = look if machine.whole else look_once
+    seen = see(live, texts)
     with live.disable_adapter():
-        effect = difference(seen.logits, look(live, texts, answers=False).logits)
-    weights = None
-    if not plan.untied:  # PEFT's merge changes both of two tied weights where only one was adapted
-        live.merge_adapter()
-        weights = compare_weights(live, plan, files)
-    jitter(live, plan)
-    rounding = difference(seen.logits, look(live, texts, answers=False).logits)
+        effect = difference(seen.logits, see(live, texts, answers=False).logits)
+    mergeable = not plan.untied  # PEFT's merge changes both of two tied weights where only one was adapted
+    weights = compare_weights(live, plan, files) if mergeable else None
+    if machine.whole:
+        if mergeable:
+            live.merge_adapter()
+        jitter(live, plan)
+        rounding = difference(seen.logits, look(live, texts, answers=False).logits)
+    else:
+        with jittered(live, plan, mergeable):
+            rounding = difference(seen.logits, look_once(live, texts, answers=False).logits)
     del live
     _free()
 
     model = _merged(merged, plan, unexpected, machine)
-    now = look(model, texts)
+    now = see(model, texts)
     del model
     _free()
     scale = max(float(logits.abs().max()) for logits in seen.logits)
@@ -133,8 +160,8 @@ def prove(
     if not found <= tolerance:  # not a number is no proof either
         raise ModelError(
             f"the merged model is not the adapted one: a logit differs by {found:.3g}, allowed is {tolerance:.3g} "
-            f"(the adapter itself changes logits by {effect:.3g}); {equal} of {tokens} tokens of greedy answers are "
-            "equal. Nothing was kept"
+            f"(the adapter itself changes logits by {effect:.3g}); of {_COMPARED[machine.whole]} {equal} of {tokens} "
+            "tokens are equal. Nothing was kept"
         )
     return {
         "difference": found,
@@ -149,6 +176,7 @@ def prove(
         "source": texts.source,
         "precision": str(machine.dtype).removeprefix("torch."),
         "device": machine.device,
+        "compared": _COMPARED[machine.whole],
     }
 
 
@@ -167,11 +195,12 @@ def measure_quantized(
     kind = adapter.base.quantization
     dtype = getattr(torch, adapter.base.dtype, torch.float32)
     live, _ = _adapted(base, adapter, machine, quantization_config=configuration(kind, dtype), dtype=dtype)
-    seen = look(live, texts)
+    see = look if machine.whole else look_once
+    seen = see(live, texts)
     del live
     _free()
     model, _ = _load(merged, machine.dtype)
-    now = look(model.to(machine.device), texts)
+    now = see(model.to(machine.device), texts)
     del model
     _free()
     tokens, equal = agreement(seen.answers, now.answers)
@@ -234,14 +263,36 @@ def look(model: Any, texts: Texts, answers: bool = True) -> Seen:
         for ids in texts.rows:
             batch = torch.tensor([ids], device=model.device)  # (1, T)
             found = model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False).logits[0]  # (T, V)
-            keep = max(1, LOGITS // (len(texts.rows) * found.shape[-1] * 4))
-            places = torch.linspace(0, len(ids) - 1, min(keep, len(ids)), device=found.device).round().long()
-            logits.append(found[places].float().cpu())
+            logits.append(_kept(found, len(ids), len(texts.rows)))
         for ids in texts.prompts if answers else []:
             batch = torch.tensor([ids], device=model.device)
             out = model.generate(input_ids=batch, attention_mask=torch.ones_like(batch), generation_config=greedy)
             made.append(out[0, len(ids) :].tolist())
     return Seen(logits, made)
+
+
+def look_once(model: Any, texts: Texts, answers: bool = True) -> Seen:
+    """As `look`, with every weight used once: all texts in one batch; for answers the most likely next tokens."""
+    import torch
+
+    lengths = [len(ids) for ids in texts.rows]
+    batch = torch.full((len(lengths), max(lengths)), texts.pad_id)  # (B, T)
+    mask = torch.zeros_like(batch)
+    for i, ids in enumerate(texts.rows):
+        batch[i, : len(ids)], mask[i, : len(ids)] = torch.tensor(ids), 1
+    with torch.inference_mode():
+        found = model(input_ids=batch, attention_mask=mask, use_cache=False).logits  # (B, T, V)
+    logits = [_kept(row, length, len(lengths)) for row, length in zip(found, lengths, strict=True)]
+    return Seen(logits, [row[:n].argmax(-1).tolist() for row, n in zip(found, lengths, strict=True)] if answers else [])
+
+
+def _kept(logits: torch.Tensor, length: int, texts: int) -> torch.Tensor:
+    """Logits of some positions, evenly over a text of `length` tokens: (positions, V), float32 on the CPU."""
+    import torch
+
+    keep = max(1, LOGITS // (texts * logits.shape[-1] * 4))
+    places = torch.linspace(0, length - 1, min(keep, length), device=logits.device).round().long()
+    return logits[places].float().cpu()
 
 
 def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:

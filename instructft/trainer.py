@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import Sampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from instructft.adapters import Papers, token_rows
@@ -91,6 +91,7 @@ class Trainer(LastingTrainer):
             bare.base_model.register_forward_pre_hook(functools.partial(_gather_head, bare))
         self._seen = torch.zeros(3, dtype=torch.int64, device=self.args.device)
         self._eval_sums: list[torch.Tensor] = []
+        self._eval_order = np.arange(0)
 
     def counts(self) -> list[int]:
         """Tokens, supervised tokens and slots that this process has trained."""
@@ -162,7 +163,8 @@ class Trainer(LastingTrainer):
         self._eval_sums = []
         self._metrics["eval"].clear()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        rows = torch.cat(self._eval_sums).double()  # (rows, 4), in the order of the validation set
+        rows = torch.cat(self._eval_sums).double()  # (rows, 4)
+        rows[self._eval_order] = rows.clone()  # in the order of the validation set
         nll, tokens, entropy, top1 = rows.sum(0).tolist()
         metrics: Any = output.metrics
         if sum(self._eval_groups.values()) == len(rows):
@@ -175,7 +177,11 @@ class Trainer(LastingTrainer):
         return output
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return SequentialSampler(eval_dataset)  # upstream groups by length here too; groups rely on the order
+        """The longest rows first: little padding is computed, and memory that does not suffice shows at once."""
+        if not hasattr(eval_dataset, "__len__"):
+            return super()._get_eval_sampler(eval_dataset)
+        self._eval_order = np.argsort(-flat(eval_dataset)[2], kind="stable")
+        return self._eval_order.tolist()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -160,3 +160,10 @@ def test_the_rest_keeps_trls_head(changed: str, monkeypatch: pytest.MonkeyPatch)
         loss, reference = (model(**batch(), fused_lm_head=True).loss for model in (ours, theirs))
     assert torch.equal(loss, reference)
     assert calls == []
+
+
+def test_of_equal_logits_the_first_is_the_answer() -> None:
+    hidden, weight = torch.zeros(3, 4), torch.randn(7, 4)  # all logits are zero
+    labels = torch.tensor([0, 3, 0])
+    *_, is_top1 = head._SupervisedLogProbs.apply(hidden, weight, None, labels, None, None)
+    assert is_top1.tolist() == [True, False, True]

@@ -18,7 +18,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from instructft import delta, merge, merge_adapter, proof, proof_texts, tensors
+from instructft.adapter_files import read_adapter
 from instructft.errors import AdapterError, InstructftError, ModelError, UsageError
+from instructft.merge_plan import make_plan
 
 QUIET = Console(quiet=True)
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -100,7 +102,7 @@ def live(adapter: Path, base: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from instructft.adapter_files import attach, read_adapter
+    from instructft.adapter_files import attach
 
     return attach(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), read_adapter(adapter))
 
@@ -328,9 +330,12 @@ WRONG: dict[str, Callable[[Any, Any], Any]] = {
 @pytest.mark.usefixtures("short_answers")
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("by", ["weights", "logits"])
+@pytest.mark.parametrize("whole", [True, False])
 def test_a_wrong_merge_is_refused(
-    wrong: str, by: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    wrong: str, by: str, whole: bool, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import torch
+
     dtype = "float32" if "twentieth" in wrong and by == "logits" else "bfloat16"
     base = make_base(tmp_path / "base", "llama", dtype, tied=False)
     adapter = with_tokenizer(make_adapter(tmp_path / "adapter", base), tokenizer)
@@ -340,6 +345,9 @@ def test_a_wrong_merge_is_refused(
         return WRONG[wrong](self, read(self, 0, self.rows))[start:stop]
 
     monkeypatch.setattr(delta._Weight, "read", miscalculated)
+    if not whole:
+        machine = proof.Machine("cpu", getattr(torch, dtype), whole=False)
+        monkeypatch.setattr(proof, "choose_machine", lambda *_: machine)
     if by == "logits":
         monkeypatch.setattr(proof, "compare_weights", lambda *_: {"tensors": 0})
     with pytest.raises(ModelError, match="not merged as PEFT" if by == "weights" else "is not the adapted one"):
@@ -374,13 +382,103 @@ def test_without_a_proof_the_card_says_so(tmp_path: Path, tokenizer: Any) -> Non
     assert "proof" not in json.loads((tmp_path / "out" / "run.json").read_text())["merge"]
 
 
-def test_a_model_that_does_not_fit_in_memory_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def free_memory(found: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 
+    little = psutil.virtual_memory()._replace(available=found)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
+
+
+@pytest.mark.usefixtures("short_answers")
+@pytest.mark.parametrize(
+    ("kind", "dtype", "options"),
+    [
+        ("gpt2", "float32", "lora"),
+        ("gpt2", "float32", "tokens"),
+        ("llama", "bfloat16", "dora"),
+        ("llama", "float16", "saved"),
+    ],
+)
+def test_a_model_larger_than_the_memory_is_proved_alike(
+    kind: str, dtype: str, options: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same figures, or nearly so where rounding is drawn anew, from files that are mapped."""
+    import torch
+
+    base = make_base(tmp_path / "base", kind, dtype, tied=kind == "gpt2")
+    adapter = with_tokenizer(make_adapter(tmp_path / "adapter", base, **CONFIGS[options]), tokenizer)
+    found = []
+    for is_whole in (True, False):
+        machine = proof.Machine("cpu", getattr(torch, dtype), is_whole)
+        monkeypatch.setattr(proof, "choose_machine", lambda *_, machine=machine: machine)
+        found.append(merge_adapter(adapter, tmp_path / str(is_whole), console=QUIET).facts["proof"])
+    whole, mapped = found
+    assert mapped["compared"] == "most likely next tokens"
+    assert mapped["tokens"] > whole["tokens"]
+    assert mapped["weights"] == whole["weights"]
+    for figure in ("scale", "effect", "rounding"):
+        assert mapped[figure] == pytest.approx(whole[figure], rel=0.5), figure
+    assert mapped["difference"] <= mapped["tolerance"] < mapped["effect"] / 5
+
+
+@pytest.mark.usefixtures("short_answers")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_model_larger_than_the_memory_stays_in_its_files(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever a model is looked at, its weights are the files' own pages, which the system can let go."""
+    import torch
+
+    base = make_base(tmp_path / "base", "llama", "bfloat16", tied=False, shards="100KB")
+    adapter = with_tokenizer(make_adapter(tmp_path / "adapter", base), tokenizer)
+    looks, look_once = [], proof.look_once
+
+    def spy(model: Any, *arguments: Any, **more: Any) -> Any:
+        mapped = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+        places = [[int(end, 16) for end in m[0].split("-")] for m in mapped if m[-1].endswith(".safetensors")]
+        weights = [p for name, p in model.named_parameters() if "lora" not in name]
+        looks.append([any(start <= p.data_ptr() < end for start, end in places) for p in weights])
+        return look_once(model, *arguments, **more)
+
+    machine = proof.Machine("cpu", torch.bfloat16, whole=False)
+    monkeypatch.setattr(proof, "choose_machine", lambda *_: machine)
+    monkeypatch.setattr(proof, "look_once", spy)
+    merge_adapter(adapter, tmp_path / "out", console=QUIET)
+    assert len(looks) == 4  # the adapter, its base, rounded, merged
+    assert all(len(weights) > 20 and all(weights) for weights in looks)
+
+
+def test_where_a_proof_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    base = make_base(tmp_path / "base", "llama", "bfloat16")
+    adapter = read_adapter(make_adapter(tmp_path / "adapter", base))
+    plan = make_plan(base, tensors.read_checkpoint(base), adapter.folder, adapter.shapes, 1490, None)
+    parameters = sum(weight.numel() for weight in plan.model.parameters())
+    held = proof.in_memory(plan, torch.bfloat16)
+    assert 5 * 4 * 1490 * 32 <= held < 5 * 4 * 1490 * 32 + 1000  # the largest weight
+    for room, expected in (
+        (parameters * 4 * 1.15, ("float32", True)),
+        (parameters * 4 * 1.15 - 1, ("bfloat16", True)),
+        (parameters * 2 * 1.15 - 1, None),  # so small that its largest weight does not fit beside
+    ):
+        free_memory(int(room) + 1 + (1 << 30), monkeypatch)
+        if expected is None:
+            with pytest.raises(UsageError, match="--no-verify"):
+                proof.choose_machine(plan, torch.bfloat16)
+            free_memory(held + (1 << 30), monkeypatch)
+            monkeypatch.setattr(plan.model, "parameters", lambda: [torch.empty(1 << 40, device="meta")])
+            expected = ("bfloat16", False)
+        found = proof.choose_machine(plan, torch.bfloat16)
+        assert (str(found.dtype).removeprefix("torch."), found.whole) == expected
+    wider = make_plan(base, tensors.read_checkpoint(base), adapter.folder, adapter.shapes, 1490, torch.float32)
+    assert proof.in_memory(wider, torch.float32) == held + parameters * 4  # loading changes every weight
+
+
+def test_a_model_that_does_not_fit_in_memory_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_base(tmp_path / "base", "gpt2")
     adapter = make_adapter(tmp_path / "adapter", base)
-    little = psutil.virtual_memory()._replace(available=1 << 20)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
+    free_memory(1 << 20, monkeypatch)
     with pytest.raises(UsageError, match="--no-verify"):
         merge_adapter(adapter, tmp_path / "out", console=QUIET)
     assert files_in(tmp_path) == {"base", "adapter"}
