@@ -4,7 +4,8 @@ A bootstrap (Efron, 1979; for tests of language models Koehn, 2004: https://acla
 rows as there are, with replacement, a thousand times, and computes the figure of each draw: the middle 95% of them are
 its interval. Two models are compared on the same draws (paired), so that a row that is hard for both counts for
 neither.
-What is judged is chance in the choice of rows; that another seed of training gives another model is not in it.
+What is judged is chance in the choice of rows. That another seed of training gives another model is not in it:
+`instructft evaluate` says so, and calls what lies between two seeds of one recipe noise (`instructft.compare.by_seed`).
 """
 
 from __future__ import annotations

@@ -53,12 +53,12 @@ def check(
         UsageError: recipe or data are not right, as `instructft.train` would say.
     """
     import instructft.trainer  # noqa: F401 - what training imports counts in its memory
+    from instructft.arguments import training_arguments
     from instructft.audit import audit
     from instructft.data import prepare
     from instructft.estimate import estimate, resident
     from instructft.models import load_config, load_tokenizer
     from instructft.recipe import check_against_installed
-    from instructft.train import training_arguments
 
     check_against_installed(recipe)
     tokenizer = load_tokenizer(recipe)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from instructft.beside import Beside, check_base, recipe_of
+from instructft.beside import START, Beside, check_base, recipe_of
 from instructft.bootstrap import differences
 from instructft.compare_tables import print_groups, print_metrics, print_rows
 from instructft.data import SPLITS, conversations, file_conversations
@@ -15,6 +16,7 @@ from instructft.evaluate import evaluate
 from instructft.files import SUFFIXES, suffix_of
 from instructft.generate import Generator, load_for_inference, locate
 from instructft.recipe import Recipe, load_recipe
+from instructft.resume import fixed_keys
 
 
 def compare(
@@ -29,7 +31,8 @@ def compare(
     """Evaluate, print a table of answers and a table of metrics, write `json_file`.
 
     The file holds `tuned`, and with `base` also `base` and `difference`: what `instructft.evaluate` returns, and of
-    each figure tuned less base with its paired interval (`instructft.bootstrap.differences`).
+    each figure tuned less base with its paired interval (`instructft.bootstrap.differences`). Between two runs that
+    differ in their seed alone every difference is noise, where it is not that of the rows `because` of the `seed`.
 
     >>> compare("runs/quickstart", base="start", show=1)
     720 rows: the test split of quickstart
@@ -61,6 +64,9 @@ def compare(
         difference = differences(results["tuned"]["rows"], results["base"]["rows"])
         per_token = () if same_tokens else ("loss", "perplexity", "answer_tokens")
         results["difference"] = {name: found for name, found in difference.items() if name not in per_token}
+        other_recipe = recipe_of(base) if base != START else None
+        if only_seeds_differ(run_recipe, other_recipe):
+            results["difference"] = {name: by_seed(found) for name, found in results["difference"].items()}
     if json_file:
         json_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     console = Console(highlight=False)
@@ -68,6 +74,11 @@ def compare(
     if show > 0:
         print_rows(console, results, show)
     print_metrics(console, results)
+    if base and other_recipe and not only_seeds_differ(run_recipe, other_recipe):
+        console.print(
+            "The intervals cover the choice of rows, not the seed of training: how far that goes, a second run with "
+            "another train.seed shows."
+        )
     print_groups(console, results)
     if cut := results["tuned"]["cut"]:
         console.print(
@@ -78,6 +89,24 @@ def compare(
         console.print(
             "The two models cut text into different tokens: loss and perplexity, which are per token, do not compare."
         )
+
+
+def only_seeds_differ(one: Recipe | None, other: Recipe | None) -> bool:
+    """Whether two runs are of the same recipe, with another seed."""
+    if one is None or other is None:
+        return False
+    ours, theirs = fixed_keys(one), fixed_keys(other)
+    changed = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
+    return bool(changed) and changed <= {"train.seed", "train.data_seed"}
+
+
+def by_seed(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A difference of two seeds: what lies beyond the choice of rows is chance too, that of training.
+
+    >>> by_seed({"value": 0.1, "interval": [0.05, 0.2], "noise": False})
+    {'value': 0.1, 'interval': [0.05, 0.2], 'noise': True, 'because': 'seed'}
+    """
+    return {**found, "noise": True, "because": "seed"} if found["noise"] is False else dict(found)
 
 
 def json_place(json_file: Path | None) -> None:

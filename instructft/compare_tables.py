@@ -41,12 +41,17 @@ def print_metrics(console: Any, results: Mapping[str, Any]) -> None:
             table.add_row(name_of(figure), value, span(form, tuned["intervals"].get(figure)))
         else:
             found = difference.get(figure, {"interval": None, "noise": None})
-            verdict = {True: "noise", False: "", None: "?"}[found["noise"]]
+            verdict = "noise (seed)" if "because" in found else {True: "noise", False: "", None: "?"}[found["noise"]]
             row = (form.format(base[figure]), value, span(form.replace("{:", "{:+"), found["interval"]), verdict)
             table.add_row(name_of(figure), *row)
     console.print(table)
-    if any(found["noise"] for found in difference.values()):
+    if any(found["noise"] and "because" not in found for found in difference.values()):
         console.print("noise: the interval holds 0; other rows of the same kind might have turned it round.")
+    if any("because" in found for found in difference.values()):
+        console.print(
+            "noise (seed): beyond the choice of rows, but the two runs differ in their seed alone. This is how far "
+            "training itself scatters; what an experiment gains should be more."
+        )
 
 
 def print_groups(console: Any, results: Mapping[str, Any]) -> None:

@@ -79,7 +79,7 @@ def estimate(
     """Parameters, bytes on each device by part, steps, and time.
 
     Args:
-        args: what `instructft.train.training_arguments` gives.
+        args: what `instructft.arguments.training_arguments` gives.
         device: "cpu" or "cuda"; default: the one that training would take here.
         processes: devices that train together.
         strategy: what they divide among them, as in `DIVIDED`.

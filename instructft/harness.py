@@ -90,12 +90,12 @@ def _print(console: Any, results: Mapping[str, Any]) -> None:
 
     names = [name for name in ("base", "tuned") if name in results]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for title in ("task", "metric", *({"base": "before", "tuned": "after"}[name] for name in names)):
+    for title in ("task", "questions", "metric", *({"base": "before", "tuned": "after"}[name] for name in names)):
         table.add_column(title)
     for task, figures in results["tuned"]["tasks"].items():
         for metric in figures:
-            head, _, kind = metric.partition(",")
-            if metric == "alias" or head.endswith("_stderr"):
+            head, comma, kind = metric.partition(",")
+            if not comma or head.endswith("_stderr"):  # a name, a count
                 continue
             cells = []
             for name in names:
@@ -103,5 +103,5 @@ def _print(console: Any, results: Mapping[str, Any]) -> None:
                 value, error = found.get(metric), found.get(f"{head}_stderr,{kind}")
                 text = f"{value:.4f}" if isinstance(value, float) else str(value)
                 cells.append(f"{text} ± {error:.4f}" if isinstance(error, float) else text)
-            table.add_row(task, metric, *cells)
+            table.add_row(task, str(figures.get("sample_len", "")), metric, *cells)
     console.print(table)

@@ -99,11 +99,7 @@ def identity(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, fingerprint: st
     from instructft.adapter_files import base_fingerprint
     from instructft.starting_point import weights_of
 
-    values = recipe.to_dict()
-    flat = {f"{name}.{key}": value for name in ("model", "data", "adapter") for key, value in values[name].items()}
-    for key, value in values["train"].items():
-        if not key.startswith(_FREE):
-            flat[f"train.{key}"] = value
+    flat = fixed_keys(recipe)
     template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
     made = {"data (its rows)": fingerprint, "data.template (its text)": template, "processes": processes}
     if recipe.model.config is None:
@@ -112,6 +108,17 @@ def identity(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, fingerprint: st
     # of a path the last name: rows and weights are known by their content, and a run may go on on another machine
     run = Path(recipe.output_dir)
     return {key: without_places(value, [run], key.rpartition(".")[2]) for key, value in plain.items()}
+
+
+def fixed_keys(recipe: Recipe) -> dict[str, Any]:
+    """Every recipe key that shapes a run, by its dotted path; not where it lies, how it is watched or what it saves.
+
+    >>> fixed_keys(load_recipe("quickstart"))["train.seed"]
+    42
+    """
+    values = recipe.to_dict()
+    found = {f"{name}.{key}": value for name in ("model", "data", "adapter") for key, value in values[name].items()}
+    return found | {f"train.{key}": value for key, value in values["train"].items() if not key.startswith(_FREE)}
 
 
 def refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from instructft import quantize
 from instructft.adapters import Papers, count_parameters, is_peft
+from instructft.arguments import reporters, training_arguments
 from instructft.checkpoint import full_disk_explained
 from instructft.data import Prepared, prepare
 from instructft.errors import UsageError
 from instructft.latest import asks_for_latest, look_anew, settled
-from instructft.models import load_config, load_model, load_tokenizer, weights_dtype
+from instructft.models import load_config, load_model, load_tokenizer
 from instructft.out_of_memory import explained
 from instructft.processes import first_process
 from instructft.recipe import Recipe, check_against_installed
@@ -160,60 +161,6 @@ def _refuse_what_is_not_here(recipe: Recipe, state: PartialState) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def training_arguments(recipe: Recipe, data: Prepared | Streamed, state: PartialState) -> tuple[SFTConfig, str]:
-    """The recipe's `train` section as `trl.SFTConfig`, with device and precision decided, and the latter in words."""
-    from trl import SFTConfig
-
-    fields = recipe.sft_kwargs()
-    tokens_per_step = recipe.train.get("tokens_per_step")
-    fields.pop("auto_find_batch_size", None)  # `instructft.fitting` does it; upstream changes the rows of a step
-    fields["bf16"], fields["fp16"], precision = decide_precision(recipe)
-    # TensorBoard is attached in `build_trainer`, so that its files lie in the run folder under a plain name
-    fields["report_to"] = [name for name in _reporters(recipe) if name != "tensorboard"]
-    if "validation" not in data.splits:
-        fields["eval_strategy"] = "no"
-    args = SFTConfig(
-        output_dir=recipe.output_dir,
-        dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenized and masked already
-        max_length=None,
-        **fields,
-    )
-    if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False  # every parameter takes part in every step; looking costs time
-    args.disable_tqdm = True  # `watch.ProgressLine` shows progress
-    if args.device.type == "cpu":
-        args.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
-    if tokens_per_step:
-        per_micro_batch = data.tokens_per_row * args.per_device_train_batch_size * state.num_processes
-        args.gradient_accumulation_steps = max(1, round(tokens_per_step / per_micro_batch))
-    return args, precision
-
-
-def _reporters(recipe: Recipe) -> list[str]:
-    reporters = recipe.train.get("report_to") or []
-    return [reporters] if isinstance(reporters, str) else list(reporters)
-
-
-def decide_precision(recipe: Recipe) -> tuple[bool, bool, str]:
-    """(bf16, fp16, why): bfloat16 autocast only where the hardware has it, unless the recipe says otherwise."""
-    import torch
-
-    if recipe.train.get("bf16") is not None or recipe.train.get("fp16"):
-        bf16, fp16 = bool(recipe.train.get("bf16")), bool(recipe.train.get("fp16"))
-        name = "bfloat16" if bf16 else "float16" if fp16 else "float32"
-        return bf16, fp16, f"{name}, as the recipe says"
-    frozen = recipe.adapter.type != "none"  # an adapter is float32 itself, and needs autocast to compute as its base
-    if recipe.model.dtype in ("bfloat16", "float16") and not frozen:
-        return False, False, f"{recipe.model.dtype} weights without autocast, as the recipe says"
-    if torch.cuda.is_available() and not recipe.train.get("use_cpu"):
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            weights = str(weights_dtype(recipe)).removeprefix("torch.")
-            base = f"a frozen base in {weights}, adapter in float32" if frozen else "float32 weights"
-            return True, False, f"bfloat16 autocast over {base}"
-        return False, False, "float32 (this GPU has no bfloat16; train.fp16=true is faster, with a loss scale)"
-    return False, False, recipe.model.dtype if recipe.model.dtype != "auto" else "float32"
-
-
 def announce(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
@@ -284,7 +231,7 @@ def build_trainer(
     run = Path(args.output_dir)
     callbacks: list[TrainerCallback] = [MetricsFile(run / "metrics.jsonl"), ProgressLine(console)]
     writer = None
-    if args.process_index == 0 and "tensorboard" in _reporters(recipe):
+    if args.process_index == 0 and "tensorboard" in reporters(recipe):
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(run / "tensorboard"), purge_step=start.step + 1 if start.step else None)

@@ -481,6 +481,31 @@ def test_base_and_tuned_differ_and_two_seeds_do_not(
     assert "noise: the interval holds 0" in " ".join(capsys.readouterr().out.split())
 
 
+def test_what_lies_between_two_seeds_is_noise_however_far(
+    trained: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other seed stopped early: far beyond the choice of rows, and still no gain of anything that was changed."""
+    other, recipe = tmp_path / "other", (trained[2] / "recipe.yaml").read_text(encoding="utf-8")
+    shutil.copytree(trained[2] / "checkpoint-80", other)
+    (other / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    compare(str(trained[1]), base=str(other), json_file=tmp_path / "seeds.json", show=0)
+    out = " ".join(capsys.readouterr().out.split())
+    loss = json.loads((tmp_path / "seeds.json").read_text(encoding="utf-8"))["difference"]["loss"]
+    assert loss["interval"][1] < 0
+    assert (loss["noise"], loss["because"]) == (True, "seed")
+    assert "noise (seed): beyond the choice of rows, but the two runs differ in their seed alone." in out
+    assert "The intervals cover the choice of rows" not in out
+
+    (other / "recipe.yaml").write_text(recipe.replace("learning_rate: 0.01", "learning_rate: 0.02"), encoding="utf-8")
+    compare(str(trained[1]), base=str(other), json_file=tmp_path / "rates.json", show=0)
+    out = " ".join(capsys.readouterr().out.split())
+    loss = json.loads((tmp_path / "rates.json").read_text(encoding="utf-8"))["difference"]["loss"]
+    assert loss["noise"] is False
+    assert "because" not in loss
+    assert "noise (seed)" not in out
+    assert "a second run with another train.seed shows" in out
+
+
 def test_checkpoints_in_one_table(trained: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained[1], run)
@@ -548,7 +573,14 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         assert isinstance(model, HFLM)
         calls.append({"tasks": tasks, "limit": limit, "chat": apply_chat_template, "model": model})
         weight = float(next(model.pretrained.parameters()).detach().abs().mean())
-        figures = {"alias": "x", "acc,none": weight, "acc_stderr,none": 0.25, "acc_norm,none": 0.5}
+        figures = {
+            "alias": "x",
+            "name": "x",
+            "sample_len": 73,
+            "acc,none": weight,
+            "acc_stderr,none": 0.25,
+            "acc_norm,none": 0.5,
+        }
         return {"results": {name: {**figures, "acc_norm_stderr,none": "N/A"} for name in tasks}, "versions": {}}
 
     modules = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.tasks")}
@@ -579,6 +611,7 @@ def test_tasks_are_handed_over(
     out = capsys.readouterr().out
     assert f"{value:.4f} ± 0.2500" in out
     assert "acc_norm,none" in out
+    assert [line.split()[1:3] for line in out.splitlines() if "acc" in line][:1] == [["73", "acc,none"]]
     assert "stderr" not in out
     with pytest.raises(UsageError, match="knows no hellaswagg"):
         run_tasks(str(run), "hellaswagg")
