@@ -127,8 +127,11 @@ class Renderer:
         return compiled
 
     def _direct(self, compiled: Any, conversations: Sequence[Sequence[Message]], asks: bool) -> list[str]:
+        """As `compiled.render` does it, which for every text makes a new dict of all that templates may call."""
         values = {**self.tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": asks}
-        return [compiled.render(messages=messages, **values) for messages in conversations]
+        given = {**compiled.globals, **values}
+        render, context = compiled.root_render_func, compiled.new_context
+        return ["".join(render(context({**given, "messages": m}, shared=True))) for m in conversations]
 
     def _slow(self, conversations: Sequence[Sequence[Message]], asks: bool) -> list[str]:
         texts: list[str] = self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=asks)
