@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -92,7 +93,7 @@ def read_file(path: Path, suffix: str, name: str) -> Dataset:
         while block := file.read(1 << 20):
             digest.update(block)
     fingerprint = digest.hexdigest()[:32]
-    table = _cached(fingerprint, lambda whole: _write(rows(path, suffix, name), whole, name))
+    table = _cached(fingerprint, lambda whole: _write(path, suffix, name, whole))
     return Dataset(MemoryMappedTable.from_file(str(table)), fingerprint=fingerprint)
 
 
@@ -113,12 +114,12 @@ def _cached(fingerprint: str, make: Callable[[Path], None]) -> Path:
     return copy
 
 
-def _write(found: Iterator[dict[str, Any]], path: Path, name: str) -> None:
-    """Write rows as an Arrow stream of one column, each row as JSON text."""
+def _write(source: Path, suffix: str, name: str, path: Path) -> None:
+    """Write the rows of a file as an Arrow stream of one column, each row as JSON text."""
     import pyarrow as pa
 
     schema = pa.schema([(ROW, pa.string())])
-    texts = map(json.dumps, found)
+    texts = (text or json.dumps(row) for row, text in _read(source, suffix, name))
     first = list(islice(texts, _ROWS_AT_ONCE))
     if not first:
         raise DataError(f"{name} holds no rows")
@@ -140,6 +141,16 @@ def columns_of(raw: Dataset) -> list[str]:
 
 def rows(path: Path, suffix: str, name: str) -> Iterator[dict[str, Any]]:
     """The rows of a JSON or CSV file, one after the other."""
+    return (row for row, _ in _read(path, suffix, name))
+
+
+def rows_of(file: IO[bytes], suffix: str, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of an open file: CSV, or a JSON object a line."""
+    return (row for row, _ in (_csv if suffix == ".csv" else _jsonl)(file, name))
+
+
+def _read(path: Path, suffix: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each row, and its JSON text where it stands in the file as such, else ""."""
     try:
         with _open(path, suffix) as file:
             read = {".json": _json, ".csv": _csv}.get(suffix, _jsonl)
@@ -154,18 +165,21 @@ def _open(path: Path, suffix: str) -> IO[bytes]:
     return gzip.open(path) if suffix.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
 
 
-def _jsonl(file: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
+def _jsonl(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str]]:
     for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{name}, line {number}, column {error.colno}: not JSON: {error.msg}") from error
-            yield _object(row, f"{name}, line {number}")
+            yield _object(row, f"{name}, line {number}"), line
 
 
-def _json(file: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
+def _json(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str]]:
     text = file.read().decode("utf-8-sig")
+    if found := _objects(text):
+        yield from found
+        return
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -177,7 +191,30 @@ def _json(file: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
     if not isinstance(content, list):
         raise DataError(f"{name} holds a JSON {_kind(content)}, expected a list of rows: [{{…}}, {{…}}]")
     for number, row in enumerate(content, 1):
-        yield _object(row, f"{name}: row {number}")
+        yield _object(row, f"{name}: row {number}"), ""
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _objects(text: str) -> list[tuple[dict[str, Any], str]]:
+    """The rows of a list of objects, each with the text it stands in; none where it is anything else."""
+    found = []
+    decode = json.JSONDecoder().raw_decode
+    at = _SPACE.match(text).end()  # type: ignore[union-attr]
+    between = "["
+    while text[at : at + 1] == between:
+        start = _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+        try:
+            row, end = decode(text, start)
+        except json.JSONDecodeError:
+            return []
+        if not isinstance(row, dict):
+            return []
+        found.append((row, text[start:end]))
+        at, between = _SPACE.match(text, end).end(), ","  # type: ignore[union-attr]
+    whole = text[at : at + 1] == "]" and _SPACE.match(text, at + 1).end() == len(text)  # type: ignore[union-attr]
+    return found if whole else []
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:
@@ -191,7 +228,7 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), "null")
 
 
-def _csv(file: IO[bytes], name: str) -> Iterator[dict[str, str]]:
+def _csv(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str]]:
     csv.field_size_limit(1 << 30)  # characters in a cell; Python's own limit is shorter than a long conversation
     reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
     try:
@@ -207,7 +244,7 @@ def _csv(file: IO[bytes], name: str) -> Iterator[dict[str, str]]:
                     'a cell that holds a comma, a quote or a line break stands in "…", with each quote in it doubled'
                 )
             if cells:
-                yield dict(zip(header, cells, strict=True))
+                yield dict(zip(header, cells, strict=True)), ""
             begins = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{name}, line {reader.line_num}: not CSV: {error}") from error

@@ -24,6 +24,7 @@ from instructft.encode import IGNORE_INDEX
 from instructft.errors import ModelError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedModel
 
@@ -80,17 +81,16 @@ def pack(dataset: Dataset, capacity: int, seed: int = 0) -> Dataset:
     import pyarrow as pa
     from datasets import Dataset
 
-    columns, starts, lengths = flat(dataset)
+    columns = {name: _lists(dataset, name) for name in ("input_ids", "labels")}
+    lengths = columns["input_ids"].value_lengths().to_numpy()
     packs = best_fit(lengths, capacity, seed)
     order = np.fromiter((d for documents in packs for d in documents), dtype=np.int64, count=len(lengths))
     per_pack = np.fromiter(map(len, packs), dtype=np.int64, count=len(packs))
     documents = lengths[order]
-    ends = np.cumsum(documents)
-    # position in the flat arrays of every token, in the order of the packs
-    narrow = np.int32 if starts[-1] < 2**30 else np.int64
-    source = np.repeat((starts[order] - (ends - documents)).astype(narrow), documents)
-    source += np.arange(ends[-1], dtype=narrow)
-    ids, labels = columns["input_ids"][source], columns["labels"][source]
+    ends = np.cumsum(documents, dtype=np.int64)
+    # the documents in the order of the packs, end to end
+    ids, labels = (lists.take(pa.array(order)).flatten().to_numpy() for lists in columns.values())
+    labels = labels.copy()
     labels[ends - documents] = IGNORE_INDEX
     row_ends = ends[np.cumsum(per_pack) - 1]
 
@@ -110,14 +110,13 @@ def pack(dataset: Dataset, capacity: int, seed: int = 0) -> Dataset:
 
 def flat(dataset: Dataset) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """The rows of a data set as flat arrays: `input_ids` and `labels`, with the start and length of each row."""
-    table = dataset.with_format("arrow")[:]
-    columns = {}
-    lengths = np.zeros(0, dtype=np.int64)
-    for name in ("input_ids", "labels"):
-        lists = table.column(name).combine_chunks()
-        lengths = np.diff(lists.offsets.to_numpy()).astype(np.int64)
-        columns[name] = lists.flatten().to_numpy()
-    return columns, np.cumsum(lengths) - lengths, lengths
+    columns = {name: _lists(dataset, name) for name in ("input_ids", "labels")}
+    lengths = columns["input_ids"].value_lengths().to_numpy().astype(np.int64)
+    return {name: lists.flatten().to_numpy() for name, lists in columns.items()}, np.cumsum(lengths) - lengths, lengths
+
+
+def _lists(dataset: Dataset, column: str) -> pa.ListArray:
+    return dataset.select_columns([column]).with_format("arrow")[:].column(column).combine_chunks()
 
 
 def position_ids(seq_lengths: Sequence[int], width: int) -> np.ndarray:

@@ -209,7 +209,7 @@ def _url(url: str, suffix: str) -> Iterator[dict[str, Any]]:
         request = urllib.request.Request(url, headers={"User-Agent": "instructft"})
         with urllib.request.urlopen(request, timeout=60) as answer:
             body: Any = gzip.GzipFile(fileobj=answer) if suffix.endswith(".gz") else answer
-            yield from (files._csv if suffix == ".csv" else files._jsonl)(body, url)
+            yield from files.rows_of(body, suffix, url)
             if answer.length:  # bytes that were promised and did not come
                 raise OSError(f"the connection broke {answer.length:,} bytes before the end")
 

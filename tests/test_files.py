@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from instructft.errors import DataError
+from instructft.files import ROW as COLUMN
 from instructft.files import SUFFIXES, read_file, rows, suffix_of
 
 # What libraries that guess types change: numbers, missing values, dates, booleans, white space, quotes.
@@ -171,3 +173,31 @@ def test_rows_come_one_by_one(tmp_path):
 )
 def test_suffix_of(location, expected):
     assert suffix_of(location) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"a": "x"}, {"a": "y"}]',
+        '\ufeff [\n {"a": "é \\ud83d\\ude00"}\r\n,\t{"a": "z", "a": "last", "n": NaN, "m": [1, {"b": null}]} ]\n ',
+        '[{"a": 1e400}]',
+    ],
+)
+def test_the_text_of_a_row_is_kept_as_it_stands(tmp_path: Path, text: str) -> None:
+    """Rows of a list are not written anew; what they say is the same."""
+    path = tmp_path / "rows.json"
+    path.write_text(text, encoding="utf-8")
+    kept = read_file(path, ".json", path.name)[COLUMN]
+    whole = json.loads(text.removeprefix("\ufeff"))
+    assert repr([json.loads(row) for row in kept]) == repr(whole) == repr(list(rows(path, ".json", path.name)))
+    assert all(row in text for row in kept)
+
+
+@pytest.mark.parametrize(
+    "text", ["[{}, ]", "[{} {}]", "[{}", "[{}] x", "[{}, 5]", "{}{}", "[", "[,]", '[{"a": "\x01"}]']
+)
+def test_what_is_no_list_of_rows_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.json"):
+        read_file(path, ".json", path.name)
