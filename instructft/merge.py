@@ -29,6 +29,7 @@ from instructft.merge_papers import config_text, copy_papers, places, write_pape
 from instructft.merge_plan import Plan, make_plan
 from instructft.partial import partial_folder, refuse_used
 from instructft.tensors import Stored, index_of, pieces, read_checkpoint, read_tensors, shards, write_shard, write_text
+from instructft.words import size
 
 if TYPE_CHECKING:
     import torch
@@ -203,7 +204,7 @@ def _report(console: Console, output: Path, facts: Mapping[str, Any]) -> None:
             f"        against the adapter on its {quantized['quantization']} base: largest difference of a logit "
             f"{quantized['difference']:.2e}, {quantized['equal_tokens']} of {quantized['tokens']} tokens equal"
         )
-    say(f"Merged into {output}, {facts['bytes'] / 1e9:.2f} GB in {facts['dtype']}. Talk to it:")
+    say(f"Merged into {output}, {size(facts['bytes'])} in {facts['dtype']}. Talk to it:")
     say(f"\n  instructft chat {output}\n")
 
 

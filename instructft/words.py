@@ -1,4 +1,4 @@
-"""Figures, durations and long texts as people read them: the same in the terminal, on the card, in the report."""
+"""Figures, durations, sizes and long texts as people read them: the same in the terminal, on the card, in reports."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ def clock(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
+def size(count: int) -> str:
+    """Bytes, as disks are sold.
+
+    >>> size(2_638_848), size(14_483_464_192)
+    ('2.6 MB', '14.5 GB')
+    """
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def short(text: str, limit: int) -> str:
