@@ -154,6 +154,10 @@ def table(what: str, points: list[Point]) -> str:
     return "\n".join(lines)
 
 
+def _plain(number: float) -> str:
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number:,.0f}"
+
+
 def draw(path: Path, what: str, points: list[Point]) -> None:
     """A curve on logarithmic axes."""
     import matplotlib
@@ -164,6 +168,9 @@ def draw(path: Path, what: str, points: list[Point]) -> None:
     figure, axes = pyplot.subplots(figsize=(4, 3), dpi=80)
     axes.loglog([p[0] for p in points], [p[1] for p in points], "o-")
     axes.set(xlabel=what, ylabel="seconds")
+    axes.minorticks_off()
+    axes.set_xticks([p[0] for p in points], [_plain(p[0]) for p in points])
+    axes.set_yticks([p[1] for p in points], [f"{p[1]:.3g}" for p in points])
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)
