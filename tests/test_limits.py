@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -82,6 +83,7 @@ def test_the_child_leaves_nothing_behind() -> None:
     assert breaks(lambda: None) == ""
     assert breaks(lambda: 1 / 0) == ""  # its own errors are for the caller
     assert breaks(lambda: time.sleep(1.2), seconds=1) == ""  # time of the processor counts
+    assert breaks(lambda: os.kill(os.getpid(), signal.SIGTERM)) == ""
 
 
 def test_a_timer_of_somebody_else_is_left_alone() -> None:
