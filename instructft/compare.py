@@ -47,6 +47,8 @@ def compare(
     if base:
         check_base(model, base)
     run_recipe = recipe_of(model)
+    base_recipe = recipe_of(base) if base and base != START else None
+    seeds_alone = only_seeds_differ(run_recipe, base_recipe)
     if limit is not None and limit < 1:
         raise UsageError(f"--limit: found {limit}, expected 1 or more rows")
     json_place(json_file)
@@ -64,8 +66,7 @@ def compare(
         difference = differences(results["tuned"]["rows"], results["base"]["rows"])
         per_token = () if same_tokens else ("loss", "perplexity", "answer_tokens")
         results["difference"] = {name: found for name, found in difference.items() if name not in per_token}
-        other_recipe = recipe_of(base) if base != START else None
-        if only_seeds_differ(run_recipe, other_recipe):
+        if seeds_alone:
             results["difference"] = {name: by_seed(found) for name, found in results["difference"].items()}
     if json_file:
         json_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -74,7 +75,7 @@ def compare(
     if show > 0:
         print_rows(console, results, show)
     print_metrics(console, results)
-    if base and other_recipe and not only_seeds_differ(run_recipe, other_recipe):
+    if base_recipe and not seeds_alone:
         console.print(
             "The intervals cover the choice of rows, not the seed of training: how far that goes, a second run with "
             "another train.seed shows."

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -194,17 +193,13 @@ def _json(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str]]:
         yield _object(row, f"{name}: row {number}"), ""
 
 
-_SPACE = re.compile(r"[ \t\n\r]*")
-
-
 def _objects(text: str) -> list[tuple[dict[str, Any], str]]:
     """The rows of a list of objects, each with the text it stands in; none where it is anything else."""
     found = []
     decode = json.JSONDecoder().raw_decode
-    at = _SPACE.match(text).end()  # type: ignore[union-attr]
-    between = "["
+    at, between = _behind_space(text, 0), "["
     while text[at : at + 1] == between:
-        start = _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+        start = _behind_space(text, at + 1)
         try:
             row, end = decode(text, start)
         except json.JSONDecodeError:
@@ -212,9 +207,15 @@ def _objects(text: str) -> list[tuple[dict[str, Any], str]]:
         if not isinstance(row, dict):
             return []
         found.append((row, text[start:end]))
-        at, between = _SPACE.match(text, end).end(), ","  # type: ignore[union-attr]
-    whole = text[at : at + 1] == "]" and _SPACE.match(text, at + 1).end() == len(text)  # type: ignore[union-attr]
-    return found if whole else []
+        at, between = _behind_space(text, end), ","
+    return found if text[at : at + 1] == "]" and _behind_space(text, at + 1) == len(text) else []
+
+
+def _behind_space(text: str, at: int) -> int:
+    """The next position in `text`, from `at` on, that JSON does not take for white space."""
+    while text[at : at + 1] in (" ", "\n", "\r", "\t"):
+        at += 1
+    return at
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:

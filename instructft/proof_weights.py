@@ -143,19 +143,22 @@ def _as_merged(live: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _units(base: Any) -> Iterator[tuple[str, Any]]:
     """The modules that hold weights: what PEFT wraps as one, every other module for itself."""
-    import torch
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
     wrapped: set[Any] = set()
     for name, module in base.named_modules():
         if module in wrapped:
             continue
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            wrapped.update(torch.nn.Module.modules(module))
+        if _is_wrapper(module):
+            wrapped.update(module.modules())
             yield name, module
         elif module._parameters:
             yield name, module
+
+
+def _is_wrapper(module: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
 
 
 @contextmanager
@@ -186,11 +189,7 @@ def _own(module: Any) -> list[Any]:
 
 def _named(module: Any, place: str) -> Iterator[tuple[str, Any]]:
     """Name in the base, and parameter, of each weight in a unit that takes part in what it computes."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    whole = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    for name, parameter in module.named_parameters(prefix=place, recurse=whole, remove_duplicate=False):
+    for name, parameter in module.named_parameters(prefix=place, recurse=_is_wrapper(module), remove_duplicate=False):
         # of a wrapped module the original comes once more, or is the one that is not in use
         if any(part in f".{name}" for part in (".lora_", ".trainable_tokens_", ".original_module.")):
             continue

@@ -338,14 +338,19 @@ def test_training_goes_on_as_before(tokenizer: Any, tiny_model: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------- prompts
 
 
-@pytest.mark.parametrize("template", sorted(TEMPLATES))
-def test_the_model_is_given_the_prompt_that_was_trained(
-    template: str, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = instructft.load_recipe(write_recipe(), overrides=[f"data.template={template}"])
+@pytest.fixture(params=sorted(TEMPLATES))
+def trained_with(
+    request: pytest.FixtureRequest, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, Any, list[Any]]:
+    """For each built-in template: tokenizer, model, and what the model is called with."""
+    recipe = instructft.load_recipe(write_recipe(), overrides=[f"data.template={request.param}"])
     tokenizer = instructft.load_tokenizer(recipe)
     model = instructft.load_model(recipe, tokenizer).eval()
-    calls = record_calls(model, monkeypatch)
+    return tokenizer, model, record_calls(model, monkeypatch)
+
+
+def test_the_model_is_given_the_prompt_that_was_trained(trained_with: tuple[Any, Any, list[Any]]) -> None:
+    tokenizer, model, calls = trained_with
     conversations = [
         ask("Hi"),
         [{"role": "system", "content": "Be brief."}, *ask("Add."), {"role": "assistant", "content": "3"}, *ask("Go")],
@@ -369,16 +374,10 @@ def test_the_model_is_given_the_prompt_that_was_trained(
         assert len(whole) > len(prompt)
 
 
-@pytest.mark.parametrize("template", sorted(TEMPLATES))
-def test_evaluate_and_the_page_ask_what_was_trained(
-    template: str, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate_and_the_page_ask_what_was_trained(trained_with: tuple[Any, Any, list[Any]]) -> None:
     from instructft.talk import Desk, Settings
 
-    recipe = instructft.load_recipe(write_recipe(), overrides=[f"data.template={template}"])
-    tokenizer = instructft.load_tokenizer(recipe)
-    model = instructft.load_model(recipe, tokenizer).eval()
-    calls = record_calls(model, monkeypatch)
+    tokenizer, model, calls = trained_with
     asked = [{"role": "system", "content": "Be brief."}, *ask("Name the capital of Cuba.")]
     conversation = [*asked, {"role": "assistant", "content": "La Habana"}]
     instructft.evaluate(model, [{"messages": conversation}], tokenizer=tokenizer, max_new_tokens=2)
