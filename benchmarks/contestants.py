@@ -136,11 +136,11 @@ def recipe_of(task: Task) -> Path:
 
 def prepare_rows(task: Task) -> dict[str, Any]:
     """Write our rows in the order in which ours trains them, enough for all steps."""
-    from instructft.data import prepare
-    from instructft.models import load_tokenizer
-    from instructft.pack import flat
-    from instructft.recipe import load_recipe
-    from instructft.trainer import LengthGrouped
+    from instructft.data.packing import flat
+    from instructft.data.prepare import prepare
+    from instructft.models.load import load_tokenizer
+    from instructft.recipe.schema import load_recipe
+    from instructft.training.trainer import LengthGrouped
 
     recipe = load_recipe(recipe_of(task))
     train = prepare(recipe, load_tokenizer(recipe)).for_training
@@ -159,9 +159,9 @@ def prepare_rows(task: Task) -> dict[str, Any]:
 
 def prepare_of(task: Task) -> list[dict[str, Any]]:
     """All rows of ours, unpacked."""
-    from instructft.data import prepare
-    from instructft.models import load_tokenizer
-    from instructft.recipe import load_recipe
+    from instructft.data.prepare import prepare
+    from instructft.models.load import load_tokenizer
+    from instructft.recipe.schema import load_recipe
 
     recipe = load_recipe(recipe_of(task))
     found: list[dict[str, Any]] = list(prepare(recipe, load_tokenizer(recipe)).for_training)
@@ -172,9 +172,9 @@ def ours(task: Task) -> dict[str, Any]:
     """`instructft.train` on a recipe, data preparation and the final save included (and not timed)."""
     from rich.console import Console
 
-    from instructft.recipe import load_recipe
+    from instructft.recipe.schema import load_recipe
 
-    road = importlib.import_module("instructft.train")
+    road = importlib.import_module("instructft.training.run")
     watch, kept = stopwatch(task), []
     build = road.build_trainer
 
@@ -399,7 +399,7 @@ def source_and_tokenizer(folder: Path, bundled: bool = False) -> tuple[Path, str
     """The real rows and tokenizer where they are at hand, else (or if asked for) the bundled ones, which are small."""
     if REAL.is_dir() and not bundled:
         return REAL / "alpaca_gpt4_sample.json", str(REAL / "gpt2-tokenizer")
-    from instructft.quickstart import rows, tokenizer
+    from instructft.data.quickstart import rows, tokenizer
 
     tokenizer().save_pretrained(folder / "tokenizer")
     path = folder / "bundled.json"

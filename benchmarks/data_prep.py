@@ -37,9 +37,9 @@ def build_rows(source: Path, target: Path, rows: int) -> None:
 
 def ours(data: str, tokenizer_name: str, packing: bool, max_length: int) -> dict[str, float]:
     """`prepare` of a recipe, the file read included."""
-    from instructft.data import prepare
-    from instructft.models import load_tokenizer
-    from instructft.recipe import load_recipe
+    from instructft.data.prepare import prepare
+    from instructft.models.load import load_tokenizer
+    from instructft.recipe.schema import load_recipe
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.yaml"

@@ -50,9 +50,9 @@ def main() -> None:
 
     import transformers
 
-    from instructft import rolling
-    from instructft.answer import Generator
-    from instructft.templates import TEMPLATES
+    from instructft.inference import continuous_batching
+    from instructft.inference.generator import Generator
+    from instructft.prompt.templates import TEMPLATES
 
     transformers.utils.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.tokenizer)
@@ -87,9 +87,9 @@ def main() -> None:
     ours("one by one", 1)
     ours("instructft", options.batch_size)
     if options.rolling_off:
-        leave, rolling.LEAVE = rolling.LEAVE, 1
+        leave, continuous_batching.LEAVE = continuous_batching.LEAVE, 1
         ours("instructft, not rolling", options.batch_size)
-        rolling.LEAVE = leave
+        continuous_batching.LEAVE = leave
     pipeline = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     prompts = generator.encoder.render(asked, True)
     given = {"return_full_text": False, "add_special_tokens": False, "max_new_tokens": 256, "do_sample": False}

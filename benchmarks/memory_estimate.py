@@ -78,8 +78,8 @@ def status(key):
         return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-train = importlib.import_module("instructft.train")
-from instructft.recipe import load_recipe
+train = importlib.import_module("instructft.training.run")
+from instructft.recipe.schema import load_recipe
 from rich.console import Console
 load, before = train.load_model, []
 train.load_model = lambda *args: before.append(status("VmRSS")) or load(*args)

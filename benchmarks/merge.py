@@ -46,8 +46,8 @@ def build(folder: Path, gigabytes: float) -> None:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    from instructft.adapter_files import record_base
-    from instructft.tensors import Planned, index_of, pieces, shards, write_shard
+    from instructft.adapters.attach import record_base
+    from instructft.weights.tensor_io import Planned, index_of, pieces, shards, write_shard
 
     torch.manual_seed(0)
     model = skeleton(gigabytes)
@@ -96,7 +96,7 @@ def merge(way: str, folder: Path) -> float:
     import transformers
     from rich.console import Console
 
-    import instructft.merge
+    import instructft.merging.merge
 
     transformers.AutoModelForCausalLM  # noqa: B018  the library imports on first use
     peft.PeftModel  # noqa: B018
@@ -111,7 +111,7 @@ def merge(way: str, folder: Path) -> float:
         model = peft.PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
         model.save_pretrained(folder / "out", max_shard_size=SHARD)
     else:
-        instructft.merge.merge_adapter(
+        instructft.merging.merge.merge_adapter(
             folder / "adapter", folder / "out", verify=False, max_shard_size=SHARD, console=Console(quiet=True)
         )
     return time.perf_counter() - began

@@ -75,10 +75,10 @@ def shares(steps: int, tiny: bool) -> dict[str, Any]:
     """A run in this process, with its parts timed: seconds of the whole, and of each part."""
     from rich.console import Console
 
-    from instructft.recipe import load_recipe
-    from instructft.trainer import Trainer
+    from instructft.recipe.schema import load_recipe
+    from instructft.training.trainer import Trainer
 
-    road = importlib.import_module("instructft.train")
+    road = importlib.import_module("instructft.training.run")
     spent: dict[str, list[float]] = {}
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,7 +34,7 @@ def watched(task: Task, steps: int) -> tuple[Any, float]:
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from instructft.trainer import Trainer
+    from instructft.training.trainer import Trainer
 
     profiler = profile(activities=[ProfilerActivity.CPU])
 

@@ -66,7 +66,7 @@ def main() -> None:
     from rich.console import Console
 
     import instructft
-    from instructft.stream import prepare_stream
+    from instructft.data.streaming import prepare_stream
 
     with tempfile.TemporaryDirectory() as folder:
         data, path = Path(folder) / "rows.jsonl", Path(folder) / "stream.yaml"

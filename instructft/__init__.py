@@ -11,47 +11,45 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from instructft.version import __version__
 
 # public name -> the module that holds it
 _PUBLIC = {
-    "Chat": "generate",
-    "CompletionOnlyCollator": "collate",
+    "Chat": "inference.chat",
+    "CompletionOnlyCollator": "data.collator",
     "InstructftError": "errors",
-    "Recipe": "recipe",
-    "encode_conversation": "encode",
-    "evaluate": "evaluate",
-    "generate": "generate",
-    "load_model": "models",
-    "load_recipe": "recipe",
-    "load_tokenizer": "models",
-    "merge_adapter": "merge",
-    "prepare_dataset": "data",
-    "push_to_hub": "push",
-    "train": "train",
+    "Recipe": "recipe.schema",
+    "encode_conversation": "prompt.loss_mask",
+    "evaluate": "evaluation.metrics",
+    "generate": "inference.chat",
+    "load_model": "models.load",
+    "load_recipe": "recipe.schema",
+    "load_tokenizer": "models.load",
+    "merge_adapter": "merging.merge",
+    "prepare_dataset": "data.prepare",
+    "push_to_hub": "hub.push",
+    "train": "training.run",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
-    from instructft.collate import CompletionOnlyCollator as CompletionOnlyCollator
-    from instructft.data import prepare_dataset as prepare_dataset
-    from instructft.encode import encode_conversation as encode_conversation
+    from instructft.data.collator import CompletionOnlyCollator as CompletionOnlyCollator
+    from instructft.data.prepare import prepare_dataset as prepare_dataset
     from instructft.errors import InstructftError as InstructftError
-    from instructft.evaluate import evaluate as evaluate
-    from instructft.generate import Chat as Chat
-    from instructft.generate import generate as generate
-    from instructft.merge import merge_adapter as merge_adapter
-    from instructft.models import load_model as load_model
-    from instructft.models import load_tokenizer as load_tokenizer
-    from instructft.push import push_to_hub as push_to_hub
-    from instructft.recipe import Recipe as Recipe
-    from instructft.recipe import load_recipe as load_recipe
-    from instructft.train import train as train
+    from instructft.evaluation.metrics import evaluate as evaluate
+    from instructft.hub.push import push_to_hub as push_to_hub
+    from instructft.inference.chat import Chat as Chat
+    from instructft.inference.chat import generate as generate
+    from instructft.merging.merge import merge_adapter as merge_adapter
+    from instructft.models.load import load_model as load_model
+    from instructft.models.load import load_tokenizer as load_tokenizer
+    from instructft.prompt.loss_mask import encode_conversation as encode_conversation
+    from instructft.recipe.schema import Recipe as Recipe
+    from instructft.recipe.schema import load_recipe as load_recipe
+    from instructft.training.run import train as train
 
 
 def __getattr__(name: str) -> Any:
@@ -64,18 +62,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Package(ModuleType):
-    """Keeps `instructft.train` the function although a module has the same name.
-
-    The import system binds every submodule on its package; for a name that is public that would
-    replace the function, in whatever order things are imported. `from instructft.train import …` is not affected.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _PUBLIC and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

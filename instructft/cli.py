@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from instructft import __version__
 from instructft.errors import EXIT_FAILED, EXIT_SIGTERM, EXIT_USAGE, InstructftError, UsageError
+from instructft.version import __version__
 
 app = typer.Typer(
     name="instructft",
@@ -55,12 +55,12 @@ def train(
     """Train the model of a recipe; what comes out is its run folder. The same command again goes on with a run."""
     import signal
 
-    from instructft.recipe import load_recipe
+    from instructft.recipe.schema import load_recipe
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))  # until training listens itself
     loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
-    from instructft.train import train as run_training
+    from instructft.training.run import train as run_training
 
     result = run_training(loaded, resume=resume)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -85,7 +85,7 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command, and run nothing.")] = False,
 ) -> None:
     """Train on several processes or machines: prints the `accelerate launch` command it stands for, and runs it."""
-    from instructft.launch import launch as launch_processes
+    from instructft.launch.command import launch as launch_processes
 
     code = launch_processes(
         recipe,
@@ -107,12 +107,12 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Tokenize, mask, split, pack and cache the data once, ahead of a run."""
     import time
 
-    from instructft.recipe import load_recipe
+    from instructft.recipe.schema import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
-    from instructft.data import prepare as prepare_data
-    from instructft.models import load_config, load_tokenizer
+    from instructft.data.prepare import prepare as prepare_data
+    from instructft.models.load import load_config, load_tokenizer
 
     began = time.perf_counter()
     tokenizer = load_tokenizer(loaded)
@@ -142,8 +142,8 @@ def check(
     strategy: StrategyOption = "ddp",
 ) -> None:
     """Validate a recipe, audit its data, estimate memory and time; nothing is trained."""
-    from instructft.launch import STRATEGIES
-    from instructft.recipe import load_recipe
+    from instructft.launch.command import STRATEGIES
+    from instructft.recipe.schema import load_recipe
 
     if device not in (None, "cpu", "cuda"):
         raise UsageError(f"--device: found {device}, expected cpu or cuda")
@@ -151,7 +151,7 @@ def check(
         raise UsageError(f"--strategy: found {strategy}, expected one of {', '.join(STRATEGIES)}")
     loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
-    from instructft.check import run
+    from instructft.check.report import run
 
     asked: dict[str, Any] = {"device": device, "processes": processes, "strategy": strategy}
     if not run(loaded, as_json, tokens_per_second=tokens_per_second, **asked):
@@ -161,7 +161,7 @@ def check(
 def _print_outcome(result: Any) -> None:
     from rich.console import Console
 
-    from instructft.words import clock
+    from instructft.formatting import clock
 
     console = Console(soft_wrap=True)
     facts, metrics = result.facts["train"], result.metrics
@@ -194,11 +194,11 @@ def inspect(
     ] = None,
 ) -> None:
     """Show rows token by token: which carry loss, where documents begin in a pack."""
-    from instructft.recipe import load_recipe
+    from instructft.recipe.schema import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
-    from instructft.inspect_rows import inspect_rows
+    from instructft.check.rows import inspect_rows
 
     inspect_rows(loaded, split, count, row or (), ids, html)
 
@@ -208,7 +208,7 @@ def recipes(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
 ) -> None:
     """List the shipped recipes."""
-    from instructft.recipe import json_schema, recipe_purpose, shipped_recipes
+    from instructft.recipe.schema import json_schema, recipe_purpose, shipped_recipes
 
     if schema:
         print(json.dumps(json_schema(), indent=2))
@@ -228,7 +228,7 @@ def init(
     ] = None,
 ) -> None:
     """Write a shipped recipe to a file, as a starting point."""
-    from instructft.recipe import shipped_recipes
+    from instructft.recipe.schema import shipped_recipes
 
     found = shipped_recipes()
     if name not in found:
@@ -251,8 +251,8 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal."""
     _quiet_libraries()
-    from instructft.generate import Chat
-    from instructft.terminal import converse
+    from instructft.inference.chat import Chat
+    from instructft.inference.terminal import converse
 
     told = Chat(model, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     converse(told, model, base)
@@ -276,8 +276,8 @@ def ui(
 ) -> None:
     """Talk to a model on a page in the browser, served on this machine only."""
     _quiet_libraries()
-    from instructft.talk import Settings
-    from instructft.ui import serve
+    from instructft.inference.web import serve
+    from instructft.inference.web_sessions import Settings
 
     settings = Settings(system, temperature, top_p, max_new_tokens)
     serve(model, port=port, share=share, base=base, settings=settings)
@@ -299,7 +299,7 @@ def generate(
     backend: Annotated[str, typer.Option(help="transformers, or vllm where it is installed.")] = "transformers",
 ) -> None:
     """Answer a file of prompts. The same command again goes on where it stopped."""
-    from instructft.batch import generate_file
+    from instructft.inference.generate_file import generate_file
 
     _quiet_libraries()
     generate_file(model, input, output, max_new_tokens, temperature, top_p, batch_size, base, backend)
@@ -343,19 +343,19 @@ def evaluate(
             raise UsageError(f"{option} has no effect with {chosen[0]}; leave it out")
     _quiet_libraries()
     if tasks is not None:
-        from instructft.harness import run_tasks
+        from instructft.extras.lm_eval import run_tasks
 
         run_tasks(model, tasks, base=base, limit=limit, json_file=json_file)
     elif checkpoints:
-        from instructft.compare_checkpoints import compare_checkpoints
+        from instructft.evaluation.checkpoints import compare_checkpoints
 
         compare_checkpoints(model, data, split, limit, json_file)
     elif prompts:
-        from instructft.reading import read_prompts
+        from instructft.extras.reading import read_prompts
 
         read_prompts(model, base, json_file)
     else:
-        from instructft.compare import compare
+        from instructft.evaluation.compare import compare
 
         compare(model, base, data, split, limit, show, json_file)
 
@@ -378,7 +378,7 @@ def merge(
 ) -> None:
     """Merge a LoRA adapter into its base, shard by shard, and prove it."""
     _quiet_libraries()
-    from instructft.merge import merge_adapter
+    from instructft.merging.merge import merge_adapter
 
     merge_adapter(
         model,
@@ -417,7 +417,7 @@ def convert(
 ) -> None:
     """Make a `from_pretrained` folder of a GPT-2 state dict in nanoGPT's layout and its kin, and prove it."""
     _quiet_libraries()
-    from instructft.convert import convert as convert_checkpoint
+    from instructft.extras.convert.convert import convert as convert_checkpoint
 
     convert_checkpoint(
         checkpoint,
@@ -445,7 +445,7 @@ def push(
 ) -> None:
     """Upload model, tokenizer, chat template and model card to the Hub, in one commit, and read it back."""
     _quiet_libraries()
-    from instructft.push import push_to_hub
+    from instructft.hub.push import push_to_hub
 
     pushed = push_to_hub(model, repo_id, private=private, path_in_repo=path_in_repo)
     if pushed.left_out:
@@ -484,7 +484,7 @@ def _root(
     ] = False,
 ) -> None:
     if trust_remote_code:
-        from instructft import remote_code
+        from instructft.weights import remote_code
 
         remote_code.allow()
 

@@ -17,7 +17,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-TARGET = Path(__file__).parents[1] / "instructft" / "sft_config_fields.json"
+TARGET = Path(__file__).parents[1] / "instructft" / "recipe" / "sft_config_fields.json"
 PLAIN = {int: "int", float: "float", bool: "bool", str: "str", dict: "dict", list: "list", tuple: "list"}
 
 

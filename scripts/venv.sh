@@ -20,7 +20,7 @@ unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # Two lines: what the environment was built from, and where.
-key="$(cat pyproject.toml constraints.txt | cksum), $(grep '^__version__' instructft/__init__.py)
+key="$(cat pyproject.toml constraints.txt | cksum), $(grep '^__version__' instructft/version.py)
 $here"
 
 if [ ! -e $venv/.unfinished ] && [ "$(cat $venv/.stamp 2>/dev/null)" = "$key" ] && $venv/bin/python -c '' 2>/dev/null; then

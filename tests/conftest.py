@@ -56,7 +56,7 @@ def bare_tokenizer() -> Callable[[], Any]:
 
             tokenizer = AutoTokenizer.from_pretrained(REAL_DATA / "gpt2-tokenizer")
         else:
-            from instructft.quickstart import tokenizer as bundled
+            from instructft.data.quickstart import tokenizer as bundled
 
             tokenizer = bundled()
         tokenizer.pad_token = tokenizer.eos_token
@@ -68,8 +68,8 @@ def bare_tokenizer() -> Callable[[], Any]:
 @pytest.fixture
 def tokenizer() -> Any:
     """The bundled tokenizer with the template `instruction`."""
-    from instructft.quickstart import tokenizer
-    from instructft.templates import TEMPLATES
+    from instructft.data.quickstart import tokenizer
+    from instructft.prompt.templates import TEMPLATES
 
     made = tokenizer()
     made.chat_template = TEMPLATES["instruction"].text()
@@ -135,9 +135,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """
     import datasets.config  # now: imported later in the test, it would copy "online" for the rest of the session
     import datasets.utils._dataset_viewer as viewer
-    from hub import LocalHub
     from huggingface_hub import HfFileSystem, close_session, constants
     from huggingface_hub.utils import _cache_assets, _cache_manager
+
+    from tests.helpers.hub import LocalHub
 
     home = tmp_path / "hf"
     started = LocalHub(HUB_ADDRESS.getsockname()[1])

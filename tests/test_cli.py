@@ -325,7 +325,7 @@ def test_version_recipes_and_init(here, run):
 
 
 def test_an_unforeseen_error_is_one_line_and_exit_1(here, run, monkeypatch):
-    monkeypatch.setattr("instructft.recipe.shipped_recipes", lambda: 1 / 0)
+    monkeypatch.setattr("instructft.recipe.schema.shipped_recipes", lambda: 1 / 0)
     code, out, err = run("recipes")
     assert (code, out) == (1, "")
     assert (
@@ -411,9 +411,9 @@ def test_a_traceback_on_demand_in_a_process_of_its_own(here):
 def test_import_loads_nothing_heavy_and_train_is_the_function_in_any_order():
     ran = python(
         "import instructft; loaded()\n"
-        "import instructft.train, instructft.evaluate, instructft.generate\n"
+        "import instructft.training.run, instructft.evaluation.metrics, instructft.inference.chat\n"
         "assert callable(instructft.train) and callable(instructft.evaluate) and callable(instructft.generate)\n"
-        "from instructft import train; assert train is instructft.train is sys.modules['instructft.train'].train\n"
+        "from instructft import train; assert train is instructft.train is sys.modules['instructft.training.run'].train\n"
         "for name in instructft.__all__: assert getattr(instructft, name) is not None, name\n"
         "assert set(instructft.__all__) == set(dir(instructft))\n"
     )

@@ -1,0 +1,134 @@
+"""Proves that a run trained the adapter and nothing else: every frozen weight is the same at the end, bit for bit."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from instructft.adapters.lora import count_parameters
+from instructft.errors import InstructftError
+
+_CHUNK = 1 << 22  # numbers at a time
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+_ADAPTER = re.compile(r"\.lora_|\.trainable_tokens_delta\.|\.modules_to_save\.")
+
+
+class AdapterProof(TrainerCallback):
+    """Looks at all weights before the first step and after the last.
+
+    >>> proof = AdapterProof(model)                 # doctest: +SKIP
+    >>> trainer.add_callback(proof); trainer.train()
+    >>> proof.verdict(model)
+    {'trainable': 2360832, 'total': 126802176, 'moved': True, 'base_unchanged': True}
+    """
+
+    def __init__(self, model: Any):
+        self._before = {name: (digest(tensor), tensor.dtype) for name, tensor in _tensors(model)}
+        # by name and not by `requires_grad`, so that a base that is trained by mistake is found too
+        biases = getattr(model.peft_config["default"], "bias", "none") != "none"
+        names = {_plain(name) for name, _ in model.named_parameters()}
+        self._frozen = {n for n in names if not _ADAPTER.search(n) and not (biases and n.endswith(".bias"))}
+        self._counts = count_parameters(model)
+        self._rate = 0.0
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Note the highest learning rate: without one above 0 nothing can move."""
+        self._rate = max([self._rate, *(float(group["lr"]) for group in optimizer.param_groups)])
+
+    def verdict(self, model: Any, *, judge: bool = True) -> dict[str, Any]:
+        """What moved. In a distributed run every process must ask, and the first one judges: others may hold no
+        weights before they are sharded.
+
+        Returns:
+            `trainable` and `total` parameters, `moved` (False only where every learning rate was 0), `base_unchanged`.
+
+        Raises:
+            InstructftError: a weight of the base changed, or a part of the adapter did not.
+        """
+        changed = set()
+        for name, tensor in _tensors(model):
+            value, dtype = self._before.get(name, (None, tensor.dtype))
+            if value is None or digest(tensor.to(dtype)) != value:  # FSDP2 may hold a bfloat16 weight as float32
+                changed.add(name)
+        missing = set(self._before) - {name for name, _ in _tensors(model)}
+        touched = sorted((changed | missing) & {name for name in self._before if _owner(name) in self._frozen})
+        if touched and judge:
+            raise InstructftError(
+                f"the base changed while its adapter was trained: {len(touched)} weights, the first {touched[0]}. "
+                "The adapter would not fit the base on disk, so nothing was saved"
+            )
+        must = [name for name in self._before if name not in self._frozen and _learns(name)]
+        still = sorted(set(must) - changed)
+        if still and self._rate > 0 and judge:
+            raise InstructftError(
+                f"the adapter did not move: {len(still)} of {len(must)} tensors are what they were before the first "
+                f"step, the first {still[0]}. It got no gradient (or every step overflowed, with train.fp16); nothing "
+                "was saved"
+            )
+        trainable, total = self._counts
+        return {"trainable": trainable, "total": total, "moved": not still, "base_unchanged": True}
+
+
+def in_words(verdict: dict[str, Any]) -> str:
+    """A line for the terminal.
+
+    >>> in_words({"trainable": 10, "total": 1000, "moved": True, "base_unchanged": True})
+    'the adapter moved (10 of 1,000 parameters), the base did not (compared bit by bit)'
+    """
+    share = f"{verdict['trainable']:,} of {verdict['total']:,} parameters"
+    if not verdict["moved"]:
+        return f"the adapter ({share}) is what it was at the start: the learning rate was 0 in every step"
+    return f"the adapter moved ({share}), the base did not (compared bit by bit)"
+
+
+def digest(tensor: torch.Tensor) -> tuple[int, int]:
+    """Two sums over a tensor's bits, plain and weighted by position, modulo 2^64. Runs where the tensor lies.
+
+    >>> digest(torch.tensor([1, 2], dtype=torch.int32))
+    (3, 5)
+    """
+    bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    places = torch.arange(1, min(_CHUNK, len(bits)) + 1, device=bits.device)
+    total = bits.new_zeros(2, dtype=torch.int64)
+    for start in range(0, len(bits), _CHUNK):
+        part = bits[start : start + _CHUNK].to(torch.int64)
+        plain = part.sum()
+        total += torch.stack([plain, (part * places[: len(part)]).sum() + start * plain])
+    first, second = total.tolist()
+    return first, second
+
+
+def _tensors(model: Any) -> Any:
+    """(name, tensor) of every parameter, whole, and of the scales that belong to a quantized one."""
+    from peft.utils.integrations import gather_params_ctx
+
+    for name, parameter in model.named_parameters():
+        name = _plain(name)
+        with gather_params_ctx(parameter):  # DeepSpeed ZeRO-3 keeps a share of each
+            data = parameter.data
+            yield name, data.full_tensor() if hasattr(data, "full_tensor") else data  # FSDP2
+    for name, module in model.named_modules():
+        # 4 bit: FSDP2 makes plain parameters of the packed weights, and the layer alone keeps their scales then
+        weight = module._parameters.get("weight")
+        state = getattr(weight, "quant_state", None) or module.__dict__.get("quant_state")
+        if state is not None:
+            yield f"{_plain(name)}.weight:absmax", state.absmax
+            if state.state2 is not None:
+                yield f"{_plain(name)}.weight:absmax2", state.state2.absmax
+
+
+def _plain(name: str) -> str:
+    return _WRAPPERS.sub("", name)
+
+
+def _owner(name: str) -> str:
+    return name.partition(":")[0]
+
+
+def _learns(name: str) -> bool:
+    """Whether a tensor must change in any run: B, and rows of new tokens. (A moves too, but only after B.)"""
+    return "lora_B" in name or "lora_embedding_B" in name or "trainable_tokens_delta" in name

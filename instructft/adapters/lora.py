@@ -1,0 +1,301 @@
+"""LoRA: which weights an adapter adds to a model, which rows of new tokens it trains, and what it leaves on disk.
+
+The frozen base stays as it was loaded. An adapter adds `scale · B·A` to linear layers of the backbone
+(arXiv:2106.09685), with a magnitude per output in DoRA (arXiv:2402.09353) and with `scale = alpha / sqrt(r)` in rsLoRA
+(arXiv:2312.03732). Tokens that the template brings have no trained embedding in the base; their rows, and no others,
+are trained with it.
+
+::
+
+    embed_tokens (V, D)   frozen, but the rows of new tokens are trained (PEFT's trainable_token_indices)
+    layers.*.q_proj, …    frozen + B·A           all-linear: every linear layer of the backbone
+    lm_head (V, D)        frozen, but the rows of new tokens are trained; tied to embed_tokens they stay one set
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instructft.errors import UsageError
+from instructft.formatting import nearest
+from instructft.weights import remote_code
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PretrainedConfig
+
+    from instructft.recipe.schema import Recipe
+
+# How PEFT may fill A and B before the first step. Its other ways (pissa, olora, corda, loftq, …) change the base's own
+# weights in memory, so that the adapter would fit no base that is on disk.
+_INITS = (True, False, "gaussian", "orthogonal")
+
+
+def _no_adapter(model: Any, recipe: Recipe, new_tokens: Sequence[int] = (), **_: Any) -> Any:
+    return model
+
+
+def add_lora(model: Any, recipe: Recipe, new_tokens: Sequence[int] = (), *, only_shapes: bool = False) -> PeftModel:
+    """Freeze a model and put the recipe's LoRA into it; the adapter's weights are float32, whatever the base holds.
+
+    Args:
+        new_tokens: ids whose embedding rows are trained, in the input embedding and in the output head.
+        only_shapes: the model lies on PyTorch's meta device, and so shall its adapter.
+
+    >>> model = add_lora(AutoModelForCausalLM.from_pretrained("gpt2"), recipe, new_tokens=[50257, 50258])
+    >>> count_parameters(model)
+    (2360832, 126802176)
+
+    Raises:
+        UsageError: the adapter does not fit this model.
+    """
+    from peft import get_peft_model
+
+    config = lora_config(recipe, model, new_tokens)
+    if not only_shapes:
+        from transformers import set_seed
+
+        set_seed(recipe.train["seed"])  # A is random; it shall not depend on what was drawn before
+    try:
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=only_shapes)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise UsageError(f"adapter: PEFT refuses it for {type(model).__name__}: {error}") from error
+    lora = adapted.peft_config["default"]
+    lora.base_model_name_or_path = recipe.model.name_or_path
+    lora.revision = recipe.model.revision
+    return as_trained_here(adapted)
+
+
+ADAPTERS: dict[str, Callable[..., Any]] = {"none": _no_adapter, "lora": add_lora}
+
+
+def as_trained_here(model: PeftModel) -> PeftModel:
+    """Let a `PeftModel` save its own weights alone, and its head answer as TRL asks it."""
+    made: Any = model
+    # PEFT would add both embedding matrices as soon as the vocabulary grew, and a model card in the place of ours
+    made.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+    made.create_or_update_model_card = lambda output_dir: None
+    head = model.get_base_model().get_output_embeddings()
+    if token_rows(head) is not None:
+        head.bias = None  # TRL's fused head reads it; PEFT's wrapper knows no attribute but `weight` (peft 0.21)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The configuration
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def lora_config(recipe: Recipe, model: Any, new_tokens: Sequence[int] = ()) -> LoraConfig:
+    """`peft.LoraConfig` for a model: the recipe's keys with what depends on the architecture filled in.
+
+    `all-linear` becomes the names of the backbone's linear layers. The output head is not among them: training reads
+    its weight directly, past any adapter on it.
+
+    >>> lora_config(recipe, gpt2).target_modules
+    {'c_attn', 'c_fc', 'c_proj'}
+
+    Raises:
+        UsageError: a module that does not exist, or one that cannot be trained this way.
+    """
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    fields = recipe.adapter.peft_kwargs()
+    init = fields.get("init_lora_weights", True)
+    if init not in _INITS:
+        raise UsageError(
+            f"adapter.init_lora_weights: {init} changes the base's weights, so that the adapter would fit no base on "
+            f"disk; expected one of {', '.join(str(way).lower() for way in _INITS)}"
+        )
+    if str(fields["target_modules"]).lower() == "all-linear":
+        fields["target_modules"] = _linear_layers(model)
+    if new_tokens:
+        fields["trainable_token_indices"] = _token_rows_to_train(model, fields, new_tokens)
+    config = LoraConfig(task_type="CAUSAL_LM", **fields)
+    targets = _targets(model, config, recipe.adapter.target_modules)
+    _refuse_tied_and_head(model, config, targets)
+    # weights of a Conv1D lie as (in, out); a quantized one is a Linear by now, but merges into the Conv1D of its base
+    conv = any(Conv1D in (type(module), getattr(module, "source_cls", None)) for module in targets.values())
+    config.fan_in_fan_out = conv
+    return config
+
+
+def _linear_layers(model: Any) -> list[str]:
+    """Names of the backbone's linear layers: last parts where these say it all, else whole names."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    on_the_way = {id(module) for module in model.base_model.modules()}  # what the loss is computed through
+    whole = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and id(module) in on_the_way and module is not head
+    }
+    if not whole:
+        raise UsageError(f"adapter.target_modules: all-linear, but {type(model).__name__} has no linear layer to adapt")
+    last = {name.rpartition(".")[2] for name in whole}
+    reached = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    return sorted(last if reached == whole else whole)
+
+
+def _targets(model: Any, config: LoraConfig, asked: Any) -> dict[str, Any]:
+    """Name -> module of all that the adapter will change; a name that is nowhere is refused."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    modules = dict(model.named_modules())
+    linear = sorted({name.rpartition(".")[2] for name in _linear_layers(model)})
+    weighty = {
+        name.rpartition(".")[2] for name, module in modules.items() if getattr(module, "weight", None) is not None
+    }
+    listed = asked if isinstance(asked, tuple) else ()
+    for key, wanted, there in (
+        ("target_modules", listed, linear),
+        ("modules_to_save", config.modules_to_save or (), sorted(weighty)),
+    ):
+        for name in wanted:
+            if not any(other == name or other.endswith(f".{name}") for other in modules):
+                near = nearest(name, there)
+                raise UsageError(
+                    f"adapter.{key}: {type(model).__name__} has no module {name}"
+                    f"{near + ' It' if near else '; it'} has {', '.join(there)}"
+                )
+    found = {name: module for name, module in modules.items() if check_target_module_exists(config, name)}
+    if not found and not config.target_parameters:
+        raise UsageError(
+            f"adapter.target_modules: nothing in {type(model).__name__} matches {asked}; it has {', '.join(linear)}"
+        )
+    return found
+
+
+def _refuse_tied_and_head(model: Any, config: LoraConfig, targets: dict[str, Any]) -> None:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    on_the_way = {id(module) for module in model.base_model.modules()}
+    for name, module in targets.items():
+        if module is head or id(module) not in on_the_way:
+            raise UsageError(
+                f"adapter.target_modules: reaches {name}, which training reads past any adapter (it multiplies by its "
+                "weight directly), so nothing there would be learned; take it out. all-linear leaves it out"
+            )
+        if module is embedding and _tied(model):
+            raise UsageError(
+                f"adapter.target_modules: reaches {name}, whose weights are also the output head's, where the adapter "
+                "would not take part; take it out"
+            )
+    for name in config.modules_to_save or ():
+        whole = [n for n, module in model.named_modules() if module in (head, embedding)]
+        if _tied(model) and any(n == name or n.endswith(f".{name}") for n in whole):
+            raise UsageError(
+                f"adapter.modules_to_save: {name} shares its weights between input embedding and output head, and a "
+                "copy of one would part them; take it out. The rows of new tokens are trained in any case"
+            )
+
+
+def _tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# New tokens
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _token_rows_to_train(model: Any, fields: dict[str, Any], new_tokens: Sequence[int]) -> dict[str, list[int]]:
+    """Module name -> ids: the input embedding, and the head unless it is the same matrix."""
+    names = {id(module): name for name, module in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise UsageError(
+            f"data.template: brings new tokens, whose rows in the output head of {type(model).__name__} must be "
+            "trained; PEFT drops the bias of a head that it trains rows of. Use a template without tokens of its own, "
+            "such as data.template=instruction"
+        )
+    own = fields.get("trainable_token_indices") or {}
+    rows = dict(own) if isinstance(own, dict) else {names[id(embedding)]: list(own)}
+    whole = fields.get("modules_to_save") or ()
+    for module in (embedding,) if _tied(model) else (embedding, head):
+        name = names[id(module)]
+        if any(name == saved or name.endswith(f".{saved}") for saved in whole):
+            continue  # trained as a whole
+        given = next((key for key in rows if name == key or name.endswith(f".{key}")), name)
+        rows[given] = sorted({*rows.get(given, ()), *new_tokens})
+    return rows
+
+
+def token_rows(module: Any) -> Any:
+    """PEFT's layer that holds a module's trained token rows, or None.
+
+    Its `token_indices["default"]` are n ids and `trainable_tokens_delta["default"]` the (n, D) rows in their place.
+    """
+    layer = getattr(module, "_modules", {}).get("token_adapter")
+    return layer if layer is not None and layer.active_adapters and not layer.disable_adapters else None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Around a run
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def check(recipe: Recipe, config: PretrainedConfig, new_tokens: Sequence[int] = ()) -> None:
+    """Refuse an adapter that does not fit the architecture; done on shapes alone, before any weight is read.
+
+    Raises:
+        UsageError: what does not fit, and what the model has instead.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if recipe.adapter.type == "none":
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **remote_code.flag())
+        add_lora(model, recipe, new_tokens, only_shapes=True)
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """(trainable, all) numbers of a model and its adapter; a weight packed in 4 bits counts as what it stands for.
+
+    >>> count_parameters(torch.nn.Linear(3, 2))
+    (8, 8)
+    """
+    found = [0, 0]
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)  # bitsandbytes: two weights a byte
+        size = state.shape.numel() if state is not None else parameter.numel()
+        found[0] += size if parameter.requires_grad else 0
+        found[1] += size
+    return found[0], found[1]
+
+
+def is_peft(model: Any) -> bool:
+    """Whether a model carries an adapter; imports nothing."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+class Papers:
+    """Writes `generation_config.json` and `base.json` beside PEFT's files; the base is fingerprinted once for a run."""
+
+    def __init__(self, model: PeftModel, base: Mapping[str, str | None], quantization: str):
+        embedding = model.get_input_embeddings().weight  # (V, D)
+        dtype = str(embedding.dtype).removeprefix("torch.")
+        about = {"vocab_size": embedding.shape[0], "quantization": quantization, "dtype": dtype}
+        self._about: dict[str, Any] = {**base, **about}
+        self._record: bytes | None = None
+
+    def write(self, model: PeftModel, folder: str | Path) -> None:
+        """Write both into a folder that holds the adapter already."""
+        from instructft.adapters.attach import record_base
+
+        model.generation_config.save_pretrained(folder)
+        path = Path(folder) / "base.json"
+        if self._record is None:
+            record_base(folder, **self._about)
+            self._record = path.read_bytes()
+        else:
+            path.write_bytes(self._record)

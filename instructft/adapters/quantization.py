@@ -1,0 +1,128 @@
+"""4-bit and 8-bit weights through bitsandbytes: the one thing in which QLoRA (arXiv:2305.14314) differs from LoRA.
+
+Only the base is quantized, and only its linear layers: embeddings, norms and the output head keep the model's dtype,
+the adapter is float32. `peft.prepare_model_for_kbit_training` is left out on purpose: it would hold embeddings, head
+and norms in float32, 2 GB more for a vocabulary of 128,000 and 4,096 dimensions; autocast and the models' own norms
+already compute in float32 what needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from instructft.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    from instructft.recipe.schema import Recipe
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse quantization where it would not work, before any weight is read.
+
+    Raises:
+        UsageError: bitsandbytes is not installed, or does not run on this machine's device.
+    """
+    quantization = recipe.model.quantization
+    if quantization == "none":
+        return
+    if quantization == "8bit" and recipe.adapter.use_dora:
+        raise UsageError(
+            "adapter.use_dora: DoRA over 8bit weights loses their scales on its way through PEFT (peft 0.21, "
+            "bitsandbytes 0.50); use model.quantization=4bit, or leave DoRA out"
+        )
+    if quantization == "8bit" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise UsageError(
+            "model.quantization: 8bit weights cannot be sharded, since FSDP parts them from their scales "
+            "(bitsandbytes 0.50); use 4bit, or another strategy than FSDP"
+        )
+    trouble = trouble_with(device(recipe), quantization)
+    if trouble:
+        raise UsageError(
+            f"model.quantization: {quantization} needs bitsandbytes, which {trouble}. "
+            "Install it with pip install 'instructft[quant]', or train without: model.quantization=none"
+        )
+
+
+@functools.cache
+def trouble_with(where: str, quantization: str) -> str:
+    """Why bitsandbytes cannot be used, or "". Found by quantizing a small matrix, since its import rarely fails."""
+    import torch
+
+    try:
+        import bitsandbytes as bnb
+    except ModuleNotFoundError:
+        return "is not installed"
+    except Exception as error:  # a library that does not load says so in many ways
+        return f"does not load here ({_first_line(error)})"
+    if torch.device(where).type not in getattr(bnb, "supported_torch_devices", {"cuda"}):
+        return f"does not know the device {torch.device(where).type} (version {bnb.__version__})"
+    try:
+        sample = torch.linspace(-1, 1, 64 * 64, device=where).view(64, 64)
+        if quantization == "4bit":
+            packed, state = bnb.functional.quantize_4bit(sample, quant_type="nf4", compress_statistics=True)
+            back = bnb.functional.dequantize_4bit(packed, state)
+        else:
+            rows, scales, _ = bnb.functional.int8_vectorwise_quant(sample.half())
+            back = rows.float() * scales.float()[:, None] / 127
+        off = float((back - sample).abs().max())
+        return "" if off < 0.2 else f"does not work here (a matrix came back with numbers off by {off:.2f})"
+    except Exception as error:
+        return f"does not work here ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def device(recipe: Recipe) -> str:
+    """Where a run trains: the GPU of this process, or the CPU."""
+    import torch
+
+    if torch.cuda.is_available() and not recipe.train.get("use_cpu"):
+        return f"cuda:{torch.cuda.current_device()}"
+    if torch.backends.mps.is_available() and not recipe.train.get("use_cpu"):
+        return "mps"
+    return "cpu"
+
+
+def loading(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantize while the weights are read; none without quantization.
+
+    >>> loading(load_recipe("mistral-7b-qlora"), torch.bfloat16)["quantization_config"].bnb_4bit_quant_type
+    'nf4'
+    """
+    if recipe.model.quantization == "none":
+        return {}
+    return {
+        "quantization_config": configuration(recipe.model.quantization, dtype),
+        "device_map": {"": device(recipe)},
+    }
+
+
+def configuration(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The form in which weights are held: nf4 with quantized scales (0.52 bytes a weight), or int8 by rows.
+
+    Args:
+        quantization: 4bit or 8bit.
+        dtype: of the rest of the model; layers compute in it, and packed 4-bit weights are stored as if they were of
+            it, since FSDP shards only tensors of one dtype together.
+    """
+    # int8 layers compute in float16 whatever comes in, and say so at every one of millions of calls (0.50)
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )

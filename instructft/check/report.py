@@ -1,0 +1,260 @@
+"""`instructft check`: the recipe, the data and the needs of a run in one report, before a GPU is spent."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from instructft.errors import DataError, UsageError
+from instructft.formatting import clock
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from instructft.recipe.schema import Recipe
+
+SCHEMA = 1  # of the JSON report; keys are added, never renamed
+
+# Field of the recipe's `check:` -> where the figure stands in the report. Each is the most that is allowed.
+LIMITS: dict[str, tuple[str, ...]] = {
+    "max_dropped_share": ("data", "total", "dropped", "share"),
+    "max_cut_share": ("data", "total", "cut", "share"),
+    "max_duplicate_share": ("data", "total", "findings", "exact_duplicates+near_duplicates", "share"),
+    "max_contradictions": ("data", "total", "findings", "contradictions", "rows"),
+    "max_leaks": ("data", "total", "findings", "leaks", "rows"),
+    "max_markers": ("data", "total", "findings", "markers_in_answers", "rows"),
+    "max_memory_gib": ("estimate", "memory", "total"),
+}
+
+
+def check(
+    recipe: Recipe,
+    *,
+    tokens_per_second: float | None = None,
+    device: str | None = None,
+    processes: int = 1,
+    strategy: str = "ddp",
+) -> dict[str, Any]:
+    """The report as plain dicts and lists; nothing is trained, no weight is loaded.
+
+    Args:
+        tokens_per_second: of all processes together; default: what the last run of this recipe did.
+        device: "cpu" or "cuda"; default: the one that training would take here.
+        processes: that train together.
+        strategy: ddp, fsdp2, zero2 or zero3.
+
+    >>> report = check(load_recipe("quickstart"))
+    >>> report["data"]["total"]["rows"], report["ok"]
+    (2822, True)
+
+    Raises:
+        UsageError: recipe or data are not right, as `instructft.train` would say.
+    """
+    import instructft.training.trainer  # noqa: F401 - what training imports counts in its memory
+    from instructft.check.audit import audit
+    from instructft.data.prepare import prepare
+    from instructft.models.load import load_config, load_tokenizer
+    from instructft.models.memory import estimate, resident
+    from instructft.recipe.schema import check_against_installed
+    from instructft.training.arguments import training_arguments
+
+    check_against_installed(recipe)
+    tokenizer = load_tokenizer(recipe)
+    load_config(recipe, tokenizer)
+    base = resident()  # before the audit reads all rows, which training does not keep
+    report: dict[str, Any] = {"schema": SCHEMA, "recipe": recipe.name, "data": audit(recipe, tokenizer)}
+    report |= {"training": None, "estimate": None, "limits": [], "problems": []}
+    try:
+        data = prepare(recipe, tokenizer)
+    except DataError as error:  # the audit stands, and says why
+        report["problems"].append(str(error))
+    else:
+        try:
+            args, precision = training_arguments(recipe, data, SimpleNamespace(num_processes=processes))
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"train: {error}") from error
+        packs = len(data.splits["train"])
+        fill = data.tokens["train"] / (packs * recipe.data.max_length)
+        report["training"] = {
+            "rows": dict(data.rows),
+            "dropped": dict(data.dropped),
+            "tokens": data.tokens["train"],
+            "supervised_tokens": data.supervised_tokens["train"],
+            "packing": {"packs": packs, "capacity": recipe.data.max_length, "fill": fill}
+            if recipe.data.packing
+            else None,
+        }
+        asked: dict[str, Any] = {"device": device, "processes": processes, "tokens_per_second": tokens_per_second}
+        asked["strategy"] = strategy
+        report["estimate"] = estimate(recipe, tokenizer, data, args, base=base, **asked)
+        report["estimate"]["precision"] = precision
+    report["limits"] = limits(recipe, report)
+    report["ok"] = not report["problems"] and all(limit["kept"] for limit in report["limits"])
+    return report
+
+
+def limits(recipe: Recipe, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each limit that the recipe's `check:` sets, with what was found and what is allowed."""
+    found = []
+    for name, path in LIMITS.items():
+        allowed = getattr(recipe.check, name)
+        if allowed is None or report[path[0]] is None:
+            continue
+        value = _at(report, path)
+        value = value / (1 << 30) if name.endswith("_gib") else value
+        found.append({"key": f"check.{name}", "found": value, "allowed": allowed, "kept": value <= allowed})
+    return found
+
+
+def _at(report: dict[str, Any], path: tuple[str, ...]) -> float:
+    """The figure at a path; `one+other` in it adds two."""
+    head, *rest = path
+    if not rest:
+        return float(report[head]) if isinstance(report[head], float) else int(report[head])
+    return sum(_at(report[name], tuple(rest)) for name in head.split("+"))
+
+
+def run(recipe: Recipe, as_json: bool, **options: Any) -> bool:
+    """Check and print; False when a limit is passed or the run could not start."""
+    from rich.console import Console
+
+    report = check(recipe, **options)
+    if as_json:
+        json.dump(report, sys.stdout, indent=2)
+        print()
+    else:
+        show(report, Console(highlight=False))
+    return bool(report["ok"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# For people
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print a report; made for a width of 80 columns, and readable on less."""
+    sets = report["data"]["datasets"]
+    for account in sets:
+        _show_data(account, f"{account['name']} ({account['format']})", console)
+        _show_findings(account["findings"], console)
+    if len(sets) > 1:
+        _show_data(report["data"]["total"], f"all {len(sets)} data sets", console)
+    if report["estimate"]:
+        _show_needs(report, console)
+    for problem in report["problems"]:
+        console.print(f"[bold red]unusable[/]  {_plain(problem)}")
+    for limit in report["limits"]:
+        mark = "[green]kept[/]  " if limit["kept"] else "[bold red]passed[/]"
+        console.print(f"{mark}  {limit['key']}: found {limit['found']:.4g}, allowed {limit['allowed']:.4g}")
+
+
+def _grid(console: Console, title: str, lines: list[tuple[str, str]]) -> None:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in lines:
+        table.add_row(f"  {name}", _plain(text))
+    console.print(f"[bold]{_plain(title)}[/]")
+    console.print(table)
+    console.print()
+
+
+def _show_data(account: dict[str, Any], title: str, console: Console) -> None:
+    rows, lengths, dropped, cut = account["rows"], account["lengths"], account["dropped"], account["cut"]
+    splits = " · ".join(f"{name} {count:,}" for name, count in account["splits"].items() if count)
+    lines = [
+        ("rows", f"{rows:,} ({splits}), {account['turns']:,} turns"),
+        ("tokens", f"{account['tokens']:,}, {account['supervised_share']:.1%} with loss"),
+        ("length", ", ".join(f"{name} {value:,}" for name, value in lengths.items()) + " tokens before cutting"),
+        ("cut", f"{cut['rows']:,} rows ({cut['share']:.1%}) lose {cut['tokens']:,} tokens{_where(cut)}"),
+        ("dropped", f"{dropped['rows']:,} rows ({dropped['share']:.1%})"),
+    ]
+    for reason, finding in dropped["reasons"].items():
+        lines.append(("", f"{finding['rows']:,} {reason.replace('_', ' ')}{_where(finding)}"))
+    _grid(console, title, lines)
+
+
+def _show_findings(findings: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    from instructft.check.audit import FINDINGS
+
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table.add_column("rows", justify="right", no_wrap=True)
+    table.add_column("what was found", overflow="fold")
+    table.add_column("look at", overflow="fold")
+    for name, finding in findings.items():
+        if finding["rows"]:
+            notes = [f"{e['row']}" + (f" ({e['note']})" if e["note"] else "") for e in finding["examples"]]
+            table.add_row(f"{finding['rows']:,}", FINDINGS[name], _plain(", ".join(notes)))
+    console.print(table if table.row_count else "  nothing odd was found")
+    console.print()
+
+
+def _show_needs(report: dict[str, Any], console: Console) -> None:
+    needs, training = report["estimate"], report["training"]
+    counts, schedule, time, batch = needs["parameters"], needs["schedule"], needs["time"], needs["batch"]
+    packing = training["packing"]
+    what = "packs" if packing else "rows"
+    lines = [("parameters", f"{counts['all']:,}, {counts['trainable']:,} of them trained")]
+    if packing:
+        lines.append(
+            ("packing", f"{packing['packs']:,} packs of {packing['capacity']:,} tokens, {packing['fill']:.1%} full")
+        )
+    taken = {k: n for k, n in training["dropped"].items() if k in ("near_duplicate_of_held_out", "left_out_by_weight")}
+    if taken:
+        lines.append(("not trained", ", ".join(f"{n:,} {k.replace('_', ' ')}" for k, n in taken.items())))
+    step = f"{schedule['rows_per_step']:,} {what}, about {schedule['tokens_per_step']:,} tokens"
+    if schedule["gradient_accumulation_steps"] > 1 or schedule["processes"] > 1:
+        step += f" ({schedule['gradient_accumulation_steps']} micro-batches × {schedule['processes']} processes)"
+    lines += [
+        ("steps", f"{schedule['steps']:,}, {schedule['epochs']:.3g} epochs, {schedule['total_tokens']:,} tokens"),
+        ("step", step),
+        ("time", _time(time)),
+    ]
+    _grid(console, "the run", lines)
+    memory = needs["memory"]
+    lines = [(name, f"{_size(size):>10}") for name, size in memory.items() if size and name != "total"]
+    taking_turns = sum(size for name, size in memory.items() if name != "total") > memory["total"]
+    total = f"{_size(memory['total']):>10}" + ("   (gradients and activations take turns)" if taking_turns else "")
+    title = (
+        f"memory of one {needs['device']}, {batch['rows']} {what} of {batch['width']:,} tokens, {needs['precision']}"
+    )
+    _grid(console, title, [*lines, ("total", total)])
+    for part, exact in needs["exact"].items():
+        if not exact:
+            console.print(f"  {part}: by a rule of thumb, this kind is not known here\n", style="dim")
+    if needs["device"] != "cpu":
+        host = needs["host_memory"]
+        more = f", {_size(host['first'])} the first to save" if host["first"] > host["process"] else ""
+        console.print(f"  host memory: {_size(host['process'])} a process{more}, {_size(host['total'])} in all\n")
+
+
+def _time(time: dict[str, Any]) -> str:
+    if time["seconds"] is None:
+        return (
+            "unknown: no run of this recipe yet. Measure: train it with train.max_steps=20, or give --tokens-per-second"
+        )
+    source = "as given" if time["source"] == "given" else f"as in {time['source']}"
+    return f"{clock(time['seconds'])} at {time['tokens_per_second']:,.0f} tokens/s, {source}"
+
+
+def _where(finding: dict[str, Any]) -> str:
+    rows = [str(example["row"]) for example in finding.get("examples", ())]
+    return f": row {', '.join(rows)}" + (", …" if finding["rows"] > len(rows) else "") if rows else ""
+
+
+def _size(size: int) -> str:
+    return f"{size / (1 << 30):,.2f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):,.0f} MiB"
+
+
+def _plain(text: str) -> str:
+    """Text as it stands: no markup, and nothing that would move a terminal's cursor."""
+    from rich.markup import escape
+
+    return escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))

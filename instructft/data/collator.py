@@ -1,0 +1,104 @@
+"""Rows or packs to a batch: padding is masked by length, never by comparing with the pad token's id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from instructft.data.packing import position_ids
+from instructft.errors import DataError
+from instructft.prompt.loss_mask import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CompletionOnlyCollator:
+    """Pad rows of `input_ids` and `labels` on the right to the longest of the batch.
+
+    GPT-2 and many others pad with their EOS token. A collator that masks every label that equals the pad token would
+    take the loss off the token that ends an answer, and the model would never learn to stop. Here a label is masked
+    only where the row has ended, or where `labels` already says -100.
+
+    Rows with `seq_lengths` are packs: they get `position_ids` that start anew with each document, and no attention
+    mask, by which transformers keeps documents apart (see `instructft.data.packing`).
+
+    Args:
+        pad_token_id: fills `input_ids` behind the end of a row; any id will do, no token there is seen or trained.
+        pad_to_multiple_of: round T up, for kernels that like it.
+        flatten: packs as one row (1, sum of tokens) with `cu_seq_lens`, which flash-attention wants. Never for sdpa,
+            whose mask and work grow with the square of the row.
+
+    Returns (when called with B rows of at most T tokens):
+        `input_ids` (B, T), `labels` (B, T) with -100 for no loss, and `attention_mask` (B, T) of 0 and 1, or for packs
+        `position_ids` (B, T); all int64.
+
+    >>> collate = CompletionOnlyCollator(pad_token_id=0)
+    >>> collate([{"input_ids": [5, 6, 0], "labels": [-100, 6, 0]}, {"input_ids": [7, 8], "labels": [-100, 8]}])
+    {'input_ids': tensor([[5, 6, 0], [7, 8, 0]]), 'labels': tensor([[-100, 6, 0], [-100, 8, -100]]),
+     'attention_mask': tensor([[1, 1, 1], [1, 1, 0]])}
+
+    Raises:
+        DataError: a row without a token that carries loss, or with labels of another length than its `input_ids`.
+    """
+
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None, flatten: bool = False):
+        if pad_token_id is None:
+            raise DataError("CompletionOnlyCollator needs a pad_token_id; instructft.load_tokenizer sets one")
+        self.pad_token_id = int(pad_token_id)
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.flatten = flatten
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        import torch
+
+        packed = "seq_lengths" in rows[0]
+        if packed and self.flatten:
+            return self._flat(rows)
+        length = max(len(row["input_ids"]) for row in rows)
+        if self.pad_to_multiple_of:
+            length += -length % self.pad_to_multiple_of
+        shape = (len(rows), length)
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)  # (B, T)
+        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)  # (B, T)
+        attention_mask = torch.zeros(shape, dtype=torch.long)  # (B, T)
+        for i, row in enumerate(rows):
+            ids, row_labels = torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])
+            if ids.shape != row_labels.shape:
+                raise DataError(f"row {i} of the batch has {len(ids)} input_ids and {len(row_labels)} labels")
+            # position 0 has nothing before it that could predict it, so a label there is no loss
+            if not (row_labels[1:] != IGNORE_INDEX).any():
+                raise DataError(
+                    f"row {i} of the batch has no token that carries loss: its labels are all {IGNORE_INDEX}. "
+                    "prepare_dataset drops and counts such rows; drop them before training."
+                )
+            n = len(ids)
+            input_ids[i, :n], labels[i, :n], attention_mask[i, :n] = ids, row_labels, 1
+        if packed:
+            positions = [position_ids(row["seq_lengths"], length) for row in rows]
+            return {"input_ids": input_ids, "labels": labels, "position_ids": torch.from_numpy(np.stack(positions))}
+        return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+    def _flat(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Packs end to end in one row, with the borders of documents as flash-attention's kernels take them."""
+        import torch
+
+        def joined(column: str) -> torch.Tensor:
+            return torch.cat([torch.as_tensor(row[column], dtype=torch.long) for row in rows])
+
+        lengths = joined("seq_lengths")
+        borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        labels = joined("labels")
+        labels[borders[:-1].long()] = IGNORE_INDEX  # nothing is predicted across a border
+        longest = int(lengths.max())
+        return {
+            "input_ids": joined("input_ids")[None],
+            "labels": labels[None],
+            "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }

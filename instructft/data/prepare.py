@@ -1,0 +1,232 @@
+"""The one road that data takes: load, map to conversations, split, encode, mix, pack, count.
+
+    files, URLs, Hub ──► raw rows ──► conversations ──► input_ids, labels ──► splits ──► packs
+                          (load)        (sources)      (tokenize)                   (packing)
+
+Nothing is lost without a word: a row is trained, held out, or counted in `dropped` under its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from instructft.data.deduplicate import near_duplicates
+from instructft.data.load import conversations, file_conversations, load_parts
+from instructft.data.packing import flat, pack
+from instructft.data.tokenize import drop_reasons, encode_part
+from instructft.errors import DataError
+from instructft.prompt.loss_mask import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedTokenizerBase
+
+    from instructft.recipe.schema import Recipe
+
+__all__ = ["Prepared", "conversations", "file_conversations", "load_parts", "prepare", "prepare_dataset"]
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Encoded splits with their account.
+
+    Args:
+        splits: rows of `input_ids` and `labels`, two lists of int32 of the same length, and `seq_lengths` in packs;
+            an empty split is left out.
+        rows: rows in each split before packing, 0 for an empty one.
+        dropped: rows that no split holds, by reason.
+        cut: rows that were longer than `max_length` and are trained without their end.
+        cut_tokens: tokens that these rows lost.
+        groups: data set -> its rows (packs) in `validation`, in order; empty for a single data set.
+    """
+
+    splits: DatasetDict
+    rows: dict[str, int]
+    dropped: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
+    cut_tokens: int = 0
+    groups: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        """Tokens in each split."""
+        return {name: sum(len(ids) for _, ids, _ in _arrays(split)) for name, split in self.splits.items()}
+
+    @cached_property
+    def supervised_tokens(self) -> dict[str, int]:
+        """Tokens that carry loss in each split; a row's first token, which nothing predicts, is none of them."""
+        found = {}
+        for name, split in self.splits.items():
+            found[name] = 0
+            for lengths, _, labels in _arrays(split):
+                starts = (np.cumsum(lengths) - lengths)[lengths > 0]
+                carry = labels != IGNORE_INDEX
+                found[name] += int(carry.sum() - carry[starts].sum())
+        return found
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean tokens of a training row (pack)."""
+        return self.tokens["train"] / len(self.splits["train"])
+
+    @property
+    def for_training(self) -> Dataset:
+        """What the trainer is given."""
+        return self.splits["train"]
+
+    @property
+    def example(self) -> dict[str, list[int]]:
+        """A training row to show: the first one of at most 300 tokens, where there is one."""
+        train = self.splits["train"]
+        return next((row for row in train if len(row["input_ids"]) <= 300), train[0])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of every id and label of every split, in order: equal data, equal fingerprint."""
+        digest = hashlib.sha256()
+        for name, split in self.splits.items():
+            digest.update(name.encode())
+            for lengths, ids, labels in _arrays(split):
+                for array in (lengths, ids, labels):
+                    digest.update(array.astype(np.int32).tobytes())
+        return digest.hexdigest()[:16]
+
+    def account(self, max_length: int) -> list[tuple[str, str]]:
+        """What became of the data, line by line: (what, how much)."""
+        tokens, supervised = self.tokens["train"], self.supervised_tokens["train"]
+        lines = [
+            ("data", " · ".join(f"{name} {count:,}" for name, count in self.rows.items() if count) + " rows"),
+            ("loss on", f"{supervised:,} of {tokens:,} training tokens ({supervised / tokens:.1%})"),
+        ]
+        if self.dropped:
+            reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.dropped.most_common())
+            lines.append(("dropped", f"{sum(self.dropped.values()):,} rows: {reasons}"))
+        if self.cut:
+            lost = f"{self.cut:,} rows longer than {max_length} tokens lost {self.cut_tokens:,} tokens"
+            lines.append(("cut", f"{lost}; they do not teach the end of an answer"))
+        if "seq_lengths" in self.splits["train"].column_names:
+            packs = len(self.splits["train"])
+            fill = tokens / (packs * max_length)
+            lines.append(("packed", f"{packs:,} packs of {max_length} tokens, {fill:.1%} full"))
+        return lines
+
+
+def _arrays(split: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The lengths of rows, and all their `input_ids` and `labels` as flat arrays, a few thousand rows at a time."""
+    for table in split.with_format("arrow").iter(batch_size=4096):
+        ids, labels = (table.column(name).combine_chunks() for name in ("input_ids", "labels"))
+        yield ids.value_lengths().to_numpy(), ids.flatten().to_numpy(), labels.flatten().to_numpy()
+
+
+def prepare_dataset(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+    """Load, split and encode the recipe's data.
+
+    Returns:
+        a `DatasetDict` with `train`, and `validation` and `test` where the recipe asks for them (an
+        `IterableDatasetDict` with `train` alone where the data sets stream, see `instructft.data.streaming`); each row
+        holds `input_ids` and `labels`, two lists of T ints, a label of -100 carrying no loss; packs also `seq_lengths`.
+
+    >>> prepare_dataset(recipe, tokenizer)["train"][0].keys()
+    dict_keys(['input_ids', 'labels'])
+
+    Raises:
+        DataError: data that cannot be read, or of which nothing is left to train on.
+        TemplateError: a template under which a row has no honest mask.
+    """
+    if any(entry.streaming for entry in recipe.data.datasets):
+        from instructft.data.streaming import prepare_stream
+
+        return prepare_stream(recipe, tokenizer).splits
+    return prepare(recipe, tokenizer).splits
+
+
+def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """`prepare_dataset` with the account of what became of every row."""
+    from datasets import DatasetDict, concatenate_datasets
+
+    pieces: dict[str, dict[str, Dataset]] = {name: {} for name in SPLITS}  # split -> data set -> its rows
+    dropped: Counter[str] = Counter()
+    weights: dict[str, float] = {}
+    cut = cut_tokens = 0
+    for part in load_parts(recipe):
+        encoded = encode_part(part, recipe, tokenizer)
+        used = np.sort(np.concatenate(list(part.rows.values())))
+        verdict = np.asarray(encoded["dropped"][:], dtype=object)
+        lost = np.asarray(encoded["cut_tokens"][:])
+        reasons = Counter(str(reason) for reason in verdict[used] if reason)
+        dropped.update(reasons)
+        keep = {name: rows[verdict[rows] == ""] for name, rows in part.rows.items()}
+        kept = np.concatenate(list(keep.values()))
+        if len(kept) == 0:
+            raise DataError(f"{part.key}: no row of {part.label} can be trained on: {drop_reasons(reasons)}")
+        cut += int((lost[kept] > 0).sum())
+        cut_tokens += int(lost[kept].sum())
+        encoded = encoded.select_columns(["input_ids", "labels"])
+        label = part.label if part.label not in weights else f"{part.label}-{len(weights)}"
+        weights[label] = part.weight
+        for name, rows in keep.items():
+            if len(rows):
+                pieces[name][label] = encoded.select(rows)
+    _refuse_empty(pieces, recipe, dropped)
+    _take_out_known(pieces, dropped)
+    _weigh(pieces["train"], weights, recipe.data.seed, dropped)
+    counts = {name: sum(map(len, found.values())) for name, found in pieces.items()}
+    if recipe.data.packing:
+        length, seed = recipe.data.max_length, recipe.data.seed
+        together = concatenate_datasets(list(pieces["train"].values()))
+        pieces["train"] = {"train": pack(together, length, seed)}
+        # each data set alone, so that its own loss can be told
+        pieces["validation"] = {label: pack(rows, length, seed) for label, rows in pieces["validation"].items()}
+    groups = {label: len(rows) for label, rows in pieces["validation"].items()} if len(weights) > 1 else {}
+    splits = {name: concatenate_datasets(list(found.values())) for name, found in pieces.items() if found}
+    return Prepared(DatasetDict(splits), counts, dropped, cut, cut_tokens, groups)
+
+
+def _refuse_empty(pieces: dict[str, dict[str, Dataset]], recipe: Recipe, dropped: Counter[str]) -> None:
+    if not pieces["train"]:
+        raise DataError(
+            "data.splits leaves no row to train on"
+            + (f"; of the few there were, some were dropped: {drop_reasons(dropped)}" if dropped else "")
+        )
+    for name in ("validation", "test"):
+        share = getattr(recipe.data.splits, name)
+        if share > 0 and not pieces[name]:
+            raise DataError(f"data.splits.{name}: {share} of so few rows is no row at all; raise it, or set it to 0")
+
+
+def _take_out_known(pieces: dict[str, dict[str, Dataset]], dropped: Counter[str]) -> None:
+    """Take rows out of training that are nearly the same as a held-out one, which would be judged by heart."""
+    held = [flat(rows) for name in ("validation", "test") for rows in pieces[name].values()]
+    if not held:
+        return
+    for label, rows in list(pieces["train"].items()):
+        known = near_duplicates(flat(rows), held)
+        if known.any() and not known.all():
+            pieces["train"][label] = rows.select(np.flatnonzero(~known))
+            dropped["near_duplicate_of_held_out"] += int(known.sum())
+
+
+def _weigh(pieces: dict[str, Dataset], weights: dict[str, float], seed: int, dropped: Counter[str]) -> None:
+    """Give each data set its share of the training rows: none is repeated, so the scarcest sets the size of the mix."""
+    if len(set(weights.values())) == 1:
+        return
+    total = min(len(rows) / weights[label] for label, rows in pieces.items())
+    for i, (label, rows) in enumerate(pieces.items()):
+        wanted = max(1, round(total * weights[label]))
+        if wanted < len(rows):
+            pieces[label] = rows.select(np.sort(np.random.default_rng([seed, i, 2]).permutation(len(rows))[:wanted]))
+            dropped["left_out_by_weight"] += len(rows) - wanted
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Encode
+# --------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,138 @@
+"""Figures, durations, sizes and long texts as people read them: the same in the terminal, on the card, in reports."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import math
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# figure of an evaluation -> how it is written, in the order of a table
+FORMS = {
+    "loss": "{:,.3f}",
+    "perplexity": "{:,.3f}",
+    "exact_match": "{:.1%}",
+    "rougeL": "{:.3f}",
+    "bleu": "{:.1f}",
+    "answer_tokens": "{:.1f}",
+    "stopped": "{:.1%}",
+    "repeated": "{:.1%}",
+}
+_NAMES = {
+    "rougeL": "ROUGE-L",
+    "bleu": "BLEU",
+    "answer_tokens": "tokens in an answer",
+    "stopped": "stops by itself",
+    "repeated": "repeated 4-grams",
+}
+
+
+def name_of(figure: str) -> str:
+    """A figure's name for people.
+
+    >>> name_of("exact_match"), name_of("rougeL")
+    ('exact match', 'ROUGE-L')
+    """
+    return _NAMES.get(figure, figure.replace("_", " "))
+
+
+def clock(seconds: float) -> str:
+    """A duration.
+
+    >>> clock(78.9), clock(4), clock(7400)
+    ('1 min 19 s', '4 s', '2 h 3 min')
+    """
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
+def size(count: int) -> str:
+    """Bytes, as disks are sold.
+
+    >>> size(2_638_848), size(14_483_464_192)
+    ('2.6 MB', '14.5 GB')
+    """
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def short(text: str, limit: int) -> str:
+    """One line of at most `limit` characters.
+
+    >>> short("one\\n  two three", 9)
+    'one two …'
+    """
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def closest(word: Any, names: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The name that looks most like a word, if any does; case and hyphens do not count."""
+    plain = {name.lower().replace("-", "_"): name for name in names}
+    close = difflib.get_close_matches(str(word).lower().replace("-", "_"), plain, n=1, cutoff=cutoff)
+    return plain[close[0]] if close else None
+
+
+def nearest(word: Any, names: Iterable[str], *, cutoff: float = 0.6, prefix: str = "") -> str:
+    """`; did you mean "dolly-15k"?`, or "" when nothing is near.
+
+    >>> nearest("doly-15k", ["dolly-15k", "alpaca"])
+    '; did you mean "dolly-15k"?'
+    """
+    name = closest(word, names, cutoff=cutoff)
+    return f'; did you mean "{prefix}{name}"?' if name else ""
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    """Plain values as YAML that both a 1.2 and a 1.1 reader take for the same.
+
+    >>> yaml_text({"run_name": "no", "learning_rate": 1e-05})
+    "run_name: 'no'\\nlearning_rate: 1.0e-05\\n"
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.representer import SafeRepresenter
+
+    class Representer(SafeRepresenter):
+        def text(self, value: str) -> Any:
+            quoted = _WORDS_IN_YAML_1_1.fullmatch(value) or re.match(r"[-+.\d]", value)
+            return self.represent_scalar("tag:yaml.org,2002:str", value, style="'" if quoted else None)
+
+        def number(self, value: float) -> Any:
+            if not math.isfinite(value):
+                return self.represent_float(value)
+            text = repr(value)
+            text = text if "." in text else text.replace("e", ".0e")  # 1.1 reads 1e-05 as a text
+            return self.represent_scalar("tag:yaml.org,2002:float", text)
+
+    Representer.add_representer(str, Representer.text)
+    Representer.add_representer(float, Representer.number)
+    writer: Any = YAML(typ="safe", pure=True)
+    writer.Representer = Representer
+    writer.default_flow_style, writer.width, writer.allow_unicode = False, 120, True
+    writer.sort_base_mapping_type_on_output = False  # keep the order of the contract
+    stream = io.StringIO()
+    writer.dump(values, stream)
+    return stream.getvalue()
+
+
+_WORDS_IN_YAML_1_1 = re.compile(r"y|n|yes|no|on|off", re.IGNORECASE)  # true and false there
+
+
+def quantiles(lengths: np.ndarray) -> dict[str, int]:
+    """Tokens that a share of the rows does not exceed, by the nearest rank.
+
+    >>> quantiles(np.array([1, 2, 3, 4]))
+    {'p50': 2, 'p90': 4, 'p99': 4, 'max': 4}
+    """
+    import numpy as np
+
+    if len(lengths) == 0:
+        return {"p50": 0, "p90": 0, "p99": 0, "max": 0}
+    found = {f"p{q}": int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99)}
+    return {**found, "max": int(lengths.max())}

@@ -1,0 +1,153 @@
+"""The arithmetic of a merge: what an adapter does to one weight, piece by piece, in float32, rounded once.
+
+::
+
+    LoRA     W + s·B·A                     s = alpha / r, or alpha / √r with rsLoRA (Kalajdzievski, 2023: 2312.03732)
+    DoRA     m · (W + s·B·A) / ‖W + s·B·A‖   the norm over what feeds one output (Liu et al., 2024: 2402.09353)
+    bias     b + s·b_B                     `lora_bias`
+    tokens   W with some rows replaced     `trainable_token_indices`
+
+The arithmetic is PEFT's `get_delta_weight` and `merge`. PEFT rounds the delta to its dtype and then the sum to the
+weight's; here the sum alone is rounded, so that in bfloat16 each merged value is the nearest there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from instructft.errors import ModelError
+from instructft.weights.tensor_io import Stored, pieces
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank change of a weight; the names are those of tensors in the adapter file."""
+
+    a: str  # (r, in)
+    b: str  # (out, r)
+    scaling: float
+    transposed: bool  # the weight is stored (in, out): GPT-2's Conv1D, and embeddings
+    magnitude: str | None = None  # DoRA's, (out,)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """All that an adapter does to one parameter of the base."""
+
+    lora: Lora | None = None
+    bias: tuple[str, float] | None = None  # name of lora_B's bias, (out,), and the scaling
+    tokens: tuple[str, tuple[int, ...]] | None = None  # name of new rows, (n, width), and where each goes
+    replaced: str | None = None  # the adapter's own copy of the whole parameter
+    rows: int | None = None  # the vocabulary grew to this many; rows that are new start as the mean of the old
+
+    @property
+    def names(self) -> list[str]:
+        """The adapter's tensors that it takes."""
+        lora = [self.lora.a, self.lora.b, self.lora.magnitude] if self.lora else []
+        rest = [self.bias and self.bias[0], self.tokens and self.tokens[0], self.replaced]
+        return [name for name in [*lora, *rest] if name]
+
+
+def merged(base: Stored, edit: Edit, adapter: Mapping[str, Stored], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The rows of a parameter after the merge, in order, piece by piece, as `dtype`.
+
+    Raises:
+        ModelError: a merged value is not finite, or too large for `dtype`.
+    """
+    import torch
+
+    source = adapter[edit.replaced] if edit.replaced else base
+    if not edit.names and edit.rows is None and source.dtype == dtype:  # as it stands: NaN or not is the base's matter
+        for start, stop in pieces(source.rows, source.width):
+            yield source.read(start, stop)
+        return
+    weight = _Weight(source, edit, adapter)
+    for start, stop in pieces(weight.rows, source.width):
+        piece = weight.read(start, stop).to(dtype)
+        if piece.numel() and not torch.isfinite(torch.stack(piece.aminmax())).all():  # the extremes of NaN are NaN
+            raise ModelError(
+                f"{base.name}: a merged value is infinite or not a number in {str(dtype).removeprefix('torch.')}; "
+                "train again, or merge with --dtype float32"
+            )
+        yield piece.reshape(stop - start, *source.shape[1:])
+
+
+class _Weight:
+    """A merged weight that is computed as it is read."""
+
+    def __init__(self, source: Stored, edit: Edit, adapter: Mapping[str, Stored]):
+        import torch
+
+        self.source, self.edit = source, edit
+        self.dtype = torch.promote_types(torch.float32, source.dtype)
+        self.rows = edit.rows or source.rows
+
+        def load(name: str) -> torch.Tensor:
+            return adapter[name].read().to(self.dtype)
+
+        lora = edit.lora
+        self.fill = self._mean() if self.rows > source.rows else None  # (width,)
+        self.a = load(lora.a) if lora else None
+        self.b = load(lora.b) if lora else None
+        self.bias = load(edit.bias[0]) * edit.bias[1] if edit.bias else None
+        self.tokens = load(edit.tokens[0]) if edit.tokens else None
+        self.factor = load(lora.magnitude).reshape(-1) if lora and lora.magnitude else None
+        if lora and lora.transposed and self.factor is not None:
+            self.factor = self.factor / self._column_norms()
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop`, (stop - start, width)."""
+        import torch
+
+        rows = self._adapted(start, stop)
+        lora = self.edit.lora
+        if lora and self.factor is not None:
+            if lora.transposed:
+                rows *= self.factor
+            else:
+                rows *= (self.factor[start:stop] / torch.linalg.vector_norm(rows, dim=1)).unsqueeze(1)
+        if self.bias is not None:
+            rows += self.bias[start:stop].unsqueeze(1)
+        if self.edit.tokens and self.tokens is not None:
+            for place, index in enumerate(self.edit.tokens[1]):
+                if start <= index < stop:
+                    rows[index - start] = self.tokens[place]
+        return rows
+
+    def _adapted(self, start: int, stop: int) -> torch.Tensor:
+        """W + s·B·A, without DoRA's norm."""
+        import torch
+
+        known = min(max(start, self.source.rows), stop)  # rows from here on are new
+        rows = self.source.read(start, known).reshape(known - start, self.source.width).to(self.dtype)
+        if self.fill is not None and known < stop:
+            rows = torch.cat([rows, self.fill.expand(stop - known, -1)])
+        if self.edit.lora and self.a is not None and self.b is not None:
+            if self.edit.lora.transposed:
+                rows.addmm_(self.a[:, start:stop].T, self.b.T, alpha=self.edit.lora.scaling)
+            else:
+                rows.addmm_(self.b[start:stop], self.a, alpha=self.edit.lora.scaling)
+        return rows
+
+    def _column_norms(self) -> torch.Tensor:
+        """The norm of each column of W + s·B·A: of what feeds one output where the weight is stored (in, out)."""
+        import torch
+
+        squares = torch.zeros(self.source.width, dtype=torch.float64)
+        for start, stop in pieces(self.rows, self.source.width):
+            squares += self._adapted(start, stop).double().square_().sum(dim=0)
+        return squares.sqrt_().to(self.dtype)
+
+    def _mean(self) -> torch.Tensor:
+        """The mean row, as new tokens start in training."""
+        import torch
+
+        total = torch.zeros(self.source.width, dtype=torch.float64)
+        for start, stop in pieces(self.source.rows, self.source.width):
+            total += self.source.read(start, stop).reshape(stop - start, -1).double().sum(dim=0)
+        return (total / self.source.rows).to(self.dtype)

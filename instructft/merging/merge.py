@@ -1,0 +1,286 @@
+"""`instructft merge`: an adapter into its base, tensor by tensor on disk, proved before anything is called a model.
+
+::
+
+    read_adapter, locate_base ─► make_plan ─► OUTPUT.partial-…/ ─► prove ─► OUTPUT/
+      exit 2, nothing written                  weights, then config   exit 1, removed
+
+Only a few megabytes of weights are in memory while it merges. The folder has its final name once it is complete, on
+disk and proved; a merge that was killed leaves a `.partial-` folder, which the next merge to the same place removes.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instructft.adapters.attach import WEIGHTS, AdapterFolder, is_adapter, locate_base, read_adapter
+from instructft.checkpoints.atomic import partial_folder, refuse_used
+from instructft.errors import AdapterError, InstructftError, ModelError, UsageError
+from instructft.formatting import size
+from instructft.merging.arithmetic import merged
+from instructft.merging.edits import refuse_unproved
+from instructft.merging.metadata import config_text, copy_papers, places, write_papers
+from instructft.merging.plan import Plan, make_plan
+from instructft.weights import remote_code
+from instructft.weights.tensor_io import (
+    Stored,
+    index_of,
+    pieces,
+    read_checkpoint,
+    read_tensors,
+    shards,
+    write_shard,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from instructft.recipe.schema import Recipe
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_HEADROOM = 64 << 20  # bytes beside the weights: tokenizer, papers
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A finished merge: its folder, and what `run.json` says of it under `merge`."""
+
+    output_dir: Path
+    facts: Mapping[str, Any]
+
+
+def merge_adapter(
+    run: str | Path,
+    output: str | Path,
+    *,
+    verify: bool = True,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    measure_quantized: bool = False,
+    console: Console | None = None,
+) -> Merged:
+    """Merge the LoRA adapter of a run folder, or any adapter folder, into its base.
+
+    Args:
+        run: a run folder with an adapter, a checkpoint in one, or an adapter folder of PEFT's.
+        output: a folder that is not there yet, or empty.
+        verify: run the adapter and the merged model on the same texts, and keep the merge only if they agree.
+        dtype: of the merged weights; `auto` keeps that of the base, tensor by tensor.
+        max_shard_size: of one weight file, as `5GB` or `200MiB`.
+        measure_quantized: also measure how far the merged model is from the adapter on the quantized base that it was
+            trained on.
+
+    >>> merge_adapter("runs/tinyllama-lora", "merged").facts["proof"]["difference"]
+    1.9e-06
+
+    Raises:
+        UsageError: the output is not free, the disk is full, or an option has no proved merge; nothing is written.
+        AdapterError: the adapter is broken or its base is not there; nothing is written.
+        ModelError: the merged model is not the adapted one; nothing is kept.
+    """
+    import torch
+
+    from instructft.merging.proof import choose_machine
+
+    console = console or _console()
+    output = Path(output).expanduser()
+    most = _bytes(max_shard_size)
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype: found {dtype}, expected {', '.join(DTYPES)}")
+    refuse_used(output)
+    began = time.perf_counter()
+    adapter = _read(Path(run).expanduser())
+    if measure_quantized and adapter.base.quantization == "none":
+        raise UsageError(f"--measure-quantized: {run} was trained on a base that is not quantized; leave it out")
+    base = locate_base(adapter)
+    stored, tensors = read_checkpoint(base), read_tensors(adapter.folder / WEIGHTS)
+    _refuse_not_finite(adapter.folder, tensors)
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    try:
+        plan = make_plan(base, stored, adapter.folder, adapter.shapes, adapter.base.vocab_size, wanted)
+    except ModelError as error:  # said before anything is written, so it is an error in what was given
+        raise AdapterError(str(error)) from error
+    precision = _precision(plan)
+    machine = choose_machine(plan, precision) if verify else None
+    files = shards((output.planned for output in plan.outputs.values()), most)
+    total = sum(out.planned.bytes for out in plan.outputs.values())
+    _refuse_full_disk(output, total)
+
+    console.print(f"base    {base}, not quantized", markup=False, highlight=False)
+    console.print(f"adapter {adapter.folder}, {len(plan.changed)} of {len(plan.outputs)} tensors change", markup=False)
+    name = str(precision).removeprefix("torch.")
+    facts: dict[str, Any] = {
+        "base": adapter.base.name_or_path,
+        "base_fingerprint": adapter.base.fingerprint or None,
+        "adapter": str(adapter.folder),
+        "dtype": name,
+        "tensors": len(plan.outputs),
+        "changed": len(plan.changed),
+        "bytes": total,
+    }
+    with partial_folder(output) as folder:
+        with _progress(console, total) as advance:
+
+            def produce(name: str) -> Iterator[torch.Tensor]:
+                out = plan.outputs[name]
+                for piece in merged(out.base, out.edit, tensors, out.planned.dtype):
+                    yield piece
+                    advance(piece.nbytes)
+
+            for file, group in files.items():
+                write_shard(folder / file, group, produce)
+        if index := index_of(files):
+            write_text(folder / "model.safetensors.index.json", index)
+        copy_papers(adapter.folder, base, folder)
+        # last: without it no library takes the folder for a model
+        write_text(folder / "config.json", config_text(base, folder, plan.model, name, plan.untied))
+        facts["seconds"] = time.perf_counter() - began
+        if machine:
+            facts |= _prove(adapter, base, folder, plan, machine, measure_quantized, console)
+        write_papers(folder, adapter, facts)
+    _report(console, output, facts)
+    return Merged(output, facts)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(soft_wrap=True)
+
+
+def _prove(
+    adapter: AdapterFolder, base: Path, folder: Path, plan: Plan, machine: Any, quantized: bool, console: Console
+) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    from instructft.merging.proof import measure_quantized, prove
+    from instructft.merging.proof_texts import choose_texts
+
+    began = time.perf_counter()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **remote_code.flag())
+    except (OSError, ValueError):  # neither the adapter nor its base has one
+        tokenizer = None
+    context = getattr(plan.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    rows = plan.model.get_input_embeddings().weight.shape[0]
+    texts = choose_texts(_recipe(adapter.folder), tokenizer, context, rows)
+    precision = str(machine.dtype).removeprefix("torch.")
+    where = machine.device if machine.whole else "cpu, read from the disk since it does not fit in memory"
+    console.print(f"proof   {len(texts.rows)} × {texts.source}, in {precision} on {where}", highlight=False)
+    proof = prove(base, adapter, folder, read_checkpoint(folder), plan, texts, machine)
+    found = {"proof": {**proof, "seconds": time.perf_counter() - began}}
+    if quantized:
+        found["quantized"] = measure_quantized(adapter, base, folder, texts, machine)
+    return found
+
+
+def _recipe(adapter: Path) -> Recipe | None:
+    from instructft.recipe.schema import load_run_recipe
+
+    for place in places(adapter):
+        if (place / "recipe.yaml").is_file():
+            try:
+                return load_run_recipe(place)
+            except InstructftError:  # another text proves as much
+                return None
+    return None
+
+
+def _report(console: Console, output: Path, facts: Mapping[str, Any]) -> None:
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    proof = facts.get("proof")
+    if proof is None:
+        say("proof   none: not verified (--no-verify)")
+    else:
+        say(
+            f"        largest difference of a logit {proof['difference']:.2e}, allowed {proof['tolerance']:.2e}; "
+            f"the adapter changes logits by {proof['effect']:.2e}\n"
+            f"        {proof['compared']}: {proof['equal_tokens']} of {proof['tokens']} tokens equal"
+        )
+    if quantized := facts.get("quantized"):
+        say(
+            f"        against the adapter on its {quantized['quantization']} base: largest difference of a logit "
+            f"{quantized['difference']:.2e}, {quantized['equal_tokens']} of {quantized['tokens']} tokens equal"
+        )
+    say(f"Merged into {output}, {size(facts['bytes'])} in {facts['dtype']}. Talk to it:")
+    say(f"\n  instructft chat {output}\n")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Before anything is written
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _read(run: Path) -> AdapterFolder:
+    if not run.is_dir():
+        raise UsageError(f"there is no folder {run}; give a run folder or a checkpoint in it that holds an adapter")
+    if not is_adapter(run):
+        kind = "a full model already" if (run / "config.json").is_file() else "no adapter"
+        raise UsageError(f"{run} holds {kind} (there is no adapter_config.json in it): there is nothing to merge")
+    adapter = read_adapter(run)
+    refuse_unproved(adapter.config, run)
+    return adapter
+
+
+def _refuse_not_finite(folder: Path, tensors: Mapping[str, Stored]) -> None:
+    import torch
+
+    for name, tensor in tensors.items():
+        if not all(bool(torch.isfinite(tensor.read(*run)).all()) for run in pieces(tensor.rows, tensor.width)):
+            raise AdapterError(f"{folder}: {name} holds infinite values or NaN: the adapter is broken; train it again")
+
+
+def _refuse_full_disk(output: Path, total: int) -> None:
+    parent = next(path for path in output.absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < total + _HEADROOM:
+        raise UsageError(
+            f"{parent}: {free / 1e9:.2f} GB are free, and the merged model needs {(total + _HEADROOM) / 1e9:.2f} GB; "
+            "make room, or choose an OUTPUT on another disk"
+        )
+
+
+def _bytes(text: str) -> int:
+    """A size in bytes.
+
+    >>> _bytes("5GB"), _bytes("200MiB")
+    (5000000000, 209715200)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    size = 0
+    if found:
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+    if size < 1:
+        raise UsageError(f"--max-shard-size: found {text}, expected a size such as 5GB or 200MB")
+    return size
+
+
+def _precision(plan: Plan) -> torch.dtype:
+    """The dtype of most of the merged weights."""
+    sizes: dict[torch.dtype, int] = {}
+    for out in plan.outputs.values():
+        if out.planned.dtype.is_floating_point:
+            sizes[out.planned.dtype] = sizes.get(out.planned.dtype, 0) + out.planned.bytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Any]:
+    """A bar on a terminal, nothing elsewhere; gives a function that takes the bytes that were written."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("merging", total=total)
+        yield lambda count: progress.advance(task, count)

@@ -1,0 +1,317 @@
+"""Proves a merge: the adapter on its base and the merged model, on the same texts, one after the other.
+
+Three things are compared. **Weights**: each merged tensor with what PEFT's own merge makes of it in memory, within
+half a unit in the last place of its dtype. **Logits**: the largest difference must stay within a tolerance. **Greedy
+answers**, token by token, are counted.
+
+The tolerance is derived, not chosen: storing weights in bfloat16 moves every merged weight by up to half a unit in
+the last place, and how far that moves the logits depends on the model. So the adapted model's merged weights are moved
+by random amounts of just that size, and a merge may differ by four times what this did to the logits, or by a
+ten-thousandth of the largest logit, which is float32's share.
+
+One model is in memory at a time: the base with its adapter is let go before the merged one is loaded. A model that
+does not fit is mapped from its files: the system brings in what a layer computes with, and lets it go again. All texts
+then go through in one batch, and the most likely next tokens are counted in place of those of answers.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instructft.errors import ModelError, UsageError
+from instructft.merging.proof_texts import Texts
+from instructft.merging.weight_proof import compare_weights, jitter, jittered
+from instructft.weights import remote_code
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from instructft.adapters.attach import AdapterFolder
+    from instructft.merging.plan import Plan
+    from instructft.weights.tensor_io import Stored
+
+LOGITS = 64 << 20  # bytes of logits that are kept for one model
+_COMPARED = {True: "greedy answers", False: "most likely next tokens"}  # of a model that fits in memory, and not
+MARGIN = 4  # the tolerance is this many times what simulated rounding does
+FLOOR = 1e-4  # of the largest logit: what float32 arithmetic in another order may do
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one model made of them."""
+
+    logits: list[torch.Tensor]  # a text each, (positions kept, V), float32 on the CPU
+    answers: list[list[int]]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Where and in which precision
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the models of a proof run."""
+
+    device: str
+    dtype: torch.dtype
+    whole: bool = True  # in memory; else mapped from its files
+
+
+def choose_machine(plan: Plan, stored: torch.dtype) -> Machine:
+    """Float32 where one model fits in memory that way, else the merged weights' own dtype, else mapped from its files.
+
+    Args:
+        stored: the dtype of most merged weights.
+
+    Raises:
+        UsageError: not even what must be in memory of a mapped model fits.
+    """
+    import psutil
+    import torch
+
+    parameters = sum(tensor.numel() for tensor in plan.model.parameters())
+    free = {"cpu": psutil.virtual_memory().available}
+    if torch.cuda.is_available():
+        free = {"cuda": torch.cuda.mem_get_info()[0], **free}
+    rest = 1 << 30  # activations, logits
+    for device, room in free.items():
+        for dtype in dict.fromkeys((torch.float32, stored)):
+            if parameters * dtype.itemsize * 1.15 + rest <= room:  # the largest weight once more
+                return Machine(device, dtype)
+    need = in_memory(plan, stored) + rest
+    if need <= free["cpu"]:
+        return Machine("cpu", stored, whole=False)
+    raise UsageError(
+        f"the proof needs about {need / 1e9:.1f} GB of memory, and {free['cpu'] / 1e9:.1f} GB are free; merge on a "
+        "larger machine, or without the proof: --no-verify"
+    )
+
+
+def in_memory(plan: Plan, stored: torch.dtype) -> int:
+    """Bytes of a mapped model that are in memory all the same: weights that loading changes, one layer in copies."""
+    changed = sum(
+        math.prod(out.planned.shape) * stored.itemsize
+        for out in plan.outputs.values()
+        if out.edit.rows or {out.base.dtype, out.planned.dtype} != {stored}
+    )
+    # merged: the weight, its delta and the sum in float32, the noise
+    return changed + 5 * max(math.prod(out.planned.shape) * 4 for out in plan.outputs.values())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The proof
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def prove(
+    base: Path,
+    adapter: AdapterFolder,
+    merged: Path,
+    files: Mapping[str, Stored],
+    plan: Plan,
+    texts: Texts,
+    machine: Machine,
+) -> dict[str, Any]:
+    """Compare the merged model in `merged` with the adapter on its base.
+
+    Args:
+        files: the merged tensors as they lie on disk.
+
+    Returns:
+        `difference`, `tolerance`, `rounding`, `effect` and `scale`, in logits; `tokens` and `equal_tokens` of the
+        greedy answers, or of what `compared` says; `weights`; `texts`, `source`, `precision`, `device`.
+
+    Raises:
+        ModelError: the merged model is not the adapted one.
+    """
+    live, unexpected = _adapted(base, adapter, machine)
+    see = look if machine.whole else look_once
+    seen = see(live, texts)
+    with live.disable_adapter():
+        effect = difference(seen.logits, see(live, texts, answers=False).logits)
+    mergeable = not plan.untied  # PEFT's merge changes both of two tied weights where only one was adapted
+    weights = compare_weights(live, plan, files) if mergeable else None
+    if machine.whole:
+        if mergeable:
+            live.merge_adapter()
+        jitter(live, plan)
+        rounding = difference(seen.logits, look(live, texts, answers=False).logits)
+    else:
+        with jittered(live, plan, mergeable):
+            rounding = difference(seen.logits, look_once(live, texts, answers=False).logits)
+    del live
+    _free()
+
+    model = _merged(merged, plan, unexpected, machine)
+    now = see(model, texts)
+    del model
+    _free()
+    scale = max(float(logits.abs().max()) for logits in seen.logits)
+    found = difference(seen.logits, now.logits)
+    tolerance = max(MARGIN * rounding, FLOOR * scale)
+    tokens, equal = agreement(seen.answers, now.answers)
+    if not found <= tolerance:  # not a number is no proof either
+        raise ModelError(
+            f"the merged model is not the adapted one: a logit differs by {found:.3g}, allowed is {tolerance:.3g} "
+            f"(the adapter itself changes logits by {effect:.3g}); of {_COMPARED[machine.whole]} {equal} of {tokens} "
+            "tokens are equal. Nothing was kept"
+        )
+    return {
+        "difference": found,
+        "tolerance": tolerance,
+        "rounding": rounding,
+        "effect": effect,
+        "scale": scale,
+        "tokens": tokens,
+        "equal_tokens": equal,
+        "weights": weights,
+        "texts": len(texts.rows),
+        "source": texts.source,
+        "precision": str(machine.dtype).removeprefix("torch."),
+        "device": machine.device,
+        "compared": _COMPARED[machine.whole],
+    }
+
+
+def measure_quantized(
+    adapter: AdapterFolder, base: Path, merged: Path, texts: Texts, machine: Machine
+) -> dict[str, Any]:
+    """How far the merged model is from the adapter on the quantized base that it was trained on; nothing is required.
+
+    Raises:
+        UsageError: it was not trained on a quantized base, or this machine cannot load one.
+    """
+    import torch
+
+    from instructft.adapters.quantization import configuration
+
+    kind = adapter.base.quantization
+    dtype = getattr(torch, adapter.base.dtype, torch.float32)
+    live, _ = _adapted(base, adapter, machine, quantization_config=configuration(kind, dtype), dtype=dtype)
+    see = look if machine.whole else look_once
+    seen = see(live, texts)
+    del live
+    _free()
+    model, _ = _load(merged, machine.dtype)
+    now = see(model.to(machine.device), texts)
+    del model
+    _free()
+    tokens, equal = agreement(seen.answers, now.answers)
+    found = difference(seen.logits, now.logits)
+    return {"quantization": kind, "difference": found, "tokens": tokens, "equal_tokens": equal}
+
+
+def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, **remote_code.flag(), **options
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise ModelError(f"{folder} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+    return model.eval(), info
+
+
+def _adapted(base: Path, adapter: AdapterFolder, machine: Machine, **options: Any) -> tuple[Any, set[str]]:
+    from instructft.adapters.attach import attach
+
+    model, info = _load(base, options.pop("dtype", machine.dtype), **options)
+    if not options:
+        model.to(machine.device)
+    return attach(model, adapter), set(info["unexpected_keys"])
+
+
+def _merged(folder: Path, plan: Plan, unexpected: set[str], machine: Machine) -> PreTrainedModel:
+    """The merged model, loaded as anybody loads it: whole, without tensors that it has no place for."""
+    model, info = _load(folder, machine.dtype)
+    bad = sorted({*info["missing_keys"], *(set(info["unexpected_keys"]) - unexpected)})
+    bad += sorted(str(name) for name in info["mismatched_keys"])
+    if bad:
+        raise ModelError(f"the merged model does not load whole: {', '.join(bad[:3])} ({len(bad)} in all)")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows != plan.model.get_input_embeddings().weight.shape[0] or rows != model.config.get_text_config().vocab_size:
+        raise ModelError(f"the merged model has {rows} embedding rows, and its config.json says otherwise")
+    return model.to(machine.device)
+
+
+def _free() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def look(model: Any, texts: Texts, answers: bool = True) -> Seen:
+    """Logits and greedy answers of a model, one text at a time: no padding takes part."""
+    import torch
+    from transformers import GenerationConfig
+
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=texts.answer, eos_token_id=texts.stop_ids or None, pad_token_id=texts.pad_id
+    )
+    logits, made = [], []
+    with torch.inference_mode():
+        for ids in texts.rows:
+            batch = torch.tensor([ids], device=model.device)  # (1, T)
+            found = model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False).logits[0]  # (T, V)
+            logits.append(_kept(found, len(ids), len(texts.rows)))
+        for ids in texts.prompts if answers else []:
+            batch = torch.tensor([ids], device=model.device)
+            out = model.generate(input_ids=batch, attention_mask=torch.ones_like(batch), generation_config=greedy)
+            made.append(out[0, len(ids) :].tolist())
+    return Seen(logits, made)
+
+
+def look_once(model: Any, texts: Texts, answers: bool = True) -> Seen:
+    """As `look`, with every weight used once: all texts in one batch; for answers the most likely next tokens."""
+    import torch
+
+    lengths = [len(ids) for ids in texts.rows]
+    batch = torch.full((len(lengths), max(lengths)), texts.pad_id)  # (B, T)
+    mask = torch.zeros_like(batch)
+    for i, ids in enumerate(texts.rows):
+        batch[i, : len(ids)], mask[i, : len(ids)] = torch.tensor(ids), 1
+    with torch.inference_mode():
+        found = model(input_ids=batch, attention_mask=mask, use_cache=False).logits  # (B, T, V)
+    logits = [_kept(row, length, len(lengths)) for row, length in zip(found, lengths, strict=True)]
+    return Seen(logits, [row[:n].argmax(-1).tolist() for row, n in zip(found, lengths, strict=True)] if answers else [])
+
+
+def _kept(logits: torch.Tensor, length: int, texts: int) -> torch.Tensor:
+    """Logits of some positions, evenly over a text of `length` tokens: (positions, V), float32 on the CPU."""
+    import torch
+
+    keep = max(1, LOGITS // (texts * logits.shape[-1] * 4))
+    places = torch.linspace(0, length - 1, min(keep, length), device=logits.device).round().long()
+    return logits[places].float().cpu()
+
+
+def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
+    """The largest difference of a logit.
+
+    >>> difference([torch.tensor([[1.0, 2.0]])], [torch.tensor([[1.0, 2.5]])])
+    0.5
+    """
+    import torch
+
+    return float(torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max())
+
+
+def agreement(one: Iterable[list[int]], other: Iterable[list[int]]) -> tuple[int, int]:
+    """Tokens of all answers, and how many of them are equal at their place.
+
+    >>> agreement([[5, 6, 7]], [[5, 6, 8, 9]])
+    (4, 2)
+    """
+    pairs = list(zip(one, other, strict=True))
+    total = sum(max(len(a), len(b)) for a, b in pairs)
+    return total, sum(x == y for a, b in pairs for x, y in zip(a, b, strict=False))

@@ -1,0 +1,212 @@
+"""Keys of a recipe that are right one by one, and cannot be meant together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from instructft.data.readers import suffix_of
+from instructft.data.sources import SOURCES
+from instructft.recipe.yaml_reader import Document, KeyPath
+
+if TYPE_CHECKING:
+    from instructft.recipe.schema import Recipe
+
+Contradiction = tuple[tuple[KeyPath, ...], str]  # the keys it is about, the one to be named first; what is wrong
+
+
+def find(document: Document, recipe: Recipe) -> None:
+    """Note what cannot be meant together, defaults included; keys with a known problem are left alone."""
+    found = [*_model(recipe), *_sections(recipe, document.values), *_streaming(recipe), *_train(recipe)]
+    for paths, message in found:
+        if not document.is_bad(*paths):
+            document.add(paths[0], message)
+
+
+def _sections(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[Contradiction]:
+    for index, entry in enumerate(recipe.data.datasets):
+        at: KeyPath = ("data", "datasets", index)
+        given = [key for key in ("name", "hub", "path", "url") if getattr(entry, key) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            yield (
+                (at, *((*at, key) for key in given)),
+                f"found {found}, expected exactly one of name, hub, path and url",
+            )
+        elif given[0] in ("path", "url"):
+            for key in ("config", "revision"):
+                if getattr(entry, key) is not None:
+                    yield ((*at, key),), f"has no effect on a {given[0]}; it belongs to a data set on the Hub"
+    splits = recipe.data.splits
+    if splits.validation + splits.test >= 1:
+        shares = f"{splits.validation:g} + {splits.test:g}"
+        yield (
+            (("data", "splits"),),
+            f"validation + test are {shares} of the rows, which leaves none to train; expected below 1",
+        )
+    written = {**values.get("adapter", {}), **recipe.adapter.more}
+    if "type" not in written and (first := next((key for key in written if key != "more"), None)):
+        yield (("adapter", first), ("adapter", "type")), "has no effect without an adapter; write adapter.type: lora"
+    if recipe.hub.push != "never" and not recipe.hub.repo_id:
+        say = f"{recipe.hub.push} needs hub.repo_id, such as org/name"
+        yield (("hub", "push"), ("hub", "repo_id")), say
+
+
+def _streaming(recipe: Recipe) -> Iterator[Contradiction]:
+    """What rows that are read as they come cannot have."""
+    entries = recipe.data.datasets
+    streams = [index for index, entry in enumerate(entries) if entry.streaming]
+    if not streams:
+        return
+    if len(streams) < len(entries):
+        other = next(index for index in range(len(entries)) if index not in streams)
+        at: KeyPath = ("data", "datasets", streams[0], "streaming")
+        yield (at,), f"data.datasets[{other}] does not stream; either all data sets of a recipe do, or none"
+    for index in streams:
+        entry = entries[index]
+        url = SOURCES[entry.name].url if entry.name in SOURCES else None
+        key = "path" if entry.path else "url" if entry.url else "name"
+        location = entry.path or entry.url or url
+        if location and suffix_of(location) == ".json":
+            say = f"{location} is one JSON array, which cannot be read row by row; save it as .jsonl to stream it"
+            yield (("data", "datasets", index, key),), say
+        if entry.split and "[" in entry.split:
+            say = f"found {entry.split}, but a stream has no rows to slice; name a whole split, and use rows: N"
+            yield (("data", "datasets", index, "split"),), say
+    splits = recipe.data.splits
+    if splits.validation or splits.test:
+        say = (
+            f"found validation {splits.validation:g} and test {splits.test:g}, but no share of a stream can be held "
+            "out, since its length is not known; set data.splits={validation: 0, test: 0}"
+        )
+        yield (("data", "splits"),), say
+    if recipe.train.get("max_steps", -1) <= 0:
+        yield (("train", "max_steps"),), "missing; a stream has no length, so the run needs a number of steps above 0"
+    if recipe.train.get("dataloader_num_workers"):
+        say = "a stream is read in the training process itself, where its rows are counted; set it to 0"
+        yield (("train", "dataloader_num_workers"),), say
+
+
+def _model(recipe: Recipe) -> Iterator[Contradiction]:
+    model = recipe.model
+    name, config = ("model", "name_or_path"), ("model", "config")
+    if model.name_or_path is None and model.config is None:
+        say = "missing; expected a Hub id or a folder, or model.config to start from random weights"
+        yield (name, config), say
+    if model.name_or_path is not None and model.config is not None:
+        yield (
+            (config, name),
+            "found name_or_path and config; name_or_path loads weights, config starts from random ones: keep one",
+        )
+    elif model.config is not None:
+        if model.tokenizer is None:
+            yield (("model", "tokenizer"),), "missing; random weights (model.config) bring no tokenizer of their own"
+        if not isinstance(model.config.get("model_type"), str):
+            yield (config,), "has no model_type; expected for example {model_type: gpt2, n_layer: 4}"
+        for key in ("revision", "subfolder"):
+            if getattr(model, key) is not None:
+                yield (("model", key),), "has no effect on random weights (model.config)"
+        if recipe.adapter.type != "none":
+            say = (
+                f"found {recipe.adapter.type} over random weights (model.config), a base that nobody could load again; "
+                "name a model in model.name_or_path, or take the adapter out"
+            )
+            yield (("adapter", "type"), config), say
+        if model.quantization != "none":
+            yield (("model", "quantization"),), "random weights (model.config) cannot be quantized; take it out"
+    if model.quantization != "none" and model.config is None and recipe.adapter.type == "none":
+        say = f"{model.quantization} weights cannot be trained themselves; add adapter.type: lora, or take it out"
+        yield (("model", "quantization"), ("adapter", "type")), say
+
+
+def _train(recipe: Recipe) -> Iterator[Contradiction]:
+    train = recipe.train
+    written = recipe.train_written
+
+    def at(*keys: str) -> tuple[KeyPath, ...]:
+        """The keys it is about, one that somebody wrote first."""
+        return tuple(("train", key) for key in sorted(keys, key=lambda key: key not in written))
+
+    def on(key: str) -> bool:
+        return bool(train.get(key))
+
+    evaluates, saves = train["eval_strategy"], train["save_strategy"]
+    if on("tokens_per_step") and train.get("gradient_accumulation_steps") is not None:
+        say = "contradicts train.tokens_per_step, which sets it from the number of processes; keep one"
+        yield at("gradient_accumulation_steps"), say
+    if on("auto_find_batch_size") and recipe.data.packing and "flash" in recipe.model.attn_implementation:
+        say = "flash-attention gets packs as one row, which cannot be halved; set train.per_device_train_batch_size"
+        yield at("auto_find_batch_size"), say
+    for one, two in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
+        if on(one) and on(two):
+            yield (at(one) + at(two)), f"contradicts train.{two}; keep one"
+    for old, new in (
+        ("gradient_checkpointing", "activation_checkpointing"),
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+    ):
+        if old in written and train.get(new) is not None and train.get(old) != train[new]:
+            yield at(old), f"contradicts train.{new}, the newer name of the same thing; keep that one"
+    if recipe.data.splits.validation == 0:
+        hold_out = "there is nothing to evaluate on: data.splits.validation is 0; hold rows out, e.g. 0.05"
+        if evaluates != "no":
+            yield at("eval_strategy"), f"{evaluates}, but {hold_out}"
+        if on("eval_on_start"):
+            yield at("eval_on_start"), hold_out
+    if evaluates == "no":
+        if train.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy"):
+            yield (
+                at("lr_scheduler_type"),
+                f"{train['lr_scheduler_type']} follows the evaluations; set train.eval_strategy",
+            )
+        if saves == "best":
+            yield at("save_strategy"), "best follows the evaluations; set train.eval_strategy"
+    if saves == "best" and not on("metric_for_best_model") and not on("load_best_model_at_end"):
+        yield at("save_strategy"), "best needs train.metric_for_best_model, such as eval_loss"
+    if train.get("early_stopping_patience") is not None:
+        if problem := _early_stopping(recipe):
+            yield at("early_stopping_patience"), problem
+    elif on("load_best_model_at_end") and saves != "best":
+        if evaluates != saves or saves == "no":
+            say = (
+                f"needs checkpoints where there are evaluations; found save_strategy {saves}, eval_strategy {evaluates}"
+            )
+            yield at("load_best_model_at_end"), say
+        elif saves == "steps" and not _multiple(train["save_steps"], train["eval_steps"] or train["logging_steps"]):
+            found = f"{train['save_steps']} and {train['eval_steps']}"
+            say = f"needs save_steps to be a multiple of eval_steps; found {found}"
+            yield at("load_best_model_at_end"), say
+    if train.get("dataloader_prefetch_factor") is not None and not on("dataloader_num_workers"):
+        yield at("dataloader_prefetch_factor"), "needs train.dataloader_num_workers above 0"
+    if recipe.hub.push == "checkpoints" and saves == "no":
+        yield at("save_strategy"), "no, but hub.push: checkpoints uploads checkpoints"
+
+
+def _early_stopping(recipe: Recipe) -> str:
+    """What keeps a run from stopping by its validation loss and going back to its best checkpoint; "" if nothing."""
+    train = recipe.train
+    evaluates, saves = train["eval_strategy"], train["save_strategy"]
+    if recipe.data.splits.validation == 0:
+        return "there is no validation loss: data.splits.validation is 0; hold rows out, e.g. 0.05"
+    if evaluates == "no":
+        return "follows the evaluations; set train.eval_strategy"
+    if not train.get("load_best_model_at_end"):
+        return "goes back to the best checkpoint; take train.load_best_model_at_end: false out"
+    metric = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    if metric != "loss" or train.get("greater_is_better"):
+        found = f"metric_for_best_model {metric}" if metric != "loss" else "greater_is_better: true"
+        return f"stops by the validation loss, the lower the better; found {found}: take it out"
+    if saves == "best":
+        return ""
+    every, save = train.get("eval_steps") or train["logging_steps"], train["save_steps"]
+    if evaluates != saves or (saves == "steps" and not (_multiple(save, every) and _multiple(every, save))):
+        found = f"eval_strategy {evaluates}, save_strategy {saves}"
+        found += f", eval_steps {every:g}, save_steps {save:g}" if evaluates == saves else ""
+        return f"needs a checkpoint at every evaluation, to go back to the best; found {found}"
+    return ""
+
+
+def _multiple(save: float, evaluate: float) -> bool:
+    """Whether each checkpoint falls on an evaluation; shares of all steps and numbers of steps do not mix."""
+    if (save < 1) != (evaluate < 1):
+        return False
+    return round(save * 1_000_000) % round(evaluate * 1_000_000) == 0

@@ -1,0 +1,413 @@
+"""All the legal keys of a recipe, with defaults and units, and the way from YAML to a frozen `Recipe`. No torch.
+
+The keys are the fields of the models below; `train:` also takes the fields of `trl.SFTConfig`, and `adapter:` those of
+`peft.LoraConfig`, by their own names. An unknown key is an error that names the right one.
+
+    recipe_yaml.py     the text: values, and the line of each
+    recipe_keys.py     which keys are legal, and what each expects, in words
+    recipe_checks.py   everything that can be wrong, all of it at once
+    recipe_contradictions.py   keys that cannot be meant together
+    recipe_aliases.py  names from other tools, and fields with another home
+    recipe_schema.py   the JSON schema for editors
+
+Relative paths: `data.datasets.N.path`, a `.jinja` template, and a model or tokenizer that begins with `.`, `~` or `/`
+are looked up from the current directory, and if nothing is there, beside the recipe file. `output_dir` is relative to
+the current directory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from instructft.errors import RecipeError
+from instructft.formatting import nearest, yaml_text
+from instructft.recipe import conflicts, validate, yaml_reader
+from instructft.recipe.fields import OWN_TRAIN_FIELDS, legal_train_fields
+
+# What `train:` holds unless the recipe says otherwise, where that differs from trl.SFTConfig.
+TRAIN_DEFAULTS: dict[str, Any] = {
+    **{name: row["default"] for name, row in OWN_TRAIN_FIELDS.items()},  # ours: not fields of SFTConfig
+    "seed": 42,  # the same as SFTConfig's, here because it belongs to every record of a run
+    "gradient_checkpointing": False,  # recomputing every layer costs a fifth of the speed; a small model has the memory
+    "logging_steps": 10,  # steps
+    "logging_nan_inf_filter": False,  # a loss of NaN must be seen, not logged as 0.0
+    "report_to": ("tensorboard",),  # curves without an account
+    "train_sampling_strategy": "group_by_length",  # steps of rows of like length: little padding is computed
+    "save_strategy": "steps",
+    "save_steps": 0.25,  # share of all steps: a short run has checkpoints too, a long one does not fill the disk
+}
+
+
+def train_defaults(written: Mapping[str, Any], validation: float) -> dict[str, Any]:
+    """`TRAIN_DEFAULTS` and the defaults that follow from other keys.
+
+    >>> train_defaults({"per_device_train_batch_size": 2}, validation=0.05)["per_device_eval_batch_size"]
+    2
+    """
+    defaults = dict(TRAIN_DEFAULTS)
+    chosen = {**defaults, **written}
+    best = bool(chosen.get("load_best_model_at_end"))  # needs evaluations exactly where checkpoints are
+    if chosen["early_stopping_patience"] is not None and validation > 0 and written.get("eval_strategy") != "no":
+        best = bool(chosen.get("load_best_model_at_end", True))
+        defaults["load_best_model_at_end"] = True
+        defaults["save_strategy"] = written.get("eval_strategy", "steps")
+        defaults["save_steps"] = written.get("eval_steps", 0.1)  # a checkpoint at every evaluation, to go back to
+        chosen = {**defaults, **written}
+    if validation > 0:
+        defaults["eval_strategy"] = "epoch" if best and chosen["save_strategy"] == "epoch" else "steps"
+    else:
+        defaults["eval_strategy"] = "no"  # there is nothing to evaluate on
+    if {**defaults, **written}["eval_strategy"] == "steps":
+        defaults["eval_steps"] = chosen["save_steps"] if best else 0.1  # share of all steps
+    if "per_device_train_batch_size" in written:  # what fits in training fits in evaluation
+        defaults["per_device_eval_batch_size"] = written["per_device_train_batch_size"]
+    if written.get("activation_checkpointing") is not None:  # its newer name, which wins in transformers
+        defaults["gradient_checkpointing"] = written["activation_checkpointing"]
+    return defaults
+
+
+FrozenMap = Annotated[Mapping[str, Any], AfterValidator(yaml_reader.freeze)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    """`model:` what is trained. Either `name_or_path`, or `config` with `tokenizer` to start from random weights."""
+
+    name_or_path: str | None = Field(default=None, min_length=1, description="Hub id or folder of the model")
+    config: FrozenMap | None = Field(
+        default=None, description="a model config with its model_type; starts from random weights"
+    )
+    tokenizer: str | None = Field(default=None, min_length=1, description="Hub id or folder; default: the model's own")
+    revision: str | None = Field(default=None, min_length=1, description="branch, tag or commit on the Hub")
+    subfolder: str | None = Field(
+        default=None, min_length=1, description="a folder inside the repo; `latest` takes its newest checkpoint"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="type of the weights in memory"
+    )
+    attn_implementation: str = Field(
+        default="auto",
+        min_length=1,
+        description="auto, eager, sdpa, flash_attention_2 or another that transformers knows",
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        default="none", description="bits of the frozen base weights; needs adapter.type: lora"
+    )
+
+
+class DatasetEntry(_Section):
+    """One of `data.datasets`: exactly one of `name`, `hub`, `path` and `url`, and how to read it."""
+
+    name: str | None = Field(default=None, description="a data set that instructft knows by name")
+    hub: str | None = Field(default=None, description="a data set id on the Hub, org/name")
+    path: str | None = Field(
+        default=None, min_length=1, description="a local .json, .jsonl, .jsonl.gz, .csv or .parquet file"
+    )
+    url: str | None = Field(default=None, description="http(s) address of such a file")
+    format: str | None = Field(default=None, description="shape of the rows; default: detected by their columns")
+    config: str | None = Field(default=None, min_length=1, description="the data set's configuration on the Hub")
+    split: str | None = Field(default=None, min_length=1, description="the data set's split, e.g. train[:10%]")
+    revision: str | None = Field(default=None, min_length=1, description="branch, tag or commit on the Hub")
+    rows: int | None = Field(default=None, gt=0, description="rows to take at most; default: all")
+    weight: float = Field(default=1.0, gt=0, description="share in a mix, relative to the other data sets")
+    columns: Annotated[Mapping[str, str], AfterValidator(yaml_reader.freeze)] = Field(
+        default_factory=yaml_reader.FrozenDict, description="column that the format expects: column in this data set"
+    )
+    streaming: bool = Field(default=False, description="read rows as they come instead of downloading all first")
+
+
+class Splits(_Section):
+    """`data.splits`: shares of the rows that are held out; the rest is trained."""
+
+    validation: float = Field(default=0.05, ge=0, lt=1, description="share of the rows, evaluated during training")
+    test: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the rows, never seen in training; for `evaluate`"
+    )
+
+
+class DataSection(_Section):
+    """`data:` which conversations, how they are rendered, cut, packed and held out."""
+
+    datasets: tuple[DatasetEntry, ...] = Field(min_length=1, description="each with name, hub, path or url")
+    template: str = Field(
+        default="auto", min_length=1, description="auto, a built-in name, tokenizer, or a .jinja file"
+    )
+    system_prompt: str | None = Field(default=None, description="system message of every conversation that has none")
+    train_on: Literal["responses", "last_response", "everything"] = Field(
+        default="responses", description="which tokens carry loss"
+    )
+    max_length: int = Field(default=1024, gt=1, description="tokens per row")
+    on_too_long: Literal["truncate", "drop", "error"] = Field(
+        default="truncate", description="what happens to a row longer than max_length"
+    )
+    packing: bool = Field(default=False, description="several conversations in one row of max_length, kept apart")
+    splits: Splits = Field(default=Splits(), description="shares of the rows that are held out")
+    seed: int = Field(default=42, ge=0, lt=2**32, description="which rows are held out, mixing and packing order")
+
+
+class AdapterSection(_Section):
+    """`adapter:` LoRA, and with `model.quantization` QLoRA. `adapter: lora` is short for `{type: lora}`.
+
+    Any other field of peft.LoraConfig may stand beside these by its own name; it lands in `more`.
+    """
+
+    type: Literal["none", "lora"] = Field(default="none", description="none trains all weights")
+    r: int = Field(default=16, gt=0, description="rank of the update")
+    alpha: int = Field(
+        default=32, gt=0, description="the update is scaled by alpha / r (by alpha / sqrt(r) with use_rslora)"
+    )
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="share of the adapter's inputs that are dropped")
+    target_modules: str | tuple[str, ...] = Field(
+        default="all-linear", min_length=1, description="all-linear, a regular expression, or a list of module names"
+    )
+    use_dora: bool = Field(default=False, description="weight-decomposed LoRA, arXiv:2402.09353")
+    use_rslora: bool = Field(default=False, description="rank-stabilized LoRA, arXiv:2312.03732")
+    more: FrozenMap = Field(default_factory=yaml_reader.FrozenDict, exclude=True)  # not a key
+
+    def peft_kwargs(self) -> dict[str, Any]:
+        """What `peft.LoraConfig` is to be called with, under PEFT's names.
+
+        >>> AdapterSection(type="lora", r=8).peft_kwargs()["lora_alpha"]
+        32
+        """
+        own: dict[str, Any] = {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        own |= {"target_modules": self.target_modules, "use_dora": self.use_dora, "use_rslora": self.use_rslora}
+        plain: dict[str, Any] = yaml_reader.thaw({**own, **self.more})
+        return plain
+
+
+class HubSection(_Section):
+    """`hub:` where the result goes. The access token comes from HF_TOKEN or the login, never from here."""
+
+    repo_id: str | None = Field(default=None, description="name or org/name on the Hub")
+    private: bool = Field(default=True, description="whether a new repo is private")
+    path_in_repo: str | None = Field(default=None, min_length=1, description="folder in the repo, e.g. instruct/")
+    push: Literal["never", "end", "checkpoints"] = Field(default="never", description="what is uploaded, and when")
+
+
+class CheckSection(_Section):
+    """`check:` what `instructft check` lets pass: a report beyond a limit ends with exit code 2. Unset: no limit."""
+
+    max_dropped_share: float | None = Field(default=None, ge=0, le=1, description="share of rows; dropped")
+    max_cut_share: float | None = Field(default=None, ge=0, le=1, description="share of rows; cut at max_length")
+    max_duplicate_share: float | None = Field(
+        default=None, ge=0, le=1, description="share of rows; the same or nearly the same as an earlier one"
+    )
+    max_contradictions: int | None = Field(default=None, ge=0, description="rows; one question, different answers")
+    max_leaks: int | None = Field(default=None, ge=0, description="rows; held out, and trained or nearly so")
+    max_markers: int | None = Field(default=None, ge=0, description="rows; an answer holds the template's markers")
+    max_memory_gib: float | None = Field(default=None, gt=0, description="GiB on one device; as estimated")
+
+
+class Recipe(_Section):
+    """A whole recipe, read-only all the way down. Made by `load_recipe`."""
+
+    model: ModelSection = Field(default=ModelSection(), description="what is trained")
+    data: DataSection = Field(description="what it is trained on")
+    adapter: AdapterSection = Field(default=AdapterSection(), description="all weights, or a LoRA adapter")
+    train: FrozenMap = Field(
+        default_factory=yaml_reader.FrozenDict, description="our own keys, and fields of trl.SFTConfig"
+    )
+    samples: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="prompts answered at every evaluation"
+    )
+    hub: HubSection = Field(default=HubSection(), description="where the result goes")
+    check: CheckSection = Field(default=CheckSection(), description="limits for `instructft check`")
+    output_dir: str = Field(default="", min_length=1, description="the run folder; default: runs/<recipe name>")
+
+    # not keys: what is known about the recipe itself
+    name: str = Field(default="", exclude=True)  # the file's stem, or the shipped recipe's name
+    source: str = Field(default="", exclude=True)  # the file it was read from
+    train_written: frozenset[str] = Field(default=frozenset(), exclude=True)  # the keys of `train` that somebody wrote
+
+    def train_resolved(self) -> dict[str, Any]:
+        """Every legal key of `train:` with the value that will be used, SFTConfig's own defaults included."""
+        values = {name: row["default"] for name, row in legal_train_fields().items()} | dict(self.train)
+        if self.train.get("tokens_per_step") is not None:
+            del values["gradient_accumulation_steps"]  # follows from the number of processes
+        resolved: dict[str, Any] = yaml_reader.thaw(values)
+        return resolved
+
+    def sft_kwargs(self) -> dict[str, Any]:
+        """What `trl.SFTConfig` is to be called with: `train` as plain dicts and lists, without our own keys.
+
+        >>> load_recipe("quickstart", ["train.max_steps=10"]).sft_kwargs()["max_steps"]
+        10
+        """
+        return {key: yaml_reader.thaw(value) for key, value in self.train.items() if key not in OWN_TRAIN_FIELDS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain dicts and lists: every key, every default."""
+        model, adapter = self.model.model_dump(), self.adapter.model_dump() | dict(self.adapter.more)
+        del model["name_or_path" if self.model.config is not None else "config"]
+        data = self.data.model_dump()
+        for entry in data["datasets"]:
+            for key in ("name", "hub", "path", "url"):
+                if entry[key] is None:
+                    del entry[key]
+        rest = {"samples": self.samples, "hub": self.hub.model_dump(), "check": self.check.model_dump()}
+        rest["output_dir"] = self.output_dir
+        sections = {"model": model, "data": data, "adapter": adapter, "train": self.train_resolved(), **rest}
+        plain: dict[str, Any] = yaml_reader.thaw(sections)
+        return plain
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML 1.2; read again it gives an equal Recipe."""
+        title = " ".join(self.name.split()) or "recipe"
+        comment = f"# {title}: the recipe as it was resolved, every default spelled out"
+        return f"{comment}\n{yaml_text(self.to_dict())}"
+
+    def __eq__(self, other: object) -> bool:
+        """Equal when they ask for the same run, whatever was written and whatever was default."""
+        return isinstance(other, Recipe) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.model, self.data, self.adapter, self.samples, self.hub, self.check, self.output_dir))
+
+
+def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: the path of a YAML file or the bare name of a shipped recipe, then `KEY=VALUE` overrides.
+
+    >>> recipe = load_recipe("quickstart", overrides=["train.learning_rate=1e-4", "data.packing=true"])
+    >>> recipe.train["learning_rate"], recipe.data.packing
+    (0.0001, True)
+
+    Raises:
+        RecipeError: with every problem of the recipe, each with its line, key, what was found and what was expected.
+    """
+    path, name = _find(source)
+    document = yaml_reader.read_document(path)
+    if document.values is None:
+        raise RecipeError(os.fspath(source), document.lines())
+    spell_out(document)
+    for override in overrides:
+        yaml_reader.apply_override(document, override)
+        spell_out(document)
+    return _build(document, name, path, shown=os.fspath(source), strict=True)
+
+
+def load_run_recipe(folder: str | os.PathLike[str]) -> Recipe:
+    """Read the `recipe.yaml` of a run folder, for the commands that take the folder alone.
+
+    Fields of `train:` and `adapter:` that this version no longer knows are dropped, and data files need not be there
+    any more: an old run stays usable after an upgrade and on another machine.
+
+    >>> load_run_recipe("runs/quickstart").data.template
+    'instruction'
+    """
+    path = Path(folder) / "recipe.yaml"
+    if not path.is_file():
+        raise RecipeError(str(path), [f"there is no recipe.yaml in {folder}; expected a run folder of instructft"])
+    document = yaml_reader.read_document(path)
+    if document.values is None:
+        raise RecipeError(str(path), document.lines())
+    spell_out(document)
+    return _build(document, Path(folder).resolve().name, path, shown=str(path), strict=False)
+
+
+def spell_out(document: yaml_reader.Document) -> None:
+    """Write the short forms of a recipe out, in place: `datasets: NAME`, `adapter: lora`, an empty section."""
+    values: dict[str, Any] = document.values
+    for section in ("model", "data", "adapter", "train", "hub", "check"):
+        if values.get(section) is None:
+            values[section] = {}
+    if values.get("samples") is None:
+        values.pop("samples", None)
+    if isinstance(values["adapter"], str):
+        values["adapter"] = {"type": values["adapter"]}
+    data = values["data"]
+    if isinstance(data, dict):
+        if isinstance(data.get("datasets"), str | dict):
+            data["datasets"] = [data["datasets"]]
+            document.move(("data", "datasets"), ("data", "datasets", 0))
+        if isinstance(data.get("datasets"), list):
+            data["datasets"] = [{"name": entry} if isinstance(entry, str) else entry for entry in data["datasets"]]
+        if data.get("splits", "") is None:
+            del data["splits"]
+
+
+def _build(document: yaml_reader.Document, name: str, path: Path, *, shown: str, strict: bool) -> Recipe:
+    document.values.setdefault("output_dir", f"runs/{name}")
+    recipe = validate.check(document, Recipe, path.parent, strict=strict)
+    defaults = train_defaults(recipe.train, recipe.data.splits.validation)
+    about = {"name": name, "source": str(path), "train_written": frozenset(recipe.train)}
+    recipe = recipe.model_copy(update={**about, "train": yaml_reader.freeze({**defaults, **recipe.train})})
+    if strict:
+        conflicts.find(document, recipe)
+    if document.problems:
+        raise RecipeError(shown, document.lines())
+    return recipe
+
+
+def check_against_installed(recipe: Recipe) -> None:
+    """Compare the fields of `train:` with the `trl.SFTConfig` that is installed. Imports torch.
+
+    Raises:
+        RecipeError: for each field that the installed version does not know.
+    """
+    import dataclasses
+
+    import trl
+
+    known = {field.name for field in dataclasses.fields(trl.SFTConfig)}
+    unknown = sorted(set(recipe.sft_kwargs()) - known)
+    if unknown:
+        say = f"trl {trl.__version__}, which is installed, has no such field; take it out, or install another trl"
+        raise RecipeError(recipe.source or recipe.name, [f"train.{name}: {say}" for name in unknown])
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe (draft 2020-12), by which editors complete keys and mark wrong ones.
+
+    >>> json_schema()["properties"]["data"]["properties"]["max_length"]["default"]
+    1024
+    """
+    from instructft.recipe import json_schema
+
+    return json_schema.build(Recipe, TRAIN_DEFAULTS)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of each recipe that comes with instructft.
+
+    >>> shipped_recipes()["quickstart"].name
+    'quickstart.yaml'
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "recipes", package.parent / "recipes"):  # an installed wheel, a checkout
+        if folder.is_dir():
+            return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def recipe_purpose(path: str | os.PathLike[str]) -> str:
+    """The first comment line of a recipe file, which says what it is for; "" where there is none."""
+    with open(path, encoding="utf-8") as file:
+        return next((line.lstrip("# ").strip() for line in file if line.startswith("#")), "")
+
+
+def _find(source: str | os.PathLike[str]) -> tuple[Path, str]:
+    """The file of a recipe, and the recipe's name."""
+    text = os.fspath(source)
+    shipped = shipped_recipes()
+    path = Path(text).expanduser()
+    if text in shipped and isinstance(source, str):
+        return shipped[text], text
+    if path.is_file():
+        return path, path.stem
+    if path.is_dir():
+        inside = f"; did you mean {path / 'recipe.yaml'}?" if (path / "recipe.yaml").is_file() else ""
+        raise RecipeError(text, [f"found a folder, expected a YAML file or the name of a shipped recipe{inside}"])
+    if path.exists():
+        raise RecipeError(text, ["found a device or a pipe, expected a YAML file"])
+    near = nearest(path.stem, shipped)
+    names = ", ".join(shipped) or "none"
+    raise RecipeError(text, [f"there is no such file{near}; shipped recipes: {names}"])

@@ -1,0 +1,312 @@
+"""Everything that can be wrong with a recipe, collected so that all of it is said at once.
+
+Secrets, unknown keys, fields of SFTConfig and LoraConfig, names and files, types and bounds, in this order. Each
+problem names the line, the key, what was found, what was expected and the nearest right name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from instructft.errors import RecipeError
+from instructft.formatting import closest, nearest
+from instructft.recipe.aliases import ADAPTER_HOMES, ALIASES, TRAIN_HOMES, VALUE_HINTS
+from instructft.recipe.fields import (
+    describe,
+    field_problem,
+    leaves,
+    legal_lora_fields,
+    legal_train_fields,
+    section_keys,
+    section_of,
+    show,
+    wrong_value,
+)
+from instructft.recipe.yaml_reader import Document, KeyPath, dotted, freeze
+from instructft.redaction import is_secret
+
+if TYPE_CHECKING:
+    from instructft.recipe.schema import Recipe
+
+DATA_FILES = (".json", ".jsonl", ".jsonl.gz", ".csv", ".parquet")
+_ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+
+
+class _Check:
+    """One pass over a document. A value with a problem is taken out, so that the rest can still be checked."""
+
+    def __init__(self, document: Document, model: type[Recipe], folder: Path, strict: bool):
+        self.document, self.model, self.folder, self.strict = document, model, folder, strict
+        self.values: dict[str, Any] = document.values
+
+    def problem(self, path: KeyPath, message: str) -> None:
+        """Note what is wrong with a value, under the key that was written: `data.datasets` for a bare name in it."""
+        if path not in self.document.unread:  # of those it was said already
+            self.document.add(self.document.written(path) or path, message)
+        self.document.bad.add(path)
+
+    # secrets ---------------------------------------------------------------------------------------------------------
+
+    def secrets(self, value: Any, path: KeyPath = ()) -> None:
+        """Refuse every credential, at any depth, and never show one."""
+        if isinstance(value, dict):
+            for key in [key for key in value if is_secret(key)]:
+                del value[key]
+                say = "a token never belongs in a recipe (its value is not shown); set HF_TOKEN or run `hf auth login`"
+                self.document.add((*path, key), say)
+        children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, child in children:
+            self.secrets(child, (*path, key))
+
+    # unknown keys ----------------------------------------------------------------------------------------------------
+
+    def unknown_keys(self, value: Any, model: type[BaseModel], path: KeyPath = ()) -> None:
+        """Take out the keys that are no field of a section, and say what they are called here."""
+        if not isinstance(value, dict):
+            return
+        legal = section_keys(model)
+        more = legal_lora_fields() if path == ("adapter",) else {}
+        for key in [key for key in value if key not in legal and key not in more]:
+            del value[key]
+            self.unknown((*path, key), [*legal, *more])
+        for key, child in value.items():
+            section = section_of(model.model_fields[key].annotation) if key in model.model_fields else None
+            if section is not None:
+                entries = enumerate(child) if isinstance(child, list) else [(None, child)]
+                for index, entry in entries:
+                    self.unknown_keys(entry, section, (*path, key) if index is None else (*path, key, index))
+
+    def unknown(self, path: KeyPath, legal: Iterable[str]) -> None:
+        section, key = path[:-1], str(path[-1])
+        if not self.strict and section in {("train",), ("adapter",)}:
+            return
+        homes = TRAIN_HOMES if section == ("train",) else ADAPTER_HOMES if section == ("adapter",) else {}
+        elsewhere = leaves(self.model).get(key, [])
+        if key in homes:
+            say, targets = f"has another home; {homes[key]}", re.findall(r"\b[a-z_]+(?:\.\w+)+", homes[key])
+        elif key in ALIASES:
+            target, note = ALIASES[key]
+            say = f"unknown key; here it is called {target}" + (f" ({note})" if note else "") if target else note
+            say, targets = (say, [target]) if target else (f"unknown key; {say}", [])
+        elif elsewhere:
+            say, targets = f"has another place; write it as {' or '.join(elsewhere)}", elsewhere
+        elif "." in key:
+            nested = key.replace(".", ": {") + ": …" + "}" * key.count(".")
+            say, targets = f"a dotted key is for overrides; in a file write {nested}", [key]
+        elif key in TRAIN_HOMES:
+            say, targets = f"unknown key; {TRAIN_HOMES[key]}", []
+        else:
+            near = nearest(key, legal, cutoff=0.75, prefix=dotted((*section, "")))
+            if not near and (alias := closest(key, ALIASES, cutoff=0.85)) and ALIASES[alias][0]:
+                near = f"; did you mean {ALIASES[alias][0]}?"
+            if not near and (leaf := closest(key, leaves(self.model), cutoff=0.75)):
+                near = f"; did you mean {' or '.join(leaves(self.model)[leaf])}?"
+            near = near or nearest(key, legal, prefix=dotted((*section, "")))
+            names = list(legal)
+            upstream = "peft.LoraConfig" if section == ("adapter",) else "trl.SFTConfig"
+            listed = f"; expected one of {', '.join(names)}" if len(names) < 15 else f"; {upstream} has no such field"
+            say, targets = f"unknown key{near or listed}", re.findall(r"[a-z_]+(?:\.\w+)+", near)
+        self.document.add(path, say)
+        for target in targets:
+            self.document.bad.add(tuple(int(part) if part.isdecimal() else part for part in target.split(".")))
+
+    # fields of SFTConfig and LoraConfig ------------------------------------------------------------------------------
+
+    def fields(self, section: str, legal: Mapping[str, dict[str, Any]], *, own: Iterable[str] = ()) -> None:
+        """Check `train:`, or what `adapter:` holds of PEFT's, against the shipped list of fields."""
+        values = self.values[section]
+        if not isinstance(values, dict):
+            return
+        for key in [key for key in values if key not in own]:
+            if key not in legal:
+                del values[key]
+                self.unknown((section, key), legal)
+                continue
+            wrong = field_problem(f"{section}.{key}", legal[key], values[key])
+            if wrong:
+                if self.strict:
+                    self.problem((section, key), wrong)
+                del values[key]
+
+    # names, files, addresses -----------------------------------------------------------------------------------------
+
+    def references(self) -> None:
+        """Check what names something outside the recipe: data sets, formats, templates, local files."""
+        from instructft.data.sources import FORMATS, SOURCES
+        from instructft.prompt.templates import TEMPLATES
+
+        data, model, hub = self.values["data"], self.values["model"], self.values["hub"]
+        entries = data.get("datasets") if isinstance(data, dict) else None
+        for index, entry in enumerate(entries if isinstance(entries, list) else []):
+            if isinstance(entry, dict):
+                self.dataset(entry, ("data", "datasets", index), SOURCES, FORMATS)
+        if isinstance(data, dict) and isinstance(template := data.get("template"), str) and template:
+            if template.endswith(".jinja"):
+                self.local_file(data, ("data", "template"))
+            elif template not in (*TEMPLATES, "auto", "tokenizer"):
+                names = ["auto", *TEMPLATES, "tokenizer"]
+                hint = VALUE_HINTS.get(("data.template", template))
+                near = f"; {hint}" if hint else nearest(template, names)
+                listed = f"; expected {', '.join(names)} or a .jinja file"
+                self.problem(("data", "template"), f'"{template}" is unknown{near or listed}')
+                del data["template"]
+        if isinstance(model, dict):
+            for key in ("name_or_path", "tokenizer"):
+                if isinstance(model.get(key), str) and model[key].startswith((".", "~", "/")):
+                    self.local_file(model, ("model", key))
+            attention = model.get("attn_implementation")
+            if isinstance(attention, str) and attention not in _ATTENTION and not re.search("[/|]", attention):
+                hint = VALUE_HINTS.get(("model.attn_implementation", attention))
+                near = f"; {hint}" if hint else nearest(attention, _ATTENTION)
+                listed = f"; expected {', '.join(_ATTENTION)} or a kernel on the Hub"
+                self.problem(("model", "attn_implementation"), f'"{attention}" is unknown{near or listed}')
+                del model["attn_implementation"]
+            self.inside_repo(model, ("model", "subfolder"))
+        if isinstance(hub, dict):
+            self.inside_repo(hub, ("hub", "path_in_repo"))
+            self.hub_id(hub, ("hub", "repo_id"))
+
+    def dataset(
+        self, entry: dict[str, Any], path: KeyPath, sources: Mapping[str, Any], formats: Mapping[str, Any]
+    ) -> None:
+        name, form, url = entry.get("name"), entry.get("format"), entry.get("url")
+        if isinstance(name, str) and name not in sources:
+            if name.endswith(DATA_FILES):
+                near = f"; a file is written {{{'url' if '://' in name else 'path'}: {name}}}"
+            else:
+                near = nearest(name, sources)
+                near = near or (f"; a data set on the Hub is written {{hub: {name}}}" if "/" in name else "")
+            self.problem((*path, "name"), f'"{name}" is unknown{near or "; expected one of " + ", ".join(sources)}')
+        if isinstance(form, str) and form not in formats:
+            near = nearest(form, formats) or f"; expected one of {', '.join(formats)}, or nothing: it is detected"
+            self.problem((*path, "format"), f'"{form}" is unknown{near}')
+            del entry["format"]
+        if isinstance(url, str) and not re.match(r"https?://[^/@\s]+/\S*$", url):
+            if "@" in url:
+                say = "holds a password (its value is not shown); download the file and write {path: FILE}"
+            else:
+                say = f"found {show(url)}, expected the http(s) address of a file"
+            self.problem((*path, "url"), say)
+        self.hub_id(entry, (*path, "hub"))
+        if isinstance(entry.get("path"), str):
+            self.local_file(entry, (*path, "path"), DATA_FILES)
+
+    def local_file(self, values: dict[str, Any], path: KeyPath, endings: tuple[str, ...] = ()) -> None:
+        """A file must be there, seen from the current directory or from the recipe; `values` gets where it is."""
+        key = str(path[-1])
+        written = Path(values[key]).expanduser()
+        if not self.strict:
+            return
+        found = next((file for file in (written, self.folder / written) if file.exists()), None)
+        if found is None:
+            beside = f" (looked in {Path.cwd()} and beside the recipe)" if not written.is_absolute() else ""
+            near = nearest(written.name, [file.name for file in _siblings(written, self.folder)], cutoff=0.75)
+            self.problem(path, f'there is no "{values[key]}"{beside}{near}')
+        elif endings and found.is_dir():
+            self.problem(path, f'"{values[key]}" is a folder, expected a file ({", ".join(endings)})')
+        elif endings and not found.name.lower().endswith(endings):
+            self.problem(path, f'"{values[key]}" has an ending that is not known; expected {", ".join(endings)}')
+        elif found != written or values[key].startswith("~"):
+            values[key] = str(found)
+
+    def inside_repo(self, values: dict[str, Any], path: KeyPath) -> None:
+        value = values.get(str(path[-1]))
+        if isinstance(value, str) and (
+            value.startswith(("/", "~")) or "\\" in value or ":" in value or ".." in value.split("/")
+        ):
+            self.problem(path, f'found "{value}", expected a folder inside the repo, such as instruct/')
+            del values[str(path[-1])]
+
+    def hub_id(self, values: dict[str, Any], path: KeyPath) -> None:
+        value = values.get(str(path[-1]))
+        if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", value):
+            self.problem(path, f'found "{value}", expected a name on the Hub, such as org/name')
+
+    # types and bounds ------------------------------------------------------------------------------------------------
+
+    def build(self) -> Recipe:
+        """Build the Recipe; what does not fit is reported, taken out, and the rest tried again."""
+        adapter = self.values["adapter"]
+        if isinstance(adapter, dict):
+            extra = [key for key in adapter if key in legal_lora_fields() and key not in self.own]
+            adapter["more"] = {key: adapter.pop(key) for key in extra}
+        for _ in range(10):
+            try:
+                return self.model.model_validate(freeze(self.values))
+            except ValidationError as error:
+                paths = {self.existing(problem["loc"]): problem for problem in error.errors(include_url=False)}
+            for path, problem in paths.items():
+                if any(other[: len(path)] == path for other in paths if other != path):
+                    continue  # pydantic calls a list too short whose only entry is wrong
+                if problem["type"] != "missing":
+                    self.problem(path, wrong_value(dotted(path), _get(self.values, path), self.model, path))
+                elif not self.document.is_bad(path):  # else a wrong key stands for it
+                    self.document.add(path, f"missing; expected {describe(self.model, path)}")
+            for path in paths:
+                self.take_out(path)
+        raise RecipeError(str(self.folder), self.document.lines())  # not reached: each round takes out what failed
+
+    @property
+    def own(self) -> list[str]:
+        return section_keys(section_of(self.model.model_fields["adapter"].annotation) or BaseModel)
+
+    def existing(self, loc: tuple[Any, ...]) -> KeyPath:
+        """A path in the recipe: pydantic's location without the branches of a union that it ends in."""
+        value: Any = self.values
+        for at, part in enumerate(loc):
+            if isinstance(value, dict) and (part in value or (at == len(loc) - 1 and loc[0] == "data")):
+                value = value.get(part)
+            elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+                value = value[part]
+            else:
+                return loc[:at]
+        return loc
+
+    def take_out(self, path: KeyPath) -> None:
+        """Remove a value, so that its default takes its place; a data set gives way to a harmless one."""
+        parent = _get(self.values, path[:-1])  # None if it was taken out itself
+        if path[:2] == ("data", "datasets") and len(path) < 4:
+            harmless = {"name": "quickstart"}
+            parent[path[-1]] = harmless if len(path) == 3 else [harmless]
+        elif isinstance(parent, list):
+            self.take_out(path[:-1])
+        elif path == ("data",):
+            parent["data"] = {"datasets": [{"name": "quickstart"}]}
+        elif isinstance(parent, dict):
+            parent.pop(path[-1], None)
+
+
+def check(document: Document, model: type[Recipe], folder: Path, *, strict: bool) -> Recipe:
+    """Check a document whose short forms are written out; problems go into it, and what is sound comes back.
+
+    Args:
+        folder: the recipe's, in which relative paths are looked up too.
+        strict: False for the recipe of a finished run, whose fields and files may be gone by now.
+    """
+    walk = _Check(document, model, folder, strict)
+    walk.secrets(walk.values)
+    walk.unknown_keys(walk.values, model)
+    walk.fields("train", legal_train_fields())
+    walk.fields("adapter", legal_lora_fields(), own=walk.own)
+    walk.references()
+    return walk.build()
+
+
+def _get(value: Any, path: KeyPath) -> Any:
+    for part in path:
+        if isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _siblings(written: Path, folder: Path) -> Iterator[Path]:
+    for place in (written.parent, folder / written.parent):
+        if place.is_dir():
+            yield from sorted(place.iterdir())[:1000]

@@ -1,0 +1,76 @@
+"""The `train` section as `trl.SFTConfig`, with what depends on the machine decided: precision, accumulation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from instructft.models.load import weights_dtype
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from trl import SFTConfig
+
+    from instructft.data.prepare import Prepared
+    from instructft.data.streaming import Streamed
+    from instructft.recipe.schema import Recipe
+
+
+def training_arguments(recipe: Recipe, data: Prepared | Streamed, state: PartialState) -> tuple[SFTConfig, str]:
+    """The recipe's `train` section as `trl.SFTConfig`, with device and precision decided, and the latter in words."""
+    from trl import SFTConfig
+
+    fields = recipe.sft_kwargs()
+    tokens_per_step = recipe.train.get("tokens_per_step")
+    fields.pop(
+        "auto_find_batch_size", None
+    )  # `instructft.training.fitting` does it; upstream changes the rows of a step
+    fields["bf16"], fields["fp16"], precision = decide_precision(recipe)
+    # TensorBoard is attached in `instructft.train`, so that its files lie in the run folder under a plain name
+    fields["report_to"] = [name for name in reporters(recipe) if name != "tensorboard"]
+    if "validation" not in data.splits:
+        fields["eval_strategy"] = "no"
+    args = SFTConfig(
+        output_dir=recipe.output_dir,
+        dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenized and masked already
+        max_length=None,
+        **fields,
+    )
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every parameter takes part in every step; looking costs time
+    args.disable_tqdm = True  # `watch.ProgressLine` shows progress
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
+    if tokens_per_step:
+        per_micro_batch = data.tokens_per_row * args.per_device_train_batch_size * state.num_processes
+        args.gradient_accumulation_steps = max(1, round(tokens_per_step / per_micro_batch))
+    return args, precision
+
+
+def reporters(recipe: Recipe) -> list[str]:
+    """The trackers that the recipe names.
+
+    >>> reporters(load_recipe("quickstart"))
+    ['tensorboard']
+    """
+    named = recipe.train.get("report_to") or []
+    return [named] if isinstance(named, str) else list(named)
+
+
+def decide_precision(recipe: Recipe) -> tuple[bool, bool, str]:
+    """(bf16, fp16, why): bfloat16 autocast only where the hardware has it, unless the recipe says otherwise."""
+    import torch
+
+    if recipe.train.get("bf16") is not None or recipe.train.get("fp16"):
+        bf16, fp16 = bool(recipe.train.get("bf16")), bool(recipe.train.get("fp16"))
+        name = "bfloat16" if bf16 else "float16" if fp16 else "float32"
+        return bf16, fp16, f"{name}, as the recipe says"
+    frozen = recipe.adapter.type != "none"  # an adapter is float32 itself, and needs autocast to compute as its base
+    if recipe.model.dtype in ("bfloat16", "float16") and not frozen:
+        return False, False, f"{recipe.model.dtype} weights without autocast, as the recipe says"
+    if torch.cuda.is_available() and not recipe.train.get("use_cpu"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            weights = str(weights_dtype(recipe)).removeprefix("torch.")
+            base = f"a frozen base in {weights}, adapter in float32" if frozen else "float32 weights"
+            return True, False, f"bfloat16 autocast over {base}"
+        return False, False, "float32 (this GPU has no bfloat16; train.fp16=true is faster, with a loss scale)"
+    return False, False, recipe.model.dtype if recipe.model.dtype != "auto" else "float32"

@@ -1,0 +1,198 @@
+"""What one sees of a run while it trains: a progress line, `metrics.jsonl`, sample answers, TensorBoard."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed.fsdp import FSDPModule
+from transformers import TrainerCallback
+
+from instructft.inference.chat import Generator
+from instructft.training.sample_texts import send
+
+_SHOWN = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}", "eval_perplexity": "perplexity {:.2f}"}
+
+
+class MetricsFile(TrainerCallback):
+    """Writes `metrics.jsonl`: one line of strict JSON for each logged step, on disk as soon as it is logged.
+
+    Training and validation of one step arrive one after the other; they end up in one line. `tokens_per_second` is
+    added to the trainer's values: of the training steps since the line before, without the time that evaluation took.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._step: int | None = None
+        self._start = 0  # where the last line begins
+        self._record: dict[str, Any] = {}
+        self._tokens: float | None = 0.0  # at the line before; None where it is not known
+        self._begun: float | None = None  # when the first step since then began
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the lines up to the step that the run continues from; a fresh run starts an empty file."""
+        if not state.is_world_process_zero:
+            return
+        kept = lines_until(state.global_step, self.path)
+        self.path.write_text("".join(kept), encoding="utf-8")
+        if kept:  # what is still to come of this step belongs into its line
+            self._record = json.loads(kept[-1])
+            self._step, self._start = self._record["step"], sum(len(line.encode()) for line in kept[:-1])
+        if state.global_step:
+            self._tokens = self._record.get("num_tokens") if self._step == state.global_step else None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock of `tokens_per_second`."""
+        self._begun = self._begun or time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add the values of one step."""
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs and "num_tokens" in logs:
+            tokens, now = float(logs["num_tokens"]), time.perf_counter()
+            if self._tokens is not None and self._begun is not None and tokens > self._tokens:
+                logs = {**logs, "tokens_per_second": round((tokens - self._tokens) / (now - self._begun), 1)}
+            self._tokens, self._begun = tokens, None
+        with self.path.open("r+" if self.path.exists() else "w+", encoding="utf-8") as file:
+            if state.global_step == self._step:
+                file.seek(self._start)
+                file.truncate()
+            else:
+                self._start = file.seek(0, 2)
+                self._step, self._record = state.global_step, {"step": state.global_step}
+            self._record.update({key: _strict(value) for key, value in logs.items()})
+            file.write(json.dumps(self._record, allow_nan=False) + "\n")
+
+
+def lines_until(step: int, path: Path) -> list[str]:
+    """The lines of a file up to a step; one that was cut short by a kill is none."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity; they are written as the words, never as a number that looks fine."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class ProgressLine(TrainerCallback):
+    """One line that moves in a terminal; in a log file, one line for each logged step."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.progress: Progress | None = None
+        self._last = (0.0, 0.0)  # time and tokens when a step was last logged
+        self._now: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the progress bar."""
+        self._last = (time.perf_counter(), 0.0)
+        self._began = time.perf_counter()
+        self._began_at = state.global_step
+        if state.is_world_process_zero and self.console.is_terminal:
+            columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[now]}"), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=self.console, transient=True)
+            self.progress.start()
+            self._task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, now="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.progress:
+            self.progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show loss, learning rate, tokens a second and the time left."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        parts = [text.format(logs[key]) for key, text in _SHOWN.items() if key in logs]
+        if "loss" in logs:
+            parts.append(f"lr {logs['learning_rate']:.2e}")
+            now, tokens = time.perf_counter(), float(logs.get("num_tokens", 0.0))
+            if tokens > self._last[1]:
+                parts.append(f"{(tokens - self._last[1]) / (now - self._last[0]):,.0f} tokens/s")
+            self._last = (now, tokens)
+        if self.progress:
+            if "eval_loss" in logs:
+                self.progress.console.print(f"step {state.global_step}: " + " · ".join(parts))
+            else:
+                self.progress.update(self._task, now=" · ".join(parts))
+        else:
+            done = state.global_step - self._began_at
+            left = (time.perf_counter() - self._began) / max(done, 1) * (state.max_steps - state.global_step)
+            clock = f"{int(left) // 60}:{int(left) % 60:02d} left"
+            self.console.print(f"step {state.global_step}/{state.max_steps} · " + " · ".join([*parts, clock]))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; also called when a run fails."""
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
+
+
+class Samples(TrainerCallback):
+    """Answers the recipe's `samples` at every evaluation: printed, kept in `samples.jsonl`, sent to the trackers."""
+
+    def __init__(
+        self, prompts: tuple[str, ...], generator: Generator, path: Path, console: Console, writer: Any,
+        reporters: Sequence[str] = (),
+    ):  # fmt: skip
+        self.prompts = prompts
+        self.generator = generator
+        self.path = path
+        self.console = console
+        self.writer = writer
+        self.reporters = list(reporters)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the answers up to the step that the run continues from, and show what the model says before."""
+        if state.is_world_process_zero:
+            self.path.write_text("".join(lines_until(state.global_step, self.path)), encoding="utf-8")
+        if state.global_step == 0:
+            self._answer(state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Answer all samples."""
+        self._answer(state)
+
+    def _answer(self, state: Any) -> None:
+        # under FSDP2 a model can be run by all processes together only
+        if state.is_world_process_zero or isinstance(self.generator.model, FSDPModule):
+            self.answer(state.global_step, write=state.is_world_process_zero)
+
+    def answer(self, step: int, write: bool = True) -> None:
+        """Answer all samples greedily with the model as it is now."""
+        conversations = [[{"role": "user", "content": prompt}] for prompt in self.prompts]
+        answers = self.generator.answers(conversations, max_new_tokens=64)
+        if not write:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            for prompt, answer in zip(self.prompts, answers, strict=True):
+                record = {
+                    "step": step,
+                    "prompt": prompt,
+                    "response": answer.text,
+                    "finish_reason": answer.finish_reason,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                ending = "" if answer.finish_reason == "stop" else " …"
+                shown = answer.text if len(answer.text) <= 200 else answer.text[:200] + "…"
+                shown = shown or "(an empty answer)"
+                self.console.print(f"  {prompt}", style="dim", markup=False, highlight=False)
+                self.console.print(f"  → {shown}{ending}", markup=False, highlight=False)
+                if self.writer:
+                    self.writer.add_text(f"samples/{prompt[:80]}", answer.text, step)
+        texts = [(prompt, answer.text) for prompt, answer in zip(self.prompts, answers, strict=True)]
+        failed = send(self.reporters, step, texts, functools.partial(self.console.print, markup=False, highlight=False))
+        self.reporters = [name for name in self.reporters if name not in failed]

@@ -1,0 +1,209 @@
+"""The output head without Triton: projects only positions that carry loss, and makes their gradient in the same pass.
+
+On a CPU or a Mac's GPU, TRL's fused head scores every position, prompt and padding included, in blocks of up to half
+a gigabyte that the allocator takes from the system and returns at every step. Here a block of logits stays below
+`_BLOCK_BYTES`, lives in two buffers that are used again, and gives log-probability, entropy, top-1 and gradient at
+once, as Liger's fused cross-entropy does on GPUs (https://arxiv.org/abs/2410.10989). With CUDA TRL's own head stays,
+whose Triton kernels score supervised positions only, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import trl.trainer.utils
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from instructft.adapters.lora import token_rows
+
+# Where TRL has no Triton, scores every position, and nothing is compiled for each new number of them.
+_DEVICES = ("cpu", "mps")
+
+# glibc hands blocks above 32 MiB back to the system when they are freed, and every page of the next one is faulted in
+# anew; that alone was half of the time of a step.
+_BLOCK_BYTES = 24 << 20
+
+
+@dataclass
+class Scores(ModelOutput):
+    """What TRL's fused head returns, as far as training needs it; every field is zero where no loss lies.
+
+    Args:
+        loss: scalar, the mean of -log p over the batch's supervised tokens.
+        log_probs, entropy, is_top1, label_mask: (B, T - 1), of the token that each position predicts.
+    """
+
+    loss: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    label_mask: torch.Tensor | None = None
+
+
+def scores(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    """Score a batch with whatever head the model has: ours, TRL's, or (before trl 1.15, on a GPU) its logits."""
+    if hasattr(trl.trainer.utils, "add_fused_lm_head") or inputs["labels"].device.type in _DEVICES:
+        return model(**inputs, use_cache=False, fused_lm_head=True)
+    logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits[:, :-1].float()
+    labels = inputs["labels"][:, 1:]
+    mask = labels != -100
+    log_p = logits.log_softmax(-1)  # (B, T - 1, V)
+    picked = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    values = (picked, -(log_p.exp() * log_p).sum(-1), (logits.argmax(-1) == labels).float())
+    log_probs, entropy, is_top1 = (value.masked_fill(~mask, 0) for value in values)
+    loss = -log_probs.sum() / mask.sum().clamp(min=1)
+    return Scores(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+
+
+class _SupervisedLogProbs(torch.autograd.Function):
+    """Log-probability of each label, with entropy and top-1, from hidden states; float32 throughout.
+
+    Rows `ids` of the head may be trained while the rest is frozen: `rows` stand in their place, and no gradient is
+    made for the others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # hidden: (N, D), weight: (V, D), bias: (V,) or None, labels: (N,), rows: (n, D) or None, ids: (n,) or None
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
+        block = max(1, min(tokens, _BLOCK_BYTES // (4 * vocabulary)))
+        logits_buffer, probs_buffer = hidden.new_empty(2, block, vocabulary)
+        log_probs, entropy = hidden.new_empty(2, tokens)
+        is_top1 = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
+        inputs = {"hidden": hidden, "weight": weight, "bias": bias, "rows": rows}
+        wanted = dict(zip(inputs, (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4]), strict=True))
+        grads = {name: torch.zeros_like(inputs[name]) for name, needed in wanted.items() if needed}
+        step = rows - weight[ids] if rows is not None else None  # (n, D)
+        for start in range(0, tokens, block):
+            part = slice(start, min(start + block, tokens))
+            h, y = hidden[part], labels[part, None]
+            z = torch.mm(h, weight.t(), out=logits_buffer[: len(h)])  # (n, V)
+            if rows is not None:
+                z.index_copy_(1, ids, h @ rows.t())
+            if bias is not None:
+                z += bias
+            p = torch.softmax(z, dim=1, out=probs_buffer[: len(h)])
+            top = z.amax(dim=1)
+            log_total = top - p.amax(dim=1).log()  # logsumexp of each row
+            picked = z.gather(1, y)[:, 0]
+            log_probs[part] = picked - log_total
+            entropy[part] = log_total - torch.linalg.vecdot(p, z)
+            is_top1[part] = _is_top1(z, y[:, 0], picked == top)
+            if grads:  # - d log p / d logits = p - onehot
+                p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
+                if "hidden" in grads:
+                    torch.mm(p, weight, out=grads["hidden"][part])
+                    if step is not None:
+                        grads["hidden"][part] += p[:, ids] @ step
+                if "weight" in grads:
+                    grads["weight"].addmm_(p.t(), h)
+                if "bias" in grads:
+                    grads["bias"] += p.sum(dim=0)
+                if "rows" in grads:
+                    grads["rows"].addmm_(p[:, ids].t(), h)
+        if grads:
+            ctx.names = list(grads)
+            ctx.save_for_backward(hidden, weight, bias, labels, rows, ids, *grads.values())
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, labels, rows, ids, *saved = ctx.saved_tensors
+        grads = dict(zip(ctx.names, saved, strict=True))
+        scale = grad[0] if len(grad) else grad.new_ones(())
+        if not torch.equal(grad, scale.expand_as(grad)):
+            # Tokens of unequal weight (loss_type: dft): the gradient summed in `forward` does not serve.
+            inputs = {"hidden": hidden, "weight": weight, "bias": bias, "rows": rows}
+            with torch.enable_grad():
+                again = {name: x.detach().requires_grad_(name in grads) for name, x in inputs.items() if x is not None}
+                head = again["weight"] if rows is None else again["weight"].index_copy(0, ids, again["rows"])
+                logits = torch.nn.functional.linear(again["hidden"], head, again.get("bias"))
+                log_probs = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+                found = torch.autograd.grad(log_probs, [again[name] for name in grads], grad)
+            grads = dict(zip(grads, found, strict=True))
+            scale = grad.new_full((), -1.0)
+        out = {name: g.mul_(-scale) for name, g in grads.items()}
+        return out.get("hidden"), out.get("weight"), out.get("bias"), None, out.get("rows"), None
+
+
+def _is_top1(z: torch.Tensor, labels: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Whether a label's logit is the largest of its row, of equal ones the first; `largest` says which are equal to it.
+
+    On a CPU `argmax` takes as long as softmax, and is asked only of rows in which the label can be the answer.
+    """
+    if z.device.type != "cpu":
+        return z.argmax(dim=1) == labels
+    rows = largest.nonzero()[:, 0]
+    largest[rows] = z[rows].argmax(dim=1) == labels[rows]
+    return largest
+
+
+def add_supervised_head(model: PreTrainedModel) -> bool:
+    """Let `model(..., labels=…, fused_lm_head=True)` score only what carries loss; True when it applies.
+
+    Call it after TRL's `add_fused_lm_head`, whose forward keeps every other case: CUDA, low precision, logits that
+    the architecture scales or caps, mixtures of experts, sharded heads.
+    """
+    config = model.config.get_text_config()
+    head, _, _ = _head(model)
+    changes_logits = (
+        "final_logit_softcapping",
+        "logit_scale",
+        "output_multiplier",
+        "lm_head_multiplier",
+        "logits_scaling",
+    )
+    plain = not any(getattr(config, name, None) for name in changes_logits) and not hasattr(
+        config, "output_router_logits"
+    )
+    if not plain or not isinstance(head, torch.nn.Linear) or head.weight.dtype != torch.float32:
+        return False
+    upstream = model.forward
+
+    # Keep the signature: `generate` checks its arguments against it, and `Trainer` the columns of a batch.
+    @functools.wraps(upstream)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        head, rows, ids = _head(self)
+        weight = head.weight
+        labels = kwargs.get("labels")
+        kind = weight.device.type
+        here = kind in _DEVICES and not isinstance(weight, DTensor) and not torch.is_autocast_enabled(kind)
+        if not (kwargs.get("fused_lm_head") and here) or labels is None or kwargs.get("shift_labels") is not None:
+            return upstream(*args, **kwargs)
+        inputs = {k: v for k, v in kwargs.items() if k not in ("fused_lm_head", "labels", "num_items_in_batch")}
+        states = self.base_model(*args, **{**inputs, "use_cache": False}).last_hidden_state[:, :-1]  # (B, T - 1, D)
+        labels = labels[:, 1:]
+        mask = labels != -100  # (B, T - 1)
+        values = _SupervisedLogProbs.apply(states[mask], weight, head.bias, labels[mask], rows, ids)
+        log_probs, entropy, is_top1 = (v.new_zeros(mask.shape).masked_scatter(mask, v) for v in values)
+        # `num_items_in_batch` is TRL's business: it divides the sum of `log_probs` itself
+        loss = -log_probs.sum() / mask.sum().clamp(min=1)
+        return Scores(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+
+    model.forward = types.MethodType(forward, model)
+    return True
+
+
+def _head(model: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
+    """The output head, and where an adapter trains some of its rows these (n, D) and their ids (n,)."""
+    head = model.get_output_embeddings()
+    layer = token_rows(head)
+    if layer is None:
+        return head, None, None
+    ids = torch.tensor(layer.token_indices["default"], device=layer.base_layer.weight.device)
+    return layer.base_layer, layer.trainable_tokens_delta["default"], ids

@@ -1,0 +1,120 @@
+"""What a run leaves when it ends: the facts of `run.json`, and a folder filled with a model that is whole.
+
+What is being written has a name that no library takes for a model: `final.partial/` until the model is whole, then its
+files move to their place, and `run.json` comes last. By `run.json` a run is known to be finished.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instructft.checkpoints.run_folder import PARTIAL
+from instructft.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from instructft.data.prepare import Prepared
+    from instructft.data.streaming import Streamed
+    from instructft.recipe.schema import Recipe
+    from instructft.training.trainer import Trainer
+
+
+def collect_facts(
+    recipe: Recipe, data: Prepared | Streamed, trainer: Trainer, metrics: dict[str, Any], precision: str
+) -> dict[str, Any]:
+    """The contents of `run.json`."""
+    import torch
+
+    from instructft.training.early_stopping import ending
+    from instructft.training.warning_signs import told
+
+    seen, seconds = trainer.seen, trainer.seconds
+    device = trainer.args.device
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "versions": dict(trainer.versions),
+        "hardware": {"device": hardware, "processes": trainer.args.world_size, "precision": precision},
+        "seed": recipe.train["seed"],
+        "data": {
+            "fingerprint": data.fingerprint,
+            "rows": data.rows,
+            "dropped": dict(data.dropped),
+            "cut": {"rows": data.cut, "tokens": data.cut_tokens},
+            "tokens": data.tokens["train"],
+            "supervised_tokens": data.supervised_tokens["train"],
+            "supervised_share": data.supervised_tokens["train"] / max(data.tokens["train"], 1),
+            "padding_share": 1 - seen["tokens"] / max(seen["slots"], 1),
+        },
+        "train": {
+            "seconds": seconds,
+            "steps": trainer.state.global_step,
+            "tokens": seen["tokens"],
+            "supervised_tokens": seen["supervised_tokens"],
+            "tokens_per_second": seen["tokens"] / seconds,
+            "resumed": trainer.resumes,
+            **({"loss_spikes": trainer.spikes} if trainer.spikes else {}),
+            **ending(trainer),
+            **({"rows_at_once": trainer.rows_at_once} if trainer.rows_at_once else {}),
+        },
+        "metrics": metrics,
+        "warnings": told(Path(trainer.args.output_dir)),
+    }
+
+
+def _give_names(partial: Path, run: Path) -> None:
+    """Move the final model to its place, the file by which libraries know a model last."""
+    (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs beside recipe.yaml
+    known = ("config.json", "adapter_config.json")
+    readable = partial.stat().st_mode & 0o666  # safetensors lets the owner alone read its files
+    for path in sorted(partial.iterdir(), key=lambda path: (path.name in known, path.name)):
+        path.chmod(readable)
+        path.replace(run / path.name)
+    partial.rmdir()
+
+
+def library_versions(recipe: Recipe) -> dict[str, str]:
+    """Library -> version, of all that have a part in this run.
+
+    >>> library_versions(recipe)["torch"]
+    '2.13.0+cpu'
+    """
+    from importlib.metadata import version
+
+    libraries = ["torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers"]
+    if recipe.model.quantization != "none":
+        libraries.append("bitsandbytes")
+    return {"instructft": __version__, **{name: version(name) for name in libraries}}
+
+
+def save(
+    trainer: Trainer,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: dict[str, Any],
+    data: Prepared | Streamed,
+) -> None:
+    """Write the final model, its tokenizer and the papers of the run."""
+    from instructft.models.load import fit_special_tokens
+    from instructft.report.curves import plot_loss
+    from instructft.report.model_card import write_card
+    from instructft.report.page import draw_report
+    from instructft.weights.verify_saved import require_whole
+
+    run = Path(trainer.args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    fit_special_tokens(model, tokenizer)  # the trainer aligns them with the tokenizer's EOS, which may be another
+    trainer.save_model(str(run / PARTIAL))
+    if not trainer.is_world_process_zero():
+        return
+    require_whole(model, run / PARTIAL)
+    (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one goes on from there
+    _give_names(run / PARTIAL, run)
+    plot_loss(run, recipe.name)
+    write_card(run, recipe, facts)
+    draw_report(run, recipe, facts, tokenizer, data)
+    partial = run / "run.json.partial"  # last, and whole or not there: by it a run is known to be finished
+    partial.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+    partial.replace(run / "run.json")

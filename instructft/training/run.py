@@ -1,0 +1,355 @@
+"""A run from top to bottom: data, model, training, evaluation, and a run folder that says what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instructft.adapters import quantization
+from instructft.adapters.lora import Papers, count_parameters, is_peft
+from instructft.checkpoints.manifest import full_disk_explained
+from instructft.checkpoints.resume import GoingOn, find, going_on, identity
+from instructft.checkpoints.run_folder import make_folder, refuse_used_folder
+from instructft.data.prepare import Prepared, prepare
+from instructft.data.streaming import Streamed, prepare_stream
+from instructft.errors import UsageError
+from instructft.launch.processes import first_process
+from instructft.models.latest import asks_for_latest, look_anew, settled
+from instructft.models.load import load_config, load_model, load_tokenizer
+from instructft.models.starting_point import base_record, started_from
+from instructft.recipe.schema import Recipe, check_against_installed
+from instructft.training.arguments import reporters, training_arguments
+from instructft.training.out_of_memory import explained
+from instructft.training.outcome import collect_facts, library_versions, save
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from trl import SFTConfig
+
+    from instructft.adapters.frozen_check import AdapterProof
+    from instructft.checkpoints.manifest import Checkpoint
+    from instructft.hub.background import Publisher, Status
+    from instructft.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: its folder, the contents of its `run.json`, and on the first process how `hub.push` went."""
+
+    output_dir: Path
+    facts: Mapping[str, Any]
+    pushed: Status | None = None
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """The last value of each metric, under the trainer's own names (`eval_loss`, `train_loss`, …)."""
+        return self.facts["metrics"]
+
+
+def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = None) -> Result:
+    """Train the recipe's model and leave a complete run folder.
+
+    Args:
+        resume: `auto` goes on from the newest checkpoint in the run folder that verifies, where there is one; `never`
+            refuses a run folder that is not empty; else the checkpoint to go on from.
+
+    >>> result = train(load_recipe("quickstart", overrides=["train.max_steps=10"]))
+    >>> sorted(p.name for p in result.output_dir.glob("*.json*"))
+    ['config.json', 'generation_config.json', 'metrics.jsonl', 'run.json', 'samples.jsonl', …]
+
+    Raises:
+        UsageError: recipe, data or run folder are not right; raised before any weight is loaded.
+        ResumeError: the run cannot go on from where it was.
+        Stopped: a signal ended the run; its last step is saved.
+        InstructftError: the run failed.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=bool(recipe.train.get("use_cpu")))
+    console = console or _console(state)
+    run = Path(recipe.output_dir)
+    check_against_installed(recipe)
+    _refuse_what_is_not_here(recipe, state)
+    checkpoint, passed = first_process(state, lambda: _where_from(recipe, run, resume))
+    if checkpoint is None:
+        refuse_used_folder(run)
+    if asks_for_latest(recipe):
+        look_anew()
+        named = recipe
+        recipe, why = first_process(state, lambda: settled(named, checkpoint))
+        console.print(f"model.subfolder: latest is {recipe.model.subfolder} ({why})", markup=False, highlight=False)
+
+    tokenizer = load_tokenizer(recipe)
+    load_config(recipe, tokenizer)  # a model that does not fit the recipe is refused before the data is read
+    quantization.check(recipe)
+    with state.main_process_first():
+        data = prepare_stream(recipe, tokenizer) if recipe.data.datasets[0].streaming else prepare(recipe, tokenizer)
+    args, precision = training_arguments(recipe, data, state)
+    made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, state.num_processes))
+    start = going_on(checkpoint, passed, made_of)
+    if facts := start.finished(run):
+        console.print(f"{run} is finished, {facts['train']['steps']:,} steps: there is nothing to go on with")
+        return Result(run, facts)
+
+    model = load_model(recipe, tokenizer)
+    base = started_from(recipe)  # now, since a branch on the Hub may move while the run lasts
+    announce(recipe, tokenizer, data, model, args, precision, console)
+    for line in start.lines():
+        console.print(line, markup=False, highlight=False)
+    with full_disk_explained(run), uploads(recipe, run, state.is_main_process, console) as publisher:
+        if state.is_main_process:
+            make_folder(run, fresh=checkpoint is None)
+            (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        state.wait_for_everyone()
+        trainer = build_trainer(recipe, tokenizer, data, model, args, start, console)
+        trainer.publisher = publisher
+        if recipe.data.packing:
+            prove_isolation(model, console)
+        proof = watch_adapter(trainer)
+
+        with explained(recipe, trainer):
+            _run(trainer, start, console)
+            adapter = prove_adapter(proof, trainer, console)
+            metrics = final_metrics(trainer)
+
+        facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter | {"base": base}
+        save(trainer, recipe, tokenizer, facts, data)
+        state.wait_for_everyone()  # the others need not wait for an upload
+        status = publisher.finish(final=True) if publisher else None
+    return Result(run, facts, status)
+
+
+def _where_from(recipe: Recipe, run: Path, asked: str) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint a run resumes from, in its folder or with `auto` on the Hub; and why others were passed over."""
+    found, passed = find(run, asked)
+    if found is None and asked == "auto" and recipe.hub.repo_id:
+        from instructft.hub.resume import newest_on_hub
+
+        refuse_used_folder(run)
+        return newest_on_hub(recipe.hub, run)
+    return found, passed
+
+
+def _console(state: PartialState) -> Console:
+    from rich.console import Console
+
+    return Console(quiet=not state.is_main_process, soft_wrap=True)
+
+
+def _refuse_what_is_not_here(recipe: Recipe, state: PartialState) -> None:
+    """What cannot be carried out in these processes is refused, never ignored."""
+    if recipe.train.get("auto_find_batch_size") and state.num_processes > 1:
+        raise UsageError(
+            f"train.auto_find_batch_size: found {state.num_processes} processes, and memory that runs out in one of "
+            "them leaves the others waiting; set train.per_device_train_batch_size, or use one process"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and state.num_processes == 1:
+        raise UsageError(
+            f"a launcher started {os.environ['WORLD_SIZE']} processes, and accelerate counts one in each: all would "
+            "write into one run folder. Without a GPU write train.use_cpu=true, and launch with instructft launch"
+        )
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if deepspeed and recipe.train["on_loss_spike"] == "skip":
+        raise UsageError(
+            "train.on_loss_spike: skip has no effect under DeepSpeed, which takes each step by itself; write warn, or "
+            "divide the model with --strategy fsdp2"
+        )
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded and state.num_processes > 1 and state.distributed_type.value == "MULTI_CPU":
+        raise UsageError(
+            "the launcher asks for FSDP, and accelerate leaves it out on CPUs: every process would hold the whole "
+            "model. Launch with distributed_type: MULTI_GPU in place of FSDP to train on CPUs"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Before the first step
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def announce(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Prepared | Streamed,
+    model: PreTrainedModel,
+    args: SFTConfig,
+    precision: str,
+    console: Console,
+) -> None:
+    """Say what is about to be trained: model, rows, tokens, the share that carries loss, what was dropped or cut."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from instructft.prompt.token_view import coloured
+
+    trainable, total = count_parameters(model)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    start = recipe.model.name_or_path or "random weights"
+    share = "all trainable" if total == trainable else f"{trainable:,} trainable ({trainable / total:.2%})"
+    if recipe.model.quantization != "none":
+        share += f", base in {recipe.model.quantization}"
+    table.add_row("model", escape(f"{start} · {total:,} parameters, {share}"))
+    table.add_row("device", escape(f"{args.device.type} × {args.world_size} · {precision}"))
+    for what, how_much in data.account(recipe.data.max_length):
+        table.add_row(what, f"{recipe.data.train_on}: {how_much}" if what == "loss on" else how_much)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    what = "packs" if recipe.data.packing else "rows"
+    table.add_row("step", f"{batch} {what}, about {round(batch * data.tokens_per_row):,} tokens")
+    table.add_row("run", escape(str(recipe.output_dir)))
+    console.print(table)
+    example = {name: values[:300] for name, values in data.example.items()}
+    mark = "in [bold green]green[/]" if console.color_system else "between ⟦ and ⟧"
+    console.print(f"\nA training row; what carries loss is {mark}:", highlight=False)
+    console.print(coloured(example, tokenizer))
+    console.print()
+
+
+def prove_isolation(model: PreTrainedModel, console: Console) -> None:
+    """Ask the model whether documents of a pack see each other; stops the run when they do."""
+    from instructft.data.packing import probe
+
+    difference = probe(model, model.device)
+    console.print(f"packs are clean: a document's logits alone and in a pack differ by {difference:.1e} at most\n")
+
+
+def build_trainer(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Prepared | Streamed,
+    model: PreTrainedModel,
+    args: SFTConfig,
+    start: GoingOn,
+    console: Console,
+) -> Trainer:
+    """The trainer with its collator and with what watches it."""
+    from transformers import PrinterCallback
+    from transformers.integrations import TensorBoardCallback
+
+    from instructft.data.collator import CompletionOnlyCollator
+    from instructft.inference.chat import Generator
+    from instructft.training.callbacks import MetricsFile, ProgressLine, Samples
+    from instructft.training.early_stopping import EarlyStopping
+    from instructft.training.trainer import Trainer
+    from instructft.training.warning_signs import IllSigns
+
+    run = Path(args.output_dir)
+    callbacks: list[TrainerCallback] = [MetricsFile(run / "metrics.jsonl"), ProgressLine(console)]
+    writer = None
+    if args.process_index == 0 and "tensorboard" in reporters(recipe):
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run / "tensorboard"), purge_step=start.step + 1 if start.step else None)
+        callbacks.append(TensorBoardCallback(writer))
+    if recipe.samples:
+        path, trackers = run / "samples.jsonl", args.report_to or ()
+        callbacks.append(Samples(recipe.samples, Generator(model, tokenizer), path, console, writer, trackers))
+    asked = data.splits.get("validation", data.for_training)
+    signs = IllSigns(Generator(model, tokenizer), asked, run, console)
+    callbacks.append(signs)
+    say = functools.partial(console.print, markup=False, highlight=False)
+    if patience := recipe.train["early_stopping_patience"]:
+        callbacks.append(EarlyStopping(patience, say))
+    flatten = "flash" in str(model.config._attn_implementation)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        data_collator=CompletionOnlyCollator(tokenizer.pad_token_id, args.pad_to_multiple_of, flatten),
+        train_dataset=data.for_training,
+        eval_dataset=data.splits.get("validation"),
+        eval_groups=data.groups,
+        find_batch=bool(recipe.train.get("auto_find_batch_size")),
+        spike_limit=recipe.train["loss_spike_limit"],
+        skip_spikes=recipe.train["on_loss_spike"] == "skip",
+        say=say,
+        identity=start.identity,
+        versions=library_versions(recipe),
+        papers=Papers(model, base_record(recipe), recipe.model.quantization) if is_peft(model) else None,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    signs.stop = trainer.stop
+    return trainer
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The run, and what it leaves
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def watch_adapter(trainer: Trainer) -> AdapterProof | None:
+    """Take the fingerprint of all weights, if an adapter is to be trained."""
+    from instructft.adapters.frozen_check import AdapterProof
+
+    if not is_peft(trainer.model):
+        return None
+    proof = AdapterProof(trainer.model)
+    trainer.add_callback(proof)
+    return proof
+
+
+def prove_adapter(proof: AdapterProof | None, trainer: Trainer, console: Console) -> dict[str, Any]:
+    """Stop unless the adapter moved and the base did not; what was found goes into `run.json`."""
+    from instructft.adapters.frozen_check import in_words
+
+    if proof is None:
+        return {}
+    verdict = proof.verdict(trainer.accelerator.unwrap_model(trainer.model), judge=trainer.is_world_process_zero())
+    console.print(in_words(verdict), highlight=False)
+    return {"adapter": verdict}
+
+
+@contextlib.contextmanager
+def uploads(recipe: Recipe, run: Path, first: bool, console: Console) -> Iterator[Publisher | None]:
+    """What `hub.push` asks for, on the first process; a run that ends early says where its uploads stand."""
+    from instructft.hub.background import Publisher
+
+    if recipe.hub.push == "never" or not first:
+        yield None
+        return
+    say = functools.partial(console.print, markup=False, highlight=False)
+    publisher = Publisher(recipe, run, say)
+    try:
+        yield publisher
+    except BaseException:
+        say(str(publisher.finish(final=False)))
+        raise
+
+
+def _run(trainer: Trainer, start: GoingOn, console: Console) -> None:
+    from instructft.training.callbacks import ProgressLine
+
+    trainer.resumes = start.record(trainer.versions)
+    try:
+        trainer.train(resume_from_checkpoint=start.folder)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressLine):
+                callback.close()
+    trainer.stop.raise_if_stopped(trainer.last_checkpoint)
+
+
+def final_metrics(trainer: Trainer) -> dict[str, Any]:
+    """The last value of every metric; validates once more if the last validation was before the last step."""
+    from instructft.training.early_stopping import restored
+
+    history = trainer.state.log_history
+    evaluated = max((entry["step"] for entry in history if "eval_loss" in entry), default=-1)
+    best = restored(trainer)
+    if trainer.eval_dataset is not None and evaluated != trainer.state.global_step and best is None:
+        trainer.evaluate()
+    metrics: dict[str, Any] = {}
+    # the final model is that of the best checkpoint, and so are its figures
+    at_best = [entry for entry in trainer.state.log_history if entry["step"] == best and "eval_loss" in entry]
+    for entry in [*trainer.state.log_history, *at_best]:
+        metrics.update(entry)
+    return {key: value for key, value in metrics.items() if key not in ("step", "epoch", "total_flos")}

@@ -1,0 +1,203 @@
+"""A row is read exactly as it stands in its file, whatever type of file; a fault is named with its line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from instructft.data.readers import ROW as COLUMN
+from instructft.data.readers import SUFFIXES, read_file, rows, suffix_of
+from instructft.errors import DataError
+
+# What libraries that guess types change: numbers, missing values, dates, booleans, white space, quotes.
+AWKWARD = [
+    {"instruction": "42", "output": "NA"},
+    {"instruction": "2024-05-01", "output": "2024-05-01T10:00:00Z"},
+    {"instruction": 'say "x", y', "output": "two\nlines\n\nand\tmore\r\n"},
+    {"instruction": "null", "output": "true"},
+    {"instruction": " 007 ", "output": "1e5"},
+    {"instruction": "é🙂\u2028日本", "output": "[]"},
+    {"instruction": "nan", "output": ""},
+]
+
+
+def write(folder, suffix, content=AWKWARD):
+    """Write rows to a file of a type."""
+    path = folder / f"rows{suffix}"
+    if suffix == ".parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        parquet.write_table(pa.Table.from_pylist(content), path)
+    elif suffix == ".csv":
+        import csv
+
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(content[0]))
+            writer.writeheader()
+            writer.writerows(content)
+    else:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        text = json.dumps(content, ensure_ascii=False, indent=1) if suffix == ".json" else lines
+        data = text.encode()
+        path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    return path
+
+
+def read(path):
+    """All rows of a file, as they come out of the `Dataset`."""
+    raw = read_file(path, suffix_of(path.name), path.name)
+    return [json.loads(row["__row__"]) if "__row__" in row else row for row in raw]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_type_of_file_gives_the_rows_that_were_written(tmp_path, suffix):
+    assert read(write(tmp_path, suffix)) == AWKWARD
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path, suffix):
+    path = write(tmp_path, suffix)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read(path) == AWKWARD
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_values_of_json_keep_their_type_row_by_row(tmp_path, suffix):
+    mixed = [{"a": "5", "b": [1, {"c": None}]}, {"a": 5, "b": "x"}, {"a": None, "extra": 1.5}, {"a": 2**70}, {}]
+    assert read(write(tmp_path, suffix, mixed)) == mixed
+
+
+def test_a_json_file_may_hold_one_row_a_line_and_may_begin_with_white_space(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in AWKWARD), encoding="utf-8")
+    assert read(path) == AWKWARD
+    path.write_text(f"\n  {json.dumps(AWKWARD)}\n", encoding="utf-8")
+    assert read(path) == AWKWARD
+
+
+def test_empty_lines_and_windows_line_ends_are_no_rows(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"a": "1"}\r\n\r\n  \n{"a": "2"}')
+    (tmp_path / "rows.csv").write_bytes(b"a,b\r\n1,\r\n\r\n2,x\r\n")
+    assert read(tmp_path / "rows.jsonl") == [{"a": "1"}, {"a": "2"}]
+    assert read(tmp_path / "rows.csv") == [{"a": "1", "b": ""}, {"a": "2", "b": "x"}]
+
+
+def test_a_cell_may_be_longer_than_pythons_own_limit(tmp_path):
+    row = [{"instruction": "a", "output": "x" * 200_000}]
+    assert read(write(tmp_path, ".csv", row)) == row
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_a_changed_file_is_read_again_even_when_its_time_and_size_are_the_same(tmp_path, suffix):
+    path = write(tmp_path, suffix, [{"a": "first"}])
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    assert read(path) == [{"a": "first"}]
+    write(tmp_path, suffix, [{"a": "other"}])
+    os.utime(path, ns=times)
+    assert read(path) == [{"a": "other"}]
+
+
+ROW = '{"instruction": "a", "output": "b"}'
+BAD = [
+    ("a.json", "", "a.json is empty"),
+    ("a.jsonl", "\n\n", "a.jsonl holds no rows"),
+    ("a.json", "[]", "a.json holds no rows"),
+    ("a.csv", "instruction,output\n", "a.csv holds no rows"),
+    ("a.json", '[{"a": 1},\n {"b": }]', "a.json, line 2, column 8: not JSON: Expecting value"),
+    ("a.json", f"[{ROW}", "a.json, line 1, column 37: not JSON: Expecting ',' delimiter"),
+    ("a.json", ROW, "a.json holds a JSON object, expected a list of rows"),
+    ("a.json", f'{{"data": [{ROW}]}}', "a.json holds a JSON object, expected a list of rows"),
+    ("a.json", '"text"', "a.json holds a JSON text, expected a list of rows"),
+    ("a.json", f"[{ROW}, 3]", "a.json: row 2 is a JSON number, expected an object"),
+    ("a.json", f"[{ROW}, null]", "a.json: row 2 is a JSON null, expected an object"),
+    ("a.jsonl", f'{ROW}\n\n{{"a",}}\n', "a.jsonl, line 3, column 5: not JSON: Expecting ':' delimiter"),
+    ("a.jsonl", f"{ROW}\n[{ROW}]\n", "a.jsonl, line 2 is a JSON list, expected an object"),
+    ("a.jsonl", f"{ROW}\n{ROW[:20]}", "a.jsonl, line 2, column"),
+    (
+        "a.jsonl",
+        b'{"a": "b"}\n{"a": "\xff"}\n',
+        "a.jsonl: line 2, byte 8 is not UTF-8 (found 0xff); save the file as UTF-8",
+    ),
+    ("a.json", b'[{"a": "\xe9"}]', "a.json: line 1, byte 9 is not UTF-8 (found 0xe9)"),
+    ("a.csv", b"a,b\n1,\xe9\n", "a.csv: line 2, byte 3 is not UTF-8 (found 0xe9)"),
+    ("a.jsonl", ROW.encode("utf-16"), "a.jsonl: line 1, byte 1 is not UTF-8 (found 0xff)"),
+    ("a.jsonl.gz", b"not gzip", "a.jsonl.gz could not be read: Not a gzipped file"),
+    (
+        "a.jsonl.gz",
+        gzip.compress(f"{ROW}\n".encode() * 99, mtime=0)[:40],
+        "a.jsonl.gz could not be read: Compressed file ended",
+    ),
+    ("a.jsonl.gz", gzip.compress(b'{"a": "\xff"}\n', mtime=0), "a.jsonl.gz: line 1, byte 8 is not UTF-8"),
+    ("a.parquet", b"PAR1 nothing", "a.parquet is not a whole Parquet file"),
+    ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv, line 3: found 3 cells, expected 2 as in the header"),
+    ("a.csv", "a,b\n1,2,3\n4,5,6\n", "a.csv, line 2: found 3 cells, expected 2 as in the header"),
+    ("a.csv", 'a,b\n"1\n2",3\n1\n', "a.csv, line 4: found 1 cells, expected 2 as in the header"),
+    ("a.csv", 'a,b\n"1,2\n3,4\n', "a.csv, line 3: not CSV: unexpected end of data"),
+    ("a.csv", "a,b,a\n1,2,3\n", "a.csv, line 1: the header names the column a twice"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD)
+def test_what_is_wrong_with_a_file_is_said_with_its_place(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for _ in range(2):  # a failure leaves nothing in the cache that a second run would take for the file
+        with pytest.raises(DataError) as caught:
+            read(path)
+        assert str(caught.value).startswith(message)
+
+
+def test_rows_come_one_by_one(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{ROW}\n{{broken\n", encoding="utf-8")
+    stream = rows(path, ".jsonl", "rows.jsonl")
+    assert next(stream) == json.loads(ROW)
+    with pytest.raises(DataError, match="line 2"):
+        next(stream)
+
+
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [
+        ("a/rows.JSONL.gz", ".jsonl.gz"),
+        ("rows.v2.json", ".json"),
+        ("https://example.org/x/rows.csv?raw=true&y=a.json", ".csv"),
+        ("rows.txt", ".txt"),
+        ("rows", ""),
+    ],
+)
+def test_suffix_of(location, expected):
+    assert suffix_of(location) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"a": "x"}, {"a": "y"}]',
+        '\ufeff [\n {"a": "é \\ud83d\\ude00"}\r\n,\t{"a": "z", "a": "last", "n": NaN, "m": [1, {"b": null}]} ]\n ',
+        '[{"a": 1e400}]',
+    ],
+)
+def test_the_text_of_a_row_is_kept_as_it_stands(tmp_path: Path, text: str) -> None:
+    """Rows of a list are not written anew; what they say is the same."""
+    path = tmp_path / "rows.json"
+    path.write_text(text, encoding="utf-8")
+    kept = read_file(path, ".json", path.name)[COLUMN]
+    whole = json.loads(text.removeprefix("\ufeff"))
+    assert repr([json.loads(row) for row in kept]) == repr(whole) == repr(list(rows(path, ".json", path.name)))
+    assert all(row in text for row in kept)
+
+
+@pytest.mark.parametrize(
+    "text", ["[{}, ]", "[{} {}]", "[{}", "[{}] x", "[{}, 5]", "{}{}", "[", "[,]", '[{"a": "\x01"}]']
+)
+def test_what_is_no_list_of_rows_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.json"):
+        read_file(path, ".json", path.name)

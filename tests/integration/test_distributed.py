@@ -1,0 +1,207 @@
+"""Two real processes (gloo on the CPU) against one: the same losses and weights, and data that is prepared once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import instructft
+
+RECIPE = """
+model:
+  config: {{model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 32, n_positions: 128,
+            resid_pdrop: 0.0, embd_pdrop: 0.0, attn_pdrop: 0.0}}
+  tokenizer: quickstart
+data: {{datasets: [{{path: {data}{streaming}}}], template: instruction, max_length: 128,
+        splits: {{validation: {held_out}}}}}
+train:
+  {{max_steps: 4, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, logging_steps: 1, use_cpu: true,
+   optim: sgd, learning_rate: 0.5}}
+output_dir: {out}
+"""
+DDP = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
+
+# The command, with a note of each process that encodes rows; STOP=RANK:STEP sends one process SIGTERM in a step.
+DRIVER = """
+import os, signal, sys, time
+from instructft import data
+from instructft.training.resumable import LastingTrainer
+step = LastingTrainer.training_step
+def watched(self, *args, **kwargs):
+    if os.environ.get("STOP") == f"{{os.environ['RANK']}}:{{self.state.global_step}}":
+        del os.environ["STOP"]  # a second signal would stop it at once
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(float(os.environ.get("SLOW", "0")))
+    return step(self, *args, **kwargs)
+LastingTrainer.training_step = watched
+encode = data._Batches.__call__
+def noted(self, table, numbers):
+    with open({log!r}, "a") as file:
+        file.write(f"{{os.environ['RANK']}} {{len(numbers)}}\\n")
+    return encode(self, table, numbers)
+data._Batches.__call__ = noted
+sys.argv = ["instructft", "train", {recipe!r}]
+from instructft.cli import main
+main()
+"""
+
+
+def launched(folder: Path, name: str, text: str = RECIPE, **recipe: Any) -> list[str]:
+    """Write a recipe for two processes, 2 rows a micro-batch, 8 a step; the command that trains it."""
+    path, log = folder / f"{name}.yaml", str(folder / f"{name}.log")
+    path.write_text(text.format(out=folder / name, **recipe))
+    driver = folder / f"{name}.py"
+    driver.write_text(DRIVER.format(log=log, recipe=str(path)))
+    (folder / "ddp.yaml").write_text(DDP)
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "ddp.yaml")]
+    return [*accelerate, str(driver)]
+
+
+def two_processes(folder: Path, name: str, **recipe: Any) -> Path:
+    """Train a recipe on two processes; its run folder."""
+    done = run(launched(folder, name, **recipe))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / name
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+
+
+def one_process(two: Path, rows: int, accumulation: int) -> Path:
+    """The same recipe on one process, its global batch divided in another way."""
+    out = two.with_name(f"{two.name}-{rows}x{accumulation}")
+    batch = [f"train.per_device_train_batch_size={rows}", f"train.gradient_accumulation_steps={accumulation}"]
+    recipe = instructft.load_recipe(two.with_suffix(".yaml"), [*batch, f"output_dir={out}"])
+    instructft.train(recipe, console=Console(quiet=True))
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 rows of uneven length."""
+    path = tmp_path_factory.mktemp("distributed") / "rows.jsonl"
+    rows = [
+        {"instruction": f"Say number {i * 7919}.", "output": " ".join([f"{i * 104729}"] * (1 + i % 7))}
+        for i in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path) -> tuple[Path, Path, Path]:
+    """(run folder of two processes, run folder of one with the same global batch, what was encoded by whom)."""
+    two = two_processes(data.parent, "two", data=data, streaming="", held_out=0.1)
+    return two, one_process(two, 4, 2), data.parent / "two.log"
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_losses_and_weights_are_those_of_one_process(runs: tuple[Path, Path, Path]) -> None:
+    """However the eight rows of a step are divided: two processes, or one with 1, 2 or 4 micro-batches."""
+    two, one, _ = runs
+    weights = load_file(two / "model.safetensors")
+    for other in (one, one_process(two, 8, 1), one_process(two, 2, 4)):
+        same_losses(two, other, "loss", "eval_loss")
+        others = load_file(other / "model.safetensors")
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, others[name], atol=2e-6, rtol=0)
+
+
+def test_a_stream_is_divided_among_processes(data: Path) -> None:
+    """The rows of a step are those of one process: none is trained twice, none passed over."""
+    two = two_processes(data.parent, "stream", data=data, streaming=", streaming: true", held_out=0)
+    one = one_process(two, 4, 2)
+    same_losses(two, one, "loss")
+    facts, other = (json.loads((run / "run.json").read_text())["train"] for run in (two, one))
+    assert {k: facts[k] for k in ("tokens", "supervised_tokens")} == {
+        k: other[k] for k in ("tokens", "supervised_tokens")
+    }
+
+
+LASTING = (
+    RECIPE.replace("resid_pdrop: 0.0, embd_pdrop: 0.0, attn_pdrop: 0.0", "resid_pdrop: 0.3")
+    .replace("max_steps: 4", "max_steps: 12, save_steps: 5")
+    .replace("optim: sgd, learning_rate: 0.5", "learning_rate: 1e-2")
+)
+
+
+@pytest.mark.battery  # through the launcher: test_launch.py
+def test_two_processes_that_were_stopped_go_on_bit_for_bit(data: Path) -> None:
+    """SIGTERM to one of two, then to the launcher; dropout, and a random state of its own on each."""
+    folder, given = data.parent, {"data": data, "streaming": "", "held_out": 0.1}
+    whole = two_processes(folder, "whole", text=LASTING, **given)
+    command, out = launched(folder, "stopped", LASTING, **given), folder / "stopped"
+
+    done = run(command, STOP="1:2")
+    assert done.returncode != 0
+    assert "stopped by SIGTERM; checkpoint-3 is saved" in done.stdout + done.stderr
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-3"]
+    assert not (out / "run.json").exists()
+
+    with subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1", "SLOW": "0.3"}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    ) as launcher:  # fmt: skip
+        wait_for(lambda: metrics(out)[-1]["step"] >= 4)
+        workers = psutil.Process(launcher.pid).children(recursive=True)
+        launcher.terminate()
+        launcher.wait(60)
+    assert len(workers) >= 2
+    wait_for(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), seconds=5)
+    assert not (out / "run.json").exists()
+
+    done = run(command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = json.loads((out / "run.json").read_text())["train"]["resumed"]
+    assert first["step"] == 3 < second["step"] < 12
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    losses = [[(line["step"], line["loss"]) for line in metrics(run) if "loss" in line] for run in (out, whole)]
+    assert losses[0] == losses[1]
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def same_losses(two: Path, one: Path, *names: str) -> None:
+    for name in names:
+        losses = [[record[name] for record in metrics(run) if name in record] for run in (two, one)]
+        assert len(losses[0]) == 4
+        assert losses[0] == pytest.approx(losses[1], abs=2e-6)
+
+
+def test_the_papers_of_the_run_are_written_once_and_count_both_processes(runs: tuple[Path, Path, Path]) -> None:
+    two, one, _ = runs
+    facts, other = (json.loads((run / "run.json").read_text()) for run in (two, one))
+    assert facts["hardware"]["processes"] == 2
+    assert facts["data"]["fingerprint"] == other["data"]["fingerprint"]
+    for name in ("tokens", "supervised_tokens", "steps"):
+        assert facts["train"][name] == other["train"][name]
+    assert metrics(two)[-1]["num_tokens"] == metrics(one)[-1]["num_tokens"] == facts["train"]["tokens"]
+    assert [record["step"] for record in metrics(two)] == [1, 2, 3, 4]
+
+
+def test_the_data_is_prepared_by_one_process_only(runs: tuple[Path, Path, Path]) -> None:
+    encoded = [line.split() for line in runs[2].read_text().splitlines()]
+    assert {rank for rank, _ in encoded} == {"0"}
+    assert sum(int(rows) for _, rows in encoded) == 60

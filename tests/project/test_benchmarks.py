@@ -1,0 +1,135 @@
+"""Every benchmark runs, at sizes at which its figures say nothing, so that none rots."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a script; they import each other by their plain names."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+@pytest.fixture
+def tiny(script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Runs a script with `--tiny` in this process; returns what it printed."""
+
+    def run(name: str, *options: str) -> str:
+        module = script(name)
+        monkeypatch.setattr(sys, "argv", [name, "--tiny", *options])
+        module.main()
+        return capfd.readouterr().out
+
+    return run
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the tables in Markdown, without heads."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    heads = {i for i, line in enumerate(lines) for i in (i - 1, i) if re.fullmatch(r"[-:| ]+", line)}
+    return [[cell.strip() for cell in line[1:-1].split("|")] for i, line in enumerate(lines) if i not in heads]
+
+
+def number(cell: str) -> float:
+    return float(cell.replace(",", "").rstrip("% "))
+
+
+def test_train_cpu_compares_losses_and_prints_a_row_for_each(tiny: Any, script: Any) -> None:
+    text = tiny("train_cpu")
+    cases = script("train_cpu").CASES
+    found = {(cells[0], cells[1]): cells for cells in rows(text)}
+    assert list(found) == [(case, who) for case, contestants in cases.items() for who in contestants]
+    assert all(number(cells[2]) > 0 for cells in found.values())
+    assert [number(cells[4]) for (_, who), cells in found.items() if who == "plain loop"] == [100] * len(cases)
+    gaps = re.findall(r"(plain loop|TRL|TRL, padding_free) (\d\.\de[-+]\d\d)", text)
+    assert len(gaps) == 6  # TRL three times on our batches, the loop three times
+    assert all(float(gap) < 1e-4 for _, gap in gaps)
+
+
+def test_losses_that_differ_end_the_comparison(script: Any) -> None:
+    compare = script("train_cpu").compare
+    mine = {"losses": [2.0, 1.0], "entropy": [1.0, 1.0], "mean_token_accuracy": [0.0, 0.5]}
+    assert "plain loop 5.0e-05" in compare("padded", {"instructft": mine, "plain loop": {"losses": [2.0, 1.00005]}})
+    with pytest.raises(SystemExit, match="losses differ"):
+        compare("padded", {"instructft": mine, "plain loop": {"losses": [2.0, 1.001]}})
+    with pytest.raises(SystemExit, match="mean_token_accuracy differs"):
+        compare("padded", {"instructft": mine, "TRL": {**mine, "mean_token_accuracy": [0.0, 0.6]}})
+
+
+def test_gpu_runs_every_model_on_a_cpu(tiny: Any, script: Any) -> None:
+    text = tiny("gpu")
+    assert "failed" not in text
+    found = [(cells[0], cells[1]) for cells in rows(text)]
+    models = list(script("gpu").MODELS)
+    who = ["instructft", "plain loop", "TRL, packs flattened", "TRL, one pack at a time", "TRL, wrapped"]
+    assert found == [(f"{model}, 64", name) for model in models for name in who]
+
+
+def test_share_of_the_peak(script: Any) -> None:
+    gpu = script("gpu")
+    assert gpu.peak_of("NVIDIA H100 80GB HBM3") == 989e12
+    assert gpu.peak_of("NVIDIA H100 PCIe") == 756e12
+    assert gpu.peak_of("NVIDIA L40S") == 362e12
+    assert gpu.peak_of("cpu") is None
+    weights = {"body": 100, "head": 10}
+    assert gpu.operations(weights, adapter=False, supervised_share=0.5) == 6 * 105
+    assert gpu.operations(weights, adapter=True, supervised_share=0.5) == 4 * 105
+
+
+@pytest.mark.battery
+def test_a_contestant_in_a_process_of_its_own(script: Any, tmp_path: Path) -> None:
+    contestants = script("contestants")
+    source, tokenizer = contestants.source_and_tokenizer(tmp_path, bundled=True)
+    shape = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 64}
+    task = contestants.Task(str(tmp_path), here=True, tokenizer=tokenizer, shape=shape)
+    made = contestants.make(task, source, 8)
+    assert made["body"] == 2 * 12 * 16 * 16  # attention 4 d², MLP 8 d²
+    assert made["head"] == made["parameters"] - made["body"] - 64 * 16 - 2 * (4 + 9) * 16 - 2 * 16
+    with pytest.raises(RuntimeError, match=r"prepare failed:[\s\S]*8 rows are too few for 10 steps of 8"):
+        contestants.run(contestants.Task(str(tmp_path), which="prepare", tokenizer=tokenizer))
+
+
+@pytest.mark.battery
+def test_overheads(tiny: Any) -> None:
+    text = tiny("overheads")
+    for part in ("--help: ", "a recipe with a wrong key: ", "first step: ", "checkpoints: 4 times", "evaluation: "):
+        assert part in text, part
+    assert text.startswith("--help")
+
+
+@pytest.mark.battery
+def test_scaling(tiny: Any, tmp_path: Path) -> None:
+    text = tiny("scaling", "--only", "batch,gpus", "--plots", str(tmp_path))
+    found = rows(text)
+    assert [cells[0] for cells in found] == ["1", "2", "Llama 8B"]
+    assert "Estimated, not measured" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["batch.png"]
+
+
+def test_scaling_tells_the_power_of_growth(script: Any) -> None:
+    text = script("scaling").table("tokens", [(10, 1.0, ""), (20, 4.0, "")])
+    assert rows(text)[-1][-1] == "2.00"
+
+
+@pytest.mark.battery
+def test_profile_of_a_step(tiny: Any) -> None:
+    from instructft.training.trainer import Trainer
+
+    before = dict(Trainer.__dict__)
+    text = tiny("profile_step", "--steps", "2")
+    assert dict(Trainer.__dict__) == before
+    parts = {cells[0]: number(cells[2]) for cells in rows(text) if len(cells) == 3}
+    assert {"forward: body, head and the head's gradient", "backward: body", "AdamW", "clipping"} <= set(parts)
+    assert sum(parts.values()) == pytest.approx(100, abs=1)
+    assert all(share > 0 for share in parts.values())

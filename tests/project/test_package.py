@@ -1,0 +1,264 @@
+"""The project's own files: pins that fit the ranges, make targets, CI, the set-up script, what the wheel holds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import instructft
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+
+
+# Pins
+
+
+def pins(python: str) -> dict[str, Version]:
+    """The pins of constraints.txt that hold for one Python on Linux, by canonical name."""
+    environment = {
+        "python_version": python,
+        "python_full_version": f"{python}.1",
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+        "extra": "",
+    }
+    found: dict[str, Version] = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        if pin.marker and not pin.marker.evaluate(environment):
+            continue
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==", line
+        name = canonicalize_name(pin.name)
+        assert name not in found, f"{name} is pinned twice for Python {python}"
+        found[name] = Version(specifier.version)
+    return found
+
+
+def requirements() -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"]
+    assert set(extras) == {"dev", "eval", "quant", "ui"}
+    return [Requirement(line) for group in [PROJECT["dependencies"], *extras.values()] for line in group]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_dependency_is_pinned_within_its_range(python: str) -> None:
+    pinned = pins(python)
+    checked = 0
+    for requirement in requirements():
+        if requirement.marker and not requirement.marker.evaluate({"python_version": python}):
+            continue
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f"{name} has no pin for Python {python}"
+        assert pinned[name] in requirement.specifier, f"{name}=={pinned[name]} is outside {requirement.specifier}"
+        checked += 1
+    assert checked > 20
+
+
+def test_pins_fit_every_build_of_torch() -> None:
+    assert all(not version.local for python in PYTHONS for version in pins(python).values())
+
+
+def test_python_range_is_the_one_that_is_pinned() -> None:
+    supported = SpecifierSet(PROJECT["requires-python"])
+    assert [v for v in (f"3.{minor}" for minor in range(8, 18)) if Version(v) in supported] == PYTHONS
+
+
+# Make and CI
+
+
+def test_make_has_the_targets_and_lists_them() -> None:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("no make")
+    listed = subprocess.run([make, "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ["quickstart", "test", "lint", "types", "battery", "bench-gpu", "venv", "clean", "help"]:
+        assert re.search(rf"^make {target} +\S", listed, re.M), target
+        subprocess.run([make, "-n", target], cwd=ROOT, capture_output=True, check=True)
+
+
+def test_ci_runs_everything_and_swallows_no_failure() -> None:
+    ci = ROOT / ".ci" / "run"
+    assert os.access(ci, os.X_OK)
+    text = ci.read_text(encoding="utf-8")
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert "set -euo pipefail" in text
+    assert not re.search(r"\|\|\s*(true|:)", text)
+    for target in ["lint", "types", "test"]:
+        assert f"make {target}" in text
+
+
+# The set-up script, with stand-ins for Python that install nothing
+
+FAKE_PYTHON = """#!/bin/sh
+echo "$@" >>"$CALLS"
+case "$1 $2" in
+  '-c import sys;'*) echo {version} ;;
+  '-c import ensurepip, venv') exit {no_venv} ;;
+  '-m venv') mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+  '-m pip') [ -z "$PIP_BREAKS" ] || [ "$3" != install ] || exit 1 ;;
+esac
+"""
+
+
+class Checkout:
+    """A copy of the files that the set-up reads, and a PATH whose Pythons are stand-ins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a check out"
+        self.bin = folder / "bin"
+        self.calls = folder / "calls"
+        self.bin.mkdir()
+        for name in ["pyproject.toml", "constraints.txt", "scripts/venv.sh", "instructft/version.py"]:
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, self.root / name)
+        for tool in ["dirname", "cat", "cksum", "grep", "date", "tail", "touch", "mkdir", "rm", "cp"]:
+            path = shutil.which(tool)
+            assert path
+            (self.bin / tool).symlink_to(path)
+
+    def python(self, name: str, version: str, no_venv: int = 0) -> None:
+        (self.bin / name).write_text(FAKE_PYTHON.format(version=version, no_venv=no_venv))
+        (self.bin / name).chmod(0o755)
+
+    def setup(self, **env: str) -> subprocess.CompletedProcess[str]:
+        self.calls.write_text("")
+        env = {"PATH": str(self.bin), "CALLS": str(self.calls), "PIP_BREAKS": "", **env}
+        return subprocess.run(
+            ["/bin/sh", "scripts/venv.sh"], cwd=self.root, env=env, capture_output=True, text=True, timeout=60
+        )
+
+    def made_anew(self) -> bool:
+        return "-m venv" in self.calls.read_text()
+
+    def installed(self) -> bool:
+        return "-m pip install" in self.calls.read_text()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    if not Path("/bin/sh").exists():
+        pytest.skip("no POSIX shell")
+    return Checkout(tmp_path)
+
+
+def test_setup_happens_once(checkout: Checkout) -> None:
+    checkout.python("python3", "3.12.1")
+    first = checkout.setup()
+    assert first.returncode == 0, first.stderr
+    assert checkout.made_anew()
+    assert checkout.installed()
+    assert "-c constraints.txt" in checkout.calls.read_text()
+    second = checkout.setup()
+    assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
+    assert not checkout.made_anew()
+    assert not checkout.installed()
+
+
+@pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
+def test_a_changed_dependency_is_installed_into_the_same_environment(checkout: Checkout, changed: str) -> None:
+    checkout.python("python3", "3.12.1")
+    checkout.setup()
+    with (checkout.root / changed).open("a") as file:
+        file.write("# changed\n")
+    assert checkout.setup().returncode == 0
+    assert checkout.installed()
+    assert not checkout.made_anew()
+    checkout.setup()
+    assert not checkout.installed()
+
+
+def test_an_unfinished_setup_starts_from_nothing(checkout: Checkout) -> None:
+    checkout.python("python3", "3.12.1")
+    broken = checkout.setup(PIP_BREAKS="1")
+    assert broken.returncode == 1
+    assert "failed after" in broken.stderr
+    assert "install.log" in broken.stderr
+    (checkout.root / ".venv" / "half-copied").touch()
+    assert checkout.setup().returncode == 0
+    assert checkout.made_anew()
+    assert not (checkout.root / ".venv" / "half-copied").exists()
+
+
+def test_an_environment_copied_from_elsewhere_is_made_anew(checkout: Checkout) -> None:
+    checkout.python("python3", "3.12.1")
+    checkout.setup()
+    checkout.root = checkout.root.rename(checkout.root.with_name("moved"))
+    assert checkout.setup().returncode == 0
+    assert checkout.made_anew()
+
+
+def test_the_first_python_that_fits_and_runs_is_taken(checkout: Checkout) -> None:
+    checkout.python("python3", "3.14.0")
+    (checkout.bin / "python3.12").write_text("#!/bin/sh\nexit 127\n")  # a version manager's shim for what is not there
+    (checkout.bin / "python3.12").chmod(0o755)
+    checkout.python("python3.11", "3.11.7", no_venv=1)
+    checkout.python("python3.13", "3.13.0")
+    assert checkout.setup().returncode == 0
+    assert "3.13.0" in (checkout.root / ".venv/bin/python").read_text()
+
+
+def test_no_python_that_fits(checkout: Checkout) -> None:
+    checkout.python("python3", "3.9.2")
+    result = checkout.setup()
+    assert result.returncode == 1
+    assert "No Python 3.10 to 3.13 found; found python3 (3.9.2)." in result.stderr
+    assert not (checkout.root / ".venv").exists()
+    assert "looked for python3.99" in checkout.setup(PYTHON="python3.99").stderr
+
+
+def test_no_venv_module(checkout: Checkout) -> None:
+    checkout.python("python3", "3.11.2", no_venv=1)
+    result = checkout.setup()
+    assert result.returncode == 1
+    assert "python3 (3.11.2)" in result.stderr
+    assert "apt install python3-venv" in result.stderr
+
+
+# What is shipped
+
+
+def test_licence_is_apache_2() -> None:
+    assert PROJECT["license"] == "Apache-2.0"
+    assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_the_wheel_holds_all_that_the_package_reads(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"instructft-{instructft.__version__}-py3-")
+    names = set(zipfile.ZipFile(wheel).namelist())
+
+    def files(folder: str) -> set[str]:
+        found = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        return {path.relative_to(ROOT).as_posix() for path in found}
+
+    code, recipes = files("instructft"), files("recipes")
+    assert "instructft/prompt/jinja/instruction.jinja" in code
+    assert "instructft/sft_config_fields.json" in code
+    assert "recipes/quickstart.yaml" in recipes
+    assert code | {f"instructft/{name}" for name in recipes} <= names
+    assert not any(name.startswith(("tests/", "benchmarks/", "recipes/")) for name in names)

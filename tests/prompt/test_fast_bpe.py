@@ -1,0 +1,219 @@
+"""The fast byte-level BPE: the same ids as the tokenizers library, id by id, or none of its business."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from instructft.prompt import fast_bpe as module
+from instructft.prompt.fast_bpe import fast_bpe
+from tests.conftest import BATTERY, REAL_DATA
+
+# Qwen's and Llama 3's way to cut words
+NEW_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, again and again; aaaa aaa aa.",
+    "Größe, naïve café; ça va? Ελληνικά, русский язык, 日本語の文章 और हिन्दी 🙂🙃",
+    "def f(x):\n    return x ** 2  # 1234567890\r\n\r\n\t\tdon't they'll WE'RE\n",
+] * 3
+STRANGE = [
+    "",
+    " ",
+    "\n\n  \n",
+    "a\u0301 e\u0301 \u1e0b\u0323",  # letters with marks, decomposed: NFC changes them
+    "\u212b \u00c5",  # the Angstrom sign, which NFC makes an A with a ring
+    "x\u0085y\u00a0z\u2028w\u3000v\u200bu\ufeff",  # spaces and no spaces
+    "'s 'S '\u017f don\u2019t",  # the long s, which is an s without case
+    "²³½ ٣ Ⅷ ǅ ʰ ªº",
+    "\U0001fae8\U0001e4d0\U00031350",  # a face of Unicode 15, a letter of 15, a Han character of 15
+    "<|end|><|end|> <|en d|>",
+    "aaaaaaaaaaaaa " * 20,
+]
+
+
+def made(words: str | None = None, nfc: bool = False, size: int = 600) -> Tokenizer:
+    """A byte-level BPE tokenizer trained on `CORPUS`, with GPT-2's words unless others are given."""
+    tokenizer = Tokenizer(models.BPE())
+    if words is None:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        split = pre_tokenizers.Split(Regex(words), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    if nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.add_special_tokens(["<|end|>"])
+    return tokenizer
+
+
+def real() -> Tokenizer:
+    if not (REAL_DATA / "gpt2-tokenizer").is_dir():
+        pytest.skip("the real GPT-2 tokenizer is not at hand")
+    return Tokenizer.from_file(str(REAL_DATA / "gpt2-tokenizer" / "tokenizer.json"))
+
+
+KINDS: dict[str, Any] = {
+    "gpt2": real,
+    "words of gpt2": made,
+    "words of qwen": lambda: made(NEW_WORDS),
+    "words of qwen, NFC": lambda: made(NEW_WORDS, nfc=True),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return KINDS[request.param]()
+
+
+def equal(tokenizer: Tokenizer, texts: list[str]) -> bool:
+    fast = fast_bpe(tokenizer)
+    assert fast is not None
+    ids, lengths = fast.encode(texts)
+    expected = [row.ids for row in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    assert lengths.tolist() == list(map(len, expected))
+    return ids.tolist() == [number for row in expected for number in row]
+
+
+def test_the_ids_are_the_same(tokenizer: Tokenizer) -> None:
+    assert equal(tokenizer, [*CORPUS, *STRANGE])
+
+
+EXAMPLES = 150 if BATTERY else 50
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=8))
+def test_the_ids_are_the_same_for_any_text(tokenizer: Tokenizer, texts: list[str]) -> None:
+    assert equal(tokenizer, texts)
+
+
+def test_the_ids_of_real_rows_are_the_same() -> None:
+    tokenizer = real()
+    for name in ("alpaca_gpt4_sample.json", "instruction-data.json"):
+        rows = json.loads((REAL_DATA / name).read_text(encoding="utf-8"))
+        assert equal(
+            tokenizer, [text for row in rows for text in (row["instruction"], row["output"] + "<|endoftext|>")]
+        )
+
+
+def test_a_text_that_is_not_proved_goes_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Normalized text only, and only characters that both cut alike; the others come out right all the same."""
+    module._made.cache_clear()
+    tokenizer = made(NEW_WORDS, nfc=True)
+    fast = fast_bpe(tokenizer)
+    assert fast is not None
+    assert [fast._fits(text) for text in ("plain", "Größe", "e\u0301", "\u0378")] == [True, True, False, False]
+    joins = type(fast)._joins
+    monkeypatch.setattr(type(fast), "_joins", lambda self, pair: joins(self, pair) != ("日" in pair))
+    assert not fast._fits("日本")
+    assert fast._fits("本")
+    assert equal(tokenizer, ["日本", "a"])
+    module._made.cache_clear()
+
+
+def test_a_character_between_words_is_never_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pattern that matches ASCII only: the library keeps what lies between, tiktoken passes over it."""
+    assert fast_bpe(made(r"\p{L}+")) is None
+    module._made.cache_clear()
+    tokenizer = made(r"[\x00-\x7f]+")
+    assert equal(tokenizer, ["ab 日本 cd", "plain"])
+    fast = fast_bpe(tokenizer)
+    assert fast is not None
+    monkeypatch.setattr(type(fast), "_fits", lambda self, text: True)  # the count of bytes alone finds it too
+    assert fast._encoding.decode(fast._encoding.encode_ordinary("ab 日本")) == "ab "
+    assert equal(tokenizer, ["ab 日本 cd", "plain"])
+    module._made.cache_clear()
+
+
+def test_merges_that_differ_are_found() -> None:
+    """`abc` is made from `ab` + `c` only, but `bc` is joined before `ab`: only tiktoken makes it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*alphabet, "bc", "ab", "abc"]
+    bpe = models.BPE({name: i for i, name in enumerate(names)}, [("b", "c"), ("a", "b"), ("ab", "c")])
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert tokenizer.encode("abc").tokens == ["a", "bc"]
+    assert fast_bpe(tokenizer) is None
+    with pytest.MonkeyPatch.context() as patch:  # without the proof the ids would indeed be others
+        patch.setattr(module, "_prove_merges", lambda *_: None)
+        spec = json.loads(tokenizer.to_str())
+        assert module.FastBPE(tokenizer, spec).encode(["abc"])[0].tolist() == [names.index("abc")]
+
+
+def test_ids_in_another_order_than_the_merges() -> None:
+    tokenizer = made()
+    spec = json.loads(tokenizer.to_str())
+    last = len(spec["model"]["vocab"]) - 1
+    spec["model"]["vocab"] = {token: last - number for token, number in spec["model"]["vocab"].items()}
+    turned = Tokenizer.from_str(json.dumps(spec))
+    assert equal(turned, [*CORPUS, *STRANGE])
+
+
+def _with(**changes: Any) -> Tokenizer:
+    spec = json.loads(made().to_str())
+    for key, value in changes.items():
+        (spec["model"] if key in spec["model"] else spec)[key] = value
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def _adding(*tokens: AddedToken) -> Tokenizer:
+    tokenizer = made()
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        pytest.param(lambda: Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), id="no BPE"),
+        pytest.param(lambda: _with(ignore_merges=True), id="whole words first"),
+        pytest.param(lambda: _with(dropout=0.5), id="dropout"),
+        pytest.param(lambda: _with(normalizer={"type": "Lowercase"}), id="lower case"),
+        pytest.param(lambda: _with(pre_tokenizer=None), id="no words"),
+        pytest.param(lambda: _adding(AddedToken("<x>", lstrip=True)), id="lstrip"),
+        pytest.param(lambda: _adding(AddedToken("<x>"), AddedToken("<x>y")), id="one begins another"),
+        pytest.param(
+            lambda: _adding(AddedToken("<x|", normalized=True), AddedToken("|y>", normalized=False)), id="overlap"
+        ),
+    ],
+)
+def test_what_is_not_proved_stays_with_the_library(tokenizer: Any) -> None:
+    assert fast_bpe(tokenizer()) is None
+
+
+def test_added_tokens_are_found_in_texts() -> None:
+    tokenizer = _adding(AddedToken("<|user|>", normalized=False), AddedToken("<|bot|>", normalized=False))
+    assert equal(tokenizer, ["<|user|>hi<|bot|> there<|end|>", "<|user", "<|bot|><|user|>"])
+
+
+@pytest.mark.parametrize("template", ["instruction", "chatml"])
+def test_many_rows_are_encoded_as_few_are(bare_tokenizer: Any, template: str) -> None:
+    from instructft.prompt.loss_mask import Encoder
+    from instructft.prompt.templates import TEMPLATES
+
+    tokenizer = bare_tokenizer()
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in TEMPLATES[template].tokens])
+    tokenizer.eos_token = TEMPLATES[template].stop or tokenizer.eos_token
+    tokenizer.chat_template = TEMPLATES[template].text()
+    encoder = Encoder(tokenizer)
+    rows = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in zip(STRANGE, reversed(CORPUS + STRANGE[:2]), strict=False)
+        if question.strip()
+    ]
+    few, many = encoder.encode(rows), encoder.encode(rows, many=True)
+    assert encoder._fast is not None
+    for name in ("input_ids", "labels", "lengths"):
+        assert getattr(few, name).tolist() == getattr(many, name).tolist()

@@ -1,0 +1,84 @@
+"""Sample answers reach the trackers as text: TensorBoard's files for real, the others through stand-ins."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import instructft
+from instructft.training.sample_texts import TRACKERS, send
+
+TEXTS = [("Who?", "Ada."), ("Where?", "London.")]
+
+
+def test_texts_reach_tensorboard(write_recipe: Callable[..., Path]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    overrides = ["samples=[What is the capital of Norway?]", "train.eval_steps=2", "train.max_steps=4"]
+    recipe = instructft.load_recipe(write_recipe(), overrides)
+    result = instructft.train(recipe, console=Console(file=io.StringIO()))
+    lines = [json.loads(line) for line in (result.output_dir / "samples.jsonl").read_text("utf-8").splitlines()]
+    read = EventAccumulator(str(result.output_dir / "tensorboard"))
+    read.Reload()
+    (tag,) = [tag for tag in read.Tags()["tensors"] if tag.startswith("samples/What is the capital of Norway?")]
+    events = [(event.step, event.tensor_proto.string_val[0].decode()) for event in read.Tensors(tag)]
+    assert events == [(line["step"], line["response"]) for line in lines]
+    assert [step for step, _ in events] == [0, 2, 4]
+
+
+class Recorder(types.ModuleType):
+    """A module with the few names that are called, as wandb 0.2x, mlflow 3 and comet_ml 3 have them."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.calls: list[Any] = []
+        self.run: Any = object()
+
+    def Table(self, columns: list[str], data: list[list[Any]]) -> Any:
+        return {"columns": columns, "data": data}
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.calls.append(values)
+
+    def active_run(self) -> Any:
+        return self.run
+
+    def log_text(self, text: str, where: str = "", step: int = 0, metadata: Any = None) -> None:
+        self.calls.append((text, where, step, metadata))
+
+    def get_running_experiment(self) -> Any:
+        return self if self.run else None
+
+
+def test_texts_reach_other_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {name: Recorder(module) for name, (module, _) in TRACKERS.items()}
+    for module in modules.values():
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert send(["wandb", "mlflow", "comet_ml", "tensorboard", "dvclive"], 30, TEXTS) == []
+    table = {"columns": ["step", "prompt", "answer"], "data": [[30, "Who?", "Ada."], [30, "Where?", "London."]]}
+    assert modules["wandb"].calls == [{"samples": table, "train/global_step": 30}]
+    assert modules["mlflow"].calls == [("Who?\n→ Ada.\n\nWhere?\n→ London.", "samples/step-30.txt", 0, None)]
+    assert modules["comet_ml"].calls == [
+        ("Ada.", "", 30, {"prompt": "Who?"}), ("London.", "", 30, {"prompt": "Where?"}),
+    ]  # fmt: skip
+    for module in modules.values():  # nobody has opened a run
+        module.run, module.calls = None, []
+    send(list(modules), 40, TEXTS)
+    assert [module.calls for module in modules.values()] == [[], [], []]
+
+
+def test_a_tracker_that_fails_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Recorder("wandb")
+    broken.log = lambda values: 1 / 0  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "wandb", broken)
+    said: list[str] = []
+    assert send(["wandb"], 1, TEXTS, said.append) == ["wandb"]
+    assert said == ["train.report_to: wandb took no sample answers: division by zero; no more are sent to it"]
