@@ -15,6 +15,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from instructft import hub_kernels
+
 __version__ = "0.1.0"
 
 # public name -> the module that holds it
@@ -79,3 +81,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+hub_kernels.switch_off()  # before anything imports bitsandbytes

@@ -1,4 +1,9 @@
-"""Proves that a run trained the adapter and nothing else: every frozen weight is the same at the end, bit for bit."""
+"""Proves that a run trained the adapter and nothing else: every frozen weight is the same at the end, bit for bit.
+
+Of a quantized weight its packed bytes are compared and all that they are unpacked with, which is stricter than what
+they stand for, and costs no unpacking. The bytes mean the same before and after, since their layout is fixed
+(`quantize.fix_layout`); where a kernel has laid them out anew, that is said, and not taken for a change.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from transformers import TrainerCallback
 
 from instructft.adapters import count_parameters
 from instructft.errors import InstructftError
+from instructft.quantize import laid_out_anew
 
 _CHUNK = 1 << 22  # numbers at a time
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -115,10 +121,20 @@ def _tensors(model: Any) -> Any:
         # 4 bit: FSDP2 makes plain parameters of the packed weights, and the layer alone keeps their scales then
         weight = module._parameters.get("weight")
         state = getattr(weight, "quant_state", None) or module.__dict__.get("quant_state")
-        if state is not None:
-            yield f"{_plain(name)}.weight:absmax", state.absmax
-            if state.state2 is not None:
-                yield f"{_plain(name)}.weight:absmax2", state.state2.absmax
+        if state is None:
+            continue
+        name = f"{_plain(name)}.weight"
+        if laid_out_anew(state):
+            raise InstructftError(
+                f"{name} lies in memory as a kernel of bitsandbytes for this CPU wants it, expected as it was packed: "
+                "whether the base changed cannot be said. Load the model with instructft, which fixes the layout"
+            )
+        yield f"{name}:absmax", state.absmax
+        yield f"{name}:code", state.code
+        if state.state2 is not None:
+            yield f"{name}:absmax2", state.state2.absmax
+            yield f"{name}:code2", state.state2.code
+            yield f"{name}:offset", state.offset
 
 
 def _plain(name: str) -> str:
