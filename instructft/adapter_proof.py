@@ -65,15 +65,14 @@ class AdapterProof(TrainerCallback):
         if touched and judge:
             raise InstructftError(
                 f"the base changed while its adapter was trained: {len(touched)} weights, the first {touched[0]}. "
-                "The adapter would not fit the base on disk, so nothing was saved"
+                "The adapter would not fit the base on disk"
             )
         must = [name for name in self._before if name not in self._frozen and _learns(name)]
         still = sorted(set(must) - changed)
         if still and self._rate > 0 and judge:
             raise InstructftError(
                 f"the adapter did not move: {len(still)} of {len(must)} tensors are what they were before the first "
-                f"step, the first {still[0]}. It got no gradient (or every step overflowed, with train.fp16); nothing "
-                "was saved"
+                f"step, the first {still[0]}. It got no gradient (or every step overflowed, with train.fp16)"
             )
         trainable, total = self._counts
         return {"trainable": trainable, "total": total, "moved": not still, "base_unchanged": True}

@@ -211,15 +211,13 @@ def measure_quantized(
 def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
-    from instructft.quantize import fix_layout
-
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, **remote_code.flag(), **options
         )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise ModelError(f"{folder} could not be loaded: {str(error).strip().splitlines()[0]}") from error
-    return fix_layout(model).eval(), info
+    return model.eval(), info
 
 
 def _adapted(base: Path, adapter: AdapterFolder, machine: Machine, **options: Any) -> tuple[Any, set[str]]:

@@ -15,7 +15,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from instructft.errors import UsageError
+from instructft.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -139,11 +139,33 @@ def fix_layout(model: _Model) -> _Model:
     evaluation mode, and back when it is saved. Its scales come back rounded to bfloat16, so that a run that evaluates
     would train on another base than it began with; and layers whose sides are no multiples of 32 and 64 are not
     packed, but raise an error (bitsandbytes 0.50).
+
+    Raises:
+        ModelError: this CPU would compute with other weights than were packed.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+            _refuse_rows_in_parts(name, module)
     return model
+
+
+def _refuse_rows_in_parts(name: str, layer: Any) -> None:
+    """With AVX-512 every row is unpacked as if a block of weights began there, and past the end of the scales.
+
+    Rows of real models are whole blocks of 64 with few exceptions (bitsandbytes 0.50, `dequantizeBlockwise4bitCpu`).
+    """
+    import torch
+
+    weight = layer.weight
+    if weight.device.type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return
+    if layer.in_features % weight.blocksize:
+        raise ModelError(
+            f"{name}: its rows of {layer.in_features} weights are no whole blocks of {weight.blocksize}, and "
+            "bitsandbytes unpacks such 4-bit weights wrongly on a CPU with AVX-512; use a GPU, "
+            "model.quantization=8bit or model.quantization=none"
+        )
 
 
 def laid_out_anew(state: Any) -> bool:

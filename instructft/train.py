@@ -22,7 +22,7 @@ from instructft.out_of_memory import explained
 from instructft.processes import first_process
 from instructft.recipe import Recipe, check_against_installed
 from instructft.resume import GoingOn, find, going_on, identity
-from instructft.run_folder import collect_facts, library_versions, make_folder, refuse_used_folder, save
+from instructft.run_folder import collect_facts, kept_unproved, library_versions, make_folder, refuse_used_folder, save
 from instructft.starting_point import base_record, started_from
 from instructft.stream import Streamed, prepare_stream
 
@@ -114,10 +114,11 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
 
         with explained(recipe, trainer):
             _run(trainer, start, console)
-            adapter = prove_adapter(proof, trainer, console)
-            metrics = final_metrics(trainer)
+            with kept_unproved(trainer, tokenizer, console):
+                adapter = prove_adapter(proof, trainer, console)
+                metrics = final_metrics(trainer)
+                facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter | {"base": base}
 
-        facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter | {"base": base}
         save(trainer, recipe, tokenizer, facts, data)
         state.wait_for_everyone()  # the others need not wait for an upload
         status = publisher.finish(final=True) if publisher else None
