@@ -51,7 +51,8 @@ def recipe(base: Path, tmp_path: Path, *overrides: str) -> Any:
     path.write_text(
         f"""
 model: {{name_or_path: {base}, quantization: 4bit}}
-data: {{datasets: [{{name: quickstart, rows: 24}}], template: instruction, max_length: 128, splits: {{validation: 0.2}}}}
+data: {{datasets: [{{name: quickstart, rows: 24}}], template: instruction, max_length: 128,
+        splits: {{validation: 0.2}}}}
 adapter: {{type: lora, r: 4, alpha: 8}}
 train: {{max_steps: 3, per_device_train_batch_size: 4, logging_steps: 1, warmup_steps: 0, learning_rate: 1e-2,
          eval_strategy: steps, eval_steps: 1, use_cpu: true, save_strategy: steps, save_steps: 1, report_to: none}}
@@ -130,7 +131,7 @@ def test_no_bit_of_packed_weights_moves_from_training_to_the_merge(
 
     tuned, tokenizer = trained.load_for_inference(str(result.output_dir))
     Generator(tuned, tokenizer).answers([[{"role": "user", "content": "Name a colour."}]], 3)
-    evaluate(tuned, [{"prompt": "Name a colour.", "response": "Red."}], tokenizer=tokenizer, max_new_tokens=3)
+    evaluate(tuned, [{"prompt": "Name a colour.", "completion": "Red."}], tokenizer=tokenizer, max_new_tokens=3)
     tuned.train()
     tuned.eval()
     tuned.state_dict()
@@ -268,7 +269,9 @@ def child(tmp_path: Path) -> Callable[[str], tuple[set[str], str]]:
     package, asked = tmp_path / "path" / "kernels", tmp_path / "asked"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(
-        f"def get_kernel(name, **_):\n    open({str(asked)!r}, 'a').write(name + '\\n')\n    raise OSError('no network')\n"
+        "def get_kernel(name, **_):\n"
+        f"    open({str(asked)!r}, 'a').write(name + '\\n')\n"
+        "    raise OSError('no network')\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package.parent), *sys.path])}
 
