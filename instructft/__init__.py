@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from instructft.adapters import hub_kernels
 from instructft.version import __version__
 
 # public name -> the module that holds it
@@ -62,3 +63,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+hub_kernels.switch_off()  # before anything imports bitsandbytes

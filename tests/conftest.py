@@ -127,6 +127,17 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(params=[True, False], ids=["avx512_bf16", "no avx512_bf16"])
+def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """On either kind of CPU: bitsandbytes' 4-bit layers that are made here believe that AVX-512 BF16 is there, or not.
+
+    Where it is, they would lay their weights out anew in evaluation mode (`quantize.fix_layout`).
+    """
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: request.param)
+    return bool(request.param)
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A fresh Hub (`tests/hub.py`) that this process reaches too: online for this test, with caches of its own.

@@ -413,7 +413,8 @@ def test_import_loads_nothing_heavy_and_train_is_the_function_in_any_order():
         "import instructft; loaded()\n"
         "import instructft.training.run, instructft.evaluation.metrics, instructft.inference.chat\n"
         "assert callable(instructft.train) and callable(instructft.evaluate) and callable(instructft.generate)\n"
-        "from instructft import train; assert train is instructft.train is sys.modules['instructft.training.run'].train\n"
+        "from instructft import train\n"
+        "assert train is instructft.train is sys.modules['instructft.training.run'].train\n"
         "for name in instructft.__all__: assert getattr(instructft, name) is not None, name\n"
         "assert set(instructft.__all__) == set(dir(instructft))\n"
     )

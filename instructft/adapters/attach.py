@@ -131,10 +131,12 @@ def attach(model: PreTrainedModel, adapter: AdapterFolder, *, trainable: bool = 
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    from instructft.adapters.quantization import fix_layout
+
     weights = load_file(adapter.folder / WEIGHTS)
     if bad := [f"{name} holds NaN or infinity" for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise AdapterError(f"{adapter.folder / WEIGHTS} is not usable:\n" + first_three(sorted(bad)))
-    wrapped = _wrap(model, adapter, trainable)
+    wrapped = _wrap(fix_layout(model), adapter, trainable)
     converted = _check(wrapped, adapter, weights)
     set_peft_model_state_dict(wrapped, weights)
     now = wrapped.state_dict() | get_peft_model_state_dict(wrapped, save_embedding_layers=False)

@@ -1,4 +1,9 @@
-"""Proves that a run trained the adapter and nothing else: every frozen weight is the same at the end, bit for bit."""
+"""Proves that a run trained the adapter and nothing else: every frozen weight is the same at the end, bit for bit.
+
+Of a quantized weight its packed bytes are compared and all that they are unpacked with, which is stricter than what
+they stand for, and costs no unpacking. The bytes mean the same before and after, since their layout is fixed
+(`quantize.fix_layout`); where a kernel has laid them out anew, that is said, and not taken for a change.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from instructft.adapters.lora import count_parameters
+from instructft.adapters.quantization import laid_out_anew
 from instructft.errors import InstructftError
 
 _CHUNK = 1 << 22  # numbers at a time
@@ -59,15 +65,14 @@ class AdapterProof(TrainerCallback):
         if touched and judge:
             raise InstructftError(
                 f"the base changed while its adapter was trained: {len(touched)} weights, the first {touched[0]}. "
-                "The adapter would not fit the base on disk, so nothing was saved"
+                "The adapter would not fit the base on disk"
             )
         must = [name for name in self._before if name not in self._frozen and _learns(name)]
         still = sorted(set(must) - changed)
         if still and self._rate > 0 and judge:
             raise InstructftError(
                 f"the adapter did not move: {len(still)} of {len(must)} tensors are what they were before the first "
-                f"step, the first {still[0]}. It got no gradient (or every step overflowed, with train.fp16); nothing "
-                "was saved"
+                f"step, the first {still[0]}. It got no gradient (or every step overflowed, with train.fp16)"
             )
         trainable, total = self._counts
         return {"trainable": trainable, "total": total, "moved": not still, "base_unchanged": True}
@@ -115,10 +120,20 @@ def _tensors(model: Any) -> Any:
         # 4 bit: FSDP2 makes plain parameters of the packed weights, and the layer alone keeps their scales then
         weight = module._parameters.get("weight")
         state = getattr(weight, "quant_state", None) or module.__dict__.get("quant_state")
-        if state is not None:
-            yield f"{_plain(name)}.weight:absmax", state.absmax
-            if state.state2 is not None:
-                yield f"{_plain(name)}.weight:absmax2", state.state2.absmax
+        if state is None:
+            continue
+        name = f"{_plain(name)}.weight"
+        if laid_out_anew(state):
+            raise InstructftError(
+                f"{name} lies in memory as a kernel of bitsandbytes for this CPU wants it, expected as it was packed: "
+                "whether the base changed cannot be said. Load the model with instructft, which fixes the layout"
+            )
+        yield f"{name}:absmax", state.absmax
+        yield f"{name}:code", state.code
+        if state.state2 is not None:
+            yield f"{name}:absmax2", state.state2.absmax
+            yield f"{name}:code2", state.state2.code
+            yield f"{name}:offset", state.offset
 
 
 def _plain(name: str) -> str:

@@ -4,6 +4,8 @@ Only the base is quantized, and only its linear layers: embeddings, norms and th
 the adapter is float32. `peft.prepare_model_for_kbit_training` is left out on purpose: it would hold embeddings, head
 and norms in float32, 2 GB more for a vocabulary of 128,000 and 4,096 dimensions; autocast and the models' own norms
 already compute in float32 what needs it.
+
+Packed weights lie in memory as `from_pretrained` packs them, in training and in inference (`fix_layout`).
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from instructft.errors import UsageError
+from instructft.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig
 
     from instructft.recipe.schema import Recipe
+
+_Model = TypeVar("_Model", bound="torch.nn.Module")
 
 
 def check(recipe: Recipe) -> None:
@@ -126,3 +130,44 @@ def configuration(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
     )
+
+
+def fix_layout(model: _Model) -> _Model:
+    """Have bitsandbytes leave 4-bit weights as they lie; to be called on every model as soon as it is loaded.
+
+    On a CPU with AVX-512 BF16, `Linear4bit` packs its weights anew for a faster kernel when it first computes in
+    evaluation mode, and back when it is saved. Its scales come back rounded to bfloat16, so that a run that evaluates
+    would train on another base than it began with; and layers whose sides are no multiples of 32 and 64 are not
+    packed, but raise an error (bitsandbytes 0.50).
+
+    Raises:
+        ModelError: this CPU would compute with other weights than were packed.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            _refuse_rows_in_parts(name, module)
+    return model
+
+
+def _refuse_rows_in_parts(name: str, layer: Any) -> None:
+    """With AVX-512 every row is unpacked as if a block of weights began there, and past the end of the scales.
+
+    Rows of real models are whole blocks of 64 with few exceptions (bitsandbytes 0.50, `dequantizeBlockwise4bitCpu`).
+    """
+    import torch
+
+    weight = layer.weight
+    if weight.device.type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return
+    if layer.in_features % weight.blocksize:
+        raise ModelError(
+            f"{name}: its rows of {layer.in_features} weights are no whole blocks of {weight.blocksize}, and "
+            "bitsandbytes unpacks such 4-bit weights wrongly on a CPU with AVX-512; use a GPU, "
+            "model.quantization=8bit or model.quantization=none"
+        )
+
+
+def laid_out_anew(state: Any) -> bool:
+    """Whether the weights of a bitsandbytes `QuantState` lie as only the kernel for AVX-512 BF16 reads them."""
+    return bool(getattr(state, "packing_format_for_cpu", False))

@@ -297,6 +297,7 @@ def load_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
             )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ModelError(not_loaded("model.name_or_path", name, "a model", error)) from error
+    quantization.fix_layout(model)
     rows = model.get_input_embeddings().weight.shape[0]
     adapter = adapter_to_go_on_with(recipe)
     if adapter is not None:

@@ -184,6 +184,8 @@ def _load_weights(name: str, location: str, **options: Any) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from instructft.adapters.quantization import fix_layout
+
     device = _device()
     options = {"dtype": torch.float32 if device == "cpu" else "auto", **options}
     options |= remote_code.pinned(location, options.get("revision"))
@@ -194,7 +196,7 @@ def _load_weights(name: str, location: str, **options: Any) -> PreTrainedModel:
             f"{name} is not whole: it holds no weights for {', '.join(missing[:3])} ({len(missing)} in all)"
         )
     placed = model if "device_map" in options else model.to(device)
-    return cast("PreTrainedModel", placed.eval())
+    return cast("PreTrainedModel", fix_layout(placed).eval())
 
 
 def _whole(name: str, load: Callable[..., Any], *args: Any, **options: Any) -> Any:

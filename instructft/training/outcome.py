@@ -1,12 +1,16 @@
 """What a run leaves when it ends: the facts of `run.json`, and a folder filled with a model that is whole.
 
 What is being written has a name that no library takes for a model: `final.partial/` until the model is whole, then its
-files move to their place, and `run.json` comes last. By `run.json` a run is known to be finished.
+files move to their place, and `run.json` comes last. By `run.json` a run is known to be finished. What fails after the
+last step loses nothing: `unproved/` holds the model then, and the run has failed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +18,15 @@ from instructft.checkpoints.run_folder import PARTIAL
 from instructft.version import __version__
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
     from instructft.data.prepare import Prepared
     from instructft.data.streaming import Streamed
     from instructft.recipe.schema import Recipe
     from instructft.training.trainer import Trainer
+
+UNPROVED = "unproved"  # what was trained in a run that failed after its last step
 
 
 def collect_facts(
@@ -89,6 +96,34 @@ def library_versions(recipe: Recipe) -> dict[str, str]:
     return {"instructft": __version__, **{name: version(name) for name in libraries}}
 
 
+@contextlib.contextmanager
+def kept_unproved(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, console: Console) -> Iterator[None]:
+    """Whatever fails inside, what was trained is kept in `unproved/`, and the error goes on.
+
+    Not where processes share the weights among them: each would have to take part, and others may not have failed.
+    """
+    try:
+        yield
+    except Exception:
+        if trainer.is_world_process_zero() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            folder = Path(trainer.args.output_dir) / UNPROVED
+            try:
+                _write_unproved(trainer, tokenizer, folder)
+                say = f"what was trained is kept in {folder}; it is not proved, and not the run's final model"
+            except Exception as trouble:  # must not hide why the run failed
+                say = f"what was trained could not be kept in {folder}: {trouble}"
+            console.print(say, markup=False, highlight=False)
+        raise
+
+
+def _write_unproved(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    from instructft.models.load import fit_special_tokens
+
+    shutil.rmtree(folder, ignore_errors=True)
+    fit_special_tokens(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
+    trainer.save_model(str(folder))
+
+
 def save(
     trainer: Trainer,
     recipe: Recipe,
@@ -110,6 +145,7 @@ def save(
     if not trainer.is_world_process_zero():
         return
     require_whole(model, run / PARTIAL)
+    shutil.rmtree(run / UNPROVED, ignore_errors=True)  # of an attempt before this one, which is proved
     (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one goes on from there
     _give_names(run / PARTIAL, run)
     plot_loss(run, recipe.name)

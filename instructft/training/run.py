@@ -25,7 +25,7 @@ from instructft.models.starting_point import base_record, started_from
 from instructft.recipe.schema import Recipe, check_against_installed
 from instructft.training.arguments import reporters, training_arguments
 from instructft.training.out_of_memory import explained
-from instructft.training.outcome import collect_facts, library_versions, save
+from instructft.training.outcome import collect_facts, kept_unproved, library_versions, save
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -116,10 +116,11 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
 
         with explained(recipe, trainer):
             _run(trainer, start, console)
-            adapter = prove_adapter(proof, trainer, console)
-            metrics = final_metrics(trainer)
+            with kept_unproved(trainer, tokenizer, console):
+                adapter = prove_adapter(proof, trainer, console)
+                metrics = final_metrics(trainer)
+                facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter | {"base": base}
 
-        facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter | {"base": base}
         save(trainer, recipe, tokenizer, facts, data)
         state.wait_for_everyone()  # the others need not wait for an upload
         status = publisher.finish(final=True) if publisher else None

@@ -67,7 +67,9 @@ def make_base(kind: str, folder: Path) -> Path:
         ids = {"bos_token_id": 0, "eos_token_id": tokenizer().eos_token_id}
         model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=rows, **shape, **ids))
     else:
-        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        width = 128 if kind == "wide" else 32  # rows of whole blocks, as 4-bit weights have them on a CPU
+        shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2}
+        shape["num_attention_heads"] = 2
         shape |= {"max_position_embeddings": 128, "tie_word_embeddings": False}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=rows, **shape))
     with torch.no_grad():
@@ -122,7 +124,7 @@ def make_adapter(
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("bases")
-    return {kind: make_base(kind, place / kind) for kind in ("gpt2", "llama")}
+    return {kind: make_base(kind, place / kind) for kind in ("gpt2", "llama", "wide")}
 
 
 @pytest.fixture
@@ -626,12 +628,14 @@ def test_headers_that_lie(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- quantized
 
 
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("how", ["4bit", "8bit"])
 def test_a_quantized_base_comes_as_it_was_in_training(
     how: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    bnb = pytest.importorskip("bitsandbytes")
-    folder, live, ids = make_adapter(bases["llama"], tmp_path / "adapter")
+    import bitsandbytes as bnb
+
+    folder, live, ids = make_adapter(bases["wide"], tmp_path / "adapter")
     base_json(folder, quantization=how)
     model, _ = load_for_inference(str(folder))
     kind = {"4bit": bnb.nn.Linear4bit, "8bit": bnb.nn.Linear8bitLt}[how]

@@ -193,7 +193,9 @@ def test_a_used_run_folder_is_refused_before_anything_is_loaded(write_recipe: An
     folder = Path(recipe.output_dir)
     folder.mkdir()
     (folder / "model.safetensors").write_text("precious")
-    monkeypatch.setattr(import_module("instructft.training.run"), "load_tokenizer", lambda recipe: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        import_module("instructft.training.run"), "load_tokenizer", lambda recipe: pytest.fail("loaded")
+    )
     with pytest.raises(UsageError, match="already holds a run"):
         instructft.train(recipe)
     assert (folder / "model.safetensors").read_text() == "precious"

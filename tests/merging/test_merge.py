@@ -41,7 +41,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_io, "PIECE", 7 * 32)
 
 
-def make_base(folder: Path, kind: str, dtype: str = "float32", tied: bool = True, shards: str = "5GB") -> Path:
+def make_base(
+    folder: Path, kind: str, dtype: str = "float32", tied: bool = True, shards: str = "5GB", width: int = 32
+) -> Path:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -50,7 +52,12 @@ def make_base(folder: Path, kind: str, dtype: str = "float32", tied: bool = True
         sizes: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 128}
         model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=1490, tie_word_embeddings=tied, **sizes))
     else:
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 128}
+        sizes = {
+            "hidden_size": width,
+            "intermediate_size": width * 3 // 2,
+            "num_hidden_layers": 2,
+            "max_position_embeddings": 128,
+        }
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "bos_token_id": 0}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=1490, tie_word_embeddings=tied, eos_token_id=0, **sizes))
     for parameter in model.parameters():  # biases that are zero would hide a mistake
@@ -489,10 +496,9 @@ def test_a_model_that_does_not_fit_in_memory_is_not_begun(tmp_path: Path, monkey
     assert files_in(tmp_path) == {"base", "adapter"}
 
 
-@pytest.mark.usefixtures("short_answers")
+@pytest.mark.usefixtures("short_answers", "cpu")
 def test_a_quantized_run_merges_into_the_plain_base(tmp_path: Path, tokenizer: Any) -> None:
-    pytest.importorskip("bitsandbytes")
-    base = make_base(tmp_path / "base", "llama", "bfloat16", tied=False)
+    base = make_base(tmp_path / "base", "llama", "bfloat16", tied=False, width=128)
     adapter = with_tokenizer(make_adapter(tmp_path / "adapter", base), tokenizer)
     record = json.loads((adapter / "base.json").read_text())
     (adapter / "base.json").write_text(json.dumps({**record, "quantization": "4bit"}))
