@@ -43,22 +43,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 REPO = Path(__file__).resolve().parent.parent
-REAL_DATA = REPO.parent / "shared" / "data"  # real rows and the real GPT-2 tokenizer, where they are at hand
+DATA = Path(__file__).resolve().parent / "data"
+GPT2 = DATA / "gpt2"  # the real tokenizer
+ROWS = DATA / "rows.json"  # Alpaca's shape
 
 
 @pytest.fixture(scope="session")
 def bare_tokenizer() -> Callable[[], Any]:
-    """Makes a GPT-2-like tokenizer whose pad token is its EOS: the real one where it is at hand."""
+    """Makes a GPT-2 tokenizer whose pad token is its EOS."""
 
     def make() -> Any:
-        if (REAL_DATA / "gpt2-tokenizer").is_dir():
-            from transformers import AutoTokenizer
+        from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(REAL_DATA / "gpt2-tokenizer")
-        else:
-            from instructft.quickstart import tokenizer as bundled
-
-            tokenizer = bundled()
+        tokenizer = AutoTokenizer.from_pretrained(GPT2)
         tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
