@@ -42,6 +42,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="make battery runs it"))
 
 
+# For `accelerate launch` on one machine: torch's `--standalone`, whose store binds port 0 and keeps what it got.
+# Without it two launches at a time both find port 29500 free, and the second that binds it dies.
+OWN_PORT = {"PET_STANDALONE": "1"}
+
 REPO = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
 GPT2 = DATA / "gpt2"  # the real tokenizer

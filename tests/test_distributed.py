@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from conftest import OWN_PORT
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -77,7 +78,7 @@ def two_processes(folder: Path, name: str, **recipe: Any) -> Path:
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    environment = {**os.environ, **OWN_PORT, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
 
 
@@ -156,7 +157,7 @@ def test_two_processes_that_were_stopped_go_on_bit_for_bit(data: Path) -> None:
     assert not (out / "run.json").exists()
 
     with subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1", "SLOW": "0.3"}, stdout=subprocess.DEVNULL,
+        command, env={**os.environ, **OWN_PORT, "OMP_NUM_THREADS": "1", "SLOW": "0.3"}, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,
     ) as launcher:  # fmt: skip
         wait_for(lambda: metrics(out)[-1]["step"] >= 4)

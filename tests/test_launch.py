@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from conftest import OWN_PORT
 
 from instructft import cli, launch
 from instructft.checkpoint import verify
@@ -29,7 +30,7 @@ REPO = Path(__file__).resolve().parent.parent
 ACCELERATE = REPO / "recipes" / "accelerate"
 CLUSTER = REPO / "recipes" / "cluster"
 NAMES = sorted(path.stem for path in ACCELERATE.iterdir())
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+ENVIRONMENT = {**os.environ, **OWN_PORT, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
 COMMAND = [sys.executable, "-m", "instructft", "launch"]
 
 
