@@ -6,7 +6,8 @@
 - first: seconds from `instructft train quickstart` to the end of its first step; the aim is 15.
 - shares: one epoch of a GPT-2 shape of 4 layers × 256 on 999 rows in Alpaca's shape with every default of a
   recipe (a checkpoint and a validation at every quarter and tenth of the run), and the share of its time that each
-  takes; the aim for checkpoints is 5%. A checkpoint here is the model, AdamW's state and the hashes of all files, brought to the disk.
+  takes; the aim for checkpoints is 5%. A checkpoint here is the model, AdamW's state and the hashes of all files,
+  brought to the disk.
 """
 
 from __future__ import annotations

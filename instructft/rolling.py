@@ -152,7 +152,7 @@ class Batch:
 
 
 def _cache_name() -> str:
-    """What `generate` calls the cache that it takes and returns: transformers 5.24 renamed it, and warns of the other."""
+    """The name of the cache that `generate` takes and returns; transformers 5.24 renamed it, and warns of the old."""
     from transformers.generation import GenerateDecoderOnlyOutput
 
     return "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
