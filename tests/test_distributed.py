@@ -32,6 +32,7 @@ train:
    optim: sgd, learning_rate: 0.5}}
 output_dir: {out}
 """
+pytestmark = pytest.mark.timeout(400)
 DDP = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
 
 # The command, with a note of each process that encodes rows; STOP=RANK:STEP sends one process SIGTERM in a step.
@@ -79,7 +80,7 @@ def two_processes(folder: Path, name: str, **recipe: Any) -> Path:
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **OWN_PORT, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def one_process(two: Path, rows: int, accumulation: int) -> Path:

@@ -224,6 +224,7 @@ def steps(run: Path) -> int:
     return len(path.read_text().splitlines()) if path.is_file() else 0
 
 
+@pytest.mark.timeout(400)
 def test_a_run_on_two_processes_is_stopped_and_goes_on(tmp_path: Path) -> None:
     """Real workers on the CPU: SIGTERM to the launcher is 143 and a sealed checkpoint; the same command ends with 0."""
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "run"
