@@ -8,7 +8,9 @@ RUN := runs/quickstart
 export OMP_WAIT_POLICY ?= PASSIVE
 unexport TOKENIZERS_PARALLELISM
 
-.PHONY: help quickstart test lint types battery bench-gpu venv clean
+TEST := -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --durations=12
+
+.PHONY: help quickstart test test-latest lint types battery bench-gpu venv clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -20,10 +22,14 @@ quickstart: venv  ## train a small chat model offline, compare it with where it 
 	@$(BIN)/instructft evaluate $(RUN) --base start --show 12
 	@printf '\nTalk to it:\n  %s\n' '$(BIN)/instructft chat $(RUN)'
 
-test: export HF_HUB_DISABLE_TELEMETRY := 1
-test: export OMP_NUM_THREADS ?= 1
+test test-latest: export HF_HUB_DISABLE_TELEMETRY := 1
+test test-latest: export OMP_NUM_THREADS ?= 1
 test: venv  ## run the tests (no network, no GPU), on as many cores as there are
-	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --durations=12 $(ARGS)
+	@$(BIN)/python $(TEST) $(ARGS)
+
+test-latest:  ## run the tests on the newest that pyproject.toml allows, in .venv-latest
+	@sh scripts/venv.sh latest
+	@.venv-latest/bin/python $(TEST) $(ARGS)
 
 lint: venv  ## style and format, checked not changed
 	@$(BIN)/python -m ruff check .
@@ -33,7 +39,7 @@ types: venv  ## static types
 	@$(BIN)/python -m mypy
 
 battery: export INSTRUCTFT_KILLS := 17
-battery: lint types test quickstart  ## everything above, with fifty killed runs: what a release must pass
+battery: lint types test test-latest quickstart  ## everything above, with fifty killed runs: what a release must pass
 
 bench-gpu: venv  ## speed on one NVIDIA GPU beside TRL and a plain loop; ARGS="--only gpt2" goes to the script
 	@$(BIN)/python benchmarks/gpu.py $(ARGS)
@@ -41,6 +47,6 @@ bench-gpu: venv  ## speed on one NVIDIA GPU beside TRL and a plain loop; ARGS="-
 venv:  ## the virtual environment with the tested versions, made once
 	@sh scripts/venv.sh
 
-clean:  ## remove .venv, caches and build output; runs/ stays
-	@rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean:  ## remove .venv and .venv-latest, caches and build output; runs/ stays
+	@rm -rf .venv .venv-latest build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

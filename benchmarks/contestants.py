@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep import REAL, build_rows
+from data_prep import DATA, build_rows
 
 LEARNING_RATE = 5e-4
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -396,9 +396,9 @@ def make(task: Task, source: Path, rows: int) -> dict[str, Any]:
 
 
 def source_and_tokenizer(folder: Path, bundled: bool = False) -> tuple[Path, str]:
-    """The real rows and tokenizer where they are at hand, else (or if asked for) the bundled ones, which are small."""
-    if REAL.is_dir() and not bundled:
-        return REAL / "alpaca_gpt4_sample.json", str(REAL / "gpt2-tokenizer")
+    """The rows of the tests and the tokenizer of GPT-2, or the bundled ones, which are small."""
+    if not bundled:
+        return DATA / "rows.json", str(DATA / "gpt2")
     from instructft.data.quickstart import rows, tokenizer
 
     tokenizer().save_pretrained(folder / "tokenizer")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
-REAL = REPO.parent / "shared" / "data"
+DATA = REPO / "tests" / "assets"
 
 
 def build_rows(source: Path, target: Path, rows: int) -> None:
@@ -139,8 +139,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--data", default=str(REAL / "alpaca_gpt4_sample.json"))
-    parser.add_argument("--tokenizer", default=str(REAL / "gpt2-tokenizer"))
+    parser.add_argument("--data", default=str(DATA / "rows.json"))
+    parser.add_argument("--tokenizer", default=str(DATA / "gpt2"))
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--worker", choices=["ours", "trl", "bare"])
     parser.add_argument("--packing", action="store_true")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+DATA = Path(__file__).resolve().parent.parent / "tests" / "assets"
 END = 2.0  # how much longer the end token's embedding is than others'
 
 
@@ -43,8 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32, help="of ours and of the pipeline")
-    parser.add_argument("--data", type=Path, default=DATA / "instruction-data.json")
-    parser.add_argument("--tokenizer", default=str(DATA / "gpt2-tokenizer"))
+    parser.add_argument("--data", type=Path, default=DATA / "rows.json")
+    parser.add_argument("--tokenizer", default=str(DATA / "gpt2"))
     parser.add_argument("--rolling-off", action="store_true", help="ours also without rows that leave and join")
     options = parser.parse_args()
 
@@ -60,7 +60,8 @@ def main() -> None:
     tokenizer.padding_side = "left"
     tokenizer.chat_template = TEMPLATES["instruction"].text()
     model = build(tokenizer)
-    rows = json.loads(options.data.read_text(encoding="utf-8"))[: options.prompts]
+    given = json.loads(options.data.read_text(encoding="utf-8"))
+    rows = [given[i % len(given)] for i in range(options.prompts)]
     asked = [[{"role": "user", "content": row["instruction"], "input": row["input"]}] for row in rows]
     generator = Generator(model, tokenizer)
     texts: dict[str, list[str]] = {}

@@ -1,9 +1,9 @@
-"""Training on one GPU: ours, TRL's SFTTrainer and a plain PyTorch loop, on packs of real-length rows.
+"""Training on one GPU: ours, TRL's SFTTrainer and a plain PyTorch loop, on packs of rows of many lengths.
 
     make bench-gpu      (python benchmarks/gpu.py [--repeats 3] [--steps 20] [--only gpt2] [--lengths 1024,2048])
 
-GPT-2 124M and the shape of Qwen3-0.6B in full, the shape of Llama-3.1-8B by LoRA and QLoRA; random weights, rows of
-Alpaca-GPT4 in packs of 1,024 and 2,048 tokens, bfloat16 autocast over float32 weights or a frozen bfloat16 base.
+GPT-2 124M and the shape of Qwen3-0.6B in full, the shape of Llama-3.1-8B by LoRA and QLoRA; random weights, rows in
+Alpaca's shape in packs of 1,024 and 2,048 tokens, bfloat16 autocast over float32 weights or a frozen bfloat16 base.
 Settings that need a library that is not installed (flash-attention, Liger, torchao) are left out, and it says so. A
 setting that fails, such as one that runs out of memory, is told and does not end the comparison.
 

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 MIB = 1 << 20
-TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "data" / "gpt2-tokenizer"
+TOKENIZER = Path(__file__).resolve().parents[1] / "tests" / "assets" / "gpt2"
 
 GPT2 = "model_type: gpt2, vocab_size: 50257, n_positions: 1024"
 LLAMA = "model_type: llama, vocab_size: 50257, tie_word_embeddings: false"
@@ -98,9 +98,8 @@ def recipe(folder: Path, config: str, batch: int, width: int) -> Path:
     ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     path = folder / "memory.yaml"
-    tokenizer = TOKENIZER if TOKENIZER.is_dir() else "quickstart"
     path.write_text(
-        f"model: {{config: {{{config}}}, tokenizer: {tokenizer}}}\n"
+        f"model: {{config: {{{config}}}, tokenizer: {TOKENIZER}}}\n"
         f"data: {{datasets: [{{path: {folder / 'rows.jsonl'}}}], template: instruction, max_length: {width}, "
         "splits: {validation: 0}}\n"
         f"train: {{max_steps: 4, per_device_train_batch_size: {batch}, use_cpu: true, save_strategy: 'no', "

@@ -2,10 +2,10 @@
 
     python benchmarks/scaling.py [--only length,batch,size,processes,data,gpus] [--steps 4] [--plots FOLDER]
 
-Ours, each point in a process of its own; a GPT-2 shape of 4 layers × 256 on packs of real Alpaca rows unless a curve
-varies it. Prints a table for each curve, with the exponent between neighbours: 1 means that time grows as fast as what
-was varied. `--plots` draws each as a small PNG. `gpus` is measured nowhere: it is what `instructft check` estimates for
-64 GPUs that divide a model by FSDP2.
+Ours, each point in a process of its own; a GPT-2 shape of 4 layers × 256 on packs of rows in Alpaca's shape unless a
+curve varies it. Prints a table for each curve, with the exponent between neighbours: 1 means that time grows as fast as
+what was varied. `--plots` draws each as a small PNG. `gpus` is measured nowhere: it is what `instructft check`
+estimates for 64 GPUs that divide a model by FSDP2.
 """
 
 from __future__ import annotations

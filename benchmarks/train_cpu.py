@@ -2,8 +2,8 @@
 
     python benchmarks/train_cpu.py [--repeats 3] [--steps 8] [--cases padded,shuffled,packed] [--max-length 512]
 
-A GPT-2 shape of 4 layers × 256 with GPT-2's 50,257 tokens, float32, AdamW; batches of 8 rows of Alpaca-GPT4 behind
-the template `instruction`, only answers carry loss. Cases:
+A GPT-2 shape of 4 layers × 256 with GPT-2's 50,257 tokens, float32, AdamW; batches of 8 rows in Alpaca's shape
+behind the template `instruction`, only answers carry loss. Cases:
 
 - padded: batches of rows of like length, in one order for all three. TRL also without padding (`padding_free`).
 - shuffled: batches in any order, as TRL takes rows by default.

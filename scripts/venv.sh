@@ -8,19 +8,25 @@
 #
 # Why from nothing: pip takes a package that an interrupted run left half copied for an installed one,
 # and the programs of a copied .venv start the Python of the original.
+# `venv.sh latest` makes .venv-latest: the newest that pyproject.toml allows, on the torch of constraints.txt (a newer
+# one would be gigabytes to fetch). Its stamp holds the day too, so that it is brought up to date once a day.
 # POSIX sh; works with every pip that Python 3.10 to 3.13 ships. PYTHON=… chooses the interpreter.
 set -eu
 
 cd "$(dirname "$0")/.."
 here=$(pwd -P)
-venv=.venv
+case ${1:-} in
+  '') venv=.venv pins=constraints.txt upgrade= day= ;;
+  latest) venv=.venv-latest pins=.venv-latest/torch.txt upgrade='--upgrade --upgrade-strategy eager' day=", $(date +%F)" ;;
+  *) printf 'venv.sh: found %s, expected nothing or: latest\n' "$1" >&2; exit 2 ;;
+esac
 log=$venv/install.log
 # A stray PYTHONPATH would pass other people's packages off as installed; PIP_USER fights every virtual environment.
 unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # Two lines: what the environment was built from, and where.
-key="$(cat pyproject.toml constraints.txt | cksum), $(grep '^__version__' instructft/version.py)
+key="$(cat pyproject.toml constraints.txt | cksum), $(grep '^__version__' instructft/version.py)$day
 $here"
 
 if [ ! -e $venv/.unfinished ] && [ "$(cat $venv/.stamp 2>/dev/null)" = "$key" ] && $venv/bin/python -c '' 2>/dev/null; then
@@ -88,16 +94,19 @@ if ! usable >/dev/null 2>&1; then
   rm -rf $venv
   mkdir $venv
   touch $venv/.unfinished
-  step "[1/4] virtual environment .venv, $("$python" --version)" "$python" -m venv $venv
+  step "[1/4] virtual environment $venv, $("$python" --version)" "$python" -m venv $venv
 else
   touch $venv/.unfinished
   : >$log
-  say "[1/4] virtual environment .venv, $($venv/bin/python --version): here already"
+  say "[1/4] virtual environment $venv, $($venv/bin/python --version): here already"
 fi
 rm -f $venv/.stamp
+[ $pins = constraints.txt ] || grep '^torch==' constraints.txt >$pins
 # torch first and alone: it is most of the download, and its version decides what everything after it may ask for.
-step "[2/4] torch, 0.2 to 3 GB to fetch the first time" $venv/bin/python -m pip install --no-compile -c constraints.txt torch
-step "[3/4] instructft and what it stands on" $venv/bin/python -m pip install --no-compile -c constraints.txt -e ".[dev,quant,ui]"
+step "[2/4] torch, 0.2 to 3 GB to fetch the first time" $venv/bin/python -m pip install --no-compile -c $pins torch
+# shellcheck disable=SC2086  # $upgrade is several words, or none
+step "[3/4] instructft and what it stands on" \
+  $venv/bin/python -m pip install --no-compile $upgrade -c $pins -e ".[dev,quant,ui]"
 # pip would compile 15,000 files, most never imported (--no-compile: half the time); this compiles those that are.
 step "[4/4] first start" $venv/bin/python -c '
 import datasets, matplotlib.pyplot, peft, pytest, sacrebleu, tensorboard, torch, transformers, trl

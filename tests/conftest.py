@@ -42,23 +42,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="make battery runs it"))
 
 
+# For `accelerate launch` on one machine: torch's `--standalone`, whose store binds port 0 and keeps what it got.
+# Without it two launches at a time both find port 29500 free, and the second that binds it dies.
+OWN_PORT = {"PET_STANDALONE": "1"}
+
 REPO = Path(__file__).resolve().parent.parent
-REAL_DATA = REPO.parent / "shared" / "data"  # real rows and the real GPT-2 tokenizer, where they are at hand
+DATA = Path(__file__).resolve().parent / "assets"
+GPT2 = DATA / "gpt2"  # the real tokenizer
+ROWS = DATA / "rows.json"  # Alpaca's shape
 
 
 @pytest.fixture(scope="session")
 def bare_tokenizer() -> Callable[[], Any]:
-    """Makes a GPT-2-like tokenizer whose pad token is its EOS: the real one where it is at hand."""
+    """Makes a GPT-2 tokenizer whose pad token is its EOS."""
 
     def make() -> Any:
-        if (REAL_DATA / "gpt2-tokenizer").is_dir():
-            from transformers import AutoTokenizer
+        from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(REAL_DATA / "gpt2-tokenizer")
-        else:
-            from instructft.data.quickstart import tokenizer as bundled
-
-            tokenizer = bundled()
+        tokenizer = AutoTokenizer.from_pretrained(GPT2)
         tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
@@ -131,7 +132,7 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
 def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """On either kind of CPU: bitsandbytes' 4-bit layers that are made here believe that AVX-512 BF16 is there, or not.
 
-    Where it is, they would lay their weights out anew in evaluation mode (`quantize.fix_layout`).
+    Where it is, they would lay their weights out anew in evaluation mode (`quantization.fix_layout`).
     """
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: request.param)

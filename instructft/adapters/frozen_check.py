@@ -2,7 +2,7 @@
 
 Of a quantized weight its packed bytes are compared and all that they are unpacked with, which is stricter than what
 they stand for, and costs no unpacking. The bytes mean the same before and after, since their layout is fixed
-(`quantize.fix_layout`); where a kernel has laid them out anew, that is said, and not taken for a change.
+(`quantization.fix_layout`); where a kernel has laid them out anew, that is said, and not taken for a change.
 """
 
 from __future__ import annotations

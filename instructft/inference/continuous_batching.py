@@ -141,14 +141,21 @@ class Batch:
 
         options = {**generator.options(steps, *self.settings), "return_dict_in_generate": True}
         if cache is not None:
-            options["past_key_values"] = cache
+            options[_cache_name()] = cache
         with generator.evaluating():
             out = generator.model.generate(input_ids=ids, attention_mask=mask, stopping_criteria=[ended], **options)
         for row, new in zip(rows, out.sequences[:, width:].tolist(), strict=True):
             new = new[: row.limit - len(row.made)]
             end = next((n for n, token in enumerate(new, 1) if token in generator.stop_ids), len(new))
             row.made += new[:end]
-        return getattr(out, "past_key_values", None)
+        return getattr(out, _cache_name(), None)
+
+
+def _cache_name() -> str:
+    """The name of the cache that `generate` takes and returns; transformers 5.24 renamed it, and warns of the old."""
+    from transformers.generation import GenerateDecoderOnlyOutput
+
+    return "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
 def _is_plain(cache: Any) -> bool:

@@ -367,7 +367,6 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.timeout(180)
 def test_a_push_that_is_killed_leaves_one_whole_model(model: Path, tmp_path: Path, hub: LocalHub) -> None:
     """At each request of a push over another model, and of one into a new repository."""
     push(model)

@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import instructft
+from tests.conftest import OWN_PORT
 
 RECIPE = """
 model:
@@ -31,6 +32,7 @@ train:
    optim: sgd, learning_rate: 0.5}}
 output_dir: {out}
 """
+pytestmark = pytest.mark.timeout(400)
 DDP = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
 
 # The command, with a note of each process that encodes rows; STOP=RANK:STEP sends one process SIGTERM in a step.
@@ -77,8 +79,8 @@ def two_processes(folder: Path, name: str, **recipe: Any) -> Path:
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    environment = {**os.environ, **OWN_PORT, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def one_process(two: Path, rows: int, accumulation: int) -> Path:
@@ -156,7 +158,7 @@ def test_two_processes_that_were_stopped_go_on_bit_for_bit(data: Path) -> None:
     assert not (out / "run.json").exists()
 
     with subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1", "SLOW": "0.3"}, stdout=subprocess.DEVNULL,
+        command, env={**os.environ, **OWN_PORT, "OMP_NUM_THREADS": "1", "SLOW": "0.3"}, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,
     ) as launcher:  # fmt: skip
         wait_for(lambda: metrics(out)[-1]["step"] >= 4)

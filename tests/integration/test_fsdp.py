@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import instructft
 from instructft.checkpoints.manifest import read_manifest, verify
 from instructft.errors import UsageError
 from instructft.models.load_trained import load_for_inference
+from tests.conftest import OWN_PORT
 
 CONFIG = """compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
@@ -53,50 +55,41 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case trained by two processes: in one go (`NAME-whole`), and stopped in step 5 and gone on with."""
-    folder = tmp_path_factory.mktemp("fsdp")
+def trained(folder: Path, name: str) -> list[list[dict[str, Any]]]:
+    """A case trained by two processes: in one go (`whole`), and stopped in step 5 and resumed (`stopped`).
+
+    Returns what each process noted: of the run in one go, the one that was stopped, the one that was resumed.
+    """
+    model, adapter, template, state_dict = CASES[name]
     rows = [{"instruction": f"Say {i * 7919}.", "output": " ".join([f"{i * 104729}"] * (1 + i % 7))} for i in range(60)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    start, base = folder / "base.yaml", folder / "base"
+    new = f"config: {MODELS[model]}, tokenizer: quickstart"
+    start.write_text(RECIPE.format(model=new, data=data, template="instruction", adapter=""))
+    recipe = instructft.load_recipe(start)
+    tokenizer = instructft.load_tokenizer(recipe)
+    instructft.load_model(recipe, tokenizer).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(model=f"name_or_path: {base}", data=data, template=template, adapter=adapter))
     plan: list[dict[str, Any]] = []
-    for name, (model, adapter, template, state_dict) in CASES.items():
-        start = f"config: {MODELS[model]}, tokenizer: quickstart"
-        base = folder / model
-        if not base.exists():
-            path = folder / f"{model}-base.yaml"
-            path.write_text(RECIPE.format(model=start, data=folder / "rows.jsonl", template="instruction", adapter=""))
-            recipe = instructft.load_recipe(path)
-            tokenizer = instructft.load_tokenizer(recipe)
-            instructft.load_model(recipe, tokenizer).save_pretrained(base)
-            tokenizer.save_pretrained(base)
-        path = folder / f"{name}.yaml"
-        path.write_text(
-            RECIPE.format(model=f"name_or_path: {base}", data=folder / "rows.jsonl", template=template, adapter=adapter)
-        )
-        for run, stop in (("whole", None), ("stopped", 5), ("stopped", None)):
-            out = [f"output_dir={folder / f'{name}-{run}'}", *(["samples=[]"] if run == "stopped" else [])]
-            plan.append({"recipe": str(path), "overrides": out, "state_dict": state_dict, "stop": stop})
+    for run, stop in (("whole", None), ("stopped", 5), ("stopped", None)):
+        out = [f"output_dir={folder / run}", *(["samples=[]"] if run == "stopped" else [])]
+        plan.append({"recipe": str(path), "overrides": out, "state_dict": state_dict, "stop": stop})
     (folder / "plan.json").write_text(json.dumps(plan))
     (folder / "fsdp.yaml").write_text(CONFIG)
     program = str(Path(__file__).parents[1] / "helpers" / "fsdp.py")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "fsdp.yaml")]
     done = subprocess.run(
         [*launch, program, str(folder / "plan.json")],
-        capture_output=True, text=True, check=False, timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+        capture_output=True, text=True, check=False,
+        env={**os.environ, **OWN_PORT, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
     )  # fmt: skip
     assert done.returncode == 0, [line for line in done.stderr.splitlines() if "Error" in line]
-    return folder
-
-
-def notes(folder: Path, name: str) -> list[list[dict[str, Any]]]:
-    """For each process what it noted of a case: the run in one go, the one that was stopped, the one that went on."""
-    at = list(CASES).index(name) * 3
-    found = [
-        [json.loads(line) for line in (folder / f"notes-{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)
-    ]
-    return [lines[at : at + 3] for lines in found]
+    return [[json.loads(line) for line in (folder / f"notes-{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -108,10 +101,21 @@ def logged(run: Path, *names: str) -> list[dict[str, Any]]:
     return [{name: line[name] for name in ("step", *names) if name in line} for line in lines]
 
 
+@pytest.mark.timeout(600)  # two processes start, and train three times
 @pytest.mark.parametrize("name", CASES)
-def test_each_process_holds_a_part_of_every_weight(folder: Path, name: str) -> None:
-    both = notes(folder, name)
-    for first, second in zip(*both, strict=True):
+def test_two_processes_that_share_the_weights(tmp_path: Path, name: str) -> None:
+    """One launch a case, since its start takes longer than its runs: all that a case promises is looked at here."""
+    notes = trained(tmp_path, name)
+    each_process_holds_a_part_of_every_weight(notes)
+    losses_and_weights_are_those_of_one_process(tmp_path)
+    what_is_saved_opens_and_is_whole(tmp_path / "whole")
+    a_checkpoint_is_sealed_with_the_files_of_every_process(tmp_path / "whole" / "checkpoint-6", CASES[name][3])
+    a_stopped_run_is_resumed_bit_for_bit(tmp_path, notes)
+
+
+def each_process_holds_a_part_of_every_weight(notes: list[list[dict[str, Any]]]) -> None:
+    assert [len(runs) for runs in notes] == [3, 3]
+    for first, second in zip(*notes, strict=True):
         for note in (first, second):
             assert note["fsdp2"]
             assert note["sharded"] == note["parameters"] > 20
@@ -119,11 +123,10 @@ def test_each_process_holds_a_part_of_every_weight(folder: Path, name: str) -> N
         assert 0.4 < first["numbers"][1] / first["numbers"][0] < 0.6
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_losses_and_weights_are_those_of_one_process(folder: Path, name: str) -> None:
-    two, one = folder / f"{name}-whole", folder / f"{name}-one"
+def losses_and_weights_are_those_of_one_process(folder: Path) -> None:
+    two, one = folder / "whole", folder / "one"
     recipe = instructft.load_recipe(
-        folder / f"{name}.yaml", ["train.per_device_train_batch_size=4", f"output_dir={one}", "samples=[]"]
+        folder / "recipe.yaml", ["train.per_device_train_batch_size=4", f"output_dir={one}", "samples=[]"]
     )
     instructft.train(recipe, console=Console(quiet=True))
     for key in ("loss", "eval_loss", "grad_norm"):
@@ -140,10 +143,8 @@ def test_losses_and_weights_are_those_of_one_process(folder: Path, name: str) ->
     assert samples == [0, 4, 6]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_what_is_saved_opens_and_is_whole(folder: Path, name: str) -> None:
+def what_is_saved_opens_and_is_whole(run: Path) -> None:
     """The final model and a checkpoint: no rank's part of a weight is missing or zero."""
-    run = folder / f"{name}-whole"
     final, _ = load_for_inference(str(run))
     half, _ = load_for_inference(str(run / "checkpoint-3"))
     before = dict(half.named_parameters())
@@ -156,28 +157,25 @@ def test_what_is_saved_opens_and_is_whole(folder: Path, name: str) -> None:
     assert len(moved) >= len(weights(run)) - 2  # a tied head counts once; key biases hardly move
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_checkpoint_is_sealed_with_the_files_of_every_process(folder: Path, name: str) -> None:
-    checkpoint = folder / f"{name}-whole" / "checkpoint-6"
+def a_checkpoint_is_sealed_with_the_files_of_every_process(checkpoint: Path, state_dict: str) -> None:
     assert verify(checkpoint).step == 6
     files = set(read_manifest(checkpoint)["files"])
     assert {
         f"{what}_{rank}.{kind}" for what, kind in (("rng_state", "pth"), ("progress", "json")) for rank in (0, 1)
     } <= files
-    if CASES[name][3] == "SHARDED_STATE_DICT":
+    if state_dict == "SHARDED_STATE_DICT":
         for part in ("pytorch_model_fsdp_0", "optimizer_0"):
             assert {f"{part}/.metadata", f"{part}/__0_0.distcp", f"{part}/__1_0.distcp"} <= files
     else:
         assert {"pytorch_model_fsdp.bin", "optimizer.bin"} <= files
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, name: str) -> None:
-    for _, stopped, on in notes(folder, name):
+def a_stopped_run_is_resumed_bit_for_bit(folder: Path, notes: list[list[dict[str, Any]]]) -> None:
+    for _, stopped, resumed in notes:
         assert stopped["ended"] == "stopped by SIGTERM; checkpoint-5 is saved"
-        assert (on["ended"], on["resumed"]) == ("done", [5])
-        assert on["states"] > 0  # the optimizer's, before the first step
-    whole, other = folder / f"{name}-whole", folder / f"{name}-stopped"
+        assert (resumed["ended"], resumed["resumed"]) == ("done", [5])
+        assert resumed["states"] > 0  # the optimizer's, before the first step
+    whole, other = folder / "whole", folder / "stopped"
     mine, others = weights(whole), weights(other)
     assert set(mine) == set(others)
     assert all(torch.equal(tensor, others[key]) for key, tensor in mine.items())
@@ -186,7 +184,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, name: str) -> None:
     )
 
 
-def test_fsdp_that_accelerate_would_leave_out_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_that_accelerate_would_leave_out_is_refused(
+    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without the patch of `fsdp.py` nothing is sharded on a CPU; the run says so in place of training as DDP."""
     from types import SimpleNamespace
 
@@ -194,7 +194,7 @@ def test_fsdp_that_accelerate_would_leave_out_is_refused(folder: Path, monkeypat
 
     from instructft.training.run import _refuse_what_is_not_here
 
-    recipe = instructft.load_recipe(folder / "gpt2.yaml")
+    recipe = instructft.load_recipe(write_recipe())
     state: Any = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU)
     _refuse_what_is_not_here(recipe, state)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -25,12 +25,13 @@ from instructft.checkpoints.manifest import verify
 from instructft.launch import command
 from instructft.launch.workers import exit_code
 from instructft.recipe.schema import shipped_recipes
+from tests.conftest import OWN_PORT
 
 REPO = Path(__file__).resolve().parents[2]
 ACCELERATE = REPO / "recipes" / "accelerate"
 CLUSTER = REPO / "recipes" / "cluster"
 NAMES = sorted(path.stem for path in ACCELERATE.iterdir())
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+ENVIRONMENT = {**os.environ, **OWN_PORT, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
 COMMAND = [sys.executable, "-m", "instructft", "launch"]
 
 
@@ -224,6 +225,7 @@ def steps(run: Path) -> int:
     return len(path.read_text().splitlines()) if path.is_file() else 0
 
 
+@pytest.mark.timeout(400)
 def test_a_run_on_two_processes_is_stopped_and_goes_on(tmp_path: Path) -> None:
     """Real workers on the CPU: SIGTERM to the launcher is 143 and a sealed checkpoint; the same command ends with 0."""
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "run"

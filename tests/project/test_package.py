@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -76,6 +77,24 @@ def test_every_dependency_is_pinned_within_its_range(python: str) -> None:
     assert checked > 20
 
 
+def test_what_the_package_imports_is_declared() -> None:
+    """Not only brought along by another package, which may stop to."""
+    names = {"ruamel": "ruamel-yaml", "yaml": "pyyaml"}
+    asked = {"vllm"}  # not on every machine; `vllm_backend` says how to get it
+    declared = {canonicalize_name(requirement.name) for requirement in requirements()}
+    imported: dict[str, Path] = {}
+    for path in (ROOT / "instructft").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found = [node.module]
+            imported |= {name.split(".")[0]: path for name in found}
+    assert len(imported) > 40
+    for name, path in imported.items():
+        if name not in sys.stdlib_module_names | asked | {"instructft"}:
+            assert canonicalize_name(names.get(name, name)) in declared, f"{name}, in {path.name}"
+
+
 def test_pins_fit_every_build_of_torch() -> None:
     assert all(not version.local for python in PYTHONS for version in pins(python).values())
 
@@ -93,7 +112,18 @@ def test_make_has_the_targets_and_lists_them() -> None:
     if make is None:
         pytest.skip("no make")
     listed = subprocess.run([make, "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ["quickstart", "test", "lint", "types", "battery", "bench-gpu", "venv", "clean", "help"]:
+    for target in [
+        "quickstart",
+        "test",
+        "test-latest",
+        "lint",
+        "types",
+        "battery",
+        "bench-gpu",
+        "venv",
+        "clean",
+        "help",
+    ]:
         assert re.search(rf"^make {target} +\S", listed, re.M), target
         subprocess.run([make, "-n", target], cwd=ROOT, capture_output=True, check=True)
 
@@ -107,6 +137,51 @@ def test_ci_runs_everything_and_swallows_no_failure() -> None:
     assert not re.search(r"\|\|\s*(true|:)", text)
     for target in ["lint", "types", "test"]:
         assert f"make {target}" in text
+
+
+MAKE = """#!/bin/sh
+echo "$@: $(pwd -P): $(ls -A ..): $(ls -A): $(git log --format=%s)" >>"$CALLS"
+[ "$1" != "$BREAKS" ] || exit 2
+[ "$1" != test ] || echo "$TESTED"
+"""
+
+
+@pytest.mark.parametrize(
+    ("breaks", "tested", "code"),
+    [("", "12 passed", 0), ("", "3 skipped", 1), ("lint", "12 passed", 2), ("test", "12 passed", 2)],
+)
+def test_ci_works_in_a_clone_that_lies_alone(tmp_path: Path, breaks: str, tested: str, code: int) -> None:
+    """With a stand-in for make, in a repository of which one file is committed."""
+    git, bash = shutil.which("git"), shutil.which("bash")
+    if git is None or bash is None:
+        pytest.skip("no git or no bash")
+    checkout, bin, calls = tmp_path / "checkout", tmp_path / "bin", tmp_path / "calls"
+    for folder in (checkout / ".ci", checkout / "scripts", bin, tmp_path / "temporary"):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", checkout / ".ci" / "run")
+    (checkout / "scripts" / "browser.sh").write_text("exit 0\n")
+    (bin / "make").write_text(MAKE)
+    (bin / "make").chmod(0o755)
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        named = ["-c", "user.name=a", "-c", "user.email=a@example.com", "-c", "commit.gpgsign=false"]
+        subprocess.run([git, *named, *command], cwd=checkout, check=True)
+    (checkout / "not-committed").touch()
+    done = subprocess.run(
+        [bash, str(checkout / ".ci" / "run")],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+        env={**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "temporary"),
+             "CALLS": str(calls), "BREAKS": breaks, "TESTED": tested},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    lines = calls.read_text().replace("\n", " ").split("first")[:-1]
+    targets = ["venv", "lint", "types", "test"]
+    assert [line.split(":")[0].strip() for line in lines] == targets[: targets.index(breaks) + 1 if breaks else 4]
+    for line in lines:
+        _, place, beside, inside, _ = line.split(": ")
+        assert place.startswith(str((tmp_path / "temporary").resolve()))
+        assert beside == Path(place).name
+        assert sorted(inside.split()) == [".ci", ".git", "scripts"]
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 # The set-up script, with stand-ins for Python that install nothing
@@ -142,11 +217,11 @@ class Checkout:
         (self.bin / name).write_text(FAKE_PYTHON.format(version=version, no_venv=no_venv))
         (self.bin / name).chmod(0o755)
 
-    def setup(self, **env: str) -> subprocess.CompletedProcess[str]:
+    def setup(self, *which: str, **env: str) -> subprocess.CompletedProcess[str]:
         self.calls.write_text("")
         env = {"PATH": str(self.bin), "CALLS": str(self.calls), "PIP_BREAKS": "", **env}
         return subprocess.run(
-            ["/bin/sh", "scripts/venv.sh"], cwd=self.root, env=env, capture_output=True, text=True, timeout=60
+            ["/bin/sh", "scripts/venv.sh", *which], cwd=self.root, env=env, capture_output=True, text=True, timeout=60
         )
 
     def made_anew(self) -> bool:
@@ -174,6 +249,27 @@ def test_setup_happens_once(checkout: Checkout) -> None:
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
     assert not checkout.made_anew()
     assert not checkout.installed()
+
+
+def test_the_newest_is_installed_beside_the_pinned_on_the_same_torch(checkout: Checkout) -> None:
+    checkout.python("python3", "3.12.1")
+    assert checkout.setup().returncode == 0
+    result = checkout.setup("latest")
+    assert result.returncode == 0, result.stderr
+    assert checkout.made_anew()
+    calls = checkout.calls.read_text()
+    assert "constraints.txt" not in calls
+    assert "--upgrade --upgrade-strategy eager -c .venv-latest/torch.txt -e" in calls
+    (pin,) = (checkout.root / ".venv-latest" / "torch.txt").read_text().splitlines()
+    assert Version(pin.removeprefix("torch==")) == pins("3.12")["torch"]
+    for which in ([], ["latest"]):  # neither disturbs the other
+        assert checkout.setup(*which).stdout == ""
+    stamp = checkout.root / ".venv-latest" / ".stamp"
+    stamp.write_text(re.sub(r"\d{4}-\d\d-\d\d", "2020-02-02", stamp.read_text()))
+    checkout.setup("latest")
+    assert checkout.installed()  # another day
+    assert not checkout.made_anew()
+    assert checkout.setup("newest").returncode == 2
 
 
 @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from instructft.prompt import fast_bpe as module
 from instructft.prompt.fast_bpe import fast_bpe
-from tests.conftest import BATTERY, REAL_DATA
+from tests.conftest import BATTERY, GPT2, ROWS
 
 # Qwen's and Llama 3's way to cut words
 NEW_WORDS = (
@@ -59,9 +59,7 @@ def made(words: str | None = None, nfc: bool = False, size: int = 600) -> Tokeni
 
 
 def real() -> Tokenizer:
-    if not (REAL_DATA / "gpt2-tokenizer").is_dir():
-        pytest.skip("the real GPT-2 tokenizer is not at hand")
-    return Tokenizer.from_file(str(REAL_DATA / "gpt2-tokenizer" / "tokenizer.json"))
+    return Tokenizer.from_file(str(GPT2 / "tokenizer.json"))
 
 
 KINDS: dict[str, Any] = {
@@ -100,12 +98,8 @@ def test_the_ids_are_the_same_for_any_text(tokenizer: Tokenizer, texts: list[str
 
 
 def test_the_ids_of_real_rows_are_the_same() -> None:
-    tokenizer = real()
-    for name in ("alpaca_gpt4_sample.json", "instruction-data.json"):
-        rows = json.loads((REAL_DATA / name).read_text(encoding="utf-8"))
-        assert equal(
-            tokenizer, [text for row in rows for text in (row["instruction"], row["output"] + "<|endoftext|>")]
-        )
+    rows = json.loads(ROWS.read_text(encoding="utf-8"))
+    assert equal(real(), [text for row in rows for text in (row["instruction"], row["output"] + "<|endoftext|>")])
 
 
 def test_a_text_that_is_not_proved_goes_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
