@@ -41,6 +41,16 @@ def name_of(figure: str) -> str:
     return _NAMES.get(figure, figure.replace("_", " "))
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, on one line; its type where it says nothing.
+
+    >>> first_line(ValueError("no such key\\n  at line 3")), first_line(KeyError())
+    ('no such key', 'KeyError')
+    """
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def clock(seconds: float) -> str:
     """A duration.
 

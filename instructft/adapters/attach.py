@@ -28,6 +28,7 @@ from instructft.adapters.adapter_folder import (
     token_rows,
 )
 from instructft.errors import AdapterError, ModelError
+from instructft.formatting import first_line
 from instructft.weights import remote_code
 from instructft.weights.base_record import BASE, BaseModelRecord, base_fingerprint, base_folder, is_hub_id, record_base
 from instructft.weights.weight_files import fingerprint
@@ -173,7 +174,7 @@ def check_fit(adapter: AdapterFolder, base: Path) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, **trust), **trust)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{base} could not be read as a model: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{base} could not be read as a model: {first_line(error)}") from error
     with torch.device("meta"):
         empty = {name: torch.empty(shape) for name, shape in adapter.shapes.items()}
         _check(_wrap(model, adapter, trainable=False, empty=True), adapter, empty)
@@ -197,7 +198,7 @@ def _wrap(model: PreTrainedModel, adapter: AdapterFolder, trainable: bool, empty
             config.init_lora_weights = False
         return PeftModelForCausalLM(model, config, low_cpu_mem_usage=empty)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise AdapterError(f"{adapter.folder} does not fit its base {adapter.base.name_or_path}: {reason}") from error
 
 

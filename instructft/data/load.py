@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.data.readers import ROW, SUFFIXES, columns_of, download, first_line, read_file, suffix_of
+from instructft.data.readers import ROW, SUFFIXES, columns_of, download, read_file, suffix_of
 from instructft.data.sources import FORMATS, SOURCES, Unusable, detect_format, to_conversation
 from instructft.errors import DataError
+from instructft.formatting import first_line
 from instructft.prompt.render import Message
 
 if TYPE_CHECKING:
@@ -188,10 +189,10 @@ def existing(location: str, key: str) -> Path:
 def not_read(entry: DatasetEntry, label: str, key: str, error: Exception) -> str:
     """Say in words why a data set could not be read or fetched, and what to try."""
     if entry.path:
-        return f"{key}: {label} could not be read: {first_line(error)}"
+        return f"{key}: {label} could not be read: {first_line(error.__cause__ or error)}"
     where = "the Hugging Face Hub" if entry.hub or (entry.name and SOURCES[entry.name].hub) else "its URL"
     return (
-        f"{key}: {label} could not be fetched from {where}: {first_line(error)}\n"
+        f"{key}: {label} could not be fetched from {where}: {first_line(error.__cause__ or error)}\n"
         "Check the spelling and the network; a private or gated data set needs `hf auth login` or HF_TOKEN. "
         "A local copy works too: data.datasets=[{path: FILE}]"
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from instructft.errors import DataError
+from instructft.formatting import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -270,12 +271,5 @@ def _parquet(path: Path, name: str) -> Dataset:
     try:
         parquet.ParquetFile(path).close()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{name} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{name} is not a whole Parquet file: {first_line(error.__cause__ or error)}") from error
     return load_dataset("parquet", data_files=str(path), split="train")
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong at the root of an error, in one line."""
-    cause = error.__cause__ or error
-    text = str(cause).strip() or str(error).strip()
-    return text.splitlines()[0] if text else type(cause).__name__

@@ -27,6 +27,7 @@ from instructft.data.packing import best_fit
 from instructft.data.sources import SOURCES
 from instructft.data.tokenize import drop_reasons
 from instructft.errors import DataError
+from instructft.formatting import first_line
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -222,4 +223,4 @@ def _parquet_rows(file: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000):
             yield from batch.to_pylist()
     except pa.ArrowException as error:
-        raise DataError(f"{name} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{name} is not a whole Parquet file: {first_line(error)}") from error

@@ -13,6 +13,7 @@ from typing import Any
 
 from instructft.errors import UsageError
 from instructft.evaluation.compare import json_place
+from instructft.formatting import first_line
 from instructft.inference.chat import Generator, load_for_inference, locate
 from instructft.inference.reference_model import Beside, check_base
 
@@ -69,7 +70,7 @@ def _harness() -> Any:
     except ImportError as error:
         raise UsageError(
             "--tasks needs lm-evaluation-harness, which is not installed "
-            f"({str(error).splitlines()[0]}): pip install 'instructft[eval]'"
+            f"({first_line(error)}): pip install 'instructft[eval]'"
         ) from error
     return lm_eval
 

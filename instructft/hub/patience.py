@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from instructft.errors import HubError
+from instructft.formatting import first_line
 from instructft.hub.files import secrets
 from instructft.redaction import redact
 
@@ -119,7 +120,7 @@ def refusal(error: BaseException, what: str) -> str:
 
 def reason_of(error: BaseException) -> str:
     """An error in one line, without anything secret."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = first_line(error)
     for token in secrets():
         text = text.replace(token, "hf_…")
     return redact(text)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import ModelError, UsageError
+from instructft.formatting import first_line
 from instructft.merging.proof_texts import Texts
 from instructft.merging.weight_proof import compare_weights, jitter, jittered
 from instructft.weights import remote_code
@@ -216,7 +217,7 @@ def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedM
             folder, dtype=dtype, output_loading_info=True, **remote_code.flag(), **options
         )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise ModelError(f"{folder} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"{folder} could not be loaded: {first_line(error)}") from error
     return model.eval(), info
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instructft.errors import UsageError
+from instructft.formatting import first_line
 from instructft.models.hub_checkpoints import newest_checkpoint
 from instructft.weights.base_record import is_hub_id
 
@@ -86,7 +87,7 @@ def _files(name: str, revision: str | None) -> tuple[list[str], str | None]:
             return [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()], cached.name
         info = HfApi().model_info(name, revision=revision)
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UsageError(
             f"model.name_or_path: the files of {name} could not be listed: {reason}. Check the spelling and the "
             "network; a private or gated model needs `hf auth login` or HF_TOKEN"

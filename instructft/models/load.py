@@ -15,6 +15,7 @@ from instructft.adapters import lora, quantization
 from instructft.adapters.attach import AdapterFolder, attach
 from instructft.adapters.new_tokens import fit_embeddings
 from instructft.errors import ModelError, TemplateError, UsageError
+from instructft.formatting import first_line
 from instructft.models.latest import settled
 from instructft.models.starting_point import adapter_to_go_on_with, weights_of
 from instructft.prompt.templates import BOS, TEMPLATES
@@ -88,7 +89,7 @@ def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def not_loaded(key: str, name: str, what: str, error: Exception) -> str:
     """The message for a model or tokenizer that could not be loaded: which key named it, why, and the way out."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     folder = Path(name).expanduser()
     if hint := remote_code.wanted(error):
         return f"{key}: {name} could not be loaded as {what}: {hint}."

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from instructft.adapters.attach import AdapterFolder, attach, check_fit, is_adapter, locate_base, read_adapter
 from instructft.errors import ModelError, UsageError
+from instructft.formatting import first_line
 from instructft.models.load import adds_bos
 from instructft.prompt.templates import TEMPLATES
 from instructft.weights import remote_code
@@ -206,5 +207,5 @@ def _whole(name: str, load: Callable[..., Any], *args: Any, **options: Any) -> A
     try:
         return load(*args, **options)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        reason = remote_code.wanted(error) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = remote_code.wanted(error) or first_line(error)
         raise ModelError(f"{name} could not be loaded: {reason}") from error

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from instructft.checkpoints import manifest
 from instructft.errors import CheckpointError
+from instructft.formatting import first_line
 from instructft.hub.push import progress_of
 from instructft.training.fitting import FittingTrainer
 from instructft.training.out_of_memory import ran_out
@@ -118,7 +119,7 @@ class LastingTrainer(FittingTrainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if ran_out(error):
                 raise
-            why = "the disk is full" if manifest.out_of_space(error, run) else _reason(error)
+            why = "the disk is full" if manifest.out_of_space(error, run) else first_line(error)
             raise CheckpointError(f"{folder} could not be written: {why}; {manifest.standing(run)}") from error
         self.accelerator.wait_for_everyone()
         self.last_checkpoint = folder.name
@@ -232,8 +233,3 @@ def _gathered(model: Any) -> dict[str, torch.Tensor]:
 
 def _kind(device: torch.device) -> str:
     return device.type if device.type != "cpu" else "cuda"  # the CPU's own state is always kept
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

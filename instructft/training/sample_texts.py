@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from instructft.formatting import first_line
+
 Texts = Sequence[tuple[str, str]]  # prompt, answer
 
 
@@ -58,6 +60,6 @@ def send(reporters: Sequence[str], step: int, texts: Texts, say: Callable[[str],
             log(sys.modules[module], step, texts)
         except Exception as error:  # of another library, over a network
             failed.append(name)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             say(f"train.report_to: {name} took no sample answers: {reason}; no more are sent to it")
     return failed

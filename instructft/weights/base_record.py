@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from instructft.errors import AdapterError, ModelError
+from instructft.formatting import first_line
 from instructft.weights.weight_files import NAMES, fingerprint
 
 BASE = "base.json"
@@ -117,7 +118,7 @@ def adapter_on_hub(name: str, revision: str | None = None) -> Path | None:
     try:
         cached_files(name, _ADAPTER_FILES, **quiet)
     except (OSError, ValueError) as error:
-        raise ModelError(f"the adapter {name} could not be fetched: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"the adapter {name} could not be fetched: {first_line(error)}") from error
     return Path(config).parent
 
 

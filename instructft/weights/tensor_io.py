@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from instructft.errors import ModelError
+from instructft.formatting import first_line
 from instructft.weights.weight_files import read_header, weight_files
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _load_pickled(path: Path) -> dict[str, Any]:
     try:
         return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
     except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ModelError(f"{path} could not be read as weights: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{path} could not be read as weights: {first_line(error)}") from error
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from instructft.errors import ModelError
+from instructft.formatting import first_line
 
 BLOCKS, BLOCK = 16, 4096  # of a tensor's bytes the fingerprint reads this many blocks of this size
 
@@ -164,7 +165,7 @@ def _torch_tensors(files: list[Path]) -> Iterator[tuple[str, str, tuple[int, ...
             except RuntimeError:  # a file from before torch 1.6, which cannot be mapped
                 tensors |= torch.load(file, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-            raise ModelError(f"{file} could not be read as weights: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"{file} could not be read as weights: {first_line(error)}") from error
     for name, tensor in sorted(tensors.items()):
         raw = tensor.detach().contiguous().flatten().view(torch.uint8)
         parts = (raw[start:end].numpy().tobytes() for start, end in _spans(len(raw)))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.errors import ModelError
 from instructft.extras.convert.layouts import Layout
+from instructft.formatting import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +138,7 @@ def _load(folder: Path) -> Any:
             folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise ModelError(f"the converted model does not load: {first}; nothing was kept") from error
     if bad := [str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]:
         raise ModelError(f"the converted model does not load whole: {', '.join(bad[:3])} ({len(bad)} in all)")
