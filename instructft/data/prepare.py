@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from instructft.data.deduplicate import near_duplicates
-from instructft.data.load import conversations, file_conversations, load_parts
+from instructft.data.load import load_parts
 from instructft.data.packing import flat, pack
 from instructft.data.tokenize import drop_reasons, encode_part
 from instructft.errors import DataError
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from instructft.recipe.schema import Recipe
-
-__all__ = ["Prepared", "conversations", "file_conversations", "load_parts", "prepare", "prepare_dataset"]
 
 SPLITS = ("train", "validation", "test")
 
@@ -225,8 +223,3 @@ def _weigh(pieces: dict[str, Dataset], weights: dict[str, float], seed: int, dro
         if wanted < len(rows):
             pieces[label] = rows.select(np.sort(np.random.default_rng([seed, i, 2]).permutation(len(rows))[:wanted]))
             dropped["left_out_by_weight"] += len(rows) - wanted
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Encode
-# --------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from instructft.errors import DataError
@@ -246,7 +247,8 @@ class Source:
         format: a key of `FORMATS`.
         licence: an SPDX name, or the publisher's words.
         hub: the Hub id of the data set, or
-        url: where its file is fetched from. Neither: it is bundled with this package.
+        url: where its file is fetched from, or
+        path: its file in this package.
         files: files inside the Hub repository for each split; None leaves the choice to the `datasets` library.
         homepage: where to read about it.
     """
@@ -256,9 +258,11 @@ class Source:
     homepage: str
     hub: str | None = None
     url: str | None = None
+    path: Path | None = None
     files: Mapping[str, list[str]] | None = field(default=None)
 
 
+QUICKSTART = Path(__file__).with_name("quickstart")  # the bundled rows, and a tokenizer trained on them
 _HH_FOLDERS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 _BOOK = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json"
 
@@ -306,10 +310,11 @@ SOURCES: dict[str, Source] = {
         homepage="https://github.com/rasbt/LLMs-from-scratch",
         url=_BOOK,
     ),
-    # Made by code in `instructft.data.quickstart`: needs no network, learned from scratch in minutes on two CPU cores.
+    # 2,822 rows made by `scripts/quickstart_data.py`: no network, learned from scratch in minutes on two CPU cores.
     "quickstart": Source(
         format="alpaca",
         licence="Apache-2.0",
-        homepage="instructft/data/quickstart.py",
+        homepage="scripts/quickstart_data.py",
+        path=QUICKSTART / "rows.jsonl",
     ),
 }

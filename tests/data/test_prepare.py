@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import instructft
-from instructft.data.prepare import conversations, file_conversations, load_parts, prepare, prepare_dataset
+from instructft.data.load import conversations, file_conversations, load_parts
+from instructft.data.prepare import prepare, prepare_dataset
 from instructft.data.readers import SUFFIXES
 from instructft.errors import DataError, TemplateError
 from instructft.prompt.loss_mask import encode_conversation
