@@ -106,8 +106,7 @@ class Prepared:
             ("loss on", f"{supervised:,} of {tokens:,} training tokens ({supervised / tokens:.1%})"),
         ]
         if self.dropped:
-            reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.dropped.most_common())
-            lines.append(("dropped", f"{sum(self.dropped.values()):,} rows: {reasons}"))
+            lines.append(("dropped", f"{sum(self.dropped.values()):,} rows: {drop_reasons(self.dropped)}"))
         if self.cut:
             lost = f"{self.cut:,} rows longer than {max_length} tokens lost {self.cut_tokens:,} tokens"
             lines.append(("cut", f"{lost}; they do not teach the end of an answer"))
@@ -132,9 +131,6 @@ def prepare_dataset(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Datas
         a `DatasetDict` with `train`, and `validation` and `test` where the recipe asks for them (an
         `IterableDatasetDict` with `train` alone where the data sets stream, see `instructft.data.streaming`); each row
         holds `input_ids` and `labels`, two lists of T ints, a label of -100 carrying no loss; packs also `seq_lengths`.
-
-    >>> prepare_dataset(recipe, tokenizer)["train"][0].keys()
-    dict_keys(['input_ids', 'labels'])
 
     Raises:
         DataError: data that cannot be read, or of which nothing is left to train on.

@@ -2,9 +2,8 @@
 
 To add a data set: one entry in `SOURCES`, three of its rows in `tests/data/test_sources.py`, one recipe.
 
-A conversation is a list of messages, each `{"role": "system" | "user" | "assistant", "content": str}`. A user message
-may also carry `input` (Alpaca) or `context` (Dolly): templates with a heading for it show it there, for all others
-it is put below the content (`instructft.prompt.loss_mask.render` does that, and nobody else).
+A conversation is a list of `instructft.prompt.render.Message`s, the last one an assistant's; a row that cannot be one
+is `Unusable`, for a reason.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +51,12 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _alpaca(row: Mapping[str, Any]) -> list[Message]:
-    """`{"instruction", "input", "output"}`, as in Stanford Alpaca."""
+def _instruction(row: Mapping[str, Any], extra: str, answer: str) -> list[Message]:
+    """`{"instruction", "input", "output"}`, as in Stanford Alpaca, or Dolly's `context` and `response`."""
     user: Message = {"role": "user", "content": _text(row, "instruction")}
-    if extra := _text(row, "input"):
-        user["input"] = extra
-    return [*_system(row), user, {"role": "assistant", "content": _text(row, "output")}]
-
-
-def _dolly(row: Mapping[str, Any]) -> list[Message]:
-    """`{"instruction", "context", "response", "category"}`, as in Databricks Dolly."""
-    user: Message = {"role": "user", "content": _text(row, "instruction")}
-    if extra := _text(row, "context"):
-        user["context"] = extra
-    return [*_system(row), user, {"role": "assistant", "content": _text(row, "response")}]
+    if text := _text(row, extra):
+        user[extra] = text
+    return [*_system(row), user, {"role": "assistant", "content": _text(row, answer)}]
 
 
 def _system(row: Mapping[str, Any]) -> list[Message]:
@@ -171,8 +163,16 @@ FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), _messages),
     "sharegpt": Format(("conversations",), _sharegpt, ("system",)),
     "prompt-completion": Format(("prompt", "completion"), _prompt_completion),
-    "dolly": Format(("instruction", "response"), _dolly, ("context", "category", "system")),
-    "alpaca": Format(("instruction", "output"), _alpaca, ("input", "category", "system")),
+    "dolly": Format(
+        ("instruction", "response"),
+        partial(_instruction, extra="context", answer="response"),
+        ("context", "category", "system"),
+    ),
+    "alpaca": Format(
+        ("instruction", "output"),
+        partial(_instruction, extra="input", answer="output"),
+        ("input", "category", "system"),
+    ),
     "hh": Format(("chosen",), _hh, ("rejected",)),
 }
 

@@ -114,7 +114,7 @@ class Batches:
 
 
 def drop_reasons(dropped: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.most_common()) or "none given"
+    return ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.most_common()) or "none given"
 
 
 def shaped_by(raw: Any, part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
