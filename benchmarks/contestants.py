@@ -399,12 +399,12 @@ def source_and_tokenizer(folder: Path, bundled: bool = False) -> tuple[Path, str
     """The rows of the tests and the tokenizer of GPT-2, or the bundled ones, which are small."""
     if not bundled:
         return DATA / "rows.json", str(DATA / "gpt2")
-    from instructft.data.quickstart import rows, tokenizer
+    from instructft.data.sources import QUICKSTART
 
-    tokenizer().save_pretrained(folder / "tokenizer")
     path = folder / "bundled.json"
-    path.write_text(json.dumps([{"input": "", **row} for row in rows()]), encoding="utf-8")
-    return path, str(folder / "tokenizer")
+    lines = (QUICKSTART / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    path.write_text(f"[{','.join(lines)}]", encoding="utf-8")
+    return path, str(QUICKSTART)
 
 
 if __name__ == "__main__":

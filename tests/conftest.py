@@ -69,8 +69,8 @@ def bare_tokenizer() -> Callable[[], Any]:
 @pytest.fixture
 def tokenizer() -> Any:
     """The bundled tokenizer with the template `instruction`."""
-    from instructft.data.quickstart import tokenizer
     from instructft.prompt.templates import TEMPLATES
+    from tests.helpers.quickstart import tokenizer
 
     made = tokenizer()
     made.chat_template = TEMPLATES["instruction"].text()

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from instructft.check.text_checks import ANY_CHARACTER, CHARACTERS, markers, normal, one_word
+from instructft.data.load import load_parts
 from instructft.data.packing import flat
-from instructft.data.prepare import load_parts
 from instructft.data.sources import FORMATS, Unusable, to_conversation
 from instructft.data.tokenize import encode_part
 from instructft.formatting import quantiles

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from instructft.checkpoints.resume import fixed_keys
-from instructft.data.prepare import SPLITS, conversations, file_conversations
+from instructft.data.load import conversations, file_conversations
+from instructft.data.prepare import SPLITS
 from instructft.data.readers import SUFFIXES, suffix_of
 from instructft.errors import UsageError
 from instructft.evaluation.compare_tables import print_groups, print_metrics, print_rows

@@ -30,7 +30,7 @@ pytest.importorskip("bitsandbytes")
 
 
 def make_base(folder: Path, width: int = 128) -> Path:
-    from instructft.data.quickstart import tokenizer
+    from tests.helpers.quickstart import tokenizer
 
     torch.manual_seed(0)
     shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -16,7 +16,8 @@ from instructft import cli
 from instructft.check.audit import FINDINGS, audit
 from instructft.check.report import LIMITS, check, limits
 from instructft.check.text_checks import markers, normal, one_word
-from instructft.data.prepare import load_parts, prepare
+from instructft.data.load import load_parts
+from instructft.data.prepare import prepare
 from instructft.prompt.templates import TEMPLATES
 from instructft.recipe.schema import CheckSection, load_recipe
 from tests.conftest import GPT2, ROWS

@@ -198,7 +198,7 @@ def test_base_start_is_the_untrained_model(run: Path, tmp_path: Path, capsys: py
     start = Beside("start", recipe, Generator(model, tokenizer), None)._load().model
     same = instructft.load_model(recipe, tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(start.parameters(), same.parameters(), strict=True))
-    rows = instructft.data.prepare.conversations(recipe, "test")
+    rows = instructft.data.load.conversations(recipe, "test")
     encoded = [encode_conversation(row["messages"], tokenizer) for row in rows]
     assert results["base"]["loss"] == pytest.approx(plain_loss(same.eval(), encoded), abs=1e-5)
     assert results["tuned"]["loss"] == pytest.approx(plain_loss(model, encoded), abs=1e-5)
@@ -520,7 +520,7 @@ def test_checkpoints_in_one_table(trained: dict[int, Path], tmp_path: Path, caps
     assert results["tuned"] == found["final"]
     recipe = instructft.load_recipe(run / "recipe.yaml")
     model, tokenizer = load_for_inference(str(run / "checkpoint-80"))
-    rows = instructft.data.prepare.conversations(recipe, "validation")  # test rows stay untouched by the choice
+    rows = instructft.data.load.conversations(recipe, "validation")  # test rows stay untouched by the choice
     encoded = [encode_conversation(row["messages"], tokenizer) for row in rows]
     assert losses["checkpoint-80"] == pytest.approx(plain_loss(model, encoded), abs=1e-5)
     out = capsys.readouterr().out

@@ -45,7 +45,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def trained() -> tuple[Any, Any]:
     """A GPT-2 of 64 positions that knows `CAPITALS` by heart, and its tokenizer."""
-    from instructft.data.quickstart import tokenizer as bundled
+    from tests.helpers.quickstart import tokenizer as bundled
 
     tokenizer = bundled()
     tokenizer.chat_template = TEMPLATES["instruction"].text()

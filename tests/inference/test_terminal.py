@@ -146,7 +146,7 @@ def test_save_is_a_row_to_train_on(
     talk: Any, tiny_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All turns are in it, also those that have left the context; read back by the loader of training data."""
-    from instructft.data.prepare import file_conversations
+    from instructft.data.load import file_conversations
 
     chat = Chat(tiny_model, tokenizer, system="S", max_new_tokens=6)
     echo(chat, monkeypatch)

@@ -65,7 +65,7 @@ ADAPTERS = {"gpt2-lora-alpaca", "llama-3-70b-qlora-fsdp2", "mistral-7b-qlora", "
 
 @cache
 def rows() -> list[dict[str, str]]:
-    from instructft.data.quickstart import rows
+    from tests.helpers.quickstart import rows
 
     return rows()[:ROWS]
 

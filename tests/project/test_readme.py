@@ -16,9 +16,9 @@ import typer
 import instructft
 from instructft import errors
 from instructft.cli import app
-from instructft.data.quickstart import rows as quickstart_rows
 from instructft.data.sources import FORMATS, SOURCES
 from instructft.recipe.schema import json_schema, load_recipe, shipped_recipes
+from tests.helpers.quickstart import rows as quickstart_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from itertools import pairwise
 
 import pytest
 
-from instructft.data import quickstart
+import instructft
+from instructft.data.load import load_parts
+from instructft.data.sources import QUICKSTART
+from scripts import quickstart_data as quickstart
+from tests.helpers import quickstart as bundled
 
 ROWS = 2822
 # Changes only with the data set itself, on purpose: it is the same on every Python version and machine.
@@ -62,7 +64,7 @@ def split(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return quickstart.tokenizer()
+    return bundled.tokenizer()
 
 
 def test_rows_are_the_same_at_every_call_and_have_the_expected_columns():
@@ -201,15 +203,16 @@ def test_no_special_token_in_the_rows_and_all_rows_fit(tokenizer):
         assert len(ids) <= 64
 
 
-def test_another_process_makes_the_same_rows_and_tokenizer_and_needs_no_torch_for_rows(tokenizer):
-    code = (
-        "import sys, json, hashlib; from instructft import quickstart as q; rows = q.rows()\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
-        "import tokenizers\n"
-        "print(hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest())\n"
-        "print(q._backend().to_str())"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    rows, backend = result.stdout.splitlines()
-    assert rows == FINGERPRINT
-    assert json.loads(backend)["model"] == json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+def test_the_bundled_files_are_those_that_the_script_writes(tmp_path):
+    quickstart.write(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted(path.name for path in QUICKSTART.iterdir())
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (QUICKSTART / name).read_bytes(), name
+
+
+def test_a_recipe_reads_the_bundled_rows_and_tokenizer():
+    recipe = instructft.load_recipe("quickstart")
+    (part,) = load_parts(recipe)
+    assert [part.row(raw) for raw in part.raw] == quickstart.rows()
+    assert instructft.load_tokenizer(recipe).get_vocab() == quickstart.tokenizer().get_vocab()
