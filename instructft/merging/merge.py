@@ -27,7 +27,7 @@ from instructft.formatting import size
 from instructft.merging.arithmetic import merged
 from instructft.merging.edits import refuse_unproved
 from instructft.merging.metadata import config_text, copy_papers, places, write_papers
-from instructft.merging.plan import Plan, make_plan
+from instructft.merging.plan import Machine, Plan, choose_machine, make_plan
 from instructft.weights import remote_code
 from instructft.weights.tensor_io import (
     Stored,
@@ -88,10 +88,9 @@ def merge_adapter(
         ModelError: the merged model is not the adapted one; nothing is kept.
     """
     import torch
+    from rich.console import Console
 
-    from instructft.merging.proof import choose_machine
-
-    console = console or _console()
+    console = console or Console(soft_wrap=True)
     output = Path(output).expanduser()
     most = _bytes(max_shard_size)
     if dtype not in DTYPES:
@@ -109,15 +108,14 @@ def merge_adapter(
         plan = make_plan(base, stored, adapter.folder, adapter.shapes, adapter.base.vocab_size, wanted)
     except ModelError as error:  # said before anything is written, so it is an error in what was given
         raise AdapterError(str(error)) from error
-    precision = _precision(plan)
-    machine = choose_machine(plan, precision) if verify else None
+    machine = choose_machine(plan) if verify else None
     files = shards((output.planned for output in plan.outputs.values()), most)
     total = sum(out.planned.bytes for out in plan.outputs.values())
     _refuse_full_disk(output, total)
 
     console.print(f"base    {base}, not quantized", markup=False, highlight=False)
     console.print(f"adapter {adapter.folder}, {len(plan.changed)} of {len(plan.outputs)} tensors change", markup=False)
-    name = str(precision).removeprefix("torch.")
+    name = str(plan.dtype).removeprefix("torch.")
     facts: dict[str, Any] = {
         "base": adapter.base.name_or_path,
         "base_fingerprint": adapter.base.fingerprint or None,
@@ -151,19 +149,12 @@ def merge_adapter(
     return Merged(output, facts)
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(soft_wrap=True)
-
-
 def _prove(
-    adapter: AdapterFolder, base: Path, folder: Path, plan: Plan, machine: Any, quantized: bool, console: Console
+    adapter: AdapterFolder, base: Path, folder: Path, plan: Plan, machine: Machine, quantized: bool, console: Console
 ) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
-    from instructft.merging.proof import measure_quantized, prove
-    from instructft.merging.proof_texts import choose_texts
+    from instructft.merging.proof import choose_texts, measure_quantized, prove
 
     began = time.perf_counter()
     try:
@@ -264,15 +255,6 @@ def _bytes(text: str) -> int:
     if size < 1:
         raise UsageError(f"--max-shard-size: found {text}, expected a size such as 5GB or 200MB")
     return size
-
-
-def _precision(plan: Plan) -> torch.dtype:
-    """The dtype of most of the merged weights."""
-    sizes: dict[torch.dtype, int] = {}
-    for out in plan.outputs.values():
-        if out.planned.dtype.is_floating_point:
-            sizes[out.planned.dtype] = sizes.get(out.planned.dtype, 0) + out.planned.bytes
-    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 @contextmanager
