@@ -15,7 +15,6 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from instructft.merging.metadata import config_text, copy_papers, places, write_
 from instructft.merging.plan import Machine, Plan, choose_machine, make_plan
 from instructft.weights import remote_code
 from instructft.weights.tensor_io import (
+    Planned,
     Stored,
     index_of,
     pieces,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from instructft.recipe.schema import Recipe
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_HEADROOM = 64 << 20  # bytes beside the weights: tokenizer, papers
+_HEADROOM = 64 << 20  # bytes beside the weights: tokenizer, metadata
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,9 @@ def merge_adapter(
     if measure_quantized and adapter.base.quantization == "none":
         raise UsageError(f"--measure-quantized: {run} was trained on a base that is not quantized; leave it out")
     base = locate_base(adapter)
-    stored, tensors = read_checkpoint(base), read_tensors(adapter.folder / WEIGHTS)
+    tensors = read_tensors(adapter.folder / WEIGHTS)
     _refuse_not_finite(adapter.folder, tensors)
-    wanted = None if dtype == "auto" else getattr(torch, dtype)
-    try:
-        plan = make_plan(base, stored, adapter.folder, adapter.shapes, adapter.base.vocab_size, wanted)
-    except ModelError as error:  # said before anything is written, so it is an error in what was given
-        raise AdapterError(str(error)) from error
+    plan = _plan(adapter, base, None if dtype == "auto" else getattr(torch, dtype))
     machine = choose_machine(plan) if verify else None
     files = shards((output.planned for output in plan.outputs.values()), most)
     total = sum(out.planned.bytes for out in plan.outputs.values())
@@ -126,18 +122,7 @@ def merge_adapter(
         "bytes": total,
     }
     with partial_folder(output) as folder:
-        with _progress(console, total) as advance:
-
-            def produce(name: str) -> Iterator[torch.Tensor]:
-                out = plan.outputs[name]
-                for piece in merged(out.base, out.edit, tensors, out.planned.dtype):
-                    yield piece
-                    advance(piece.nbytes)
-
-            for file, group in files.items():
-                write_shard(folder / file, group, produce)
-        if index := index_of(files):
-            write_text(folder / "model.safetensors.index.json", index)
+        _write_weights(folder, plan, tensors, files, console)
         copy_papers(adapter.folder, base, folder)
         # last: without it no library takes the folder for a model
         write_text(folder / "config.json", config_text(base, folder, plan.model, name, plan.untied))
@@ -147,6 +132,36 @@ def merge_adapter(
         write_papers(folder, adapter, facts)
     _report(console, output, facts)
     return Merged(output, facts)
+
+
+def _plan(adapter: AdapterFolder, base: Path, dtype: torch.dtype | None) -> Plan:
+    try:
+        return make_plan(base, read_checkpoint(base), adapter.folder, adapter.shapes, adapter.base.vocab_size, dtype)
+    except ModelError as error:  # said before anything is written, so it is an error in what was given
+        raise AdapterError(str(error)) from error
+
+
+def _write_weights(
+    folder: Path, plan: Plan, tensors: Mapping[str, Stored], files: Mapping[str, list[Planned]], console: Console
+) -> None:
+    """Merge piece by piece, with a bar on a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    total = sum(tensor.bytes for group in files.values() for tensor in group)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("merging", total=total)
+
+        def produce(name: str) -> Iterator[torch.Tensor]:
+            out = plan.outputs[name]
+            for piece in merged(out.base, out.edit, tensors, out.planned.dtype):
+                yield piece
+                progress.advance(task, piece.nbytes)
+
+        for file, group in files.items():
+            write_shard(folder / file, group, produce)
+    if index := index_of(files):
+        write_text(folder / "model.safetensors.index.json", index)
 
 
 def _prove(
@@ -255,14 +270,3 @@ def _bytes(text: str) -> int:
     if size < 1:
         raise UsageError(f"--max-shard-size: found {text}, expected a size such as 5GB or 200MB")
     return size
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Any]:
-    """A bar on a terminal, nothing elsewhere; gives a function that takes the bytes that were written."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("merging", total=total)
-        yield lambda count: progress.advance(task, count)
