@@ -128,6 +128,25 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def moved_run(write_recipe: Callable[..., Path], tmp_path: Path) -> Path:
+    """A run folder with the model that its recipe starts from, a little moved."""
+    import torch
+
+    import instructft
+
+    recipe = instructft.load_recipe(write_recipe())
+    tokenizer = instructft.load_tokenizer(recipe)
+    model = instructft.load_model(recipe, tokenizer)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    return tmp_path / "run"
+
+
 @pytest.fixture(params=[True, False], ids=["avx512_bf16", "no avx512_bf16"])
 def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """On either kind of CPU: bitsandbytes' 4-bit layers that are made here believe that AVX-512 BF16 is there, or not.
