@@ -55,7 +55,7 @@ def train(
     """Train the model of a recipe; what comes out is its run folder. The same command again goes on with a run."""
     import signal
 
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))  # until training listens itself
     loaded = load_recipe(recipe, overrides or [])
@@ -107,7 +107,7 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Tokenize, mask, split, pack and cache the data once, ahead of a run."""
     import time
 
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
@@ -143,7 +143,7 @@ def check(
 ) -> None:
     """Validate a recipe, audit its data, estimate memory and time; nothing is trained."""
     from instructft.launch.command import STRATEGIES
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
 
     if device not in (None, "cpu", "cuda"):
         raise UsageError(f"--device: found {device}, expected cpu or cuda")
@@ -194,7 +194,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Show rows token by token: which carry loss, where documents begin in a pack."""
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
@@ -208,7 +208,8 @@ def recipes(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
 ) -> None:
     """List the shipped recipes."""
-    from instructft.recipe.schema import json_schema, recipe_purpose, shipped_recipes
+    from instructft.recipe.json_schema import json_schema
+    from instructft.recipe.load import recipe_purpose, shipped_recipes
 
     if schema:
         print(json.dumps(json_schema(), indent=2))
@@ -228,7 +229,7 @@ def init(
     ] = None,
 ) -> None:
     """Write a shipped recipe to a file, as a starting point."""
-    from instructft.recipe.schema import shipped_recipes
+    from instructft.recipe.load import shipped_recipes
 
     found = shipped_recipes()
     if name not in found:

@@ -57,7 +57,7 @@ def check(
     from instructft.data.prepare import prepare
     from instructft.models.load import load_config, load_tokenizer
     from instructft.models.memory import estimate, resident
-    from instructft.recipe.schema import check_against_installed
+    from instructft.recipe.load import check_against_installed
     from instructft.training.arguments import training_arguments
 
     check_against_installed(recipe)

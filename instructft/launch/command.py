@@ -14,7 +14,7 @@ import psutil
 
 from instructft.errors import InstructftError, UsageError
 from instructft.launch.workers import run
-from instructft.recipe.schema import load_recipe
+from instructft.recipe.load import load_recipe
 from instructft.weights import remote_code
 
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")

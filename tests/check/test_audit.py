@@ -18,7 +18,8 @@ from instructft.check.report import LIMITS, check, limits
 from instructft.check.text_checks import markers, normal, one_word
 from instructft.data.prepare import load_parts, prepare
 from instructft.prompt.templates import TEMPLATES
-from instructft.recipe.schema import CheckSection, load_recipe
+from instructft.recipe.load import load_recipe
+from instructft.recipe.schema import CheckSection
 from tests.conftest import GPT2, ROWS
 
 RECIPE = """

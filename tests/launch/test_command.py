@@ -24,7 +24,7 @@ from instructft import cli
 from instructft.checkpoints.manifest import verify
 from instructft.launch import command
 from instructft.launch.workers import exit_code
-from instructft.recipe.schema import shipped_recipes
+from instructft.recipe.load import shipped_recipes
 from tests.conftest import OWN_PORT
 
 REPO = Path(__file__).resolve().parents[2]

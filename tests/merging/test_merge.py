@@ -518,7 +518,7 @@ def test_a_quantized_run_merges_into_the_plain_base(tmp_path: Path, tokenizer: A
 @pytest.mark.usefixtures("short_answers")
 def test_a_merged_model_is_used_like_any_other(tmp_path: Path, tokenizer: Any, write_recipe: Any) -> None:
     from instructft.inference.chat import Generator, generate, load_for_inference
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
     from instructft.report.model_card import _LOAD_ADAPTER
 
     base = with_tokenizer(make_base(tmp_path / "base", "gpt2", "bfloat16"), tokenizer)

@@ -18,7 +18,8 @@ from instructft import errors
 from instructft.cli import app
 from instructft.data.quickstart import rows as quickstart_rows
 from instructft.data.sources import FORMATS, SOURCES
-from instructft.recipe.schema import json_schema, load_recipe, shipped_recipes
+from instructft.recipe.json_schema import json_schema
+from instructft.recipe.load import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,16 +16,15 @@ import pytest
 
 from instructft.errors import RecipeError
 from instructft.recipe import aliases, fields
-from instructft.recipe.schema import (
-    TRAIN_DEFAULTS,
-    Recipe,
+from instructft.recipe.json_schema import json_schema
+from instructft.recipe.load import (
     check_against_installed,
-    json_schema,
     load_recipe,
     load_run_recipe,
     recipe_purpose,
     shipped_recipes,
 )
+from instructft.recipe.schema import TRAIN_DEFAULTS, Recipe
 
 MODEL = "model: {name_or_path: gpt2}\n"
 DATA = "data: {datasets: dolly-15k}\n"
@@ -842,7 +841,8 @@ def test_no_torch_is_imported(write):
     write(GOOD + "trian: 1\n", "bad.yaml")
     code = """
         import sys
-        from instructft.recipe.schema import load_recipe, json_schema, shipped_recipes
+        from instructft.recipe.load import load_recipe, shipped_recipes
+        from instructft.recipe.json_schema import json_schema
         from instructft.errors import RecipeError
         load_recipe("mine.yaml", ["train.max_steps=1"]).to_yaml()
         try:
