@@ -42,7 +42,7 @@ def launch(
         main_address: of the machine of rank 0, as the others reach it.
 
     >>> launch("quickstart", processes="2", strategy="fsdp2", dry_run=True)
-    accelerate launch --config_file …/fsdp2.yaml --num_processes 2 … -m instructft train quickstart
+    accelerate launch --config_file ...fsdp2.yaml --num_processes 2 ... -m instructft train quickstart
     0
 
     Raises:

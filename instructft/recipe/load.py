@@ -46,8 +46,7 @@ def load_run_recipe(folder: str | os.PathLike[str]) -> Recipe:
     Fields of `train:` and `adapter:` that this version no longer knows are dropped, and data files need not be there
     any more: an old run stays usable after an upgrade and on another machine.
 
-    >>> load_run_recipe("runs/quickstart").data.template
-    'instruction'
+        load_run_recipe("runs/quickstart").data.template  # 'instruction'
     """
     path = Path(folder) / "recipe.yaml"
     if not path.is_file():
