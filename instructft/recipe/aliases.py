@@ -104,8 +104,8 @@ ALIASES: dict[str, tuple[str | None, str]] = {
     "lora_target": ("adapter.target_modules", "`all` is `all-linear`"),
     "lora_target_linear": ("adapter.target_modules", "`true` is `all-linear`"),
     "pissa_init": ("adapter.init_lora_weights", "`true` is `pissa`"),
-    "lora_model_dir": ("model.name_or_path", "the folder of the adapter to go on with"),
-    "adapter_name_or_path": ("model.name_or_path", "the folder of the adapter to go on with"),
+    "lora_model_dir": ("model.name_or_path", "the folder of the adapter to continue from"),
+    "adapter_name_or_path": ("model.name_or_path", "the folder of the adapter to continue from"),
     # training
     "cosine_min_lr_ratio": (
         "train.lr_scheduler_kwargs",
@@ -131,7 +131,7 @@ ALIASES: dict[str, tuple[str | None, str]] = {
     "use_tensorboard": ("train.report_to", "`true` is `[tensorboard]`, the default"),
     "save_safetensors": (None, "take it out: weights are always saved as safetensors"),
     "overwrite_output_dir": (None, "take it out: a run never writes over another; choose another output_dir"),
-    "auto_resume_from_checkpoints": (None, "take it out: the same command again goes on with a run"),
+    "auto_resume_from_checkpoints": (None, "take it out: the same command again resumes a run"),
     "stage": (None, "take it out: `instructft train` is supervised fine-tuning"),
     "rl": (None, "take it out: `instructft train` is supervised fine-tuning"),
     "strict": (None, "take it out"),
@@ -180,7 +180,7 @@ TRAIN_HOMES: dict[str, str] = {
     "do_train": _COMMAND,
     "do_eval": "use train.eval_strategy (`false` is `no`)",
     "do_predict": _COMMAND,
-    "resume_from_checkpoint": "take it out: the same command goes on with a run; `--resume CHECKPOINT` chooses where",
+    "resume_from_checkpoint": "take it out: the same command resumes a run; `--resume CHECKPOINT` chooses where",
     "enable_jit_checkpoint": "take it out: it ends a stopped run as if it were finished",
 }
 

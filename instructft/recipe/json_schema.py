@@ -10,8 +10,7 @@ from typing import Any
 
 from instructft.recipe.aliases import TRAIN_BOUNDS
 from instructft.recipe.fields import OWN_TRAIN_FIELDS, legal_lora_fields, legal_train_fields
-from instructft.recipe.schema import TRAIN_DEFAULTS, Recipe
-from instructft.recipe.yaml_reader import thaw
+from instructft.recipe.schema import TRAIN_DEFAULTS, Recipe, thaw
 
 _TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
 _OPEN = (None, None, "")

@@ -15,8 +15,8 @@ from typing import Any
 from instructft.errors import RecipeError
 from instructft.formatting import nearest
 from instructft.recipe import conflicts, validate
-from instructft.recipe.schema import Recipe, train_defaults
-from instructft.recipe.yaml_reader import Document, apply_override, freeze, read_document
+from instructft.recipe.schema import Recipe, freeze, train_defaults
+from instructft.recipe.yaml_reader import Document, apply_override, read_document
 
 
 def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -81,7 +81,7 @@ def spell_out(document: Document) -> None:
 
 def _build(document: Document, name: str, path: Path, *, shown: str, strict: bool) -> Recipe:
     document.values.setdefault("output_dir", f"runs/{name}")
-    recipe = validate.check(document, Recipe, path.parent, strict=strict)
+    recipe = validate.check(document, path.parent, strict=strict)
     defaults = train_defaults(recipe.train, recipe.data.splits.validation)
     about = {"name": name, "source": str(path), "train_written": frozenset(recipe.train)}
     recipe = recipe.model_copy(update={**about, "train": freeze({**defaults, **recipe.train})})

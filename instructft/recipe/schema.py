@@ -7,13 +7,12 @@ The keys are the fields of the models below; `train:` also takes the fields of `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from instructft.formatting import yaml_text
 from instructft.recipe.fields import OWN_TRAIN_FIELDS, legal_train_fields
-from instructft.recipe.yaml_reader import FrozenDict, freeze, thaw
 
 # What `train:` holds unless the recipe says otherwise, where that differs from trl.SFTConfig.
 TRAIN_DEFAULTS: dict[str, Any] = {
@@ -55,6 +54,40 @@ def train_defaults(written: Mapping[str, Any], validation: float) -> dict[str, A
     if written.get("activation_checkpointing") is not None:  # its newer name, which wins in transformers
         defaults["gradient_checkpointing"] = written["activation_checkpointing"]
     return defaults
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that cannot be changed, yet pickles, deep-copies and unpacks like one."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a recipe is read-only; change a value with an override, e.g. train.max_steps=10")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenDict, (dict(self),)
+
+
+def freeze(value: Any) -> Any:
+    """Mappings to FrozenDict and lists to tuples, all the way down."""
+    if isinstance(value, Mapping):
+        return FrozenDict({key: freeze(item) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(freeze(item) for item in value)
+    return value
+
+
+def thaw(value: Any) -> Any:
+    """The opposite of `freeze`: new plain dicts and lists."""
+    if isinstance(value, Mapping):
+        return {key: thaw(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [thaw(item) for item in value]
+    return value
 
 
 FrozenMap = Annotated[Mapping[str, Any], AfterValidator(freeze)]
