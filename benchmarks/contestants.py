@@ -139,7 +139,7 @@ def prepare_rows(task: Task) -> dict[str, Any]:
     from instructft.data.packing import flat
     from instructft.data.prepare import prepare
     from instructft.models.load import load_tokenizer
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
     from instructft.training.trainer import LengthGrouped
 
     recipe = load_recipe(recipe_of(task))
@@ -161,7 +161,7 @@ def prepare_of(task: Task) -> list[dict[str, Any]]:
     """All rows of ours, unpacked."""
     from instructft.data.prepare import prepare
     from instructft.models.load import load_tokenizer
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_of(task))
     found: list[dict[str, Any]] = list(prepare(recipe, load_tokenizer(recipe)).for_training)
@@ -172,7 +172,7 @@ def ours(task: Task) -> dict[str, Any]:
     """`instructft.train` on a recipe, data preparation and the final save included (and not timed)."""
     from rich.console import Console
 
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
 
     road = importlib.import_module("instructft.training.run")
     watch, kept = stopwatch(task), []

@@ -20,7 +20,8 @@ from instructft.evaluation.metrics import evaluate
 from instructft.formatting import FORMS, name_of, short
 from instructft.inference.chat import Generator, load_for_inference, locate
 from instructft.inference.reference_model import START, Beside, check_base, recipe_of
-from instructft.recipe.schema import Recipe, load_recipe
+from instructft.recipe.load import load_recipe
+from instructft.recipe.schema import Recipe
 
 _IN_GROUPS = ("loss", "exact_match", "rougeL", "bleu", "stopped")
 Found = TypeVar("Found")

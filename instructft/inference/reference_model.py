@@ -11,7 +11,8 @@ from instructft.adapters.new_tokens import fit_embeddings
 from instructft.errors import UsageError
 from instructft.inference.chat import Generator, find_adapter, load_bare, load_base, load_for_inference, locate
 from instructft.models.load import load_model
-from instructft.recipe.schema import Recipe, load_run_recipe
+from instructft.recipe.load import load_run_recipe
+from instructft.recipe.schema import Recipe
 
 START = "start"  # the model that the run began from
 

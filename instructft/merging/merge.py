@@ -190,7 +190,7 @@ def _prove(
 
 
 def _recipe(adapter: Path) -> Recipe | None:
-    from instructft.recipe.schema import load_run_recipe
+    from instructft.recipe.load import load_run_recipe
 
     for place in places(adapter):
         if (place / "recipe.yaml").is_file():

@@ -22,7 +22,8 @@ from instructft.launch.processes import first_process
 from instructft.models.latest import asks_for_latest, look_anew, settled
 from instructft.models.load import load_config, load_model, load_tokenizer
 from instructft.models.starting_point import base_record, started_from
-from instructft.recipe.schema import Recipe, check_against_installed
+from instructft.recipe.load import check_against_installed
+from instructft.recipe.schema import Recipe
 from instructft.training.arguments import reporters, training_arguments
 from instructft.training.out_of_memory import explained
 from instructft.training.outcome import collect_facts, kept_unproved, library_versions, save

@@ -42,7 +42,7 @@ def test_checkpoints_in_one_table(
     assert results["tuned"] == found["final"]
     recipe = instructft.load_recipe(run / "recipe.yaml")
     model, tokenizer = load_for_inference(str(run / "checkpoint-4"))
-    rows = instructft.data.prepare.conversations(recipe, "validation")  # test rows stay untouched by the choice
+    rows = instructft.data.load.conversations(recipe, "validation")  # test rows stay untouched by the choice
     encoded = [encode_conversation(row["messages"], tokenizer) for row in rows]
     assert losses["checkpoint-4"] == pytest.approx(plain_loss(model, encoded), abs=1e-5)
     out = capsys.readouterr().out

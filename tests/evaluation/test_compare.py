@@ -55,7 +55,7 @@ def test_base_start_is_the_untrained_model(moved_run: Path, tmp_path: Path, caps
     start = Beside("start", recipe, Generator(model, tokenizer), None)._load().model
     same = instructft.load_model(recipe, tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(start.parameters(), same.parameters(), strict=True))
-    rows = instructft.data.prepare.conversations(recipe, "test")
+    rows = instructft.data.load.conversations(recipe, "test")
     encoded = [encode_conversation(row["messages"], tokenizer) for row in rows]
     assert results["base"]["loss"] == pytest.approx(plain_loss(same.eval(), encoded), abs=1e-5)
     assert results["tuned"]["loss"] == pytest.approx(plain_loss(model, encoded), abs=1e-5)

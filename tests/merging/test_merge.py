@@ -70,7 +70,7 @@ def test_without_a_proof_the_card_says_so(tmp_path: Path, tokenizer: Any) -> Non
 @pytest.mark.usefixtures("short_answers")
 def test_a_merged_model_is_used_like_any_other(tmp_path: Path, tokenizer: Any, write_recipe: Any) -> None:
     from instructft.inference.chat import Generator, generate, load_for_inference
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
     from instructft.report.model_card import _LOAD_ADAPTER
 
     base = with_tokenizer(make_base(tmp_path / "base", "gpt2", "bfloat16"), tokenizer)

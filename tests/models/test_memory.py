@@ -25,7 +25,8 @@ from instructft.models.fake_step import Batch, activation_bytes
 from instructft.models.ledger import Ledger
 from instructft.models.memory import largest_batch, memory, optimizer_bytes, resident
 from instructft.models.schedule import duration, last_speed, steps
-from instructft.recipe.schema import AdapterSection, load_recipe
+from instructft.recipe.load import load_recipe
+from instructft.recipe.schema import AdapterSection
 
 REPO = Path(__file__).resolve().parents[2]
 MIB = 1 << 20

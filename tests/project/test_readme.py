@@ -17,7 +17,8 @@ import instructft
 from instructft import errors
 from instructft.cli import app
 from instructft.data.sources import FORMATS, SOURCES
-from instructft.recipe.schema import json_schema, load_recipe, shipped_recipes
+from instructft.recipe.json_schema import json_schema
+from instructft.recipe.load import load_recipe, shipped_recipes
 from tests.helpers.quickstart import rows as quickstart_rows
 
 ROOT = Path(__file__).resolve().parents[2]
