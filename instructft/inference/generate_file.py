@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from instructft.errors import DataError, TemplateError, UsageError
-from instructft.inference.batch_file import Output
 from instructft.inference.chat import Generator, find_adapter, load_for_inference, locate
 from instructft.inference.generator import Answer, check_settings
-from instructft.inference.jsonl import ADDED, BASE_ADDED, Asked, SetAside, first_ten, read_rows
+from instructft.inference.jsonl import ADDED, BASE_ADDED, Asked, Output, SetAside, first_ten, read_rows
 from instructft.inference.reference_model import Beside, check_base
 from instructft.weights.weight_files import fingerprint
 
