@@ -15,7 +15,7 @@ from instructft.evaluation.compare_tables import print_groups, print_metrics, pr
 from instructft.evaluation.confidence import differences
 from instructft.evaluation.metrics import evaluate
 from instructft.inference.chat import Generator, load_for_inference, locate
-from instructft.inference.reference_model import START, Beside, check_base, recipe_of
+from instructft.inference.reference_model import START, ReferenceModel, check_base, recipe_of
 from instructft.recipe.schema import Recipe, load_recipe
 
 
@@ -61,7 +61,7 @@ def compare(
     results: dict[str, Any] = {"tuned": evaluate(tuned, rows, train_on=train_on)}
     same_tokens = True
     if base:
-        with Beside.of(model, base, tuned).answering() as other:
+        with ReferenceModel.of(model, base, tuned).answering() as other:
             results["base"] = evaluate(other, rows, train_on=train_on)
             same_tokens = other.tokenizer.get_vocab() == tuned.tokenizer.get_vocab()
         difference = differences(results["tuned"]["rows"], results["base"]["rows"])

@@ -15,7 +15,7 @@ from instructft.errors import UsageError
 from instructft.evaluation.compare import json_place
 from instructft.formatting import first_line
 from instructft.inference.chat import Generator, load_for_inference, locate
-from instructft.inference.reference_model import Beside, check_base
+from instructft.inference.reference_model import ReferenceModel, check_base
 
 
 def run_tasks(
@@ -55,7 +55,7 @@ def run_tasks(
     tuned = Generator(*load_for_inference(model))
     results = {"tuned": _run(harness, manager, tuned, names, limit)}
     if base:
-        with Beside.of(model, base, tuned).answering() as other:
+        with ReferenceModel.of(model, base, tuned).answering() as other:
             results["base"] = _run(harness, manager, other, names, limit)
     if json_file:
         json_file.write_text(json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

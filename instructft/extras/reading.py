@@ -11,7 +11,7 @@ from typing import Any
 
 from instructft.evaluation.compare import json_place
 from instructft.inference.chat import Generator, load_for_inference, locate
-from instructft.inference.reference_model import Beside, check_base
+from instructft.inference.reference_model import ReferenceModel, check_base
 
 MAX_NEW_TOKENS = 200
 
@@ -50,7 +50,7 @@ def read_prompts(model: str, base: str | None = None, json_file: Path | None = N
     tuned = Generator(*load_for_inference(model))
     results = {"tuned": {"rows": _answered(tuned)}}
     if base:
-        with Beside.of(model, base, tuned).answering() as other:
+        with ReferenceModel.of(model, base, tuned).answering() as other:
             results["base"] = {"rows": _answered(other)}
     if json_file:
         json_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -149,7 +149,7 @@ class Output:
         self.target, self.added, self.made_by = target, added, dict(made_by)
         if target.is_dir():
             raise DataError(f"--output: {target} is a folder; name a file")
-        companions = (target, self._beside("ahead.jsonl"))
+        companions = (target, self._companion("ahead.jsonl"))
         begun = target.exists() and any(path.exists() and path.stat().st_size for path in companions)
         meta = self._meta() if begun else {}
         # rows that this model cannot be asked, as the run before has found out
@@ -178,7 +178,7 @@ class Output:
 
     def write_rejected(self, aside: Sequence[SetAside]) -> None:
         """Write down the lines that are not asked, each with the reason."""
-        rejected = self._beside("rejected.jsonl")
+        rejected = self._companion("rejected.jsonl")
         if not aside:
             rejected.unlink(missing_ok=True)
             return
@@ -188,9 +188,9 @@ class Output:
     def __enter__(self) -> Output:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         meta = {**self.made_by, "too_long": {str(line): reason for line, reason in sorted(self.too_long.items())}}
-        _write(self._beside("meta.json"), json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+        _write(self._companion("meta.json"), json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
         self._file = self.target.open("a", encoding="utf-8", newline="\n")
-        ahead = self._beside("ahead.jsonl")
+        ahead = self._companion("ahead.jsonl")
         _write(ahead, "".join(self._ahead_line(i, columns) for i, columns in self.ahead.items()))
         self._ahead_file = ahead.open("a", encoding="utf-8", newline="\n")
         self._flush()
@@ -200,7 +200,7 @@ class Output:
         self._file.close()
         self._ahead_file.close()
         if self.complete:
-            self._beside("ahead.jsonl").unlink(missing_ok=True)
+            self._companion("ahead.jsonl").unlink(missing_ok=True)
 
     def put(self, i: int, columns: Columns) -> None:
         """Take an answer to `rows[i]`: it goes to the file as soon as all rows before it are there."""
@@ -221,18 +221,20 @@ class Output:
             self.done += 1
         self._file.flush()
 
-    def _beside(self, suffix: str) -> Path:
+    def _companion(self, suffix: str) -> Path:
         return self.target.with_name(f"{self.target.name}.{suffix}")
 
     def _meta(self) -> dict[str, Any]:
         try:
-            meta = json.loads(self._beside("meta.json").read_text(encoding="utf-8"))
+            meta = json.loads(self._companion("meta.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError):
             meta = None
         if not isinstance(meta, dict) or not isinstance(meta.get("too_long"), dict):
-            raise UsageError(f"--output: {self._beside('meta.json')} is not readable as JSON; name another output file")
+            raise UsageError(
+                f"--output: {self._companion('meta.json')} is not readable as JSON; name another output file"
+            )
         return meta
 
     def _check(self, meta: Mapping[str, Any]) -> None:
@@ -240,7 +242,7 @@ class Output:
         way_out = f"repeat the command that began {self.target}, name another file, or remove it"
         if not meta:
             raise UsageError(
-                f"--output: there is no {self._beside('meta.json')} to say which model and settings made "
+                f"--output: there is no {self._companion('meta.json')} to say which model and settings made "
                 f"{self.target}; name another file, or remove it"
             )
         for key, value in self.made_by.items():
@@ -253,7 +255,7 @@ class Output:
     def _read_ahead(self) -> dict[int, Columns]:
         """Answers whose turn had not come; a half-written last line is made again."""
         try:
-            content = self._beside("ahead.jsonl").read_bytes()
+            content = self._companion("ahead.jsonl").read_bytes()
         except FileNotFoundError:
             return {}
         places = {row.line: i for i, row in enumerate(self.rows)}

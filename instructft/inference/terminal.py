@@ -18,7 +18,7 @@ from typing import Any
 from instructft.errors import InstructftError, UsageError
 from instructft.formatting import short
 from instructft.inference.chat import Chat
-from instructft.inference.reference_model import Beside
+from instructft.inference.reference_model import ReferenceModel
 from instructft.prompt.token_view import visible
 
 HELP = """\
@@ -146,7 +146,7 @@ class Commands:
 
     def __init__(self, chat: Chat, name: str, base: str, say: Callable[[str], None], show: Callable[[Ask], None]):
         self.chat, self.name, self.base, self.say, self.show = chat, name, base, say, show
-        self._beside: Beside | None = None
+        self._reference: ReferenceModel | None = None
         self._all: dict[str, Callable[[str], object]] = {
             "/help": lambda _: say(HELP),
             "/reset": self._reset,
@@ -224,8 +224,8 @@ class Commands:
         if not text and not chat.turns:
             self.say("(/compare takes a question, or comes after one)")
             return
-        if self._beside is None:
-            self._beside = Beside.of(self.name, self.base, chat.generator)
+        if self._reference is None:
+            self._reference = ReferenceModel.of(self.name, self.base, chat.generator)
         if text:
             self.say("tuned:")
             before = chat.turns
@@ -239,7 +239,7 @@ class Commands:
             self.say(f"tuned:\n{chat.turns[-1]['content']}")
         self.say("base:")
         settings = (chat.max_new_tokens, chat.temperature, chat.top_p)
-        with self._beside.answering() as base:
+        with self._reference.answering() as base:
             self.show(lambda stopped: base.stream(history, *settings, stopped))
 
     def _save(self, text: str) -> None:

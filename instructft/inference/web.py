@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from instructft.errors import InstructftError, UsageError
 from instructft.inference.chat import Chat, as_generator, locate
 from instructft.inference.generator import MAX_NEW_TOKENS, Generator, check_settings
-from instructft.inference.reference_model import START, Beside, check_base, recipe_of
+from instructft.inference.reference_model import START, ReferenceModel, check_base, recipe_of
 from instructft.prompt.templates import TEMPLATES
 from instructft.prompt.token_view import visible
 
@@ -69,9 +69,13 @@ class Turn:
 
 
 def reply(
-    generator: Generator, turns: Sequence[Turn], question: str, settings: Settings, beside: Beside | None = None
+    generator: Generator,
+    turns: Sequence[Turn],
+    question: str,
+    settings: Settings,
+    reference: ReferenceModel | None = None,
 ) -> Iterator[tuple[list[dict[str, Any]], Turn]]:
-    """Answer a question, and with `beside` ask that model the same: what the page shows, and the turn, as they grow.
+    """Answer a question, and with `reference` ask that model the same: what the page shows, and the turn, as they grow.
 
     What goes wrong is shown in place of the answer; the conversation goes on without it.
     """
@@ -101,10 +105,10 @@ def reply(
         shown.append(_message(turn.answer) if turn.answer else _note("No answer: it is no part of the conversation."))
         if chat.finish_reason == "length":
             shown.append(_note("Cut off: the settings allow more tokens."))
-        if beside is not None:
-            name = "What it began from" if beside.base == START else visible(beside.base)
+        if reference is not None:
+            name = "What it began from" if reference.base == START else visible(reference.base)
             yield [*shown, _note(f"{name} is asked …")], turn  # it may have to be loaded
-            with beside.answering() as base:
+            with reference.answering() as base:
                 for text in _growing(base.stream(asked, *limits)):
                     yield [*shown, _message(text.strip() or "(no answer)", f"{name} answers")], turn
             return
@@ -152,7 +156,11 @@ def markdown(text: str) -> str:
 
 
 def build(
-    generator: Generator, name: str, settings: Settings, beside: Beside | None = None, samples: Sequence[str] = ()
+    generator: Generator,
+    name: str,
+    settings: Settings,
+    reference: ReferenceModel | None = None,
+    samples: Sequence[str] = (),
 ) -> Blocks:
     """The page, not served yet.
 
@@ -178,10 +186,10 @@ def build(
             question = turns[asked].question  # again: as it was written, not as the page shows it
         before = [*turns[:asked], *[Turn()] * (asked - len(turns))]
         chosen = Settings(system or "", float(temperature), float(top_p), int(most or 0))
-        for shown, turn in reply(generator, before, question, chosen, beside if compare else None):
+        for shown, turn in reply(generator, before, question, chosen, reference if compare else None):
             yield shown, [*before, turn]
 
-    label = "what it began from" if beside and beside.base == START else beside and visible(beside.base)
+    label = "what it began from" if reference and reference.base == START else reference and visible(reference.base)
     turns = gr.State([])
     page = gr.ChatInterface(
         answer,
@@ -201,8 +209,10 @@ def build(
             gr.Slider(0.05, 1, settings.top_p, step=0.05, label="Top p"),
             gr.Number(settings.max_new_tokens, label="Tokens in an answer, at most", precision=0, minimum=1),
             gr.Checkbox(
-                label=f"Ask {label} too" if beside else "Nothing says what this model began from; name it with --base",
-                interactive=beside is not None,
+                label=f"Ask {label} too"
+                if reference
+                else "Nothing says what this model began from; name it with --base",
+                interactive=reference is not None,
                 elem_id="compare",
             ),
             turns,
@@ -241,7 +251,7 @@ def serve(
     Args:
         port: on 127.0.0.1; None takes the first free one from 7860.
         share: also make a public link through Gradio's servers, for whoever knows it.
-        base: the model beside it; None: what the model began from, where that is known.
+        base: the model it is compared with; None: what the model began from, where that is known.
         settings: what the page begins with.
 
     Raises:
@@ -254,7 +264,7 @@ def serve(
     if base is not None:
         check_base(model, base)
     generator, recipe = as_generator(model), recipe_of(model)
-    page = build(generator, model, settings, _beside(model, base, generator), recipe.samples if recipe else ())
+    page = build(generator, model, settings, _reference(model, base, generator), recipe.samples if recipe else ())
     url = start(page, port, share)
     print(f"{model} answers at {url} (Ctrl-C ends it)", flush=True)
     if share:
@@ -313,10 +323,10 @@ def free_port(port: int | None) -> int:
     raise UsageError(f"ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1} are all taken; name a free one with --port")
 
 
-def _beside(model: str, base: str | None, generator: Generator) -> Beside | None:
-    """The model beside it; None where none was named and nothing says what it began from."""
+def _reference(model: str, base: str | None, generator: Generator) -> ReferenceModel | None:
+    """The model it is compared with; None where none was named and nothing says what it began from."""
     try:
-        return Beside.of(model, base or START, generator)
+        return ReferenceModel.of(model, base or START, generator)
     except UsageError:
         if base is not None:
             raise

@@ -27,7 +27,7 @@ from instructft.extras import reading
 from instructft.extras.lm_eval import run_tasks
 from instructft.inference import reference_model as beside_module
 from instructft.inference.chat import Generator, load_for_inference
-from instructft.inference.reference_model import Beside
+from instructft.inference.reference_model import ReferenceModel
 from instructft.prompt.loss_mask import encode_conversation
 
 compare = compare_module.compare
@@ -195,7 +195,7 @@ def test_base_start_is_the_untrained_model(run: Path, tmp_path: Path, capsys: py
         assert all({"prompt", "prediction", "reference", "category", "dataset"} <= set(row) for row in side["rows"])
     recipe = instructft.load_recipe(run / "recipe.yaml")
     model, tokenizer = load_for_inference(str(run))
-    start = Beside("start", recipe, Generator(model, tokenizer), None)._load().model
+    start = ReferenceModel("start", recipe, Generator(model, tokenizer), None)._load().model
     same = instructft.load_model(recipe, tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(start.parameters(), same.parameters(), strict=True))
     rows = instructft.data.prepare.conversations(recipe, "test")

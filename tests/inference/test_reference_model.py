@@ -11,7 +11,7 @@ import torch
 from instructft.errors import UsageError
 from instructft.inference import reference_model
 from instructft.inference.chat import Generator
-from instructft.inference.reference_model import Beside, check_base, recipe_of
+from instructft.inference.reference_model import ReferenceModel, check_base, recipe_of
 from instructft.prompt.templates import TEMPLATES
 
 
@@ -30,13 +30,13 @@ def test_one_with_another_vocabulary_is_asked_in_its_own_way(
     tiny_model.save_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path)
     tokenizer.add_tokens(["<|ours|>"])
-    beside = Beside(str(tmp_path), None, Generator(tiny_model, tokenizer), None)
-    with beside.answering() as base:
+    reference = ReferenceModel(str(tmp_path), None, Generator(tiny_model, tokenizer), None)
+    with reference.answering() as base:
         assert base.tokenizer.chat_template == (theirs if own_words else tokenizer).chat_template
         assert len(base.model.get_input_embeddings().weight) == len(base.tokenizer)
         kept = tiny_model.get_input_embeddings().weight[:100]
         assert torch.equal(base.model.get_input_embeddings().weight[:100], kept)
-    with beside.answering() as again:
+    with reference.answering() as again:
         assert again is base  # loaded once
 
 

@@ -19,7 +19,7 @@ import instructft
 from instructft import cli
 from instructft.errors import UsageError
 from instructft.inference.chat import Chat, Generator, load_for_inference
-from instructft.inference.reference_model import Beside
+from instructft.inference.reference_model import ReferenceModel
 from instructft.inference.web import Settings, Turn, free_port, markdown, reply
 from tests.helpers.browser import Watched, browser
 
@@ -56,10 +56,10 @@ def scripted(tiny_model: Any, tokenizer: Any) -> Scripted:
 
 
 def ask(
-    generator: Generator, turns: list[Turn], question: str, beside: Any = None, **settings: Any
+    generator: Generator, turns: list[Turn], question: str, reference: Any = None, **settings: Any
 ) -> list[dict[str, Any]]:
     """Ask, and put the turn behind `turns`; what the page shows at the end."""
-    shown, turn = list(reply(generator, turns, question, Settings(**settings), beside))[-1]
+    shown, turn = list(reply(generator, turns, question, Settings(**settings), reference))[-1]
     turns.append(turn)
     return shown
 
@@ -176,11 +176,11 @@ output_dir: {tmp_path / "run"}
     run = str(instructft.train(instructft.load_recipe(write_recipe(text, "lora.yaml"))).output_dir)
     generator = Generator(*load_for_inference(run))
     base = Generator(*load_for_inference(str(tmp_path / "base")))
-    beside = Beside.of(run, "start", generator)
+    reference = ReferenceModel.of(run, "start", generator)
     turns: list[Turn] = []
     tuned_alone = Chat(generator, max_new_tokens=8)
     for question in ("Hi", "What is the capital of Norway?"):
-        shown = [m for m in ask(generator, turns, question, beside, max_new_tokens=8) if m["content"]]
+        shown = [m for m in ask(generator, turns, question, reference, max_new_tokens=8) if m["content"]]
         asked = [*tuned_alone.turns, {"role": "user", "content": question}]
         expected = tuned_alone.send(question), "".join(base.stream(asked, 8)).strip()
         assert said(shown) == [markdown(text) for text in expected]
