@@ -263,8 +263,7 @@ def ui(
 ) -> None:
     """Talk to a model on a page in the browser, served on this machine only."""
     _quiet_libraries()
-    from instructft.inference.web import serve
-    from instructft.inference.web_sessions import Settings
+    from instructft.inference.web import Settings, serve
 
     settings = Settings(system, temperature, top_p, max_new_tokens)
     serve(model, port=port, share=share, base=base, settings=settings)

@@ -19,7 +19,7 @@ from instructft.evaluation.confidence import differences
 from instructft.evaluation.metrics import evaluate
 from instructft.formatting import FORMS, name_of, short
 from instructft.inference.chat import Generator, load_for_inference, locate
-from instructft.inference.reference_model import START, Beside, check_base, recipe_of
+from instructft.inference.reference_model import START, check_base, recipe_of
 from instructft.recipe.load import load_recipe
 from instructft.recipe.schema import Recipe
 
@@ -106,7 +106,7 @@ def ask_both(model: str, base: str | None, judge: Callable[[Generator], Found]) 
     tuned = Generator(*load_for_inference(model))
     found = {"tuned": judge(tuned)}
     if base:
-        with Beside.of(model, base, tuned).answering() as other:
+        with ReferenceModel.of(model, base, tuned).answering() as other:
             found["base"] = judge(other)
     return found
 

@@ -26,15 +26,11 @@ def recipe_of(model: str) -> Recipe | None:
     return None
 
 
-class Beside:
-    """The model beside `tuned`: loaded when it is first asked for, and kept.
+class ReferenceModel:
+    """The model that `tuned` is compared with: loaded when it is first asked for, and kept.
 
     What an adapter began from is the tuned model itself with the adapter switched off: its base is in memory once.
     Where that is not exact, the base is loaded anew.
-
-    >>> beside = Beside("start", recipe_of("runs/quickstart"), tuned, find_adapter("runs/quickstart"))
-    >>> with beside.answering() as base:
-    ...     base.answers([[{"role": "user", "content": "Hi"}]])
     """
 
     def __init__(self, base: str, recipe: Recipe | None, tuned: Generator, adapter: AdapterFolder | None):
@@ -46,8 +42,8 @@ class Beside:
                 self.adapter = None
 
     @classmethod
-    def of(cls, model: str, base: str, tuned: Generator) -> Beside:
-        """The model beside the one that was loaded from `model`; nothing is loaded yet.
+    def of(cls, model: str, base: str, tuned: Generator) -> ReferenceModel:
+        """What the model that was loaded from `model` is compared with; nothing is loaded yet.
 
         Raises:
             UsageError: no such base, or `start` where nothing says what the model began from.
@@ -91,7 +87,7 @@ class Beside:
 
 
 def check_base(model: str, base: str) -> tuple[Recipe | None, AdapterFolder | None]:
-    """The recipe and the adapter of `model`, after a look at whether `base` can be put beside it; loads no weights.
+    """The recipe and the adapter of `model`, after a look at whether `base` can be compared with it; loads no weights.
 
     Raises:
         UsageError: no such base, or `start` where nothing says what the model began from.

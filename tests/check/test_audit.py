@@ -15,7 +15,6 @@ from instructft.check.audit import FINDINGS, audit
 from instructft.check.report import LIMITS, check, limits
 from instructft.data.load import load_parts
 from instructft.data.prepare import prepare
-from instructft.prompt.templates import TEMPLATES
 from instructft.recipe.load import load_recipe
 from instructft.recipe.schema import CheckSection
 from tests.conftest import GPT2, ROWS

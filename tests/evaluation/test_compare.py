@@ -20,7 +20,7 @@ from instructft.evaluation.compare import compare
 from instructft.evaluation.metrics import evaluate
 from instructft.inference import reference_model
 from instructft.inference.chat import Generator, load_for_inference
-from instructft.inference.reference_model import Beside
+from instructft.inference.reference_model import ReferenceModel
 from instructft.prompt.loss_mask import encode_conversation
 from tests.helpers.evaluation import FIGURES, ROWS, plain_loss
 
@@ -52,7 +52,7 @@ def test_base_start_is_the_untrained_model(moved_run: Path, tmp_path: Path, caps
         assert all({"prompt", "prediction", "reference", "category", "dataset"} <= set(row) for row in side["rows"])
     recipe = instructft.load_recipe(moved_run / "recipe.yaml")
     model, tokenizer = load_for_inference(str(moved_run))
-    start = Beside("start", recipe, Generator(model, tokenizer), None)._load().model
+    start = ReferenceModel("start", recipe, Generator(model, tokenizer), None)._load().model
     same = instructft.load_model(recipe, tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(start.parameters(), same.parameters(), strict=True))
     rows = instructft.data.load.conversations(recipe, "test")

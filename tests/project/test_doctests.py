@@ -84,9 +84,9 @@ def known() -> dict[str, Any]:
     """Names that every example may use: they are what a reader of the documentation has at hand."""
     import numpy
 
-    from tests.helpers.quickstart import tokenizer
     from instructft.prompt.templates import TEMPLATES
     from instructft.recipe.load import load_recipe
+    from tests.helpers.quickstart import tokenizer
 
     made = tokenizer()
     made.chat_template = TEMPLATES["instruction"].text()
