@@ -138,9 +138,9 @@ def prepare_rows(task: Task) -> dict[str, Any]:
     """Write our rows in the order in which ours trains them, enough for all steps."""
     from instructft.data.packing import flat
     from instructft.data.prepare import prepare
+    from instructft.data.row_order import LengthGrouped
     from instructft.models.load import load_tokenizer
     from instructft.recipe.load import load_recipe
-    from instructft.training.trainer import LengthGrouped
 
     recipe = load_recipe(recipe_of(task))
     train = prepare(recipe, load_tokenizer(recipe)).for_training

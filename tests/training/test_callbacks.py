@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import instructft
 from instructft.errors import RecipeError, Stopped
-from instructft.training.early_stopping import since_best
+from instructft.training.callbacks import since_best
 from instructft.training.run import train
 from tests.helpers.stops import SignalAt, interrupt
 

@@ -1,4 +1,4 @@
-"""Known ill signs of a run, each told once with what to do, and kept in `run.json` under `warnings`.
+"""Known warning signs of a run, each told once with what to do, and kept in `run.json` under `warnings`.
 
     overfitting     the validation loss rises over several evaluations while the training loss falls
     loss_at_zero    the training loss is zero: nothing carries loss, or the rows are known by heart
@@ -134,8 +134,8 @@ def probes(rows: Any, stop_ids: Sequence[int]) -> list[Probe]:
     return sorted(whole or found, key=lambda probe: probe.tokens)[:PROBES]
 
 
-class IllSigns(TrainerCallback):
-    """Looks for the ill signs, tells each once and writes it down.
+class RunWarnings(TrainerCallback):
+    """Looks for the warning signs, tells each once and writes it down.
 
     Args:
         generator: of the model that is trained.
