@@ -38,6 +38,7 @@ lint: venv  ## style and format, checked not changed
 types: venv  ## static types
 	@$(BIN)/python -m mypy
 
+docs: export NO_MKDOCS_2_WARNING := 1  # a notice of its makers, on every build
 docs: venv  ## the documentation as a site in site/, from docs/; installs MkDocs into .venv once
 	@$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	@$(BIN)/python scripts/docs_reference.py
@@ -45,7 +46,7 @@ docs: venv  ## the documentation as a site in site/, from docs/; installs MkDocs
 	@$(BIN)/python -m mkdocs build --quiet --strict
 
 battery: export INSTRUCTFT_KILLS := 17
-battery: lint types test test-latest quickstart  ## everything above, with fifty killed runs: what a release must pass
+battery: lint types docs test test-latest quickstart  ## everything above, with fifty killed runs: what a release must pass
 
 bench-gpu: venv  ## speed on one NVIDIA GPU beside TRL and a plain loop; ARGS="--only gpt2" goes to the script
 	@$(BIN)/python benchmarks/gpu.py $(ARGS)

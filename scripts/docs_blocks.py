@@ -47,7 +47,7 @@ QUESTIONS = {
     ),
     "What does packing change?": "{best_fit}; in words: [Packing](packing.md)",
     "Where does QLoRA differ from LoRA?": "{trouble_with}; all else is {adapters/}",
-    "Which module merges an adapter, and how is the result proved?": "{merge_adapter}; {choose_machine}",
+    "Which module merges an adapter, and how is the result proved?": "{merge_adapter}; {measure_quantized}",
     "What is inside a run folder, and who reads it?": (
         "[The run folder](run-folder.md); {collect_facts} and {make_folder} write it, {load_for_inference} reads it"
     ),

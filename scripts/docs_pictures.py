@@ -1,8 +1,8 @@
-"""Draws the pictures of README.md and docs/ from a finished run, in a browser: rows with their mask, and report.html.
+"""Draws the pictures of README.md and docs/ from a finished run, in a browser: a row with its mask, and report.html.
 
     python scripts/docs_pictures.py runs/quickstart     # writes docs/img/mask.png and docs/img/report.png
 
-The rows are the page of `instructft inspect --html`, the report is the run folder's own. It needs the Chromium that
+The row is the page of `instructft inspect --html`, the report is the run folder's own. It needs the Chromium that
 scripts/browser.sh finds; run it when one of the two pages looks otherwise than in the pictures.
 """
 
@@ -27,13 +27,13 @@ def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         rows = Path(folder) / "rows.html"
-        inspect = ["inspect", str(run / "recipe.yaml"), "-n", "2", "--html", str(rows)]
+        inspect = ["inspect", str(run / "recipe.yaml"), "-n", "1", "--html", str(rows)]
         subprocess.run([sys.executable, "-m", "instructft", *inspect], check=True, capture_output=True)
         chromium = playwright.chromium.launch(executable_path=found.stdout.strip(), args=["--no-sandbox"])
         page = chromium.new_page(viewport={"width": 760, "height": 900}, device_scale_factor=1.5)
         page.goto(rows.as_uri())
         top = page.locator(".bar").bounding_box()["y"]  # the legend; above it stand facts of the data
-        end = page.locator("article").nth(1).bounding_box()
+        end = page.locator("article").nth(0).bounding_box()
         clip = {"x": 0, "y": top, "width": 760, "height": end["y"] + end["height"] + 16 - top}
         page.screenshot(path=PICTURES / "mask.png", clip=clip, full_page=True)
         page.set_viewport_size({"width": 1000, "height": 620})

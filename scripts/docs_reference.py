@@ -10,8 +10,11 @@ What the schema does not hold, the unit and an example of each key, stands below
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
+import json
 import re
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -24,7 +27,6 @@ sys.path.insert(0, str(ROOT))
 import instructft  # noqa: E402
 from instructft.recipe.aliases import TRAIN_BOUNDS  # noqa: E402
 from instructft.recipe.fields import OWN_TRAIN_FIELDS, legal_lora_fields, legal_train_fields  # noqa: E402
-from instructft.recipe.schema import json_schema  # noqa: E402
 
 HEAD = "<!-- Written by scripts/docs_reference.py; change the code it reads, then run it again. -->\n\n"
 SECTIONS = {  # the recipe's own sections, in the order of the page, each with the page that explains it
@@ -120,6 +122,15 @@ FIELDS = {
     "target_parameters": ["mlp.experts.gate_up_proj"],
     "exclude_modules": ["lm_head"],
 }
+
+
+@functools.cache
+def json_schema() -> dict[str, Any]:
+    """The schema as editors get it, from the command that prints it."""
+    command = [sys.executable, "-m", "instructft", "recipes", "--schema"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    schema: dict[str, Any] = json.loads(printed)
+    return schema
 
 
 def properties() -> dict[str, dict[str, Any]]:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import typer
 
+import instructft
 from instructft.cli import app
 from instructft.data.quickstart import rows as quickstart_rows
-from instructft.recipe.schema import load_recipe
 from tests.helpers.markdown import Page, code
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,12 +57,10 @@ def test_the_recipe_runs_offline_on_a_file_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The commands under it, in order; two steps are enough to see that rows are read, trained and saved."""
-    import instructft
-
     own_recipe(tmp_path, monkeypatch)
     said = README.block_with("instructft train mine.yaml")
     assert [line.split()[1] for line in said.splitlines()] == ["check", "train", "chat"]
-    result = instructft.train(load_recipe("mine.yaml", ["train.max_steps=2", "train.logging_steps=1"]))
+    result = instructft.train(instructft.load_recipe("mine.yaml", ["train.max_steps=2", "train.logging_steps=1"]))
     assert result.output_dir == Path("runs/mine")
     facts: dict[str, Any] = json.loads(Path("runs/mine/run.json").read_text(encoding="utf-8"))
     assert facts["data"]["rows"]["train"] >= 40
