@@ -136,11 +136,10 @@ def folders() -> str:
 
 def layer_lines() -> str:
     """The layers, each in a line, the top first."""
-    width = max(len(" · ".join(names)) for names in layers())
     lines = []
     for height, names in reversed(list(enumerate(layers(), 1))):
         kinds = [name + ("/" if name in FOLDERS else ".py") for name in names]
-        lines.append(f"{height:>2}  {' · '.join(kinds):{width}}".rstrip())
+        lines.append(f"{height:>2}  {' · '.join(kinds)}")
     return "\n".join(["```text", *lines, "```"])
 
 

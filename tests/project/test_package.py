@@ -355,7 +355,7 @@ def test_the_wheel_holds_all_that_the_package_reads(tmp_path: Path) -> None:
 
     code, recipes = files("instructft"), files("recipes")
     assert "instructft/prompt/jinja/instruction.jinja" in code
-    assert "instructft/sft_config_fields.json" in code
+    assert "instructft/recipe/sft_config_fields.json" in code
     assert "recipes/quickstart.yaml" in recipes
     assert "instructft/py.typed" in names  # so that type checkers of other projects read our annotations
     assert code | {f"instructft/{name}" for name in recipes} <= names
