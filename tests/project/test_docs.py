@@ -181,6 +181,15 @@ def test_exit_codes_are_those_of_the_program() -> None:
     assert {int(code) for code in PAGES["errors.md"].table("exit code")} == codes
 
 
+def test_messages_that_are_quoted_are_said() -> None:
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "instructft").rglob("*.py"))
+    quoted = [
+        words for cell in PAGES["troubleshooting.md"].table("what you see") for words in re.findall('"(.+?)"', cell)
+    ]
+    assert quoted
+    assert [words for words in quoted if words not in source] == []
+
+
 def test_our_environment_variables_are_read() -> None:
     source = (ROOT / "instructft" / "cli.py").read_text(encoding="utf-8")
     for name in ("INSTRUCTFT_TRACEBACK", "HF_HUB_DISABLE_TELEMETRY"):
