@@ -138,7 +138,7 @@ def prepare_rows(task: Task) -> dict[str, Any]:
     """Write our rows in the order in which ours trains them, enough for all steps."""
     from instructft.data.packing import flat
     from instructft.data.prepare import prepare
-    from instructft.models.load import load_tokenizer
+    from instructft.models.tokenizer import load_tokenizer
     from instructft.recipe.schema import load_recipe
     from instructft.training.trainer import LengthGrouped
 
@@ -160,7 +160,7 @@ def prepare_rows(task: Task) -> dict[str, Any]:
 def prepare_of(task: Task) -> list[dict[str, Any]]:
     """All rows of ours, unpacked."""
     from instructft.data.prepare import prepare
-    from instructft.models.load import load_tokenizer
+    from instructft.models.tokenizer import load_tokenizer
     from instructft.recipe.schema import load_recipe
 
     recipe = load_recipe(recipe_of(task))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.errors import UsageError
 from instructft.inference.generator import MAX_NEW_TOKENS, Generator, check_settings
-from instructft.models.load_trained import find_adapter, load_bare, load_base, load_for_inference, locate
+from instructft.models.load_for_inference import find_adapter, load_bare, load_base, load_for_inference, locate
 from instructft.prompt.render import Message
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from instructft.adapters.attach import AdapterFolder
+    from instructft.adapters.adapter_folder import AdapterFolder
     from instructft.merging.plan import Plan
     from instructft.weights.tensor_io import Stored
 

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from instructft.adapters.lora import Papers, token_rows
+from instructft.adapters.adapter_folder import AdapterMetadata
+from instructft.adapters.new_tokens import token_rows
 from instructft.data.packing import flat
 from instructft.training.fused_loss import add_supervised_head, scores
 from instructft.training.resumable import LastingTrainer
@@ -72,10 +73,12 @@ class Trainer(LastingTrainer):
     - `train_sampling_strategy: group_by_length` forms steps of rows of like length (`LengthGrouped`).
     - What is saved can be trusted and gone on from: see `instructft.training.resumable`.
     - The model card is written by `instructft.report.model_card`, not at every checkpoint.
-    - An adapter is trained in float32 over a quantized base too, and each folder that holds one gets its `papers`.
+    - An adapter is trained in float32 over a quantized base too, and each folder that holds one gets its `metadata`.
     """
 
-    def __init__(self, *, eval_groups: dict[str, int] | None = None, papers: Papers | None = None, **kwargs: Any):
+    def __init__(
+        self, *, eval_groups: dict[str, int] | None = None, metadata: AdapterMetadata | None = None, **kwargs: Any
+    ):
         trained = {name: p.data for name, p in kwargs["model"].named_parameters() if p.requires_grad}
         super().__init__(**kwargs)
         for name, parameter in self.model.named_parameters():
@@ -83,7 +86,7 @@ class Trainer(LastingTrainer):
                 # upstream rounds the adapter of a quantized base to bfloat16 (trl 1.16), which AdamW's updates of late
                 # steps are too small for
                 parameter.data = trained[name].to(parameter.device)
-        self._papers = papers
+        self._metadata = metadata
         self._eval_groups = eval_groups or {}
         bare = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_supervised_head(bare)
@@ -185,8 +188,8 @@ class Trainer(LastingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self._papers is not None and self.args.should_save:
-            self._papers.write(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+        if self._metadata is not None and self.args.should_save:
+            self._metadata.write(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Upstream writes its own card at every checkpoint; ours is written once, when the run is done."""

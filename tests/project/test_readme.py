@@ -244,7 +244,7 @@ def test_data_sets_and_formats() -> None:
 
 
 def test_templates_render_exactly_so() -> None:
-    from instructft.models.load import load_tokenizer
+    from instructft.models.tokenizer import load_tokenizer
     from instructft.prompt.loss_mask import render
     from instructft.prompt.templates import TEMPLATES
 

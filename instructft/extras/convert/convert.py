@@ -208,7 +208,7 @@ def _write_configs(
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    from instructft.models.load import not_loaded
+    from instructft.models.tokenizer import not_loaded
 
     place, _, revision = (name, "", "") if Path(name).expanduser().is_dir() else name.partition("@")
     try:
