@@ -139,7 +139,7 @@ def prepare_rows(task: Task) -> dict[str, Any]:
     from instructft.data.packing import flat
     from instructft.data.prepare import prepare
     from instructft.data.row_order import LengthGrouped
-    from instructft.models.load import load_tokenizer
+    from instructft.models.tokenizer import load_tokenizer
     from instructft.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_of(task))
@@ -160,7 +160,7 @@ def prepare_rows(task: Task) -> dict[str, Any]:
 def prepare_of(task: Task) -> list[dict[str, Any]]:
     """All rows of ours, unpacked."""
     from instructft.data.prepare import prepare
-    from instructft.models.load import load_tokenizer
+    from instructft.models.tokenizer import load_tokenizer
     from instructft.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_of(task))

@@ -109,11 +109,12 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     from instructft.data.prepare import prepare as prepare_data
-    from instructft.models.load import load_config, load_tokenizer
+    from instructft.models.starting_point import starting_point
+    from instructft.models.tokenizer import load_tokenizer
 
     began = time.perf_counter()
     tokenizer = load_tokenizer(loaded)
-    load_config(loaded, tokenizer)
+    starting_point(loaded, tokenizer)
     data = prepare_data(loaded, tokenizer)
     seconds = time.perf_counter() - began
     for what, how_much in [*data.account(loaded.data.max_length), ("fingerprint", data.fingerprint)]:

@@ -51,14 +51,15 @@ def check(
     import instructft.training.trainer  # noqa: F401 - what training imports counts in its memory
     from instructft.check.audit import audit
     from instructft.data.prepare import prepare
-    from instructft.models.load import load_config, load_tokenizer
     from instructft.models.memory import estimate, resident
+    from instructft.models.starting_point import starting_point
+    from instructft.models.tokenizer import load_tokenizer
     from instructft.recipe.load import check_against_installed
     from instructft.training.arguments import training_arguments
 
     check_against_installed(recipe)
     tokenizer = load_tokenizer(recipe)
-    load_config(recipe, tokenizer)
+    start = starting_point(recipe, tokenizer)
     base = resident()  # before the audit reads all rows, which training does not keep
     report: dict[str, Any] = {"schema": SCHEMA, "recipe": recipe.name, "data": audit(recipe, tokenizer)}
     report |= {"training": None, "estimate": None, "limits": [], "problems": []}
@@ -84,7 +85,7 @@ def check(
         }
         asked: dict[str, Any] = {"device": device, "processes": processes, "tokens_per_second": tokens_per_second}
         asked["strategy"] = strategy
-        report["estimate"] = estimate(recipe, tokenizer, data, args, base=base, **asked)
+        report["estimate"] = estimate(recipe, start, data, args, base=base, **asked)
         report["estimate"]["precision"] = precision
     report["limits"] = limits(recipe, report)
     report["ok"] = not report["problems"] and all(limit["kept"] for limit in report["limits"])

@@ -50,7 +50,7 @@ def inspect_rows(
     from rich.console import Console
 
     from instructft.data.prepare import prepare
-    from instructft.models.load import load_tokenizer
+    from instructft.models.tokenizer import load_tokenizer
 
     if page is not None and (page.suffix.lower() not in (".html", ".htm") or not page.absolute().parent.is_dir()):
         raise UsageError(f"--html: {page}: expected a file name that ends in .html, in a folder that exists")

@@ -11,8 +11,9 @@ from instructft.evaluation.compare import check_json, plain_table, rows_of, trai
 from instructft.evaluation.confidence import differences
 from instructft.evaluation.metrics import evaluate
 from instructft.formatting import FORMS, name_of
-from instructft.inference.chat import Generator, load_for_inference
+from instructft.inference.generator import Generator
 from instructft.inference.reference_model import recipe_of
+from instructft.models.load_for_inference import load_for_inference
 
 FINAL = "final"
 _SHOWN = ("loss", "exact_match", "rougeL", "bleu", "stopped", "repeated")

@@ -18,8 +18,9 @@ from instructft.errors import UsageError
 from instructft.evaluation.confidence import differences
 from instructft.evaluation.metrics import evaluate
 from instructft.formatting import FORMS, name_of, short
-from instructft.inference.chat import Generator, load_for_inference, locate
+from instructft.inference.generator import Generator
 from instructft.inference.reference_model import START, ReferenceModel, check_base, recipe_of
+from instructft.models.load_for_inference import load_for_inference, locate
 from instructft.recipe.load import load_recipe
 from instructft.recipe.schema import Recipe
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from instructft.data.sources import Unusable, detect_format, to_conversation
 from instructft.errors import DataError
 from instructft.evaluation.confidence import intervals, measures
-from instructft.inference.chat import MAX_NEW_TOKENS, Generator, as_generator
-from instructft.inference.generator import Answer
+from instructft.inference.chat import as_generator
+from instructft.inference.generator import MAX_NEW_TOKENS, Answer, Generator
 from instructft.prompt.loss_mask import IGNORE_INDEX, encode_conversation
 from instructft.prompt.render import Message
 

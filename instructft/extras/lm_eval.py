@@ -13,7 +13,7 @@ from typing import Any
 from instructft.errors import UsageError
 from instructft.evaluation.compare import ask_both, check_json, check_models, plain_table, write_json
 from instructft.formatting import first_line
-from instructft.inference.chat import Generator
+from instructft.inference.generator import Generator
 
 
 def run_tasks(

@@ -11,7 +11,7 @@ from typing import Any
 
 from instructft.evaluation.compare import ask_both, check_json, check_models, write_json
 from instructft.evaluation.metrics import answers_to
-from instructft.inference.chat import Generator
+from instructft.inference.generator import Generator
 from instructft.prompt.render import Message
 
 MAX_NEW_TOKENS = 200

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from instructft.adapters.attach import AdapterFolder, is_adapter, leaves_base_as_it_is
+from instructft.adapters.adapter_folder import AdapterFolder, is_adapter
+from instructft.adapters.attach import leaves_base_as_it_is
 from instructft.adapters.new_tokens import fit_embeddings
 from instructft.errors import UsageError
-from instructft.inference.chat import Generator, find_adapter, load_bare, load_base, load_for_inference, locate
+from instructft.inference.generator import Generator
 from instructft.models.load import load_model
+from instructft.models.load_for_inference import find_adapter, load_bare, load_base, load_for_inference, locate
 from instructft.recipe.load import load_run_recipe
 from instructft.recipe.schema import Recipe
 

@@ -19,9 +19,10 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import InstructftError, UsageError
-from instructft.inference.chat import Chat, as_generator, locate
+from instructft.inference.chat import Chat, as_generator
 from instructft.inference.generator import MAX_NEW_TOKENS, Generator, check_settings
 from instructft.inference.reference_model import START, ReferenceModel, check_base, recipe_of
+from instructft.models.load_for_inference import locate
 from instructft.prompt.templates import TEMPLATES
 from instructft.prompt.token_view import visible
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instructft.adapters.attach import WEIGHTS, AdapterFolder, is_adapter, locate_base, read_adapter
+from instructft.adapters.adapter_folder import WEIGHTS, AdapterFolder, is_adapter, read_adapter
+from instructft.adapters.attach import locate_base
 from instructft.checkpoints.atomic import partial_folder, refuse_used
 from instructft.errors import AdapterError, InstructftError, ModelError, UsageError
 from instructft.formatting import size

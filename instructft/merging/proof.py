@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from instructft.adapters.attach import AdapterFolder
+    from instructft.adapters.adapter_folder import AdapterFolder
     from instructft.recipe.schema import Recipe
     from instructft.weights.tensor_io import Stored
 

@@ -30,6 +30,7 @@ from instructft.recipe.fields import (
 from instructft.recipe.schema import AdapterSection, Recipe, freeze
 from instructft.recipe.yaml_reader import Document, KeyPath, dotted
 from instructft.redaction import is_secret
+from instructft.weights.base_record import is_hub_id, stays_inside
 
 DATA_FILES = (".json", ".jsonl", ".jsonl.gz", ".csv", ".parquet")
 _ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
@@ -215,15 +216,13 @@ class _Check:
 
     def inside_repo(self, values: dict[str, Any], path: KeyPath) -> None:
         value = values.get(str(path[-1]))
-        if isinstance(value, str) and (
-            value.startswith(("/", "~")) or "\\" in value or ":" in value or ".." in value.split("/")
-        ):
+        if isinstance(value, str) and not stays_inside(value):
             self.problem(path, f'found "{value}", expected a folder inside the repo, such as instruct/')
             del values[str(path[-1])]
 
     def hub_id(self, values: dict[str, Any], path: KeyPath) -> None:
         value = values.get(str(path[-1]))
-        if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", value):
+        if isinstance(value, str) and not is_hub_id(value):
             self.problem(path, f'found "{value}", expected a name on the Hub, such as org/name')
 
     # types and bounds ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from instructft.formatting import first_line
-from instructft.inference.chat import Generator
+from instructft.inference.generator import Generator
 
 Texts = Sequence[tuple[str, str]]  # prompt, answer
 _SHOWN = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}", "eval_perplexity": "perplexity {:.2f}"}

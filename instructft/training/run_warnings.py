@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from instructft.errors import TemplateError
-from instructft.inference.chat import Generator
 from instructft.inference.continuous_batching import Row
+from instructft.inference.generator import Generator
 from instructft.prompt.loss_mask import IGNORE_INDEX
 from instructft.training.callbacks import lines_until
 

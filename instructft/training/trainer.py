@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from instructft.adapters.lora import Papers, token_rows
+from instructft.adapters.adapter_folder import AdapterMetadata
+from instructft.adapters.new_tokens import token_rows
 from instructft.data.packing import flat
 from instructft.data.row_order import LengthGrouped
 from instructft.training.batch_size import RowsAtOnce
@@ -42,11 +43,11 @@ class Trainer(SFTTrainer):
       `num_tokens` counts a batch of packs as if it were one row (trl 1.16, `compute_loss`).
     - `train_sampling_strategy: group_by_length` forms steps of rows of like length (`LengthGrouped`).
     - The model card is written by `instructft.report.model_card`, not at every checkpoint.
-    - An adapter is trained in float32 over a quantized base too, and each folder that holds one gets its `papers`.
+    - An adapter is trained in float32 over a quantized base too, and each folder that holds one gets its `metadata`.
 
     Args:
         eval_groups: data set -> rows in the order of the validation set; each gets an `eval_<name>_loss` of its own.
-        papers: what goes beside an adapter.
+        metadata: written into each folder that holds the adapter.
         find_batch: find how many rows at a time fit into memory (`RowsAtOnce`).
         spike_limit, skip_spikes: see `StepChecks`.
         say: told, line by line, what happens on the way.
@@ -61,7 +62,7 @@ class Trainer(SFTTrainer):
         self,
         *,
         eval_groups: dict[str, int] | None = None,
-        papers: Papers | None = None,
+        metadata: AdapterMetadata | None = None,
         find_batch: bool = False,
         spike_limit: float | None = None,
         skip_spikes: bool = False,
@@ -90,7 +91,7 @@ class Trainer(SFTTrainer):
         self.publisher: Publisher | None = None  # uploads what is sealed, while training continues
         self.resumes: list[dict[str, Any]] = []  # each time that the run was resumed: from where, what had changed
         self._resumes_from: Path | None = None
-        self._papers = papers
+        self._metadata = metadata
         self._eval_groups = eval_groups or {}
         bare = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_supervised_head(bare)
@@ -325,8 +326,8 @@ class Trainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self._papers is not None and self.args.should_save:
-            self._papers.write(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+        if self._metadata is not None and self.args.should_save:
+            self._metadata.write(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Upstream writes its own card at every checkpoint; ours is written once, when the run is done."""

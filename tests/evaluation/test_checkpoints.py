@@ -14,7 +14,7 @@ from instructft.errors import UsageError
 from instructft.evaluation import checkpoints
 from instructft.evaluation.checkpoints import compare_checkpoints
 from instructft.evaluation.metrics import evaluate
-from instructft.inference.chat import load_for_inference
+from instructft.models.load_for_inference import load_for_inference
 from instructft.prompt.loss_mask import encode_conversation
 from tests.helpers.evaluation import plain_loss
 

@@ -19,8 +19,9 @@ from instructft.evaluation import compare as module
 from instructft.evaluation.compare import compare
 from instructft.evaluation.metrics import evaluate
 from instructft.inference import reference_model
-from instructft.inference.chat import Generator, load_for_inference
+from instructft.inference.generator import Generator
 from instructft.inference.reference_model import ReferenceModel
+from instructft.models.load_for_inference import load_for_inference
 from instructft.prompt.loss_mask import encode_conversation
 from tests.helpers.evaluation import FIGURES, ROWS, plain_loss
 

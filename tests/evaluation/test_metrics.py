@@ -12,8 +12,7 @@ import instructft
 from instructft.errors import DataError, UsageError
 from instructft.evaluation import metrics
 from instructft.evaluation.metrics import evaluate, negative_log_likelihood, repeated
-from instructft.inference.chat import Generator
-from instructft.inference.generator import Answer
+from instructft.inference.generator import Answer, Generator
 from instructft.prompt.loss_mask import encode_conversation
 from tests.helpers.evaluation import FIGURES, ROWS, conversations, plain_loss
 

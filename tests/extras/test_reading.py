@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from instructft.extras import reading
-from instructft.inference.chat import Generator, load_for_inference
+from instructft.inference.generator import Generator
+from instructft.models.load_for_inference import load_for_inference
 
 
 def test_prompts_for_reading(

@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from instructft import merge_adapter
-from instructft.adapters.attach import read_adapter
+from instructft.adapters.adapter_folder import read_adapter
 from instructft.errors import InstructftError
 from instructft.merging.plan import make_plan
 from instructft.weights import tensor_io
+from tests.helpers.adapters import record_base
 
 QUIET = Console(quiet=True)
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -58,7 +59,6 @@ def make_adapter(folder: Path, base: Path, rows: int = 1490, **options: Any) -> 
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from instructft.adapters.attach import record_base
     from instructft.adapters.new_tokens import fit_embeddings
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -71,15 +71,7 @@ def make_adapter(folder: Path, base: Path, rows: int = 1490, **options: Any) -> 
             size = 0.02 if "magnitude" in name else 0.1
             parameter.data += torch.randn(parameter.shape, generator=source) * size
     adapted.save_pretrained(folder, save_embedding_layers=False)
-    record_base(
-        folder,
-        name_or_path=str(base),
-        revision=None,
-        subfolder=None,
-        vocab_size=rows,
-        quantization="none",
-        dtype="float32",
-    )
+    record_base(folder, str(base), rows)
     return folder
 
 
@@ -127,7 +119,7 @@ def files_in(folder: Path) -> set[str]:
 
 
 def plan_of(adapter: Path, base: Path) -> Any:
-    from instructft.adapters.attach import read_adapter
+    from instructft.adapters.adapter_folder import read_adapter
 
     return make_plan(base, tensor_io.read_checkpoint(base), adapter, read_adapter(adapter).shapes, 0, None)
 

@@ -11,8 +11,9 @@ import torch
 
 import instructft
 from instructft.errors import ModelError, UsageError
-from instructft.inference.chat import Chat, generate, load_for_inference, locate
+from instructft.inference.chat import Chat, generate
 from instructft.inference.generator import Generator
+from instructft.models.load_for_inference import load_for_inference, locate
 from instructft.prompt.loss_mask import encode_conversation, encode_prompt, encoder
 from instructft.prompt.templates import TEMPLATES
 from tests.helpers.inference import (

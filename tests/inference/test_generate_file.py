@@ -14,8 +14,8 @@ import pytest
 
 from instructft.errors import DataError, UsageError
 from instructft.inference import generate_file as module
-from instructft.inference.chat import Generator
 from instructft.inference.generate_file import generate_file
+from instructft.inference.generator import Generator
 from tests.helpers.inference import (
     ASKED,
     ROWS,
@@ -49,7 +49,7 @@ def test_rows_in_order_and_whole(batch_size: str, folder: str, tmp_path: Path) -
     made = read(target)
     assert [{k: v for k, v in row.items() if k not in ("response", "finish_reason")} for row in made] == ROWS
     assert [list(row)[-2:] for row in made] == [["response", "finish_reason"]] * len(ROWS)
-    from instructft.inference.chat import load_for_inference
+    from instructft.models.load_for_inference import load_for_inference
 
     generator = Generator(*load_for_inference(folder))
     alone = [generator.answers([asked], max_new_tokens=8)[0] for asked in ASKED]
@@ -328,7 +328,7 @@ def test_killed_many_times_and_continued(folder: str, tmp_path: Path) -> None:
 
 
 def test_base_beside(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from instructft.inference.chat import load_for_inference
+    from instructft.models.load_for_inference import load_for_inference
 
     other = load_for_inference(folder)[0]
     with __import__("torch").no_grad():

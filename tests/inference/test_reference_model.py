@@ -10,7 +10,7 @@ import torch
 
 from instructft.errors import UsageError
 from instructft.inference import reference_model
-from instructft.inference.chat import Generator
+from instructft.inference.generator import Generator
 from instructft.inference.reference_model import ReferenceModel, check_base, recipe_of
 from instructft.prompt.templates import TEMPLATES
 

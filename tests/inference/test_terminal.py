@@ -211,7 +211,8 @@ def test_compare_asks_what_the_run_began_from(
     """The base's own answer, to the same conversation; of an adapter no second model is loaded."""
     import instructft
     from instructft.inference import reference_model as beside_module
-    from instructft.inference.chat import Generator, load_for_inference
+    from instructft.inference.generator import Generator
+    from instructft.models.load_for_inference import load_for_inference
     from tests.adapters.test_adapter_folder import make_adapter, make_base
 
     if kind == "full":

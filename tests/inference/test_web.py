@@ -18,9 +18,11 @@ import torch
 import instructft
 from instructft import cli
 from instructft.errors import UsageError
-from instructft.inference.chat import Chat, Generator, load_for_inference
+from instructft.inference.chat import Chat
+from instructft.inference.generator import Generator
 from instructft.inference.reference_model import ReferenceModel
 from instructft.inference.web import Settings, Turn, free_port, markdown, reply
+from instructft.models.load_for_inference import load_for_inference
 from tests.helpers.browser import Watched, browser
 
 EVIL = '<img src="http://evil.example/x.png"><script>alert(1)</script> ![p](http://evil.example/y.png) **b** \x1b[31m'

@@ -191,7 +191,7 @@ def test_it_runs_from_the_hub(name: str, hub: Any, book: None, tmp_path: Path) -
     from transformers import GenerationConfig
 
     from instructft import train
-    from instructft.models.load_trained import load_for_inference
+    from instructft.models.load_for_inference import load_for_inference
 
     run = tmp_path / "run"
     recipe = load_recipe(name, overrides(name, run))
@@ -267,7 +267,7 @@ def test_check_reads_it_from_the_hub(
 
 def test_a_gated_model_is_said_to_be_one(hub: Any, tmp_path: Path) -> None:
     from instructft.errors import UsageError
-    from instructft.models.load import load_tokenizer
+    from instructft.models.tokenizer import load_tokenizer
 
     recipe = load_recipe("llama-3.2-1b", overrides("llama-3.2-1b", tmp_path / "run"))
     stock(hub, recipe)

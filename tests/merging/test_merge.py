@@ -69,7 +69,9 @@ def test_without_a_proof_the_card_says_so(tmp_path: Path, tokenizer: Any) -> Non
 
 @pytest.mark.usefixtures("short_answers")
 def test_a_merged_model_is_used_like_any_other(tmp_path: Path, tokenizer: Any, write_recipe: Any) -> None:
-    from instructft.inference.chat import Generator, generate, load_for_inference
+    from instructft.inference.chat import generate
+    from instructft.inference.generator import Generator
+    from instructft.models.load_for_inference import load_for_inference
     from instructft.recipe.load import load_recipe
     from instructft.report.model_card import _LOAD_ADAPTER
 

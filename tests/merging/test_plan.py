@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from instructft import merge_adapter
-from instructft.adapters.attach import read_adapter
+from instructft.adapters.adapter_folder import read_adapter
 from instructft.errors import UsageError
 from instructft.merging.plan import choose_machine, in_memory, make_plan
 from instructft.weights import tensor_io

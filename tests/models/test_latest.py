@@ -10,8 +10,7 @@ from rich.console import Console
 
 import instructft
 from instructft.errors import UsageError
-from instructft.models.hub_checkpoints import checkpoint_name, newest_checkpoint, progress
-from instructft.models.latest import look_anew, settled
+from instructft.models.latest import checkpoint_name, look_anew, newest_checkpoint, progress, settled
 from instructft.training.run import train
 from tests.helpers.stops import SignalAt, interrupt
 

@@ -215,7 +215,7 @@ def _is_folder(name: str) -> bool:
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    from instructft.models.load import not_loaded
+    from instructft.models.tokenizer import not_loaded
 
     place, _, revision = (name, "", "") if _is_folder(name) else name.partition("@")
     try:

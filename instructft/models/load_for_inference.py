@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from instructft.adapters.attach import AdapterFolder, attach, check_fit, is_adapter, locate_base, read_adapter
+from instructft.adapters import quantization
+from instructft.adapters.adapter_folder import AdapterFolder, is_adapter, read_adapter
+from instructft.adapters.attach import attach, check_fit, locate_base
 from instructft.errors import ModelError, UsageError
 from instructft.formatting import first_line
-from instructft.models.load import adds_bos
+from instructft.models.tokenizer import adds_bos
 from instructft.prompt.templates import TEMPLATES
 from instructft.weights import remote_code
 from instructft.weights.base_record import adapter_on_hub, commit_of
@@ -32,19 +34,34 @@ def locate(name: str) -> tuple[str, str]:
         UsageError: it is neither a folder with a model or an adapter nor a Hub id.
         AdapterError: it is an adapter folder that is broken.
     """
+    return _find(name)[:2]
+
+
+def find_adapter(name: str) -> AdapterFolder | None:
+    """The adapter that a folder or Hub id holds; None for any other model.
+
+    Raises:
+        AdapterError: it is broken.
+    """
+    return _find(name, on_hub=True)[2]
+
+
+def _find(name: str, on_hub: bool = False) -> tuple[str, str, AdapterFolder | None]:
+    """Folder or Hub id, revision, and the adapter that is there: read once, and from the Hub where that is asked."""
     path = Path(name).expanduser()
     if not path.exists():
         if name.startswith(("/", ".", "~")) or name.count("/") != 1:
             raise UsageError(f"there is no model folder {name}; give a run folder, or a Hub id such as org/name")
         location, _, revision = name.partition("@")
-        return location, revision or "main"
+        folder = adapter_on_hub(location, revision) if on_hub else None
+        return location, revision or "main", read_adapter(folder) if folder else None
     if is_adapter(path):
-        read_adapter(path)
-    elif not (path / "config.json").is_file():
+        return str(path), "main", read_adapter(path)
+    if not (path / "config.json").is_file():
         checkpoints = sorted(p.name for p in path.glob("checkpoint-*"))
         hint = f"; its run is unfinished, but it holds {', '.join(checkpoints)}" if checkpoints else ""
         raise UsageError(f"{name} holds no model (there is no adapter_config.json and no config.json in it){hint}")
-    return str(path), "main"
+    return str(path), "main", None
 
 
 def load_for_inference(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -82,8 +99,7 @@ def load_tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     Raises:
         UsageError, AdapterError, ModelError: as there.
     """
-    location, revision = locate(name)
-    adapter = find_adapter(name)
+    location, revision, adapter = _find(name, on_hub=True)
     if adapter is None:
         return with_template(name, _load_tokenizer(name, location, revision=revision))
     return with_template(name, _tokenizer_of(name, adapter, locate_base(adapter)))
@@ -91,8 +107,7 @@ def load_tokenizer_of(name: str) -> PreTrainedTokenizerBase:
 
 def load_bare(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """`load_for_inference` for a caller that brings the chat template: the tokenizer's stays as it was saved."""
-    location, revision = locate(name)
-    adapter = find_adapter(name)
+    location, revision, adapter = _find(name, on_hub=True)
     if adapter is None:
         tokenizer = _load_tokenizer(name, location, revision=revision)
         return _load_weights(name, location, revision=revision), tokenizer
@@ -103,19 +118,6 @@ def load_bare(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if (adapter.folder / "generation_config.json").is_file():
         model.generation_config = _whole(name, type(model.generation_config).from_pretrained, adapter.folder)
     return model, tokenizer
-
-
-def find_adapter(name: str) -> AdapterFolder | None:
-    """The adapter that a folder or Hub id holds; None for any other model.
-
-    Raises:
-        AdapterError: it is broken.
-    """
-    location, revision = locate(name)
-    if Path(location).exists():
-        return read_adapter(location) if is_adapter(location) else None
-    folder = adapter_on_hub(location, revision)
-    return None if folder is None else read_adapter(folder)
 
 
 def load_base(adapter: AdapterFolder, base: Path | None = None) -> PreTrainedModel:
@@ -164,8 +166,6 @@ def _quantized(adapter: AdapterFolder) -> dict[str, Any]:
     """Arguments of `from_pretrained` for a base as it was held in training; none where that does not work here."""
     import torch
 
-    from instructft.adapters import quantization
-
     how, device = adapter.base.quantization, _device()
     if how == "none":
         return {}
@@ -185,8 +185,6 @@ def _load_weights(name: str, location: str, **options: Any) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from instructft.adapters.quantization import fix_layout
-
     device = _device()
     options = {"dtype": torch.float32 if device == "cpu" else "auto", **options}
     options |= remote_code.pinned(location, options.get("revision"))
@@ -197,7 +195,7 @@ def _load_weights(name: str, location: str, **options: Any) -> PreTrainedModel:
             f"{name} is not whole: it holds no weights for {', '.join(missing[:3])} ({len(missing)} in all)"
         )
     placed = model if "device_map" in options else model.to(device)
-    return cast("PreTrainedModel", fix_layout(placed).eval())
+    return cast("PreTrainedModel", quantization.fix_layout(placed).eval())
 
 
 def _whole(name: str, load: Callable[..., Any], *args: Any, **options: Any) -> Any:
