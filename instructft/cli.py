@@ -321,15 +321,15 @@ def evaluate(
             raise UsageError(f"{option} has no effect with {chosen[0]}; leave it out")
     _quiet_libraries()
     if tasks is not None:
-        from instructft.extras.lm_eval import run_tasks
+        from instructft.extras.further_evaluation import run_tasks
 
         run_tasks(model, tasks, base=base, limit=limit, json_file=json_file)
     elif checkpoints:
-        from instructft.evaluation.checkpoints import compare_checkpoints
+        from instructft.evaluation.compare import compare_checkpoints
 
         compare_checkpoints(model, data, split, limit, json_file)
     elif prompts:
-        from instructft.extras.reading import read_prompts
+        from instructft.extras.further_evaluation import read_prompts
 
         read_prompts(model, base, json_file)
     else:

@@ -169,7 +169,7 @@ def _wrap(model: PreTrainedModel, adapter: AdapterFolder, trainable: bool, empty
     """The base with PEFT's layers in place, their weights still to be loaded."""
     from peft import LoraConfig, PeftModelForCausalLM
 
-    from instructft.adapters.new_tokens import fit_embeddings
+    from instructft.adapters.lora import fit_embeddings
 
     fit_embeddings(model, adapter.base.vocab_size)
     rows = model.get_input_embeddings().weight.shape[0]

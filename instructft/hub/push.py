@@ -232,7 +232,7 @@ def _tensors(folder: Path, found: set[str]) -> dict[str, tuple[int, ...]]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from instructft.weights.verify_saved import tensors
+    from instructft.weights.weight_files import tensors
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, **remote_code.flag())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from instructft.adapters.adapter_folder import AdapterFolder, is_adapter
 from instructft.adapters.attach import leaves_base_as_it_is
-from instructft.adapters.new_tokens import fit_embeddings
+from instructft.adapters.lora import fit_embeddings
 from instructft.errors import UsageError
 from instructft.inference.generator import Generator
 from instructft.models.load import load_model

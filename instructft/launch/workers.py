@@ -25,12 +25,16 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
-from instructft.errors import EXIT_FAILED, EXIT_SIGINT, EXIT_SIGTERM, EXIT_USAGE
+from instructft.errors import EXIT_FAILED, EXIT_SIGINT, EXIT_SIGTERM, EXIT_USAGE, InstructftError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 _MARK = "INSTRUCTFT_LAUNCH"  # in the environment of every process of a launch: "<pid of the launcher>-<random>"
 _AGAIN = 1.0  # seconds between two signals; what comes sooner is the same request, on another way
@@ -198,3 +202,29 @@ def _say_who_was_killed(codes: Mapping[int, int]) -> None:
 
 if __name__ == "__main__":
     sys.exit(run_accelerate(sys.argv[1:]))
+
+
+Result = TypeVar("Result")
+
+
+def first_process(state: PartialState, do: Callable[[], Result]) -> Result:
+    """Call `do` on the first process only; every process gets what it returned, or raises what it raised.
+
+    >>> first_process(PartialState(), lambda: 2 + 2)
+    4
+    """
+    if state.num_processes == 1:
+        return do()
+    from accelerate.utils import broadcast_object_list
+
+    told: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            told[0] = do()
+        except InstructftError as error:
+            told[1] = error
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    result: Result = told[0]
+    return result

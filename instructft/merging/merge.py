@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.adapters.adapter_folder import WEIGHTS, AdapterFolder, is_adapter, read_adapter
 from instructft.adapters.attach import locate_base
-from instructft.checkpoints.atomic import partial_folder, refuse_used
+from instructft.checkpoints.run_folder import partial_folder, refuse_used
 from instructft.errors import AdapterError, InstructftError, ModelError, UsageError
 from instructft.formatting import size
 from instructft.merging.arithmetic import merged

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from instructft.adapters import lora, quantization
 from instructft.adapters.adapter_folder import AdapterFolder
 from instructft.adapters.attach import attach
-from instructft.adapters.new_tokens import fit_embeddings
+from instructft.adapters.lora import fit_embeddings
 from instructft.errors import ModelError, UsageError
 from instructft.models.latest import settled
 from instructft.models.starting_point import StartingPoint, starting_point

@@ -136,7 +136,7 @@ def save(
     from instructft.report.curves import plot_loss
     from instructft.report.model_card import write_card
     from instructft.report.page import draw_report
-    from instructft.weights.verify_saved import require_whole
+    from instructft.weights.weight_files import require_whole
 
     run = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)

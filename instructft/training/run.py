@@ -19,7 +19,7 @@ from instructft.checkpoints.run_folder import make_folder, refuse_used_folder
 from instructft.data.prepare import Prepared, prepare
 from instructft.data.streaming import Streamed, prepare_stream
 from instructft.errors import UsageError
-from instructft.launch.processes import first_process
+from instructft.launch.workers import first_process
 from instructft.models.latest import asks_for_latest, look_anew, settled
 from instructft.models.load import load_model
 from instructft.models.starting_point import StartingPoint, starting_point

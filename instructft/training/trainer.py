@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from instructft.adapters.adapter_folder import AdapterMetadata
-from instructft.adapters.new_tokens import token_rows
+from instructft.adapters.lora import token_rows
 from instructft.data.packing import flat
 from instructft.data.row_order import LengthGrouped
 from instructft.training.batch_size import RowsAtOnce

@@ -25,7 +25,7 @@ from instructft import cli
 from instructft.adapters import quantization
 from instructft.adapters.adapter_folder import is_adapter, read_adapter
 from instructft.adapters.attach import attach, check_fit, leaves_base_as_it_is, locate_base
-from instructft.adapters.new_tokens import fit_embeddings
+from instructft.adapters.lora import fit_embeddings
 from instructft.errors import AdapterError, ModelError, UsageError
 from instructft.evaluation import compare as compare_module
 from instructft.inference.chat import generate

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from instructft.extras import reading
+from instructft.extras import further_evaluation as reading
 from instructft.inference.generator import Generator
 from instructft.models.load_for_inference import load_for_inference
 

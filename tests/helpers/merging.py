@@ -59,7 +59,7 @@ def make_adapter(folder: Path, base: Path, rows: int = 1490, **options: Any) -> 
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from instructft.adapters.new_tokens import fit_embeddings
+    from instructft.adapters.lora import fit_embeddings
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     fit_embeddings(model, rows)

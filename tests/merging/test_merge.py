@@ -200,7 +200,7 @@ def test_a_size_that_is_none_is_refused(pair: tuple[Path, Path], value: str, mat
 
 def test_a_merge_that_is_still_running_is_left_alone(pair: tuple[Path, Path]) -> None:
     pytest.importorskip("fcntl")
-    from instructft.checkpoints.atomic import partial_folder
+    from instructft.checkpoints.run_folder import partial_folder
 
     _, adapter = pair
     out = adapter.parent / "out"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instructft.checkpoints.atomic import partial_folder, refuse_used
+from instructft.checkpoints.run_folder import partial_folder, refuse_used
 from instructft.errors import UsageError
 from instructft.extras.convert.layouts import ACTIVATIONS, Layout, read_layout
 from instructft.extras.convert.proof import prove

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from instructft.errors import UsageError
-from instructft.extras.lm_eval import run_tasks
+from instructft.extras.further_evaluation import run_tasks
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from rich.console import Console
 
 import instructft
 from instructft.errors import UsageError
-from instructft.evaluation import checkpoints
-from instructft.evaluation.checkpoints import compare_checkpoints
+from instructft.evaluation import compare as checkpoints
+from instructft.evaluation.compare import compare_checkpoints
 from instructft.evaluation.metrics import evaluate
 from instructft.models.load_for_inference import load_for_inference
 from instructft.prompt.loss_mask import encode_conversation

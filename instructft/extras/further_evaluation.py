@@ -1,19 +1,24 @@
-"""`instructft evaluate MODEL --tasks hellaswag,…`: public benchmarks, handed over to lm-evaluation-harness.
+"""What judges a model beyond held-out rows: public benchmarks (`--tasks`), and answers to be read (`--prompts`).
 
-The harness (https://github.com/EleutherAI/lm-evaluation-harness, the extra `eval`) fetches the tasks, builds their
-prompts and scores them; only the model is loaded here, as every other command loads it, adapters included.
+lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness, the extra `eval`) fetches the tasks, builds
+their prompts and scores them; only the model is loaded here, as every other command loads it, adapters included. The
+thirty prompts lie in `reading_prompts.json`, written for this project, Apache-2.0 like the rest of it; no figure
+replaces reading.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from instructft.errors import UsageError
 from instructft.evaluation.compare import ask_both, check_json, check_models, plain_table, write_json
+from instructft.evaluation.metrics import answers_to
 from instructft.formatting import first_line
 from instructft.inference.generator import Generator
+from instructft.prompt.render import Message
 
 
 def run_tasks(
@@ -57,7 +62,7 @@ def run_tasks(
 
     results = ask_both(model, base, judge)
     write_json(json_file, results)
-    _print(Console(highlight=False), results)
+    _print_tasks(Console(highlight=False), results)
 
 
 def _harness() -> Any:
@@ -73,7 +78,7 @@ def _harness() -> Any:
     return lm_eval
 
 
-def _print(console: Any, results: Mapping[str, Any]) -> None:
+def _print_tasks(console: Any, results: Mapping[str, Any]) -> None:
     names = [name for name in ("base", "tuned") if name in results]
     titles = {"base": "before", "tuned": "after"}
     table = plain_table("task", "questions", "metric", *(titles[name] for name in names), left=3)
@@ -90,3 +95,59 @@ def _print(console: Any, results: Mapping[str, Any]) -> None:
                 cells.append(f"{text} ± {error:.4f}" if isinstance(error, float) else text)
             table.add_row(task, str(figures.get("sample_len", "")), metric, *cells)
     console.print(table)
+
+
+MAX_NEW_TOKENS = 200
+
+
+def reading_prompts() -> list[dict[str, str]]:
+    """The thirty prompts, each with its `kind`.
+
+    >>> reading_prompts()[0]
+    {'kind': 'fact', 'prompt': 'What is the capital of Japan?'}
+    """
+    found: list[dict[str, str]] = json.loads(
+        Path(__file__).with_name("reading_prompts.json").read_text(encoding="utf-8")
+    )
+    return found
+
+
+def read_prompts(model: str, base: str | None = None, json_file: Path | None = None) -> None:
+    """Print the answers to the built-in prompts, base and tuned below each other; write `json_file`.
+
+    The file holds `tuned` and, with `base`, `base`: each `rows` of `kind`, `prompt`, `prediction`, `finish_reason`.
+
+    >>> read_prompts("runs/gpt2-dolly", base="start")
+    [fact] What is the capital of Japan?
+      before  …
+      after   Tokyo.
+
+    Raises:
+        UsageError: no such model, or a base that cannot be told; before weights are loaded.
+    """
+    from rich.console import Console
+
+    check_models(model, base)
+    check_json(json_file)
+    results = ask_both(model, base, lambda generator: {"rows": _answered(generator)})
+    write_json(json_file, results)
+    console = Console(highlight=False, soft_wrap=True)
+    for i, row in enumerate(results["tuned"]["rows"]):
+        console.print(f"\n[{row['kind']}] {row['prompt']}", markup=False, style="bold")
+        if base:
+            _print_answer(console, "before", results["base"]["rows"][i])
+        _print_answer(console, "after " if base else "answer", row)
+
+
+def _answered(generator: Generator) -> list[dict[str, Any]]:
+    rows = reading_prompts()
+    asked: list[list[Message]] = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    return [
+        {**row, "prediction": answer.text, "finish_reason": answer.finish_reason}
+        for row, answer in zip(rows, answers_to(generator, asked, MAX_NEW_TOKENS), strict=True)
+    ]
+
+
+def _print_answer(console: Any, who: str, row: dict[str, Any]) -> None:
+    text = row["prediction"].replace("\n", "\n          ") or "(nothing)"
+    console.print(f"  {who}  {text}{'' if row['finish_reason'] == 'stop' else ' …'}", markup=False)

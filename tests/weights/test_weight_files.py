@@ -15,7 +15,7 @@ from trl import SFTTrainer
 import instructft
 from instructft.errors import ModelError
 from instructft.training.run import train
-from instructft.weights.verify_saved import require_whole, tensors
+from instructft.weights.weight_files import require_whole, tensors
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 
