@@ -24,7 +24,7 @@ import instructft
 from instructft.checkpoints import manifest
 from instructft.cli import app
 from instructft.errors import AdapterError, CheckpointError, HubError, InstructftError, ModelError, UsageError
-from instructft.hub import background, patience
+from instructft.hub import background, commit
 from instructft.hub.background import Publisher
 from instructft.hub.files import IN_MEMORY, Scan, gather
 from instructft.hub.push import clean_place, push_to_hub
@@ -77,7 +77,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits between tries are short, ours and the library's."""
     from huggingface_hub.utils import _http
 
-    monkeypatch.setattr(patience, "WAIT", 0.001)
+    monkeypatch.setattr(commit, "WAIT", 0.001)
     monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
 
 
@@ -268,7 +268,7 @@ def test_faults_are_waited_out_or_leave_nothing(route: str, kind: str, model: Pa
         hub.fault(route, kind, times)
         error = _pushes(model, repo_id)
         if error is not None:  # the library tries some requests again by itself, and those are not given up so soon
-            assert times >= patience.TRIES
+            assert times >= commit.TRIES
             assert re.search("failed 6 times, last with: .*; try again later", error)
             hub._faults.clear()
             assert _pushes(model, repo_id) is None
@@ -342,8 +342,8 @@ def test_a_head_that_moved_is_built_upon(model: Path, hub: LocalHub) -> None:
 FORKS = """
 import os, sys
 import instructft.hub.push, transformers, torch, huggingface_hub
-from instructft import patience
-patience.WAIT = 0.001
+from instructft.hub import commit
+commit.WAIT = 0.001
 torch.set_num_threads(1)
 from huggingface_hub import HfApi, CommitOperationAdd, get_session, hf_api, errors
 get_session()
@@ -597,7 +597,14 @@ def test_the_card_is_what_the_hub_reads(trained: dict[str, Path], hub: LocalHub,
     assert "max_steps: 2" in recipe
     merged = trained["merged"]
     push(merged, "tester/merged")
-    assert "not verified" in hub.files("tester/merged")["README.md"].decode()
+    text = hub.files("tester/merged")["README.md"].decode()
+    card = ModelCard(text)
+    assert (card.data.library_name, card.data.tags) == ("transformers", ["instructft", "sft", "trl", "merged"])
+    assert "as a LoRA adapter" not in text
+    assert "- Adapter: LoRA, rank 2" in text
+    assert "peft" not in text.split("## Recipe")[0]
+    parts = ("| training loss", "## Merge", "**not verified**", "## Use", "instructft chat tester/merged", "max_steps")
+    assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
 
 
 def test_the_licence_of_a_base_with_a_card_is_told(trained: dict[str, Path], tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import pytest
 
 import instructft
 from instructft.data.prepare import prepare
-from instructft.report import charts, sections
+from instructft.report import curves, sections
 from instructft.report import page as page_module
-from instructft.report.charts import Series, bars, chart, thinned
+from instructft.report.curves import Series, bars, chart, thinned
 from instructft.report.page import draw_report, page, write_report
 from tests.conftest import TINY
 from tests.helpers.browser import Watched, browser
@@ -41,7 +41,8 @@ class Read(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.links += [str(v) for k, v in attributes if k in ("src", "href", "srcset", "action", "xlink:href")]
+        self.links += [str(v) for k, v in attributes if k in ("src", "href", "srcset", "action")]
+        self.links += [str(v) for k, v in attributes if k == "xlink:href" and not str(v).startswith("#m")]
         self.links += [k for k, _ in attributes if k.startswith("on")]
         if tag not in ("meta", "img", "input"):
             self.open.append(tag)
@@ -103,9 +104,8 @@ def recipe(write_recipe: Any) -> Any:
     return instructft.load_recipe(write_recipe(RECIPE))
 
 
-@pytest.mark.parametrize("module", [charts, sections])
-def test_the_examples_in_the_docstrings(module: Any) -> None:
-    found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+def test_the_examples_in_the_docstrings() -> None:
+    found = doctest.testmod(curves, optionflags=doctest.ELLIPSIS)
     assert found.attempted >= 1
     assert found.failed == 0
 
@@ -136,7 +136,12 @@ def test_the_row_and_the_lengths_are_those_of_the_data(recipe: Any, tmp_path: Pa
     assert [int(i) for _, ids in shown for i in ids.split()] == data.example["input_ids"]
     loss = [int(i) for kind, ids in shown for i in ids.split() if kind == "l"]
     assert loss == [label for label in data.example["labels"] if label != -100]
-    counted = [int(n.replace(",", "")) for n in re.findall(r">[\d,]+(?: to [\d,]+)?: ([\d,]+)</text>", text)]
+    counted = [
+        int(n.replace(",", ""))
+        for n in re.findall(
+            r"<td>[\d,]+(?: to [\d,]+)?</td><td>([\d,]+)</td></tr>", text[text.index("Tokens in a row") :]
+        )
+    ]
     assert sum(counted) == len(data.splits["train"])
     longest = max(len(ids) for ids in data.splits["train"]["input_ids"])
     assert f"· {longest}</td>" in text
@@ -193,7 +198,7 @@ def test_a_long_run_is_a_page_of_bounded_size(recipe: Any, tmp_path: Path) -> No
     samples = [(s, f"prompt {i}", "word " * 2_000) for s in (0, 1, 2) for i in range(100)]
     text = page(fill(tmp_path / "run", lines, samples), recipe, facts_of())
     assert len(text.encode()) < 2_000_000
-    assert "step 7,777</text>" in text  # the one spike of 20,000 steps
+    assert "<td>7,777</td><td>99.5</td>" in text  # the one spike of 20,000 steps
     assert "99.5" in text
     assert "70 more prompts are in samples.jsonl" in text
 
@@ -227,16 +232,18 @@ def test_a_validation_loss_that_rose_is_told() -> None:
 
 def test_a_line_goes_through_its_values() -> None:
     drawn = chart("Loss", [Series("training", [(0, 4.0), (50, 2.0), (100, 0.0)])])
-    (points,) = re.findall(r'<polyline class="s0" points="([^"]+)"', drawn)
-    (x0, y0), (x1, y1), (x2, y2) = (map(float, pair.split(",")) for pair in points.split())
+    (points,) = re.findall(r'<path d="M ([^"]+)" style="fill: none; stroke: var\(--a\)', drawn.svg)
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, pair.split()) for pair in points.strip().split("L"))
     assert x1 - x0 == pytest.approx(x2 - x1)
-    assert y1 - y0 == pytest.approx(y2 - y1, abs=0.2)
+    assert y1 - y0 == pytest.approx(y2 - y1)
     assert y0 < y1 < y2  # down the page is less
-    assert "<b>0</b>" in drawn
-    assert ">training 2<" in drawn
-    assert chart("Loss", [Series("training", [])]) == ""
+    assert drawn.keys == [("training", "0")]
+    assert drawn.rows == [["0", "4"], ["50", "2"], ["100", "0"]]
+    assert "<title>Loss</title><desc>training from 4 to 0</desc>" in drawn.svg
+    assert not re.search("#[0-9a-f]{6}", drawn.svg)  # every colour follows the page
+    assert chart("Loss", [Series("training", [])]) is None
     for points in ([(5, 1.0)], [(5, 0.0), (6, 0.0)], [(1, -3.0), (2, -3.0)], [(1, 1e-9), (2, 1e12)]):
-        Read(chart("one", [Series("a", points)]))
+        Read(chart("one", [Series("a", points)]).svg)
     with pytest.raises(ValueError, match="2 bars need 3 edges"):
         bars("x", [0, 1], [1, 2])
     assert len(thinned([(i, float(i % 7)) for i in range(10_000)], 100)) <= 100
@@ -299,7 +306,7 @@ def test_drawing_again_gives_the_same_page(recipe: Any, tmp_path: Path) -> None:
 def test_in_a_browser(trained: Any) -> None:
     _, result = trained
     address = (result.output_dir / "report.html").as_uri()
-    grounds = set()
+    grounds, lines = set(), set()
     with browser() as chromium:
         for scheme in ("light", "dark"):
             for width in (1280, 360):
@@ -308,13 +315,19 @@ def test_in_a_browser(trained: Any) -> None:
                 assert seen.requests == [address]
                 assert seen.complaints == []
                 assert not seen.scrolls_sideways
+                lines.add(
+                    (
+                        scheme,
+                        seen.page.evaluate("getComputedStyle(document.querySelector('svg path[style*=--a]')).stroke"),
+                    )
+                )
                 grounds.add((scheme, seen.page.evaluate("getComputedStyle(document.body).backgroundColor")))
-        strip = seen.page.locator("svg .p").nth(1)
-        assert not strip.locator("text").first.is_visible()
-        strip.locator(".hit").hover()
-        assert strip.locator("text").first.is_visible()
-        assert strip.locator("text").first.text_content().startswith("step ")
-    assert len(grounds) == len({colour for _, colour in grounds}) == 2
+        values = seen.page.locator("figure details").first
+        assert not values.locator("td").first.is_visible()
+        values.locator("summary").click()
+        assert values.locator("td").first.is_visible()
+    for found in (grounds, lines):
+        assert len(found) == len({colour for _, colour in found}) == 2
 
 
 def test_the_speed_of_a_line_is_that_of_its_own_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
