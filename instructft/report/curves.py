@@ -147,7 +147,8 @@ def chart(title: str, series: Sequence[Series], unit: str = "") -> Chart | None:
     with matplotlib.rc_context(_STYLE):
         fig, ax = _axes()
         _draw(ax, series)
-        if 0 <= min(values) < 0.5 * max(values) or any(line.from_zero for line in series):
+        low, high = min(values), max(values)
+        if 0 <= low < 0.5 * high or low == high >= 0 or any(line.from_zero for line in series):
             ax.set_ylim(bottom=0)
         svg = _svg(fig, title, said)
     at = [dict(line.points) for line in series]

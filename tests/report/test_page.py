@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import html.parser
 import json
 import random
 import re
@@ -15,99 +13,18 @@ import pytest
 
 import instructft
 from instructft.data.prepare import prepare
-from instructft.report import curves, sections
 from instructft.report import page as page_module
-from instructft.report.curves import Series, bars, chart, thinned
 from instructft.report.page import draw_report, page, write_report
 from tests.conftest import TINY
 from tests.helpers.browser import Watched, browser
+from tests.helpers.report import EVIL, LINES, Read, facts_of, fill
 
-EVIL = "<script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)> &amp; \"' \x1b[31m \u202eback"
 RECIPE = TINY + "samples: [Hi there]\n"
-
-
-class Read(html.parser.HTMLParser):
-    """Tags, links and text of a page; insists that what is opened is closed."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [str(v) for k, v in attributes if k in ("src", "href", "srcset", "action")]
-        self.links += [str(v) for k, v in attributes if k == "xlink:href" and not str(v).startswith("#m")]
-        self.links += [k for k, _ in attributes if k.startswith("on")]
-        if tag not in ("meta", "img", "input"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attributes)
-        self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text += data
-
-
-def facts_of(**changes: Any) -> dict[str, Any]:
-    facts = {
-        "versions": {"instructft": "0.1.0", "torch": "2.13.0"},
-        "hardware": {"device": "cpu", "processes": 1, "precision": "float32"},
-        "seed": 42,
-        "data": {
-            "fingerprint": "0123456789abcdef",
-            "rows": {"train": 96, "validation": 12, "test": 12},
-            "dropped": {"near_duplicate_of_held_out": 7},
-            "cut": {"rows": 0, "tokens": 0},
-            "tokens": 3210,
-            "supervised_tokens": 1234,
-            "padding_share": 0.125,
-        },
-        "train": {"seconds": 754.2, "steps": 40, "tokens": 6543, "supervised_tokens": 2468, "tokens_per_second": 4321.0,
-                  "resumed": []},
-        "metrics": {"loss": 1.25, "eval_loss": 1.5, "eval_perplexity": 4.48, "train_loss": 2.0},
-    }  # fmt: skip
-    for path, value in changes.items():
-        *keys, last = path.split("__")
-        inner: Any = facts
-        for key in keys:
-            inner = inner[key]
-        inner[last] = value
-    return facts
-
-
-def fill(run: Path, lines: list[dict[str, Any]], samples: list[tuple[int, str, str]]) -> Path:
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    records = [{"step": s, "prompt": p, "response": r, "finish_reason": "stop"} for s, p, r in samples]
-    (run / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return run
-
-
-LINES = [
-    {"step": s, "loss": 4.0 - s / 20, "learning_rate": 1e-3, "tokens_per_second": 4000.0 + s} for s in range(10, 50, 10)
-] + [{"step": 40, "eval_loss": 1.5}]
 
 
 @pytest.fixture
 def recipe(write_recipe: Any) -> Any:
     return instructft.load_recipe(write_recipe(RECIPE))
-
-
-def test_the_examples_in_the_docstrings() -> None:
-    found = doctest.testmod(curves, optionflags=doctest.ELLIPSIS)
-    assert found.attempted >= 1
-    assert found.failed == 0
 
 
 def test_the_page_says_what_the_files_say(recipe: Any, tmp_path: Path) -> None:
@@ -222,31 +139,6 @@ def test_what_a_reader_should_know_first(changes: Any, said: str, recipe: Any, t
     for line in said.split("|"):
         assert line in found
         assert line not in plain
-
-
-def test_a_validation_loss_that_rose_is_told() -> None:
-    rose = [{"step": s, "eval_loss": loss} for s, loss in ((10, 2.0), (20, 1.0), (30, 1.4))]
-    assert "lowest at step 20 (1.0000) and rose to 1.4000" in " ".join(sections.notes(facts_of(), rose))
-    assert sections.notes(facts_of(), rose[:2]) == []
-
-
-def test_a_line_goes_through_its_values() -> None:
-    drawn = chart("Loss", [Series("training", [(0, 4.0), (50, 2.0), (100, 0.0)])])
-    (points,) = re.findall(r'<path d="M ([^"]+)" style="fill: none; stroke: var\(--a\)', drawn.svg)
-    (x0, y0), (x1, y1), (x2, y2) = (map(float, pair.split()) for pair in points.strip().split("L"))
-    assert x1 - x0 == pytest.approx(x2 - x1)
-    assert y1 - y0 == pytest.approx(y2 - y1)
-    assert y0 < y1 < y2  # down the page is less
-    assert drawn.keys == [("training", "0")]
-    assert drawn.rows == [["0", "4"], ["50", "2"], ["100", "0"]]
-    assert "<title>Loss</title><desc>training from 4 to 0</desc>" in drawn.svg
-    assert not re.search("#[0-9a-f]{6}", drawn.svg)  # every colour follows the page
-    assert chart("Loss", [Series("training", [])]) is None
-    for points in ([(5, 1.0)], [(5, 0.0), (6, 0.0)], [(1, -3.0), (2, -3.0)], [(1, 1e-9), (2, 1e12)]):
-        Read(chart("one", [Series("a", points)]).svg)
-    with pytest.raises(ValueError, match="2 bars need 3 edges"):
-        bars("x", [0, 1], [1, 2])
-    assert len(thinned([(i, float(i % 7)) for i in range(10_000)], 100)) <= 100
 
 
 # The run
