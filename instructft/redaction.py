@@ -54,8 +54,6 @@ def of_file(name: str, content: bytes, folders: Iterable[Path] = ()) -> bytes:
 
     What holds no such path comes back byte for byte, and so does what cannot be parsed.
     """
-    import yaml
-
     folders = list(folders)
     roots = _roots(folders)
     try:
@@ -74,7 +72,7 @@ def of_file(name: str, content: bytes, folders: Iterable[Path] = ()) -> bytes:
             return _yaml(text, roots).encode()
         if name.endswith((".md", ".html")):
             return _card(text, roots).encode()
-    except (ValueError, AttributeError, RecursionError, yaml.YAMLError):
+    except (ValueError, AttributeError, RecursionError):
         pass
     return content
 

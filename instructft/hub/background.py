@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from instructft.checkpoints import manifest
 from instructft.errors import InstructftError
 from instructft.hub import commit
-from instructft.hub.patience import patiently, reason_of
+from instructft.hub.commit import reason_of, retried
 from instructft.hub.push import Pushed, clean_place, push_checkpoint, push_to_hub
 from instructft.redaction import without_places
 
@@ -219,7 +219,7 @@ class Publisher:
             repo_id = commit.open_repository(api, repo_id, self._hub.private, self._pause)
             with tempfile.TemporaryDirectory() as place:
                 fetch = lambda: api.hf_hub_download(repo_id, path, revision=head, local_dir=place)  # noqa: E731
-                text = Path(patiently(f"reading {path}", fetch, self._pause)).read_text(encoding="utf-8")
+                text = Path(retried(f"reading {path}", fetch, self._pause)).read_text(encoding="utf-8")
             try:
                 self._known[path, blob] = json.loads(text)["manifest"]
             except (ValueError, KeyError, TypeError):

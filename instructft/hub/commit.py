@@ -16,17 +16,25 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from instructft.errors import HubError
-from instructft.hub.files import Leaving
-from instructft.hub.patience import LOGIN, WAIT, Pause, patiently, refusal, status_of, time_out, wait_or_give_up
+from instructft.formatting import first_line
+from instructft.hub.files import Leaving, secrets
+from instructft.redaction import redact
 from instructft.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
+TRIES = 6  # of each request
 MOVES = 20  # times that others may commit before us, before we give up
+WAIT, LONGEST = 1.0, 30.0  # seconds before the second try, doubled each time up to the longest, with jitter
+STALLED = 300.0  # seconds without a byte after which a connection counts as broken; the Hub may ask to wait as long
+LOGIN = "set HF_TOKEN, or log in with: hf auth login. The token needs the role write"
+
+Pause = Callable[[float], Any]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -92,32 +100,142 @@ def commit(
     api = connect()
     repo_id = open_repository(api, repo_id, private, pause)
     url, sent, gone = f"{api.endpoint}/{repo_id}", 0, []
-    asked, tries, moves = False, 0, 0
-    while True:
+    asked = False
+
+    def attempt() -> str | None:
+        """The commit that holds everything; None where another one came in between."""
+        nonlocal asked, sent, gone
         head, tree = look(api, repo_id, pause)
         if asked and (oid := _made(api, repo_id, mark, pause)):  # the reply was lost, the commit was not
-            break
+            return oid
         add = [file for path, file in files.items() if not same(file, tree.get(path))]
         gone = sorted((set(delete(tree, head)) & set(tree)) - set(files))
-        if not add and not gone:
-            return Commit(repo_id, head, url, False, 0, ())
         sent = len(add)
+        if not add and not gone:
+            return head
+        operations = _send_large(api, repo_id, add, say, pause)
+        asked = True
         try:
-            operations = _send_large(api, repo_id, add, say, pause)
-            asked = True
-            oid = _commit(api, repo_id, [*operations, *_deletions(gone)], message, mark, head)
-            break
-        except HubError:
-            raise
+            return _commit(api, repo_id, [*operations, *_deletions(gone)], message, mark, head)
         except Exception as error:
-            if status_of(error) in (409, 412) and moves < MOVES:  # somebody else was faster: begin again on their head
-                moves += 1
-                pause(min(WAIT, 0.1 * moves))
-                continue
-            tries += 1
-            wait_or_give_up(error, tries, f"committing to {repo_id}", pause)
+            if status_of(error) not in (409, 412):
+                raise
+            return None
+
+    for move in range(1, MOVES + 1):
+        oid = retried(f"committing to {repo_id}", attempt, pause)
+        if oid is not None:
+            break
+        pause(min(WAIT, 0.1 * move))
+    else:
+        raise HubError(f"committing to {repo_id}: {MOVES} times another commit came first; try again later")
+    if not sent and not gone:
+        return Commit(repo_id, oid, url, False, 0, ())
     _require_there(api, repo_id, oid, files, gone, pause)
     return Commit(repo_id, oid, url, True, sent, tuple(gone))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Requests
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def retried(
+    what: str, call: Callable[[], Result], pause: Pause = time.sleep, also: type[Exception] | tuple[()] = ()
+) -> Result:
+    """The result of a request that is safe to repeat, retried while the Hub is out of order or out of reach.
+
+    Args:
+        what: for the message, `creating ada/support`.
+        pause: sleeps between tries; it may raise to give up.
+        also: refusals that the caller deals with.
+
+    Raises:
+        HubError: it was refused, or failed `TRIES` times; nothing secret is in the message.
+    """
+    from huggingface_hub import get_session
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+    growing = wait_exponential_jitter(initial=WAIT, max=LONGEST, jitter=WAIT)
+    retrying = Retrying(
+        retry=retry_if_exception(_is_transient),
+        stop=stop_after_attempt(TRIES),
+        wait=lambda state: _retry_after(state.outcome.exception()) or growing(state),
+        sleep=pause,
+        # the library's client waits for ever on a connection on which nothing comes
+        before=lambda state: setattr(get_session(), "timeout", STALLED),
+        reraise=True,
+    )
+    try:
+        return retrying(call)
+    except HubError:
+        raise
+    except Exception as error:
+        if also and isinstance(error, also):
+            raise
+        if _is_transient(error):
+            raise HubError(f"{what} failed {TRIES} times, last with: {reason_of(error)}; try again later") from error
+        raise HubError(refusal(error, what)) from error
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether an error may be over soon: the Hub out of order, too many requests, a connection that broke."""
+    if isinstance(error, HubError):  # has been retried
+        return False
+    status = status_of(error)
+    if status is not None:
+        return status in (408, 425, 429) or status >= 500
+    return any(
+        isinstance(one, ConnectionError | TimeoutError)
+        or type(one).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
+        or type(one).__name__ == "JSONDecodeError"  # the reply of something that stands before the Hub
+        for one in _causes(error)
+    )
+
+
+def _causes(error: BaseException) -> Iterable[BaseException]:
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status of a reply that was an error."""
+    for one in _causes(error):
+        status = getattr(getattr(one, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+    return None
+
+
+def _retry_after(error: BaseException) -> float | None:
+    """Seconds that the Hub asks to wait, as far as we are willing to."""
+    for one in _causes(error):
+        headers = getattr(getattr(one, "response", None), "headers", None)
+        value = str(headers.get("retry-after", "")) if headers is not None else ""
+        if value.strip().isdigit():
+            return min(float(value), STALLED)
+    return None
+
+
+def refusal(error: BaseException, what: str) -> str:
+    """The message for a request that the Hub refused, with the way out; nothing secret is in it."""
+    status = status_of(error)
+    if status == 401:
+        return f"{what}: the Hub does not know this access token (401); {LOGIN}"
+    if status in (403, 404):
+        why = "does not allow it" if status == 403 else "has no such repository, or this token may not see it"
+        return f"{what}: the Hub {why} ({status}). Check the name; {LOGIN}"
+    return f"{what} failed: {reason_of(error)}"
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line, without anything secret."""
+    text = first_line(error)
+    for token in secrets():
+        text = text.replace(token, "hf_…")
+    return redact(text)
 
 
 def connect() -> HfApi:
@@ -147,11 +265,11 @@ def open_repository(api: HfApi, repo_id: str, private: bool, pause: Pause = time
 
     try:
         if "/" not in repo_id:
-            owner = patiently("asking who is logged in", lambda: api.whoami()["name"], pause)
+            owner = retried("asking who is logged in", lambda: api.whoami()["name"], pause)
             repo_id = f"{owner}/{repo_id}"
         for attempt in (1, 2):
             try:
-                info = patiently(
+                info = retried(
                     f"reading {repo_id}", lambda: api.repo_info(repo_id), pause, also=RepositoryNotFoundError
                 )
                 break
@@ -159,7 +277,7 @@ def open_repository(api: HfApi, repo_id: str, private: bool, pause: Pause = time
                 if attempt == 2 or status_of(error) == 401:
                     raise HubError(refusal(error, f"reading {repo_id}")) from error
             make = lambda: api.create_repo(repo_id, private=private, exist_ok=True)  # noqa: E731
-            patiently(f"creating {repo_id}", make, pause)
+            retried(f"creating {repo_id}", make, pause)
     except HFValidationError as error:
         raise HubError(f"{repo_id} is no name for a repository on the Hub; expected name or org/name") from error
     if private and not info.private:
@@ -186,7 +304,7 @@ def look(
         files = [entry for entry in found if isinstance(entry, RepoFile)]
         return head, {f.path: Remote(f.size, f.blob_id, f.lfs.sha256 if f.lfs else None) for f in files}
 
-    return patiently(f"reading {repo_id}", read, pause)
+    return retried(f"reading {repo_id}", read, pause)
 
 
 def same(file: Leaving, remote: Remote | None) -> bool:
@@ -220,7 +338,7 @@ def _send_large(
             if not isinstance(file.content, bytes):
                 say(f"uploading {file.path_in_repo}, {file.size / 2**20:,.0f} MiB")
             send = lambda one=operation: api.preupload_lfs_files(repo_id, [one], free_memory=False)  # noqa: E731
-            patiently(f"uploading {file.path_in_repo} to {repo_id}", send, pause)
+            retried(f"uploading {file.path_in_repo} to {repo_id}", send, pause)
         operations.append(operation)
     return operations
 
@@ -228,7 +346,6 @@ def _send_large(
 def _commit(api: HfApi, repo_id: str, operations: list[Any], message: str, mark: str, head: str) -> str:
     import warnings
 
-    time_out()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the library, about the card
         info = api.create_commit(
@@ -245,7 +362,7 @@ def _deletions(paths: Iterable[str]) -> list[Any]:
 
 def _made(api: HfApi, repo_id: str, mark: str, pause: Pause) -> str | None:
     """The commit that carries our mark, if the Hub has made it."""
-    commits = patiently(f"reading the commits of {repo_id}", lambda: api.list_repo_commits(repo_id), pause)
+    commits = retried(f"reading the commits of {repo_id}", lambda: api.list_repo_commits(repo_id), pause)
     return next((one.commit_id for one in commits if mark in f"{one.title}\n{one.message}"), None)
 
 

@@ -39,8 +39,8 @@ TOKENIZER = {
     "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "tekken.json", "tokenizer.model",
     "spiece.model", "sentencepiece.bpe.model", "tiktoken.model",
 }  # fmt: skip
-PAPERS = {"recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "loss.png", "loss.pdf", "report.html"}
-LASTING = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"}  # never deleted from a repository
+RUN_FILES = {"recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "loss.png", "loss.pdf", "report.html"}
+KEPT = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"}  # never deleted from a repository
 _WEIGHTS = re.compile(rf"model(-\d+-of-\d+)?\.safetensors|{re.escape(INDEX)}|{re.escape(WEIGHTS)}")
 _TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _PICKLE = "training_args.bin"
@@ -109,7 +109,7 @@ def is_replaced(name: str) -> bool:
     >>> is_replaced("model-00002-of-00003.safetensors"), is_replaced("notes.md"), is_replaced("README.md")
     (True, False, False)
     """
-    return bool(name in CONFIGS | TOKENIZER | PAPERS or _WEIGHTS.fullmatch(name) or _TEMPLATES.fullmatch(name))
+    return bool(name in CONFIGS | TOKENIZER | RUN_FILES or _WEIGHTS.fullmatch(name) or _TEMPLATES.fullmatch(name))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def _of_model(folder: Path) -> tuple[list[str], dict[str, str]]:
     taken, left_out = [], {}
     for path in sorted(folder.iterdir()):
         name = path.name
-        known = name in weights or name in CONFIGS | TOKENIZER | PAPERS | LASTING
+        known = name in weights or name in CONFIGS | TOKENIZER | RUN_FILES | KEPT
         if path.is_symlink():
             if name in weights or name in ("config.json", CONFIG):
                 raise HubError(f"{path} is a symbolic link, and links are not followed; put the file itself there")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.checkpoints.manifest import MANIFEST, Checkpoint, require_space, verify
 from instructft.errors import CheckpointError, HubError, ResumeError
-from instructft.hub.patience import patiently, refusal, status_of
+from instructft.hub.commit import connect, look, refusal, retried, status_of
 from instructft.models.latest import progress
 from instructft.weights.base_record import stays_inside
 
@@ -73,15 +73,13 @@ def _look(hub: HubSection) -> tuple[HfApi, str, str, Tree] | None:
     """The repository's commit and files; None where there is no such repository."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    from instructft.hub.commit import connect, look
-
     name = str(hub.repo_id)
     try:
         api = connect()
         if "/" not in name:
-            name = f"{patiently('asking who is logged in', lambda: api.whoami()['name'])}/{name}"
+            name = f"{retried('asking who is logged in', lambda: api.whoami()['name'])}/{name}"
         try:
-            patiently(f"reading {name}", lambda: api.repo_info(name), also=RepositoryNotFoundError)
+            retried(f"reading {name}", lambda: api.repo_info(name), also=RepositoryNotFoundError)
         except RepositoryNotFoundError as error:
             if status_of(error) == 401:
                 raise HubError(refusal(error, f"reading {name}")) from error
@@ -147,7 +145,7 @@ def _fetch(api: HfApi, repo_id: str, head: str, tree: Tree, folder: str, run: Pa
 
 def _download(api: HfApi, repo_id: str, head: str, path: str, aside: Path) -> Path:
     fetch = lambda: api.hf_hub_download(repo_id, path, revision=head, local_dir=aside)  # noqa: E731
-    return Path(patiently(f"fetching {path} of {repo_id}", fetch))
+    return Path(retried(f"fetching {path} of {repo_id}", fetch))
 
 
 def _fetch_best(

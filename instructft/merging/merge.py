@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 from instructft.adapters.adapter_folder import WEIGHTS, AdapterFolder, is_adapter, read_adapter
 from instructft.adapters.attach import locate_base
 from instructft.checkpoints.run_folder import partial_folder, refuse_used
-from instructft.errors import AdapterError, InstructftError, ModelError, UsageError
+from instructft.errors import AdapterError, ModelError, UsageError
 from instructft.formatting import size
 from instructft.merging.arithmetic import merged
 from instructft.merging.edits import refuse_unproved
-from instructft.merging.metadata import config_text, copy_papers, places, write_papers
+from instructft.merging.metadata import config_text, copy_metadata, run_recipe, write_metadata
 from instructft.merging.plan import Machine, Plan, choose_machine, make_plan
 from instructft.weights import remote_code
 from instructft.weights.tensor_io import (
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from instructft.recipe.schema import Recipe
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _HEADROOM = 64 << 20  # bytes beside the weights: tokenizer, metadata
@@ -124,13 +123,13 @@ def merge_adapter(
     }
     with partial_folder(output) as folder:
         _write_weights(folder, plan, tensors, files, console)
-        copy_papers(adapter.folder, base, folder)
+        copy_metadata(adapter.folder, base, folder)
         # last: without it no library takes the folder for a model
         write_text(folder / "config.json", config_text(base, folder, plan.model, name, plan.untied))
         facts["seconds"] = time.perf_counter() - began
         if machine:
             facts |= _prove(adapter, base, folder, plan, machine, measure_quantized, console)
-        write_papers(folder, adapter, facts)
+        write_metadata(folder, adapter, facts)
     _report(console, output, facts)
     return Merged(output, facts)
 
@@ -179,7 +178,7 @@ def _prove(
         tokenizer = None
     context = getattr(plan.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
     rows = plan.model.get_input_embeddings().weight.shape[0]
-    texts = choose_texts(_recipe(adapter.folder), tokenizer, context, rows)
+    texts = choose_texts(run_recipe(adapter.folder), tokenizer, context, rows)
     precision = str(machine.dtype).removeprefix("torch.")
     where = machine.device if machine.whole else "cpu, read from the disk since it does not fit in memory"
     console.print(f"proof   {len(texts.rows)} × {texts.source}, in {precision} on {where}", highlight=False)
@@ -188,18 +187,6 @@ def _prove(
     if quantized:
         found["quantized"] = measure_quantized(adapter, base, folder, texts, machine)
     return found
-
-
-def _recipe(adapter: Path) -> Recipe | None:
-    from instructft.recipe.load import load_run_recipe
-
-    for place in places(adapter):
-        if (place / "recipe.yaml").is_file():
-            try:
-                return load_run_recipe(place)
-            except InstructftError:  # another text proves as much
-                return None
-    return None
 
 
 def _report(console: Console, output: Path, facts: Mapping[str, Any]) -> None:

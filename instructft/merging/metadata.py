@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from instructft.report.model_card import _LOAD, _LOAD_ADAPTER
-from instructft.version import __version__
+from instructft.errors import InstructftError
+from instructft.hub.files import TOKENIZER
+from instructft.recipe.load import load_run_recipe
+from instructft.recipe.schema import Recipe
+from instructft.redaction import last_name
+from instructft.report.model_card import bare_card, card, read_evaluation, read_licence
 from instructft.weights import remote_code
 from instructft.weights.tensor_io import write_text
 
@@ -20,15 +22,9 @@ if TYPE_CHECKING:
 
     from instructft.adapters.adapter_folder import AdapterFolder
 
-# Files of a tokenizer and of a run that a later command reads, where they are there.
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-
 
 def places(adapter: Path) -> list[Path]:
-    """The folders that an adapter's papers lie in: its own, and its run's when it is a checkpoint."""
+    """The folders that an adapter's metadata lies in: its own, and its run's when it is a checkpoint."""
     resolved = adapter.resolve()
     return [adapter, *([resolved.parent] if resolved.name.startswith("checkpoint-") else [])]
 
@@ -38,16 +34,16 @@ def find(name: str, folders: list[Path]) -> Path | None:
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
-def copy_papers(adapter: Path, base: Path, target: Path) -> None:
+def copy_metadata(adapter: Path, base: Path, target: Path) -> None:
     """Copy tokenizer, chat template, generation configuration and recipe; the base's where the adapter has none."""
     own = places(adapter)
     tokenizer = own if find("tokenizer_config.json", own) or find("tokenizer.json", own) else [base]
-    for name in _TOKENIZER:
+    for name in sorted(TOKENIZER):
         if source := find(name, tokenizer):
             shutil.copyfile(source, target / name)
-    for extra in ("additional_chat_templates",):  # templates beside the default one
-        if source_folder := next((p / extra for p in tokenizer if (p / extra).is_dir()), None):
-            shutil.copytree(source_folder, target / extra)
+    templates = "additional_chat_templates"  # those that are not the default
+    if source := next((p / templates for p in tokenizer if (p / templates).is_dir()), None):
+        shutil.copytree(source, target / templates)
     for name, folders in (("generation_config.json", [*own, base]), ("recipe.yaml", own)):
         if source := find(name, folders):
             shutil.copyfile(source, target / name)
@@ -92,83 +88,35 @@ def _special_tokens(target: Path, model: PreTrainedModel) -> dict[str, Any]:
     return {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
-def run_facts(adapter: Path, merge: Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of `run.json`: the run's, where there is one, with what the merge did."""
-    source = find("run.json", places(adapter))
+def write_metadata(target: Path, adapter: AdapterFolder, merge: Mapping[str, Any]) -> None:
+    """Write `run.json` (the run's, where there is one, with what the merge did) and the model card."""
+    source = find("run.json", places(adapter.folder))
     try:
         facts = json.loads(source.read_text(encoding="utf-8")) if source else {}
     except ValueError:
         facts = {}
-    return {**(facts if isinstance(facts, dict) else {}), "merge": dict(merge)}
+    facts = facts if isinstance(facts, dict) else {}
+    write_text(target / "run.json", json.dumps({**facts, "merge": merge}, indent=2, default=str) + "\n")
+    write_text(target / "README.md", merged_card(target.name.split(".partial-")[0], adapter, facts, merge))
 
 
-def write_papers(target: Path, adapter: AdapterFolder, merge: Mapping[str, Any]) -> None:
-    """Write `run.json` and the model card."""
-    facts = run_facts(adapter.folder, merge)
-    write_text(target / "run.json", json.dumps(facts, indent=2, default=str) + "\n")
-    write_text(target / "README.md", card(target, adapter, merge))
+def merged_card(name: str, adapter: AdapterFolder, facts: Mapping[str, Any], merge: Mapping[str, Any]) -> str:
+    """The merged model's card: with what the run was, where its recipe and `run.json` tell, and how it was merged."""
+    own, base = places(adapter.folder), adapter.base.name_or_path
+    merge = {**merge, "base": last_name(base) if Path(base).expanduser().exists() else base}
+    written = find("README.md", own)
+    licence = read_licence(written) if written else {}
+    recipe = run_recipe(adapter.folder)
+    if recipe is None or not {"data", "train", "metrics"} <= set(facts):
+        return bare_card(name, base, False, merge, licence)
+    source = find("evaluation.json", own)
+    return card(recipe, facts, read_evaluation(source.parent) if source else None, merge, licence)
 
 
-def card(target: Path, adapter: AdapterFolder, merge: Mapping[str, Any]) -> str:
-    """The model card: the run's own card, where there is one, with how the merge was made and proved."""
-    name = adapter.base.name_or_path
-    own = find("README.md", places(adapter.folder))
-    head, body = _split(own.read_text(encoding="utf-8")) if own and find("recipe.yaml", [target]) else ({}, "")
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation", **head}
-    if not Path(name).expanduser().exists():
-        head["base_model"], head["base_model_relation"] = name, "finetune"
-    if head.get("library_name") == "peft":
-        head["library_name"] = "transformers"
-    tags = [tag for tag in head.get("tags", ["instructft", "sft"]) if tag not in ("lora", "adapter", "peft")]
-    head["tags"] = [*tags, "merged"]
-    title = "" if body else f"# {target.name.split('.partial-')[0]}\n"
-    # the run's card speaks of an adapter
-    body = body.replace(_LOAD_ADAPTER, _LOAD).replace("A chat model, as a LoRA adapter, fine", "A chat model, fine")
-    section = f"""## Merge
-
-A LoRA adapter merged into {Path(name).name if Path(name).expanduser().exists() else name} by
-`instructft merge` {__version__}, in {merge["dtype"]}.
-
-{proof_in_words(merge)}
-"""
-    before, use, after = (body.strip() or title).partition("\n## Use\n")  # the long recipe stays last
-    metadata = yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()
-    text = f"---\n{metadata}\n---\n\n{before.strip()}\n\n{section}{use}{after}"
-    return text.rstrip() + "\n"
-
-
-def proof_in_words(merge: Mapping[str, Any]) -> str:
-    """How the merge was proved, for a model card."""
-    proof = merge.get("proof")
-    if proof is None:
-        return "The merge was **not verified** (`--no-verify`)."
-    lines = [
-        "| merged model against adapter on its base | |",
-        "| --- | ---: |",
-        f"| shown to both | {proof['texts']} × {proof['source']} |",
-        f"| largest difference of a logit | {proof['difference']:.2e} |",
-        f"| allowed ({merge['dtype']}) | {proof['tolerance']:.2e} |",
-        f"| largest change of a logit by the adapter | {proof['effect']:.2e} |",
-        f"| {proof['compared']}, tokens equal | {proof['equal_tokens']} of {proof['tokens']} |",
-    ]
-    if proof.get("weights"):
-        lines.append(
-            f"| merged weights compared with PEFT's merge | {proof['weights']['tensors']} tensors, equal to rounding |"
-        )
-    if quantized := merge.get("quantized"):
-        lines.append(
-            f"| largest difference to the adapter on its {quantized['quantization']} base | "
-            f"{quantized['difference']:.2e} |"
-        )
-    return "\n".join(lines)
-
-
-def _split(text: str) -> tuple[dict[str, Any], str]:
-    """A card's metadata and its text."""
-    if text.startswith("---\n") and (end := text.find("\n---\n", 4)) > 0:
-        try:
-            head = yaml.safe_load(text[4:end])
-        except yaml.YAMLError:
-            head = None
-        return (head if isinstance(head, dict) else {}), text[end + 5 :]
-    return {}, text
+def run_recipe(adapter: Path) -> Recipe | None:
+    """The recipe of an adapter's run; None where there is none that can be read."""
+    source = find("recipe.yaml", places(adapter))
+    try:
+        return load_run_recipe(source.parent) if source else None
+    except InstructftError:
+        return None

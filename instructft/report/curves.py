@@ -1,16 +1,113 @@
-"""What is left of a run for a reader: the curves `loss.png` and `loss.pdf`."""
+"""The curves of a run, drawn by matplotlib: `loss.png`, `loss.pdf`, and the charts of `report.html` as inline SVG.
+
+The SVG takes its colours from CSS variables of the page, so that a chart is light or dark as the page is.
+"""
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
+
+MOST_POINTS = 600  # drawn in a line
+MOST_ROWS = 120  # of a chart's values as a table
+_COLOURS = {"#2f66b0": "var(--a)", "#c8405a": "var(--b)", "#5c6672": "var(--quiet)", "#dfe3e8": "var(--line)"}
+_TRAINING, _VALIDATION, _TEXT, _LINE = _COLOURS
+_STYLE = {
+    "axes.edgecolor": _LINE, "axes.labelcolor": _TEXT, "font.size": 10, "grid.color": _LINE, "text.color": _TEXT,
+    "xtick.color": _TEXT, "ytick.color": _TEXT,
+    "pdf.fonttype": 42,  # TrueType, which publishers ask for and programs can search
+    "svg.fonttype": "none", "svg.hashsalt": "instructft",  # text as text; the same run gives the same bytes
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart.
+
+    Args:
+        name: as the legend says it.
+        points: (step, value), steps rising; values are finite.
+        dots: mark each point, for values that are few.
+        from_zero: the axis begins at zero, for what is read as a height.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    dots: bool = False
+    from_zero: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What the page shows of a chart: the drawing, and its values as a table.
+
+    Args:
+        keys: name and last value of each line.
+        head, rows: of the table.
+    """
+
+    title: str
+    unit: str
+    svg: str
+    keys: list[tuple[str, str]]
+    head: list[str]
+    rows: list[list[str]]
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All lines of a run's `metrics.jsonl`."""
     path = run / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def finite(value: Any) -> bool:
+    """Whether a value is a number that can be drawn or written.
+
+    >>> finite(1.5), finite(float("nan")), finite("nan")
+    (True, False, False)
+    """
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def number(value: float) -> str:
+    """A value as a person reads it: four figures at most.
+
+    >>> number(0.000123456), number(12033.28), number(1.5), number(0.0)
+    ('1.235e-04', '12,033', '1.5', '0')
+    """
+    size = abs(value)
+    if value and (size < 1e-3 or size >= 1e9):
+        return f"{value:.3e}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most about `most` points, of which each stretch keeps its lowest and its highest: no spike is lost.
+
+    >>> thinned([(0, 1.0), (1, 9.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 0.0)], 4)
+    [(0, 1.0), (1, 9.0), (3, 1.0), (5, 0.0)]
+    """
+    if len(points) <= most:
+        return list(points)
+    size = math.ceil(len(points) / max(most // 2, 1))
+    kept: list[tuple[float, float]] = []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+    return kept
+
+
+def series_of(records: Sequence[dict[str, Any]], key: str, name: str, **more: bool) -> Series:
+    """One line of a chart, from the lines of `metrics.jsonl`."""
+    return Series(name, [(r["step"], r[key]) for r in records if finite(r.get(key))], **more)
 
 
 def plot_loss(run: Path, title: str) -> list[Path]:
@@ -20,38 +117,93 @@ def plot_loss(run: Path, title: str) -> list[Path]:
     """
     import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     records = read_metrics(run)
-    series = {
-        label: [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
-        for label, key in (("training", "loss"), ("validation", "eval_loss"))
-    }
-    if not any(series.values()):
+    series = [series_of(records, "loss", "training"), series_of(records, "eval_loss", "validation", dots=True)]
+    if not any(line.points for line in series):
         return []
-    fig, ax = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
-    for (label, points), colour, marker in zip(series.items(), ("#3b6fb6", "#d1495b"), ("", "o"), strict=True):
-        if points:
-            steps, losses = zip(*points, strict=True)
-            ax.plot(
-                steps, losses, color=colour, marker=marker, markersize=4, label=f"{label}, at last {losses[-1]:.3f}"
-            )
-    ax.set_title(title, loc="left", fontsize=11)
-    ax.set_xlabel("step")
-    ax.set_ylabel("loss (nats per supervised token)")
-    ax.margins(x=0.02)
-    ax.set_ylim(bottom=0)
-    ax.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
-    _perplexity_axis(ax)
     paths = [run / "loss.png", run / "loss.pdf"]
-    fig.savefig(paths[0], dpi=160)
-    # without a date in it, the same run gives the same bytes
-    fig.savefig(paths[1], metadata={"CreationDate": None})
-    plt.close(fig)
+    with matplotlib.rc_context(_STYLE):
+        fig, ax = _axes(7.2, 4.2)
+        _draw(ax, series)
+        ax.set_ylim(bottom=0)
+        ax.set_title(title, loc="left", fontsize=11, parse_math=False)
+        ax.set_ylabel("loss (nats per supervised token)")
+        ax.legend(frameon=False)
+        _perplexity_axis(ax)
+        fig.savefig(paths[0], dpi=160)
+        fig.savefig(paths[1], metadata={"CreationDate": None})
     return paths
+
+
+def chart(title: str, series: Sequence[Series], unit: str = "") -> Chart | None:
+    """Lines over steps; None where no series has a point."""
+    import matplotlib
+
+    series = [line for line in series if line.points]
+    if not series:
+        return None
+    values = [value for line in series for _, value in line.points]
+    said = ", ".join(f"{line.name} from {number(line.points[0][1])} to {number(line.points[-1][1])}" for line in series)
+    with matplotlib.rc_context(_STYLE):
+        fig, ax = _axes()
+        _draw(ax, series)
+        low, high = min(values), max(values)
+        if 0 <= low < 0.5 * high or low == high >= 0 or any(line.from_zero for line in series):
+            ax.set_ylim(bottom=0)
+        svg = _svg(fig, title, said)
+    at = [dict(line.points) for line in series]
+    steps = sorted({step for line in series for step, _ in thinned(line.points, MOST_ROWS)})
+    rows = [[f"{step:,.0f}", *(number(found[step]) if step in found else "" for found in at)] for step in steps]
+    keys = [(line.name, number(line.points[-1][1])) for line in series]
+    return Chart(title, unit, svg, keys, ["step", *(line.name for line in series)], rows)
+
+
+def bars(title: str, edges: Sequence[int], counts: Sequence[int], unit: str = "") -> Chart:
+    """A histogram of whole numbers; `counts[i]` lies from `edges[i]` up to, not at, `edges[i + 1]`.
+
+    Raises:
+        ValueError: there are not as many bars as gaps between edges.
+    """
+    import matplotlib
+
+    if len(edges) != len(counts) + 1:
+        raise ValueError(f"{len(counts)} bars need {len(counts) + 1} edges, found {len(edges)}")
+    gaps = list(itertools.pairwise(edges))
+    with matplotlib.rc_context(_STYLE):
+        fig, ax = _axes()
+        ax.bar(edges[:-1], counts, [0.92 * (right - left) for left, right in gaps], align="edge", color=_TRAINING)
+        ax.set_xlabel(unit)
+        svg = _svg(fig, title, f"{sum(counts):,} rows")
+    names = [f"{left:,} to {right - 1:,}" if right - left > 1 else f"{left:,}" for left, right in gaps]
+    rows = [[name, f"{count:,}"] for name, count in zip(names, counts, strict=True)]
+    return Chart(title, "", svg, [], [unit, "rows"], rows)
+
+
+def _axes(width: float = 5.6, height: float = 3.1) -> tuple[Any, Any]:
+    """A figure of so many inches that belongs to no window."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), layout="constrained")
+    ax = fig.add_subplot()
+    ax.grid(axis="y", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["left", "top", "right"]].set_visible(False)
+    ax.tick_params(length=0)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(lambda value, at: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}")
+    ax.locator_params(nbins=6)
+    return fig, ax
+
+
+def _draw(ax: Any, series: Sequence[Series]) -> None:
+    for line, colour in zip(series, (_TRAINING, _VALIDATION), strict=False):
+        if line.points:
+            steps, values = zip(*thinned(line.points, MOST_POINTS), strict=True)
+            dots = "o" if line.dots or len(steps) == 1 else ""
+            label = f"{line.name}, at last {values[-1]:.3f}"
+            ax.plot(steps, values, color=colour, marker=dots, markersize=4, linewidth=1.5, label=label)
+    ax.set_xlabel("step")
+    ax.margins(x=0.02)
 
 
 def _perplexity_axis(ax: Any) -> None:
@@ -65,3 +217,20 @@ def _perplexity_axis(ax: Any) -> None:
     steps = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000]
     ticks = [step for step in steps if np.log(step) <= ax.get_ylim()[1]]
     right.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+
+
+def _svg(fig: Any, title: str, said: str) -> str:
+    """A figure as SVG for the middle of a page, with a title and a description for who cannot see it."""
+    for artist in fig.findobj(lambda one: hasattr(one, "set_clip_on")):
+        artist.set_clip_on(False)  # a clip path has an id, which another chart on the page could have too
+    written = io.StringIO()
+    fig.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    text = written.getvalue()
+    text = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r'\1 role="img"', text, count=1)
+    for colour, variable in _COLOURS.items():
+        text = text.replace(colour, variable)
+    text = re.sub(r"font-family: [^;\"]*; ", "", text)  # the page's own
+    start = text.index(">") + 1
+    return f"{text[:start]}<title>{escape(title)}</title><desc>{escape(said)}</desc>{text[start:]}"

@@ -31,13 +31,7 @@ _METRICS = {
 
 EVALUATION = "evaluation.json"  # in the run folder, as `instructft evaluate --json` writes it
 
-_LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH")"""
-_LOAD_ADAPTER = """from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForCausalLM.from_pretrained("PATH")"""
+TEMPLATE = Path(__file__).parent / "html" / "card.md.jinja"
 
 
 def write_card(run: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
@@ -45,63 +39,72 @@ def write_card(run: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
     (run / "README.md").write_text(card(recipe, facts, read_evaluation(run)), encoding="utf-8")
 
 
-def card(recipe: Recipe, facts: dict[str, Any], evaluation: Mapping[str, Any] | None = None) -> str:
+def card(
+    recipe: Recipe,
+    facts: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None = None,
+    merge: Mapping[str, Any] | None = None,
+    licence: Mapping[str, str] | None = None,
+) -> str:
     """The model card's text: metadata for the Hub, what was trained on what, how to use it, the recipe.
 
     Args:
         evaluation: what `instructft evaluate --json` wrote, of which the numbers go into a table.
+        merge: how the run's adapter was merged, for the card of the merged model; `base` is what it was merged into.
+        licence: of the base, where its own card is not at hand.
     """
     base = recipe.model.name_or_path
-    public_base = base if base and is_hub_id(base) and not Path(base).exists() else None
+    public_base = base if base and _is_public(base) else None
     lora = recipe.adapter.type == "lora"
-    metadata = _metadata(recipe, facts, public_base)
-    data, metrics = facts["data"], facts["metrics"]
+    known = _licence_of(base) or dict(licence or {})
     names = [e.name or e.hub or last_name(e.path or e.url or "") for e in recipe.data.datasets]
-    licences = sorted({f"{e.name}: {SOURCES[e.name].licence}" for e in recipe.data.datasets if e.name})
-    start = public_base or (last_name(base) if base else "random weights")
-    shown = [name for name in _METRICS if name in metrics]
-    table = "\n".join(f"| {_METRICS[name]} | {metrics[name]:.4f} |" for name in shown)
-    known = metadata.get("license_name") or metadata.get("license") or "not known here; its own terms hold"
-    title = " ".join(recipe.name.split()) or "recipe"
-    resolved = without_places(recipe.to_dict(), [Path(recipe.output_dir)])
-    return f"""---
-{_yaml(metadata)}
----
+    return _render(
+        _metadata(recipe, facts, public_base, known, bool(merge)),
+        name=recipe.name,
+        lora=lora and not merge,
+        merge=merge,
+        evaluation=_evaluation(evaluation),
+        recipe=recipe,
+        facts=facts,
+        start=public_base or (last_name(base) if base else "random weights"),
+        sets=names,
+        template=last_name(recipe.data.template),
+        adapter=_adapter(recipe, facts) if lora else "",
+        licence=known.get("license_name") or known.get("license"),
+        data_licences=sorted({f"{e.name}: {SOURCES[e.name].licence}" for e in recipe.data.datasets if e.name}),
+        metrics=[(words, facts["metrics"][key]) for key, words in _METRICS.items() if key in facts["metrics"]],
+        title=" ".join(recipe.name.split()) or "recipe",
+        resolved=yaml_text(without_places(recipe.to_dict(), [Path(recipe.output_dir)])).strip(),
+    )
 
-# {recipe.name}
 
-A chat model{", as a LoRA adapter," if lora else ","} fine-tuned from {start} on {", ".join(names)} with
-instructft {__version__} ({data["rows"]["train"]:,} rows, {facts["train"]["steps"]:,} steps).
+def bare_card(
+    name: str,
+    base: str | None,
+    lora: bool,
+    merge: Mapping[str, Any] | None = None,
+    licence: Mapping[str, str] | None = None,
+) -> str:
+    """A card for a model of which nothing is known but what its own files say.
 
-- Template: `{last_name(recipe.data.template)}`, saved as the tokenizer's chat template.
-- Loss on: `{recipe.data.train_on}` ({data["supervised_tokens"]:,} of {data["tokens"]:,} training tokens).
-{_adapter(recipe, facts) if lora else ""}{f"- Licence of the base: {known}." + chr(10) if base else ""}{
-        "".join(f"- Data licence: {licence}" + chr(10) for licence in licences)
-    }
-| metric | value |
-| --- | --- |
-{table}
-{_evaluation(evaluation)}
-## Use
+    Args:
+        base: as an adapter's configuration names it.
+        merge: how it was merged, as `card` takes it.
+        licence: of the base, where it is known.
+    """
+    tags = ["lora"] if lora else ["instructft", "sft", "merged"] if merge else []
+    metadata = _head(lora, base if base and _is_public(base) else None, licence or {}, tags)
+    return _render(metadata, name=name, lora=lora, merge=merge, evaluation="", recipe=None)
 
-```python
-{_LOAD_ADAPTER if lora else _LOAD}
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-prompt = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "Hello"}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0], skip_special_tokens=True))
-```
 
-or `instructft chat PATH`.
+def _render(metadata: Mapping[str, Any], **values: Any) -> str:
+    import jinja2
 
-## Recipe
-
-```yaml
-# {title}: the recipe as it was resolved, every default spelled out
-{yaml_text(resolved).strip()}
-```
-"""
+    environment = jinja2.Environment(  # Markdown, in which nothing is escaped
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(metadata=yaml_text(dict(metadata)).strip(), version=__version__, **values)
 
 
 def for_the_hub(text: str, repo_id: str, place: str, run: Path) -> str:
@@ -124,33 +127,6 @@ def for_the_hub(text: str, repo_id: str, place: str, run: Path) -> str:
     return without_roots(text, [run, run.parent])
 
 
-def bare_card(name: str, base: str | None, lora: bool) -> str:
-    """A card for a model of which nothing is known but what its own files say.
-
-    Args:
-        base: as an adapter's configuration names it.
-    """
-    metadata: dict[str, Any] = {"library_name": "peft" if lora else "transformers", "pipeline_tag": "text-generation"}
-    if base and is_hub_id(base) and not Path(base).exists():
-        metadata |= {"base_model": base, "base_model_relation": "adapter"}
-    metadata["tags"] = ["lora"] if lora else []
-    return f"""---
-{_yaml({key: value for key, value in metadata.items() if value})}
----
-
-# {name}
-
-{"A LoRA adapter" if lora else "A model"}, uploaded by instructft {__version__}.
-
-## Use
-
-```python
-{_LOAD_ADAPTER if lora else _LOAD}
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```
-"""
-
-
 def read_evaluation(run: Path) -> dict[str, Any] | None:
     """The contents of `evaluation.json` in a run folder; None where there is none that can be read."""
     try:
@@ -160,19 +136,23 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and isinstance(found.get("tuned"), dict) else None
 
 
-def _metadata(recipe: Recipe, facts: Mapping[str, Any], base: str | None) -> dict[str, Any]:
+def _head(lora: bool, base: str | None, licence: Mapping[str, str], tags: list[str]) -> dict[str, Any]:
     """The card's head, as the Hub reads it: https://huggingface.co/docs/hub/model-cards#model-card-metadata."""
-    lora = recipe.adapter.type == "lora"
+    head: dict[str, Any] = {"library_name": "peft" if lora else "transformers", "pipeline_tag": "text-generation"}
+    head |= {"base_model": base, "base_model_relation": "adapter" if lora else "finetune"} if base else {}
+    return {**head, **licence, **({"tags": tags} if tags else {})}
+
+
+def _metadata(
+    recipe: Recipe, facts: Mapping[str, Any], base: str | None, licence: Mapping[str, str], merged: bool
+) -> dict[str, Any]:
+    """The head of a run's card: with data sets and what was measured."""
+    lora = recipe.adapter.type == "lora" and not merged
     sets = recipe.data.datasets
     hub = [entry.hub or (SOURCES[entry.name].hub if entry.name else None) for entry in sets]
-    metadata: dict[str, Any] = {"library_name": "peft" if lora else "transformers", "pipeline_tag": "text-generation"}
-    if base:
-        metadata["base_model"] = base
-        metadata["base_model_relation"] = "adapter" if lora else "finetune"
-    metadata |= _licence(recipe.model.name_or_path)
+    metadata = _head(lora, base, licence, ["instructft", "sft", "trl", *(["lora"] * lora), *(["merged"] * merged)])
     if any(hub):
         metadata["datasets"] = [name for name in hub if name]
-    metadata["tags"] = ["instructft", "sft", "trl", *(["lora"] if lora else [])]
     found = {name: facts["metrics"].get(name) for name in _METRICS if name.startswith("eval_")}
     measured = [
         {"type": name.removeprefix("eval_"), "value": round(value, 6), "name": _METRICS[name]}
@@ -188,9 +168,12 @@ def _metadata(recipe: Recipe, facts: Mapping[str, Any], base: str | None) -> dic
     return metadata
 
 
-def _licence(base: str | None) -> dict[str, Any]:
+def _is_public(base: str) -> bool:
+    return is_hub_id(base) and not Path(base).exists()
+
+
+def _licence_of(base: str | None) -> dict[str, str]:
     """The licence of a base as its own card gives it, where that card is at hand; nothing is fetched for it."""
-    import yaml
     from huggingface_hub import try_to_load_from_cache
 
     if not base:
@@ -198,10 +181,18 @@ def _licence(base: str | None) -> dict[str, Any]:
     file: Any = Path(base).expanduser() / "README.md"
     if not file.is_file():
         file = try_to_load_from_cache(base, "README.md") if is_hub_id(base) else None
+    return read_licence(Path(file)) if isinstance(file, str | Path) else {}
+
+
+def read_licence(file: Path) -> dict[str, str]:
+    """The fields of a model card's head that say its licence; {} where it has none, or is none."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
     try:
-        text = Path(file).read_text(encoding="utf-8") if isinstance(file, str | Path) else ""
-        head = yaml.safe_load(text[4 : text.find("\n---", 4)]) if text.startswith("---\n") else {}
-    except (OSError, ValueError, yaml.YAMLError):
+        text = file.read_text(encoding="utf-8")
+        head = YAML(typ="safe", pure=True).load(text[4 : text.find("\n---", 4)]) if text.startswith("---\n") else {}
+    except (OSError, ValueError, YAMLError):
         return {}
     keys = ("license", "license_name", "license_link")
     return {key: head[key] for key in keys if isinstance(head, dict) and isinstance(head.get(key), str)}
@@ -222,20 +213,14 @@ def _evaluation(results: Mapping[str, Any] | None) -> str:
     return "\n".join(["", "## Evaluation", "", head, "| --- |" + " ---: |" * len(names), *rows, ""])
 
 
-def _yaml(metadata: Mapping[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True).strip()
-
-
-def _adapter(recipe: Recipe, facts: dict[str, Any]) -> str:
-    """The list entry that says what was trained, and over what."""
+def _adapter(recipe: Recipe, facts: Mapping[str, Any]) -> str:
+    """What was trained, and over what."""
     adapter, found = recipe.adapter, facts.get("adapter", {})
     kind = "DoRA" if adapter.use_dora else "rsLoRA" if adapter.use_rslora else "LoRA"
     base = {"none": "", "8bit": " over a base in 8 bits", "4bit": " over a base in 4 bits (nf4)"}
-    text = f"- Adapter: {kind}, rank {adapter.r}, alpha {adapter.alpha}{base[recipe.model.quantization]}"
+    text = f"{kind}, rank {adapter.r}, alpha {adapter.alpha}{base[recipe.model.quantization]}"
     if found:
         share = found["trainable"] / found["total"]
         text += f"; {found['trainable']:,} of {found['total']:,} parameters trained ({share:.2%})"
         text += ", every other weight compared bit by bit before and after" if found["base_unchanged"] else ""
-    return f"{text}.\n"
+    return text

@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 from instructft.formatting import clock, yaml_text
 from instructft.prompt.token_view import visible
 from instructft.redaction import last_name, without_places, without_roots
-from instructft.report.charts import Series, chart, number
-from instructft.report.curves import read_metrics
+from instructft.report.curves import Chart, chart, finite, number, read_metrics, series_of
 from instructft.report.model_card import read_evaluation
 from instructft.report.sections import (
     before_and_after,
     evaluation_table,
-    finite,
     lengths,
     loading,
     notes,
@@ -132,7 +130,7 @@ def page(
         recipe=recipe,
         template=last_name(recipe.data.template),
         facts=facts,
-        charts=[Markup(drawn) for drawn in _charts(records)],
+        charts=list(_charts(records)),
         samples=before_and_after(run),
         evaluation=evaluation_table(read_evaluation(run)),
         lengths=lengths(recipe, data),
@@ -145,17 +143,10 @@ def page(
     return without_roots(text, folders)
 
 
-def _charts(records: list[dict[str, Any]]) -> Iterable[str]:
+def _charts(records: list[dict[str, Any]]) -> Iterable[Chart]:
     for title, unit, lines in _CURVES:
-        series = [
-            Series(
-                name,
-                [(r["step"], r[key]) for r in records if finite(r.get(key))],
-                dots,
-                from_zero=key in ("learning_rate", "tokens_per_second"),
-            )
-            for name, key, dots in lines
-        ]
+        zero = lines[0][1] in ("learning_rate", "tokens_per_second")
+        series = [series_of(records, key, name, dots=dots, from_zero=zero) for name, key, dots in lines]
         if drawn := chart(title, series, unit):
             yield drawn
 

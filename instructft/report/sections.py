@@ -1,4 +1,4 @@
-"""What `report.html` shows beside the curves: notes, answers before and after, lengths, a row, how to load it."""
+"""What `report.html` shows besides the curves: notes, answers before and after, lengths, a row, how to load it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from instructft.formatting import FORMS, name_of
 from instructft.redaction import last_name
-from instructft.report.charts import bars, number
+from instructft.report.curves import bars, finite, number
 
 if TYPE_CHECKING:
     from instructft.data.prepare import Prepared
@@ -90,7 +90,6 @@ def before_and_after(run: Path) -> dict[str, Any]:
 def lengths(recipe: Recipe, data: Prepared | Streamed | None) -> dict[str, Any] | None:
     """A histogram of the training rows' lengths (of documents, where rows are packed) and their quantiles."""
     from datasets import Dataset
-    from markupsafe import Markup
 
     from instructft.formatting import quantiles
 
@@ -107,7 +106,7 @@ def lengths(recipe: Recipe, data: Prepared | Streamed | None) -> dict[str, Any] 
     edges = list(range(0, int(found.max()) + width + 1, width))
     counts, _ = np.histogram(found, bins=edges)
     what = "Tokens in a document" if "seq_lengths" in rows.column_names else "Tokens in a row"
-    drawn = Markup(bars(f"{what}, training", edges, counts.tolist(), "tokens"))
+    drawn = bars(f"{what}, training", edges, counts.tolist(), "tokens")
     return {"drawn": drawn, "quantiles": quantiles(found), "max_length": recipe.data.max_length}
 
 
@@ -189,12 +188,3 @@ def _spread(items: Any, most: int) -> list[Any]:
 def _short(text: Any) -> str:
     text = str(text)
     return text if len(text) <= TEXT else text[:TEXT] + "…"
-
-
-def finite(value: Any) -> bool:
-    """Whether a value is a number that can be drawn or written.
-
-    >>> finite(1.5), finite(float("nan")), finite("nan")
-    (True, False, False)
-    """
-    return isinstance(value, int | float) and math.isfinite(value)

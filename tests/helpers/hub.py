@@ -286,3 +286,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+
+
+REPO_ID = "tester/model"
+
+
+def push(folder: Path, repo_id: str = REPO_ID, **more: Any) -> Any:
+    """`push_to_hub` that says nothing."""
+    from instructft.hub.push import push_to_hub
+
+    return push_to_hub(folder, repo_id, say=lambda line: None, **more)
+
+
+def own(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files of a repository without those of the Hub."""
+    return {name: content for name, content in files.items() if name != ".gitattributes"}

@@ -150,9 +150,6 @@ def test_none_that_is_whole_stops_the_run(hub: Any, machine: Any, monkeypatch: p
 
 
 def test_an_unreachable_hub_is_no_fresh_start(hub: Any, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import instructft.hub.patience
-
-    monkeypatch.setattr(instructft.hub.patience, "WAIT", 0.0)
     hub.fault("info", "503", 99)
     hub.fault("whoami", "503", 99)
     recipe = machine("first")
@@ -192,10 +189,7 @@ def test_a_download_that_breaks_is_tried_again(
 ) -> None:
     import time
 
-    import instructft.hub.patience
-
     stopped(machine("first", "train.save_steps=100"), 3, monkeypatch)
-    monkeypatch.setattr(instructft.hub.patience, "WAIT", 0.0)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     hub.fault("resolve", kind, 5)
     found, passed = newest_on_hub(machine("second").hub, tmp_path / "second" / "run")
@@ -234,10 +228,8 @@ def test_a_hub_that_dies_during_a_run_does_not_end_it(
     hub: Any, machine: Any, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """The run is finished and whole; its last line says what was not pushed, and the command that would."""
-    import instructft.hub.patience
     from instructft.cli import _print_outcome
 
-    monkeypatch.setattr(instructft.hub.patience, "WAIT", 0.0)
     recipe = machine("first")
     hub.create(REPO, private=True)
 

@@ -79,7 +79,7 @@ def test_every_dependency_is_pinned_within_its_range(python: str) -> None:
 
 def test_what_the_package_imports_is_declared() -> None:
     """Not only brought along by another package, which may stop to."""
-    names = {"ruamel": "ruamel-yaml", "yaml": "pyyaml"}
+    names = {"ruamel": "ruamel-yaml"}
     asked = {"vllm"}  # not on every machine; `vllm_backend` says how to get it
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
     imported: dict[str, Path] = {}

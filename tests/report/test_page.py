@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import html.parser
 import json
 import random
 import re
@@ -15,99 +13,18 @@ import pytest
 
 import instructft
 from instructft.data.prepare import prepare
-from instructft.report import charts, sections
 from instructft.report import page as page_module
-from instructft.report.charts import Series, bars, chart, thinned
 from instructft.report.page import draw_report, page, write_report
 from tests.conftest import TINY
 from tests.helpers.browser import Watched, browser
+from tests.helpers.report import EVIL, LINES, Read, facts_of, fill
 
-EVIL = "<script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)> &amp; \"' \x1b[31m \u202eback"
 RECIPE = TINY + "samples: [Hi there]\n"
-
-
-class Read(html.parser.HTMLParser):
-    """Tags, links and text of a page; insists that what is opened is closed."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [str(v) for k, v in attributes if k in ("src", "href", "srcset", "action", "xlink:href")]
-        self.links += [k for k, _ in attributes if k.startswith("on")]
-        if tag not in ("meta", "img", "input"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attributes)
-        self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text += data
-
-
-def facts_of(**changes: Any) -> dict[str, Any]:
-    facts = {
-        "versions": {"instructft": "0.1.0", "torch": "2.13.0"},
-        "hardware": {"device": "cpu", "processes": 1, "precision": "float32"},
-        "seed": 42,
-        "data": {
-            "fingerprint": "0123456789abcdef",
-            "rows": {"train": 96, "validation": 12, "test": 12},
-            "dropped": {"near_duplicate_of_held_out": 7},
-            "cut": {"rows": 0, "tokens": 0},
-            "tokens": 3210,
-            "supervised_tokens": 1234,
-            "padding_share": 0.125,
-        },
-        "train": {"seconds": 754.2, "steps": 40, "tokens": 6543, "supervised_tokens": 2468, "tokens_per_second": 4321.0,
-                  "resumed": []},
-        "metrics": {"loss": 1.25, "eval_loss": 1.5, "eval_perplexity": 4.48, "train_loss": 2.0},
-    }  # fmt: skip
-    for path, value in changes.items():
-        *keys, last = path.split("__")
-        inner: Any = facts
-        for key in keys:
-            inner = inner[key]
-        inner[last] = value
-    return facts
-
-
-def fill(run: Path, lines: list[dict[str, Any]], samples: list[tuple[int, str, str]]) -> Path:
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    records = [{"step": s, "prompt": p, "response": r, "finish_reason": "stop"} for s, p, r in samples]
-    (run / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return run
-
-
-LINES = [
-    {"step": s, "loss": 4.0 - s / 20, "learning_rate": 1e-3, "tokens_per_second": 4000.0 + s} for s in range(10, 50, 10)
-] + [{"step": 40, "eval_loss": 1.5}]
 
 
 @pytest.fixture
 def recipe(write_recipe: Any) -> Any:
     return instructft.load_recipe(write_recipe(RECIPE))
-
-
-@pytest.mark.parametrize("module", [charts, sections])
-def test_the_examples_in_the_docstrings(module: Any) -> None:
-    found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
-    assert found.attempted >= 1
-    assert found.failed == 0
 
 
 def test_the_page_says_what_the_files_say(recipe: Any, tmp_path: Path) -> None:
@@ -136,7 +53,12 @@ def test_the_row_and_the_lengths_are_those_of_the_data(recipe: Any, tmp_path: Pa
     assert [int(i) for _, ids in shown for i in ids.split()] == data.example["input_ids"]
     loss = [int(i) for kind, ids in shown for i in ids.split() if kind == "l"]
     assert loss == [label for label in data.example["labels"] if label != -100]
-    counted = [int(n.replace(",", "")) for n in re.findall(r">[\d,]+(?: to [\d,]+)?: ([\d,]+)</text>", text)]
+    counted = [
+        int(n.replace(",", ""))
+        for n in re.findall(
+            r"<td>[\d,]+(?: to [\d,]+)?</td><td>([\d,]+)</td></tr>", text[text.index("Tokens in a row") :]
+        )
+    ]
     assert sum(counted) == len(data.splits["train"])
     longest = max(len(ids) for ids in data.splits["train"]["input_ids"])
     assert f"· {longest}</td>" in text
@@ -193,7 +115,7 @@ def test_a_long_run_is_a_page_of_bounded_size(recipe: Any, tmp_path: Path) -> No
     samples = [(s, f"prompt {i}", "word " * 2_000) for s in (0, 1, 2) for i in range(100)]
     text = page(fill(tmp_path / "run", lines, samples), recipe, facts_of())
     assert len(text.encode()) < 2_000_000
-    assert "step 7,777</text>" in text  # the one spike of 20,000 steps
+    assert "<td>7,777</td><td>99.5</td>" in text  # the one spike of 20,000 steps
     assert "99.5" in text
     assert "70 more prompts are in samples.jsonl" in text
 
@@ -217,29 +139,6 @@ def test_what_a_reader_should_know_first(changes: Any, said: str, recipe: Any, t
     for line in said.split("|"):
         assert line in found
         assert line not in plain
-
-
-def test_a_validation_loss_that_rose_is_told() -> None:
-    rose = [{"step": s, "eval_loss": loss} for s, loss in ((10, 2.0), (20, 1.0), (30, 1.4))]
-    assert "lowest at step 20 (1.0000) and rose to 1.4000" in " ".join(sections.notes(facts_of(), rose))
-    assert sections.notes(facts_of(), rose[:2]) == []
-
-
-def test_a_line_goes_through_its_values() -> None:
-    drawn = chart("Loss", [Series("training", [(0, 4.0), (50, 2.0), (100, 0.0)])])
-    (points,) = re.findall(r'<polyline class="s0" points="([^"]+)"', drawn)
-    (x0, y0), (x1, y1), (x2, y2) = (map(float, pair.split(",")) for pair in points.split())
-    assert x1 - x0 == pytest.approx(x2 - x1)
-    assert y1 - y0 == pytest.approx(y2 - y1, abs=0.2)
-    assert y0 < y1 < y2  # down the page is less
-    assert "<b>0</b>" in drawn
-    assert ">training 2<" in drawn
-    assert chart("Loss", [Series("training", [])]) == ""
-    for points in ([(5, 1.0)], [(5, 0.0), (6, 0.0)], [(1, -3.0), (2, -3.0)], [(1, 1e-9), (2, 1e12)]):
-        Read(chart("one", [Series("a", points)]))
-    with pytest.raises(ValueError, match="2 bars need 3 edges"):
-        bars("x", [0, 1], [1, 2])
-    assert len(thinned([(i, float(i % 7)) for i in range(10_000)], 100)) <= 100
 
 
 # The run
@@ -299,7 +198,7 @@ def test_drawing_again_gives_the_same_page(recipe: Any, tmp_path: Path) -> None:
 def test_in_a_browser(trained: Any) -> None:
     _, result = trained
     address = (result.output_dir / "report.html").as_uri()
-    grounds = set()
+    grounds, lines = set(), set()
     with browser() as chromium:
         for scheme in ("light", "dark"):
             for width in (1280, 360):
@@ -308,13 +207,19 @@ def test_in_a_browser(trained: Any) -> None:
                 assert seen.requests == [address]
                 assert seen.complaints == []
                 assert not seen.scrolls_sideways
+                lines.add(
+                    (
+                        scheme,
+                        seen.page.evaluate("getComputedStyle(document.querySelector('svg path[style*=--a]')).stroke"),
+                    )
+                )
                 grounds.add((scheme, seen.page.evaluate("getComputedStyle(document.body).backgroundColor")))
-        strip = seen.page.locator("svg .p").nth(1)
-        assert not strip.locator("text").first.is_visible()
-        strip.locator(".hit").hover()
-        assert strip.locator("text").first.is_visible()
-        assert strip.locator("text").first.text_content().startswith("step ")
-    assert len(grounds) == len({colour for _, colour in grounds}) == 2
+        values = seen.page.locator("figure details").first
+        assert not values.locator("td").first.is_visible()
+        values.locator("summary").click()
+        assert values.locator("td").first.is_visible()
+    for found in (grounds, lines):
+        assert len(found) == len({colour for _, colour in found}) == 2
 
 
 def test_the_speed_of_a_line_is_that_of_its_own_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

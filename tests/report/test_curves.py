@@ -1,0 +1,37 @@
+"""A chart goes through the values of a run, loses no spike, and takes its colours from the page."""
+
+from __future__ import annotations
+
+import doctest
+import re
+
+import pytest
+
+from instructft.report import curves
+from instructft.report.curves import Series, bars, chart, thinned
+from tests.helpers.report import Read
+
+
+def test_the_examples_in_the_docstrings() -> None:
+    found = doctest.testmod(curves, optionflags=doctest.ELLIPSIS)
+    assert found.attempted >= 1
+    assert found.failed == 0
+
+
+def test_a_line_goes_through_its_values() -> None:
+    drawn = chart("Loss", [Series("training", [(0, 4.0), (50, 2.0), (100, 0.0)])])
+    (points,) = re.findall(r'<path d="M ([^"]+)" style="fill: none; stroke: var\(--a\)', drawn.svg)
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, pair.split()) for pair in points.strip().split("L"))
+    assert x1 - x0 == pytest.approx(x2 - x1)
+    assert y1 - y0 == pytest.approx(y2 - y1)
+    assert y0 < y1 < y2  # down the page is less
+    assert drawn.keys == [("training", "0")]
+    assert drawn.rows == [["0", "4"], ["50", "2"], ["100", "0"]]
+    assert "<title>Loss</title><desc>training from 4 to 0</desc>" in drawn.svg
+    assert not re.search("#[0-9a-f]{6}", drawn.svg)  # every colour follows the page
+    assert chart("Loss", [Series("training", [])]) is None
+    for points in ([(5, 1.0)], [(5, 0.0), (6, 0.0)], [(1, -3.0), (2, -3.0)], [(1, 1e-9), (2, 1e12)]):
+        Read(chart("one", [Series("a", points)]).svg)
+    with pytest.raises(ValueError, match="2 bars need 3 edges"):
+        bars("x", [0, 1], [1, 2])
+    assert len(thinned([(i, float(i % 7)) for i in range(10_000)], 100)) <= 100
