@@ -25,13 +25,9 @@ from instructft.weights import remote_code
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from instructft.recipe.schema import Recipe
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # How PEFT may fill A and B before the first step. Its other ways (pissa, olora, corda, loftq, …) change the base's own
 # weights in memory, so that the adapter would fit no base that is on disk.

@@ -6,22 +6,20 @@ that writes to the same place removes.
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instructft.checkpoints.manifest import NOT_FINITE, SPIKE, folders, kind
-from instructft.errors import UsageError
+from instructft.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     pass
-import os
-import re
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from instructft.errors import ModelError
 
 PARTIAL = "final.partial"  # the final model while it is written
 # What a run that was stopped before its first checkpoint leaves.

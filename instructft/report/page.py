@@ -7,25 +7,20 @@ folder of this machine. Text of data and models is shown, never obeyed.
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instructft.formatting import clock, yaml_text
+import numpy as np
+
+from instructft.formatting import FORMS, clock, name_of, yaml_text
 from instructft.prompt.token_view import visible
 from instructft.redaction import last_name, without_places, without_roots
-from instructft.report.curves import Chart, chart, finite, number, read_metrics, series_of
+from instructft.report.curves import Chart, bars, chart, finite, number, read_metrics, series_of
 from instructft.report.model_card import read_evaluation
-from instructft.report.sections import (
-    before_and_after,
-    evaluation_table,
-    lengths,
-    loading,
-    notes,
-    starting_point,
-    training_row,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,3 +149,174 @@ def _charts(records: list[dict[str, Any]]) -> Iterable[Chart]:
 def _in_order(metrics: Mapping[str, Any]) -> dict[str, Any]:
     first = {key: metrics[key] for key in _WORDS if key in metrics}
     return {**first, **{key: value for key, value in sorted(metrics.items()) if key not in first}}
+
+
+ROW_TOKENS = 600  # of the training row that is shown
+BARS = 24  # of the histogram, at most
+SAMPLES = 30  # prompts whose answers are shown
+EVALUATED = 12  # rows of an evaluation that are shown
+TEXT = 2_000  # characters of any text of data or models
+
+
+def notes(facts: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What a reader should know before trusting the numbers: resumes, spikes, rows that were cut, a loss that rose."""
+    train, data, metrics = facts["train"], facts["data"], facts["metrics"]
+    found = []
+    if resumed := train.get("resumed"):
+        steps = " and ".join(f"{entry['step']:,}" for entry in resumed)
+        found.append(f"The run was interrupted and went on from step {steps}.")
+        changed = sorted({key for entry in resumed for key in (*entry["changed"], *entry["versions"])})
+        found += [f"Changed when it went on: {', '.join(changed)}."] if changed else []
+    for spike in (train.get("loss_spikes") or [])[:5]:
+        done = "the step was left out" if spike["skipped"] else "the step was taken"
+        usual = f"where {number(spike['median'])} was usual"
+        found.append(f"Step {spike['step']:,} had a loss of {number(spike['loss'])}, {usual}; {done}.")
+    if more := len((train.get("loss_spikes") or [])[5:]):
+        found.append(f"{more} more steps had a loss far above what was usual; run.json lists them.")
+    if train.get("rows_at_once"):
+        found.append(f"Memory ran out, and smaller batches were taken: {train['rows_at_once']} rows at once.")
+    if cut := data.get("cut", {}).get("rows"):
+        share = f"{cut / max(data['rows']['train'], 1):.1%} of the training rows"
+        found.append(f"{cut:,} rows were longer than max_length and lost their end (as many as {share}).")
+    evaluated = [(r["eval_loss"], r["step"]) for r in records if finite(r.get("eval_loss"))]
+    if evaluated and evaluated[-1][0] > 1.02 * min(evaluated)[0]:
+        best, step = min(evaluated)
+        last = evaluated[-1][0]
+        found.append(f"Validation loss was lowest at step {step:,} ({best:.4f}) and rose to {last:.4f} by the end.")
+    if not data["rows"].get("validation"):
+        found.append("No rows were held out for validation: nothing here says how it does on text it has not seen.")
+    if wrong := sorted(key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)):
+        found.append(f"Not a number: {', '.join(wrong)}.")
+    if "adapter" in facts and not facts["adapter"].get("base_unchanged", True):
+        found.append("Weights of the base changed although only the adapter was to be trained.")
+    return found
+
+
+def before_and_after(run: Path) -> dict[str, Any]:
+    """The answers of `samples.jsonl` at the first and at the last step that a prompt was answered.
+
+    Returns:
+        `first` and `last` step, `prompts` (prompt, before, after, between: (step, answer) of the steps in between),
+        and `left_out`, prompts for which there was no room.
+    """
+    path = run / "samples.jsonl"
+    by_prompt: dict[str, list[tuple[int, str, bool]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        record = json.loads(line)
+        answer = (int(record["step"]), _short(record["response"]), record.get("finish_reason") == "stop")
+        by_prompt.setdefault(str(record["prompt"]), []).append(answer)
+    chosen = list(by_prompt.items())[:SAMPLES]
+    prompts = [
+        {"prompt": _short(prompt), "before": answers[0], "after": answers[-1], "between": _spread(answers[1:-1], 6)}
+        for prompt, answers in chosen
+    ]
+    steps = [answer[0] for _, answers in chosen for answer in answers]
+    return {
+        "prompts": prompts,
+        "first": min(steps, default=0),
+        "last": max(steps, default=0),
+        "left_out": len(by_prompt) - len(chosen),
+    }
+
+
+def lengths(recipe: Recipe, data: Prepared | Streamed | None) -> dict[str, Any] | None:
+    """A histogram of the training rows' lengths (of documents, where rows are packed) and their quantiles."""
+    from datasets import Dataset
+
+    from instructft.formatting import quantiles
+
+    rows = data.splits["train"] if data is not None else None
+    if not isinstance(rows, Dataset):  # a stream is read once, by training
+        return None
+    tables = rows.with_format("arrow").iter(batch_size=4096)
+    if "seq_lengths" in rows.column_names:
+        parts = [table.column("seq_lengths").combine_chunks().flatten().to_numpy() for table in tables]
+    else:
+        parts = [table.column("input_ids").combine_chunks().value_lengths().to_numpy() for table in tables]
+    found = np.concatenate(parts)
+    width = -(-(int(found.max()) + 1) // BARS)  # bars of one width: the same number of lengths in each
+    edges = list(range(0, int(found.max()) + width + 1, width))
+    counts, _ = np.histogram(found, bins=edges)
+    what = "Tokens in a document" if "seq_lengths" in rows.column_names else "Tokens in a row"
+    drawn = bars(f"{what}, training", edges, counts.tolist(), "tokens")
+    return {"drawn": drawn, "quantiles": quantiles(found), "max_length": recipe.data.max_length}
+
+
+def training_row(recipe: Recipe, tokenizer: Any, data: Prepared | Streamed | None) -> Any:
+    """The row that the run showed at its start, cut to what a page can hold; None where it is not known."""
+    from instructft.prompt.token_view import show
+
+    if tokenizer is None or data is None or not data.example:
+        return None
+    example = {name: list(values)[:ROW_TOKENS] for name, values in data.example.items()}
+    return show(example, tokenizer)
+
+
+def evaluation_table(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What `instructft evaluate --json` wrote, as a table, and some of its rows."""
+    if not found:
+        return None
+    sides = [name for name in ("base", "tuned") if isinstance(found.get(name), dict)]
+    table = []
+    for figure, form in FORMS.items():
+        values = [found[side].get(figure) for side in sides]
+        if any(finite(value) for value in values):
+            table.append((name_of(figure), [form.format(value) if finite(value) else "" for value in values]))
+    tuned = found["tuned"].get("rows") or []
+    base = (found.get("base") or {}).get("rows") or []
+    rows = [
+        {
+            "prompt": _short(tuned[i]["prompt"]),
+            "reference": _short(tuned[i]["reference"]),
+            "answers": [_short(side[i]["prediction"]) for side in (base, tuned) if len(side) == len(tuned)],
+        }
+        for i in _spread(range(len(tuned)), EVALUATED)
+    ]
+    names = [{"base": "before", "tuned": "after"}[side] if len(sides) > 1 else "answer" for side in sides]
+    return {"sides": names, "answers": names if base else names[-1:], "table": table, "rows": rows, "count": len(tuned)}
+
+
+def loading(recipe: Recipe) -> dict[str, str]:
+    """Title -> commands or code that load what the run left."""
+    output = Path(recipe.output_dir)
+    path = last_name(recipe.output_dir) if output.is_absolute() or ".." in output.parts else recipe.output_dir
+    lora = recipe.adapter.type == "lora"
+    model = "AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM"
+    imports = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+    if not lora:
+        imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    lines = [
+        *imports,
+        "",
+        f"model = {model}.from_pretrained({path!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({path!r})",
+        "prompt = tokenizer.apply_chat_template(",
+        '    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
+        "answer = model.generate(**prompt, max_new_tokens=100)[0, prompt['input_ids'].shape[1] :]",
+        "print(tokenizer.decode(answer, skip_special_tokens=True))",
+    ]
+    serve = f"vllm serve {path}"
+    if lora:
+        rank = next(size for size in (16, 32, 64, 128, 256, 320, 512, 1 << 30) if size >= recipe.adapter.r)
+        serve = (
+            f"vllm serve {starting_point(recipe)} --enable-lora --max-lora-rank {rank} --lora-modules tuned={path} \\\n"
+            f"  --chat-template {path}/chat_template.jinja\n"
+            f"# or without adapters: instructft merge {path} MERGED && vllm serve MERGED"
+        )
+    return {"Talk to it": f"instructft chat {path}", "Python": "\n".join(lines), "vLLM": serve}
+
+
+def starting_point(recipe: Recipe) -> str:
+    """What the run began from, without a folder of this machine: `openai-community/gpt2`, or `random weights`."""
+    return last_name(recipe.model.name_or_path) if recipe.model.name_or_path else "random weights"
+
+
+def _spread(items: Any, most: int) -> list[Any]:
+    """At most `most` of them, spread over all."""
+    return [items[i * len(items) // min(most, len(items))] for i in range(min(most, len(items)))]
+
+
+def _short(text: Any) -> str:
+    text = str(text)
+    return text if len(text) <= TEXT else text[:TEXT] + "…"

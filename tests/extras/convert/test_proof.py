@@ -10,7 +10,7 @@ import pytest
 
 from instructft.errors import ModelError
 from instructft.extras.convert import convert as module
-from instructft.extras.convert import targets
+from instructft.extras.convert import convert as targets
 from tests.helpers.gpt2_kin import NanoGPT, args, convert, shaken
 
 WRONG: dict[str, Callable[[Any], Any]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from instructft.report import sections
+from instructft.report import page as sections
 from tests.helpers.report import facts_of
 
 
