@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 _FREE = (
     *("logging_", "eval_", "save_", "log_", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "debug"),
     *("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "include_", "batch_eval_metrics"),
-    *("per_device_eval_batch_size", "prediction_loss_only", "do_", "dataloader_", "torch_empty", "skip_memory_metrics"),
+    *("per_device_eval_batch_size", "prediction_loss_only", "do_", "torch_empty", "skip_memory_metrics"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    "dataloader_multiprocessing_context",
     *("ddp_", "use_cpu", "fp16_full_eval", "bf16_full_eval", "enable_jit_checkpoint"),
 )
 # Fields that may change on purpose; a change is recorded.
