@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from instructft.errors import ModelError
-from instructft.weights.weight_files import read_header, weight_files
+from instructft.weights.weight_files import ADAPTER_WEIGHTS, read_header, weight_files
 
 Shape = tuple[int, ...]
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
-ADAPTER = "adapter_model.safetensors"
 
 
 def require_whole(model: Any, folder: Path) -> int:
@@ -33,7 +32,7 @@ def require_whole(model: Any, folder: Path) -> int:
     """
     adapter = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
     found: dict[str, Shape] = {}
-    for file in [folder / ADAPTER] if adapter else weight_files(folder):
+    for file in [folder / ADAPTER_WEIGHTS] if adapter else weight_files(folder):
         found |= {name: entry.shape for name, entry in read_header(file).items()}
     wanted = tensors(model, found)
     missing = sorted(set(wanted) - set(found))
@@ -52,6 +51,11 @@ def require_whole(model: Any, folder: Path) -> int:
     return len(wanted)
 
 
+def without_wrappers(name: str) -> str:
+    """A tensor's name without what FSDP, `torch.compile` and checkpointing put into it."""
+    return _WRAPPERS.sub("", name)
+
+
 def tensors(model: Any, found: Mapping[str, Any]) -> dict[str, Shape]:
     """Name -> whole shape of each tensor that belongs on the disk, under the name that it has there.
 
@@ -67,7 +71,7 @@ def tensors(model: Any, found: Mapping[str, Any]) -> dict[str, Shape]:
     names: dict[int, list[str]] = {}
     shapes: dict[str, Any] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        name = _WRAPPERS.sub("", name)
+        name = without_wrappers(name)
         if isinstance(tensor, torch.Tensor):
             # DeepSpeed ZeRO-3 leaves an empty tensor that knows what it was; a DTensor says its whole shape itself
             shape = tuple(getattr(tensor, "ds_shape", tensor.shape))

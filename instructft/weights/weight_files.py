@@ -17,10 +17,15 @@ from instructft.formatting import first_line
 
 BLOCKS, BLOCK = 16, 4096  # of a tensor's bytes the fingerprint reads this many blocks of this size
 
-# bytes per element of the types that a safetensors file can hold
-_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4}
-_SIZES |= {"U16": 2, "U8": 1, "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
-_SIZES |= {"F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
+# types as a safetensors header spells them -> torch's name, bytes of an element
+DTYPES = {
+    **{"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)},
+    **{"F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "F8_E8M0": ("float8_e8m0fnu", 1)},
+    **{"F8_E4M3FNUZ": ("float8_e4m3fnuz", 1), "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1)},
+    **{f"I{8 * size}": (f"int{8 * size}", size) for size in (8, 4, 2, 1)},
+    **{f"U{8 * size}": (f"uint{8 * size}", size) for size in (8, 4, 2, 1)},
+    **{"BOOL": ("bool", 1), "C64": ("complex64", 8)},
+}
 
 
 class Entry(NamedTuple):
@@ -44,10 +49,10 @@ def read_header(path: Path) -> dict[str, Entry]:
         ModelError: it is no such file, or its end is missing.
     """
     try:
-        size = path.stat().st_size
+        file_size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= length <= size - 8:
+            if file_size < 8 or not 2 <= length <= file_size - 8:
                 raise ModelError(f"{path} is cut short or no safetensors file; copy or download it again")
             header = json.loads(file.read(length))
         entries = {
@@ -59,18 +64,20 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise ModelError(f"{path} could not be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is no safetensors file: its header cannot be read") from error
-    end = 8 + length
+    place = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
-        known = entry.dtype not in _SIZES or entry.end - entry.start == math.prod(entry.shape) * _SIZES[entry.dtype]
-        if entry.start != end or entry.end < entry.start or not known:
+        size = DTYPES[entry.dtype][1] if entry.dtype in DTYPES else None
+        known = size is None or entry.end - entry.start == math.prod(entry.shape) * size
+        if entry.start != place or entry.end < entry.start or not known:
             raise ModelError(f"{path} is damaged: its header gives {name} a place that does not fit its shape")
-        end = entry.end
-    if end != size:
-        found = "cut short" if size < end else "longer than its header says"
-        raise ModelError(f"{path} is {found}: found {size} bytes, expected {end}; copy or download it again")
+        place = entry.end
+    if place != file_size:
+        found = "cut short" if file_size < place else "longer than its header says"
+        raise ModelError(f"{path} is {found}: found {file_size} bytes, expected {place}; copy or download it again")
     return entries
 
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # the weight file and the index of its shards, in the order in which `from_pretrained` looks for them
 NAMES = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -156,7 +163,7 @@ def _torch_tensors(files: list[Path]) -> Iterator[tuple[str, str, tuple[int, ...
 
     import torch
 
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    codes = {name: code for code, (name, _) in DTYPES.items() if code in ("F64", "F32", "F16", "BF16")}
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:
@@ -169,4 +176,4 @@ def _torch_tensors(files: list[Path]) -> Iterator[tuple[str, str, tuple[int, ...
     for name, tensor in sorted(tensors.items()):
         raw = tensor.detach().contiguous().flatten().view(torch.uint8)
         parts = (raw[start:end].numpy().tobytes() for start, end in _spans(len(raw)))
-        yield name, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), parts
+        yield name, codes.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype)), tuple(tensor.shape), parts
