@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from instructft.adapters.lora import count_parameters
-from instructft.adapters.quantization import laid_out_anew
+from instructft.adapters.quantization import packed_for_kernel
 from instructft.errors import InstructftError
 from instructft.weights.verify_saved import without_wrappers
 
@@ -123,7 +123,7 @@ def _tensors(model: Any) -> Any:
         if state is None:
             continue
         name = f"{without_wrappers(name)}.weight"
-        if laid_out_anew(state):
+        if packed_for_kernel(state):
             raise InstructftError(
                 f"{name} lies in memory as a kernel of bitsandbytes for this CPU wants it, expected as it was packed: "
                 "whether the base changed cannot be said. Load the model with instructft, which fixes the layout"
