@@ -39,7 +39,7 @@ def ours(data: str, tokenizer_name: str, packing: bool, max_length: int) -> dict
     """`prepare` of a recipe, the file read included."""
     from instructft.data.prepare import prepare
     from instructft.models.tokenizer import load_tokenizer
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.yaml"

@@ -26,7 +26,7 @@ _PUBLIC = {
     "evaluate": "evaluation.metrics",
     "generate": "inference.chat",
     "load_model": "models.load",
-    "load_recipe": "recipe.schema",
+    "load_recipe": "recipe.load",
     "load_tokenizer": "models.tokenizer",
     "merge_adapter": "merging.merge",
     "prepare_dataset": "data.prepare",
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from instructft.models.load import load_model as load_model
     from instructft.models.tokenizer import load_tokenizer as load_tokenizer
     from instructft.prompt.loss_mask import encode_conversation as encode_conversation
+    from instructft.recipe.load import load_recipe as load_recipe
     from instructft.recipe.schema import Recipe as Recipe
-    from instructft.recipe.schema import load_recipe as load_recipe
     from instructft.training.run import train as train
 
 

@@ -155,11 +155,7 @@ def html_page(
     title: str = "rows",
     about: Mapping[str, str] | None = None,
 ) -> str:
-    """Rows as one self-contained HTML page.
-
-    >>> rows = prepare_dataset(recipe, tokenizer)["train"].select(range(5))
-    >>> Path("rows.html").write_text(html_page(list(rows), tokenizer))
-    """
+    """Rows (of `prepare_dataset`, or as `show` makes them) as one self-contained HTML page."""
     import jinja2
 
     shown = [

@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from instructft.data.sources import QUICKSTART
 from instructft.errors import TemplateError, UsageError
 from instructft.formatting import first_line
 from instructft.models.latest import resolve_latest
@@ -57,14 +58,12 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     recipe, _ = resolve_latest(recipe)
-    if recipe.model.tokenizer == "quickstart":
-        from instructft.data.quickstart import tokenizer
-
-        return tokenizer()
     from transformers import AutoTokenizer
 
     key = "model.tokenizer" if recipe.model.tokenizer else "model.name_or_path"
     name = recipe.model.tokenizer or recipe.model.name_or_path
+    if recipe.model.tokenizer == "quickstart":
+        name = str(QUICKSTART)
     own = recipe.model.tokenizer is None
     revision = (recipe.model.revision if own else None) or "main"
     trust = remote_code.pinned(str(name), revision) if own else {"trust_remote_code": False}

@@ -1,12 +1,18 @@
-"""What one sees of a run while it trains: a progress line, `metrics.jsonl`, sample answers, TensorBoard."""
+"""What one sees of a run while it trains, and its early end: a progress line, `metrics.jsonl`, sample answers.
+
+How long the validation loss has not fallen is read from the trainer's own history, which every checkpoint holds: a
+resumed run stops at the same evaluation as one that was never stopped. Upstream's callback counts for itself and begins
+anew after a resume (transformers 5.23, unless `restore_callback_states_from_checkpoint` rebuilds all callbacks).
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from instructft.inference.chat import Generator
-from instructft.training.sample_texts import send
+from instructft.formatting import first_line
+from instructft.inference.generator import Generator
 
+Texts = Sequence[tuple[str, str]]  # prompt, answer
 _SHOWN = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}", "eval_perplexity": "perplexity {:.2f}"}
 
 
@@ -196,3 +203,126 @@ class Samples(TrainerCallback):
         texts = [(prompt, answer.text) for prompt, answer in zip(self.prompts, answers, strict=True)]
         failed = send(self.reporters, step, texts, functools.partial(self.console.print, markup=False, highlight=False))
         self.reporters = [name for name in self.reporters if name not in failed]
+
+
+def _wandb(module: Any, step: int, texts: Texts) -> None:
+    if module.run is not None:
+        table = module.Table(columns=["step", "prompt", "answer"], data=[[step, *pair] for pair in texts])
+        module.log({"samples": table, "train/global_step": step})  # the step by which transformers plots there
+
+
+def _mlflow(module: Any, step: int, texts: Texts) -> None:
+    if module.active_run() is not None:
+        written = "\n\n".join(f"{prompt}\n→ {answer}" for prompt, answer in texts)
+        module.log_text(written, f"samples/step-{step}.txt")
+
+
+def _comet(module: Any, step: int, texts: Texts) -> None:
+    experiment = module.get_running_experiment()
+    if experiment is not None:
+        for prompt, answer in texts:
+            experiment.log_text(answer, step=step, metadata={"prompt": prompt})
+
+
+# name in `report_to` -> the module that transformers has imported for it, and how it takes text
+TRACKERS: dict[str, tuple[str, Callable[[Any, int, Texts], None]]] = {
+    "wandb": ("wandb", _wandb),
+    "mlflow": ("mlflow", _mlflow),
+    "comet_ml": ("comet_ml", _comet),
+}
+
+
+def send(reporters: Sequence[str], step: int, texts: Texts, say: Callable[[str], Any] = print) -> list[str]:
+    """Send texts to each tracker that takes them; returns the names of those that failed, told once with the reason.
+
+    A tracker that fails ends no run.
+
+    >>> send(["wandb"], 100, [("What is the capital of France?", "Paris.")])
+    []
+    """
+    failed = []
+    for name in reporters:
+        module, log = TRACKERS.get(name, ("", None))
+        if log is None or module not in sys.modules:
+            continue
+        try:
+            log(sys.modules[module], step, texts)
+        except Exception as error:  # of another library, over a network
+            failed.append(name)
+            reason = first_line(error)
+            say(f"train.report_to: {name} took no sample answers: {reason}; no more are sent to it")
+    return failed
+
+
+def since_best(history: Sequence[Mapping[str, Any]]) -> tuple[int, int, float]:
+    """Evaluations since the validation loss was lowest, the step where it was, and the loss there.
+
+    >>> since_best([{"step": 10, "eval_loss": 2.0}, {"step": 20, "eval_loss": 2.1}, {"step": 30, "eval_loss": 2.0}])
+    (2, 10, 2.0)
+    """
+    count, step, best = 0, 0, float("inf")
+    for entry in history:
+        if "eval_loss" not in entry:
+            continue
+        if entry["eval_loss"] < best:  # a loss that is no number is never better
+            count, step, best = 0, entry["step"], entry["eval_loss"]
+        else:
+            count += 1
+    return count, step, best
+
+
+class EarlyStopping(TrainerCallback):
+    """Ends training, with a checkpoint, after `patience` evaluations without a lower validation loss.
+
+    The trainer goes back to the best checkpoint then (`load_best_model_at_end`, which comes with the key).
+
+    Args:
+        patience: evaluations.
+        say: told once, when training ends.
+    """
+
+    def __init__(self, patience: int, say: Callable[[str], Any] = print):
+        self.patience = patience
+        self.say = say
+        self.stopped: dict[str, Any] | None = None  # what goes into `run.json`
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop at once where the run that is resumed had come to its end."""
+        self._judge(state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop here if it is time, with a checkpoint, so that the run is known to have come this far."""
+        if self._judge(state, control):
+            control.should_save = True
+
+    def _judge(self, state: Any, control: Any) -> bool:
+        count, step, best = since_best(state.log_history)
+        if count < self.patience:
+            return False
+        control.should_training_stop = True
+        if self.stopped is None:
+            self.stopped = {"step": state.global_step, "patience": self.patience}
+            self.say(
+                f"step {state.global_step}: the validation loss has not fallen below {best:.4f} (step {step}) for "
+                f"{count} evaluations: training ends here (train.early_stopping_patience: {self.patience})"
+            )
+        return True
+
+
+def ending(trainer: Any) -> dict[str, Any]:
+    """What `run.json` says under `train` of how the run ended: `stopped_early`, and `best` where it went back to it."""
+    found: dict[str, Any] = {}
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopped:
+            found["stopped_early"] = callback.stopped
+    if (step := restored(trainer)) is not None:
+        found["best"] = {"step": step, "metric": trainer.args.metric_for_best_model, "value": trainer.state.best_metric}
+    return found
+
+
+def restored(trainer: Any) -> int | None:
+    """The step whose checkpoint the final model is; None where it is simply the last."""
+    state = trainer.state
+    if not trainer.args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return None
+    return int(state.best_model_checkpoint.rpartition("-")[2])

@@ -35,8 +35,8 @@ def collect_facts(
     """The contents of `run.json`."""
     import torch
 
-    from instructft.training.early_stopping import ending
-    from instructft.training.warning_signs import told
+    from instructft.training.callbacks import ending
+    from instructft.training.run_warnings import told
 
     seen, seconds = trainer.seen, trainer.seconds
     device = trainer.args.device
@@ -62,9 +62,9 @@ def collect_facts(
             "supervised_tokens": seen["supervised_tokens"],
             "tokens_per_second": seen["tokens"] / seconds,
             "resumed": trainer.resumes,
-            **({"loss_spikes": trainer.spikes} if trainer.spikes else {}),
+            **({"loss_spikes": trainer.checks.spikes} if trainer.checks.spikes else {}),
             **ending(trainer),
-            **({"rows_at_once": trainer.rows_at_once} if trainer.rows_at_once else {}),
+            **({"rows_at_once": trainer.rows.found} if trainer.rows.found else {}),
         },
         "metrics": metrics,
         "warnings": told(Path(trainer.args.output_dir)),
@@ -131,7 +131,7 @@ def save(
     facts: dict[str, Any],
     data: Prepared | Streamed,
 ) -> None:
-    """Write the final model, its tokenizer and the papers of the run."""
+    """Write the final model, its tokenizer and the metadata of the run."""
     from instructft.models.load import fit_special_tokens
     from instructft.report.curves import plot_loss
     from instructft.report.model_card import write_card

@@ -24,7 +24,8 @@ from instructft.models.latest import asks_for_latest, forget_newest, resolve_lat
 from instructft.models.load import load_model
 from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import load_tokenizer
-from instructft.recipe.schema import Recipe, check_against_installed
+from instructft.recipe.load import check_against_installed
+from instructft.recipe.schema import Recipe
 from instructft.training.arguments import reporters, training_arguments
 from instructft.training.out_of_memory import explained
 from instructft.training.outcome import collect_facts, kept_unproved, library_versions, save
@@ -239,11 +240,10 @@ def build_trainer(
     from transformers.integrations import TensorBoardCallback
 
     from instructft.data.collator import CompletionOnlyCollator
-    from instructft.inference.chat import Generator
-    from instructft.training.callbacks import MetricsFile, ProgressLine, Samples
-    from instructft.training.early_stopping import EarlyStopping
+    from instructft.inference.generator import Generator
+    from instructft.training.callbacks import EarlyStopping, MetricsFile, ProgressLine, Samples
+    from instructft.training.run_warnings import RunWarnings
     from instructft.training.trainer import Trainer
-    from instructft.training.warning_signs import IllSigns
 
     run = Path(args.output_dir)
     callbacks: list[TrainerCallback] = [MetricsFile(run / "metrics.jsonl"), ProgressLine(console)]
@@ -257,7 +257,7 @@ def build_trainer(
         path, trackers = run / "samples.jsonl", args.report_to or ()
         callbacks.append(Samples(recipe.samples, Generator(model, tokenizer), path, console, writer, trackers))
     asked = data.splits.get("validation", data.for_training)
-    signs = IllSigns(Generator(model, tokenizer), asked, run, console)
+    signs = RunWarnings(Generator(model, tokenizer), asked, run, console)
     callbacks.append(signs)
     say = functools.partial(console.print, markup=False, highlight=False)
     if patience := recipe.train["early_stopping_patience"]:
@@ -347,7 +347,7 @@ def _run(trainer: Trainer, start: GoingOn, console: Console) -> None:
 
 def final_metrics(trainer: Trainer) -> dict[str, Any]:
     """The last value of every metric; validates once more if the last validation was before the last step."""
-    from instructft.training.early_stopping import restored
+    from instructft.training.callbacks import restored
 
     history = trainer.state.log_history
     evaluated = max((entry["step"] for entry in history if "eval_loss" in entry), default=-1)

@@ -1,83 +1,76 @@
-"""TRL's `SFTTrainer` on ready rows, with validation loss, token counts and the order of rows put right."""
+"""TRL's `SFTTrainer` on ready rows: losses, counts and order put right, steps that are checked, runs that resume.
+
+What it overrides is here, in the order in which a run comes to it; what an override does at length is a collaborator's:
+`StepChecks` judges a step before it is taken, `RowsAtOnce` finds the batch that fits, `resumable` seals checkpoints.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import Sampler
 from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
 
 from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.new_tokens import token_rows
 from instructft.data.packing import flat
+from instructft.data.row_order import LengthGrouped
+from instructft.training.batch_size import RowsAtOnce
 from instructft.training.fused_loss import add_supervised_head, scores
-from instructft.training.resumable import LastingTrainer
+from instructft.training.resumable import gathered, restore, save_sealed
+from instructft.training.signals import EvaluationLeft, Stop
+from instructft.training.step_checks import StepChecks
+
+if TYPE_CHECKING:
+    from instructft.hub.background import Publisher
 
 
-class LengthGrouped(Sampler[int]):
-    """Row numbers in an order whose steps hold rows of like length, so that little padding is computed.
-
-    Rows are shuffled, then sorted by length within windows of `WINDOW` steps, and the steps are shuffled: which rows
-    share a step depends on the rows of a step in all, not on how they are divided among micro-batches and processes.
-    The order of an epoch depends on `seed` and the epoch only, so that a run can be resumed.
-
-    >>> list(LengthGrouped([3, 9, 3, 9], step=2, seed=0))
-    [2, 0, 1, 3]
-    """
-
-    WINDOW = 50  # steps; as in transformers' LengthGroupedSampler
-
-    def __init__(self, lengths: Any, step: int, seed: int):
-        self.lengths = np.asarray(lengths)
-        self.step = step
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.lengths))
-        steps: list[np.ndarray] = []
-        for start in range(0, len(order), self.WINDOW * self.step):
-            window = order[start : start + self.WINDOW * self.step]
-            window = window[np.argsort(-self.lengths[window], kind="stable")]
-            steps += [window[i : i + self.step] for i in range(0, len(window), self.step)]
-        # a last step that is not full stays last, since batches are cut from the order one after the other
-        full = [rows for rows in steps if len(rows) == self.step]
-        rest = [rows for rows in steps if len(rows) < self.step]
-        rng.shuffle(full)
-        yield from (int(row) for rows in [*full, *rest] for row in rows)
-
-
-class Trainer(LastingTrainer):
-    """`SFTTrainer` for rows that are tokenized and masked already.
+class Trainer(SFTTrainer):
+    """`SFTTrainer` for rows that are tokenized and masked already, whose checkpoints verify and whose runs resume.
 
     - `eval_loss` is the mean over all supervised tokens of the validation rows. Upstream averages the means of
       batches, so that a token in a batch of short answers weighs more than one in a batch of long answers, and the
       figure changes with the batch size.
-    - `eval_groups`, data set -> rows in the order of the validation set, gives each an `eval_<name>_loss` of its own.
     - `seen` counts tokens, supervised tokens and padding of the training batches, on all processes. Upstream's
       `num_tokens` counts a batch of packs as if it were one row (trl 1.16, `compute_loss`).
     - `train_sampling_strategy: group_by_length` forms steps of rows of like length (`LengthGrouped`).
-    - What is saved can be trusted and gone on from: see `instructft.training.resumable`.
     - The model card is written by `instructft.report.model_card`, not at every checkpoint.
     - An adapter is trained in float32 over a quantized base too, and each folder that holds one gets its `metadata`.
+
+    Args:
+        eval_groups: data set -> rows in the order of the validation set; each gets an `eval_<name>_loss` of its own.
+        metadata: written into each folder that holds the adapter.
+        find_batch: find how many rows at a time fit into memory (`RowsAtOnce`).
+        spike_limit, skip_spikes: see `StepChecks`.
+        say: told, line by line, what happens on the way.
+        identity: what the run is made of (`instructft.checkpoints.resume.identity`); written into every checkpoint.
+        versions: of the libraries.
+        stop: the signals to listen to.
     """
 
+    current_gradient_accumulation_steps: int  # of upstream: micro-batches in the step under way
+
     def __init__(
-        self, *, eval_groups: dict[str, int] | None = None, metadata: AdapterMetadata | None = None, **kwargs: Any
+        self,
+        *,
+        eval_groups: dict[str, int] | None = None,
+        metadata: AdapterMetadata | None = None,
+        find_batch: bool = False,
+        spike_limit: float | None = None,
+        skip_spikes: bool = False,
+        say: Callable[[str], Any] = print,
+        identity: Mapping[str, Any] | None = None,
+        versions: Mapping[str, str] | None = None,
+        stop: Stop | None = None,
+        **kwargs: Any,
     ):
         trained = {name: p.data for name, p in kwargs["model"].named_parameters() if p.requires_grad}
         super().__init__(**kwargs)
@@ -86,6 +79,18 @@ class Trainer(LastingTrainer):
                 # upstream rounds the adapter of a quantized base to bfloat16 (trl 1.16), which AdamW's updates of late
                 # steps are too small for
                 parameter.data = trained[name].to(parameter.device)
+        self.checks = StepChecks(spike_limit, skip_spikes, say)
+        self.rows = RowsAtOnce(find_batch, self._one_batch, say)
+        self.identity, self.versions = identity or {}, versions or {}
+        self.stop = stop or Stop()
+        self.add_callback(self.stop)
+        self._keep, self.args.save_total_limit = self.args.save_total_limit, None  # upstream deletes folders of others
+        self.seconds = 0.0  # of training, the part before a resume included
+        self.loss_before = 0.0  # summed over the steps before a resume
+        self.last_checkpoint: str | None = None
+        self.publisher: Publisher | None = None  # uploads what is sealed, while training continues
+        self.resumes: list[dict[str, Any]] = []  # each time that the run was resumed: from where, what had changed
+        self._resumes_from: Path | None = None
         self._metadata = metadata
         self._eval_groups = eval_groups or {}
         bare = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -96,20 +101,66 @@ class Trainer(LastingTrainer):
         self._eval_sums: list[torch.Tensor] = []
         self._eval_order = np.arange(0)
 
-    def counts(self) -> list[int]:
-        """Tokens, supervised tokens and slots that this process has trained."""
-        found: list[int] = self._seen.tolist()
-        return found
-
-    def restore_counts(self, counts: list[int]) -> None:
-        """Go on counting from a checkpoint."""
-        self._seen = torch.tensor(counts, dtype=torch.int64, device=self.args.device)
-
     @property
-    def seen(self) -> dict[str, int]:
-        """Tokens, supervised tokens and slots (tokens with padding) of the batches trained so far."""
-        tokens, supervised, slots = self.accelerator.reduce(self._seen, "sum").tolist()
-        return {"tokens": tokens, "supervised_tokens": supervised, "slots": slots}
+    def is_fsdp2(self) -> bool:
+        """Whether each process holds a part of every weight only (FSDP, version 2)."""
+        return bool(self.is_fsdp_enabled and self.accelerator.is_fsdp2)
+
+    # -- a run ------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train to the end or to a signal; from a checkpoint's folder where one is given."""
+        self._resumes_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self.began = time.perf_counter()
+        with self.stop:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.seconds += time.perf_counter() - self.began
+        return output
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self._resumes_from is not None:
+            folder, self._resumes_from = self._resumes_from, None
+            self._restore(folder)
+        ended = self.control.should_training_stop and not self.stop.agreed  # by patience, before the resume
+        if ended or self.state.global_step >= self.state.max_steps:  # upstream would train one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self._resumes_from is not None:  # no epoch was left to train
+            self._restore(self._resumes_from)
+        return super()._finalize_training(*args, **kwargs)
+
+    def _restore(self, folder: Path) -> None:
+        if restore(self, folder):  # random states are restored after this, so it changes nothing that is trained
+            self._determine_best_metric(self._evaluate(None, None), None)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGrouped(flat(dataset)[2], step, args.seed if args.data_seed is None else args.data_seed)
+
+    # -- a step -----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.checks.begin(batches)
+        self.rows.begin()
+        return batches, items
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Loss and gradient of one micro-batch, in parts where it does not fit as a whole."""
+        return self.rows.train(self, model, inputs, num_items_in_batch)
+
+    def _one_batch(self, model: Any, inputs: dict[str, Any], items: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(model, inputs, items)
+        self.checks.add(loss)
+        return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a batch: the sum over its supervised tokens, divided by those of the whole step."""
@@ -129,19 +180,50 @@ class Trainer(LastingTrainer):
         self._metrics["train"]["num_tokens"] = [self.seen["tokens"]]
         return loss
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
-            return super()._get_train_sampler(train_dataset)
-        args = self.args
-        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGrouped(flat(dataset)[2], step, args.seed if args.data_seed is None else args.data_seed)
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of the step's gradient, judged before the optimizer sees it.
+
+        Here, and not in the callback before the optimizer's step: that one is not told the norm, and would pass over
+        all gradients once more for it.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.checks.check(self, model, norm)
+        return norm
+
+    def counts(self) -> list[int]:
+        """Tokens, supervised tokens and slots that this process has trained."""
+        found: list[int] = self._seen.tolist()
+        return found
+
+    def restore_counts(self, counts: list[int]) -> None:
+        """Count on from a checkpoint."""
+        self._seen = torch.tensor(counts, dtype=torch.int64, device=self.args.device)
+
+    def counted(self) -> Any:
+        """What a step that is done again would count twice."""
+        metrics = {name: list(values) for name, values in self._metrics["train"].items()}
+        return self.counts(), metrics, self.checks.loss, self._total_train_tokens
+
+    def restore_counted(self, counted: Any) -> None:
+        """Put back what `counted` gave."""
+        counts, metrics, self.checks.loss, self._total_train_tokens = counted
+        self.restore_counts(counts)
+        self._metrics["train"].clear()
+        self._metrics["train"].update({name: list(values) for name, values in metrics.items()})
+
+    @property
+    def seen(self) -> dict[str, int]:
+        """Tokens, supervised tokens and slots (tokens with padding) of the batches trained so far."""
+        tokens, supervised, slots = self.accelerator.reduce(self._seen, "sum").tolist()
+        return {"tokens": tokens, "supervised_tokens": supervised, "slots": slots}
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         """Loss of one validation batch; its sums are kept, row by row, for the mean over all tokens."""
-        self.under_way = ("validation", tuple(inputs["input_ids"].shape))
+        self.rows.under_way = ("validation", tuple(inputs["input_ids"].shape))
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             out = scores(model, inputs)
@@ -186,6 +268,62 @@ class Trainer(LastingTrainer):
         self._eval_order = np.argsort(-flat(eval_dataset)[2], kind="stable")
         return self._eval_order.tolist()
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; random states stay as they are, so that how often one looks changes nothing that is trained."""
+        device = self.args.device  # merely to iterate over a data loader draws a number
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=_kind(device)):
+            try:
+                found: dict[str, float] = super().evaluate(*args, **kwargs)
+            finally:
+                self._reshard()
+        return found
+
+    def _reshard(self) -> None:
+        """Leave each process its part of the weights; FSDP2 keeps some gathered after a pass that has no backward.
+
+        They take memory, and a checkpoint would put them back: the steps after it would differ in their last bits from
+        those of a run that made none there.
+        """
+        if self.is_fsdp2:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        try:
+            found: dict[str, float] = super()._evaluate(*args, **kwargs)
+            return found
+        except EvaluationLeft:
+            self.stop.left_evaluation = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return bool(metrics) and bool(super()._determine_best_metric(metrics=metrics, trial=trial))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; the mean loss of a run counts the steps before a resume too, and is told at its end only."""
+        if "train_loss" in logs:
+            if self.stop.agreed:
+                return
+            steps = max(self.state.global_step, 1)
+            logs["train_loss"] = (self.loss_before + self._total_loss_scalar) / steps
+        super().log(logs, *args, **kwargs)
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        write = functools.partial(super()._save_checkpoint, model, trial)
+        self.last_checkpoint = save_sealed(self, write, self._keep)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as `from_pretrained` wants it. Every process must call; the first one writes."""
+        if not self.is_fsdp2:
+            super().save_model(output_dir, _internal_call)
+            return
+        # upstream saves nothing where checkpoints are in shards (transformers 5.23), and of an adapter gathers the base
+        self._save(output_dir or self.args.output_dir, state_dict=gathered(self.model))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self._metadata is not None and self.args.should_save:
@@ -193,6 +331,10 @@ class Trainer(LastingTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Upstream writes its own card at every checkpoint; ours is written once, when the run is done."""
+
+
+def _kind(device: torch.device) -> str:
+    return device.type if device.type != "cpu" else "cuda"  # the CPU's own state is always kept
 
 
 def _gather_head(model: Any, *_: Any) -> None:

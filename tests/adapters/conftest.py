@@ -32,7 +32,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes the folder of a tiny base with the bundled tokenizer, once each."""
-    from instructft.data.quickstart import tokenizer
+    from tests.helpers.quickstart import tokenizer
 
     made: dict[str, Path] = {}
 

@@ -21,8 +21,8 @@ from instructft.adapters import quantization
 from instructft.adapters.frozen_check import AdapterProof
 from instructft.errors import InstructftError, ModelError
 from instructft.evaluation.metrics import evaluate
-from instructft.inference.chat import Generator
-from instructft.merging import proof_texts
+from instructft.inference.generator import Generator
+from instructft.merging import proof
 from instructft.models import load_for_inference as loading
 
 QUIET = Console(quiet=True)
@@ -30,7 +30,7 @@ pytest.importorskip("bitsandbytes")
 
 
 def make_base(folder: Path, width: int = 128) -> Path:
-    from instructft.data.quickstart import tokenizer
+    from tests.helpers.quickstart import tokenizer
 
     torch.manual_seed(0)
     shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -121,9 +121,9 @@ def test_no_bit_of_packed_weights_moves_from_training_to_the_merge(
         return config
 
     monkeypatch.setattr(quantization, "configuration", chosen)
-    monkeypatch.setattr(proof_texts, "ANSWER", 4)
-    monkeypatch.setattr(proof_texts, "FIXED", proof_texts.FIXED[:3])
-    monkeypatch.setattr(proof_texts, "ROWS", 3)
+    monkeypatch.setattr(proof, "ANSWER", 4)
+    monkeypatch.setattr(proof, "FIXED", proof.FIXED[:3])
+    monkeypatch.setattr(proof, "ROWS", 3)
     result = instructft.train(recipe(base, tmp_path), console=QUIET)
     assert result.facts["adapter"]["base_unchanged"]
     assert len((result.output_dir / "samples.jsonl").read_text().splitlines()) >= 3

@@ -117,7 +117,7 @@ A = f"{PREFIX}transformer.h.0.attn.c_attn.lora_A.weight"
 
 def make_base(kind: str, folder: Path) -> Path:
     """A random base with clear choices: GPT-2 (Conv1D, tied head) or Llama (untied head). No tokenizer."""
-    from instructft.data.quickstart import tokenizer
+    from tests.helpers.quickstart import tokenizer
 
     torch.manual_seed(0)
     rows = len(tokenizer())
@@ -143,7 +143,7 @@ def make_adapter(
     base: Path, folder: Path, new: bool = False, ours: bool = True, **lora: Any
 ) -> tuple[Path, Any, torch.Tensor]:
     """An adapter folder, the live model that it was saved from, and a batch of ids: (2, 9), new tokens among them."""
-    from instructft.data.quickstart import tokenizer as bundled
+    from tests.helpers.quickstart import tokenizer as bundled
 
     tokenizer = bundled()
     tokenizer.chat_template = TEMPLATES["instruction"].text()

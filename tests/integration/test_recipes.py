@@ -23,7 +23,8 @@ from rich.console import Console
 
 from instructft.data.sources import SOURCES
 from instructft.launch.command import launch
-from instructft.recipe.schema import Recipe, load_recipe, recipe_purpose, shipped_recipes
+from instructft.recipe.load import load_recipe, recipe_purpose, shipped_recipes
+from instructft.recipe.schema import Recipe
 from tests.helpers.families import MODELS, published
 
 ROWS = 600  # rows of each data set here: 0.002 of them is still one row
@@ -65,7 +66,7 @@ ADAPTERS = {"gpt2-lora-alpaca", "llama-3-70b-qlora-fsdp2", "mistral-7b-qlora", "
 
 @cache
 def rows() -> list[dict[str, str]]:
-    from instructft.data.quickstart import rows
+    from tests.helpers.quickstart import rows
 
     return rows()[:ROWS]
 

@@ -24,7 +24,8 @@ from instructft.errors import UsageError
 from instructft.models.fake_step import Batch, MemoryTracker
 from instructft.models.memory import duration, largest_batch, last_speed, memory, optimizer_bytes, resident, steps
 from instructft.models.starting_point import starting_point
-from instructft.recipe.schema import AdapterSection, load_recipe
+from instructft.recipe.load import load_recipe
+from instructft.recipe.schema import AdapterSection
 
 REPO = Path(__file__).resolve().parents[2]
 

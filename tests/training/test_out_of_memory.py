@@ -180,7 +180,7 @@ def test_a_model_that_is_too_large_gets_other_advice(recipe: Any, monkeypatch: p
     assert not any(key.startswith("adapter") for key, _ in adapted)
     assert adapted[0][0] == "model.quantization=4bit"
     assert "about 3.4 GiB" in adapted[0][1]
-    trainer.under_way = ("validation", (4, 160))
+    trainer.rows.under_way = ("validation", (4, 160))
     assert advice(asked, trainer, held)[0][0] == "train.per_device_eval_batch_size=2"
 
 
@@ -190,13 +190,13 @@ def test_a_process_whose_memory_is_limited(recipe: Any, tmp_path: Path) -> None:
     (tmp_path / "big.yaml").write_text(asked.to_yaml())
     program = f"""
 import resource, sys
-from instructft.training.resumable import LastingTrainer
-step = LastingTrainer.training_step
+from instructft.training.trainer import Trainer
+step = Trainer.training_step
 def limited(self, *args, **kwargs):
     pages = int(open("/proc/self/statm").read().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (48 << 20), -1))
     return step(self, *args, **kwargs)
-LastingTrainer.training_step = limited
+Trainer.training_step = limited
 sys.argv = ["instructft", "train", {str(tmp_path / "big.yaml")!r}]
 from instructft.cli import main
 main()
@@ -239,7 +239,9 @@ def test_a_step_keeps_its_rows(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp
         found = train(recipe(*step, "train.auto_find_batch_size=true"), console=console)
     rows = 4 * count
     said = [line for line in console.export_text().splitlines() if "do not fit" in line]
-    assert said == [f"step 2: 4 rows at a time do not fit into memory; going on with 2 (a step keeps its {rows} rows)"]
+    assert said == [
+        f"step 2: 4 rows at a time do not fit into memory; 2 are taken from now on (a step keeps its {rows} rows)"
+    ]
     # step 1, then one micro-batch of step 2 and one that did not fit, then parts of two rows
     assert tried == [4] * (count + 2) + [2] * (3 * 2 * count)
     assert found.facts["train"]["rows_at_once"] == 2
@@ -256,7 +258,7 @@ def test_a_step_keeps_its_rows(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp
 
 def runs_out_in_step_2(trainer: Any, rows: int) -> bool:
     """Where one micro-batch of the step has its gradient already."""
-    return bool(trainer.state.global_step >= 1 and trainer._done >= 1 and rows > 2)
+    return bool(trainer.state.global_step >= 1 and trainer.rows._done >= 1 and rows > 2)
 
 
 DROPOUT = "model.config.resid_pdrop=0.3"

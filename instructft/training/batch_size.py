@@ -1,0 +1,123 @@
+"""`auto_find_batch_size`: a batch that does not fit into memory is trained in parts; the step stays what it was.
+
+Upstream starts the run anew with nine tenths of the batch, from weights that some steps have changed already, and with
+another number of rows in a step. Here the step under way is taken back and done again with half as many rows at a time:
+
+    4 rows × 2  ──►  step 7: memory runs out  ──►  gradients, counts and random states of step 7 are put back
+                                              ──►  2 rows × 4: the same rows, the same step, and all that follow
+
+A loss is a sum over tokens divided by the tokens of the whole step, so the parts add up to the gradient of the whole.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache
+
+from instructft.training.out_of_memory import ran_out
+
+
+class RowsAtOnce:
+    """Finds out how many rows at a time fit, when asked to. In one process only.
+
+    Args:
+        find: do so; else an error of memory passes through.
+        one: trains one batch: model, inputs, tokens of the step -> loss.
+        say: told in one line when the number of rows changes.
+
+    `found` is what was found; None as long as whole batches fit. `under_way` says what was begun last.
+    """
+
+    def __init__(self, find: bool, one: Callable[[Any, dict[str, Any], Any], torch.Tensor], say: Callable[[str], Any]):
+        self.find, self.one, self.say = find, one, say
+        self.found: int | None = None
+        self.under_way: tuple[str, tuple[int, ...]] = ("before the first step", ())  # what, and its batch (B, T)
+        self._random: Any = None  # states as they were when the step under way began
+        self._done = 0  # its micro-batches whose gradients are there
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._random, self._done = None, 0
+
+    def train(self, trainer: Any, model: Any, inputs: dict[str, Any], items: Any) -> torch.Tensor:
+        """Loss and gradient of one micro-batch, in parts where it does not fit as a whole."""
+        if not self.find:
+            return self._in_parts(trainer, model, inputs, items)
+        if self._random is None:  # not sooner: a resumed run has its random states back only now
+            self._random = _random_states(trainer.args.device)
+        counted, again = trainer.counted(), False
+        while True:
+            try:
+                if again:
+                    for batch in trainer.checks.batches[: self._done]:
+                        self._in_parts(trainer, model, batch, items)
+                    trainer.restore_counted(counted)
+                loss = self._in_parts(trainer, model, inputs, items)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error) or not self._take_fewer(trainer):
+                    raise
+                error.__traceback__ = None  # its frames hold the activations
+                again = True
+            model.zero_grad()
+            clear_device_cache(garbage_collection=True)
+            trainer.restore_counted(counted)
+            _put_back_random_states(self._random, trainer.args.device)
+        self._done += 1
+        return loss
+
+    def _in_parts(self, trainer: Any, model: Any, inputs: dict[str, Any], items: Any) -> torch.Tensor:
+        """Train a micro-batch, `found` rows after the other; the sum of their losses."""
+        rows = inputs["input_ids"].shape[0]
+        size = min(self.found or rows, rows)
+        parts = math.ceil(rows / size)
+        steps = trainer.current_gradient_accumulation_steps
+        trainer.current_gradient_accumulation_steps = steps * parts  # for averages over micro-batches
+        losses = []
+        try:
+            for start in range(0, rows, size):
+                part = inputs
+                if parts > 1:
+                    part = {name: _rows(value, start, start + size, rows) for name, value in inputs.items()}
+                self.under_way = (f"step {trainer.state.global_step + 1}", tuple(part["input_ids"].shape))
+                losses.append(self.one(model, part, items))
+        finally:
+            trainer.current_gradient_accumulation_steps = steps
+        return torch.stack(losses).sum() if parts > 1 else losses[0]
+
+    def _take_fewer(self, trainer: Any) -> bool:
+        """Half of the rows that did not fit; False where it was one."""
+        what, shape = self.under_way
+        if shape[0] < 2:
+            return False
+        self.found = math.ceil(shape[0] / 2)
+        step = sum(batch["input_ids"].shape[0] for batch in trainer.checks.batches)
+        self.say(
+            f"{what}: {shape[0]} rows at a time do not fit into memory; {self.found} are taken from now on "
+            f"(a step keeps its {step} rows)"
+        )
+        return True
+
+
+def _rows(value: Any, start: int, stop: int, rows: int) -> Any:
+    return value[start:stop] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
+
+
+def _random_states(device: torch.device) -> tuple[Any, ...]:
+    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu
+
+
+def _put_back_random_states(states: tuple[Any, ...], device: torch.device) -> None:
+    python, numpy, cpu, gpu = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if gpu is not None:
+        torch.cuda.set_rng_state(gpu, device)

@@ -1,0 +1,247 @@
+"""Known warning signs of a run, each told once with what to do, and kept in `run.json` under `warnings`.
+
+    overfitting     the validation loss rises over several evaluations while the training loss falls
+    loss_at_zero    the training loss is zero: nothing carries loss, or the rows are known by heart
+    template        answers go on with the template's own headings, such as `### Instruction:`
+    never_stops     answers run on until they are cut off
+
+The first two are read from the trainer's history. For the other two some held-out questions are answered at the
+evaluations of the second half of a run (at its end where there are none). A sign that was told before a resume is not
+told again: `warnings.jsonl` in the run folder holds them, as `samples.jsonl` holds samples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.distributed.fsdp import FSDPModule
+from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from instructft.errors import TemplateError
+from instructft.inference.continuous_batching import Row
+from instructft.inference.generator import Generator
+from instructft.prompt.loss_mask import IGNORE_INDEX
+from instructft.training.callbacks import lines_until
+
+FILE = "warnings.jsonl"
+RISES = 3  # evaluations since the best one
+RISE = 0.02  # the least that the validation loss must have risen by: this share, and as many nats
+ZERO = 1e-3  # nats; data that is learned well stays above
+ZEROS = 3  # logged losses in a row
+PROBES = 8  # questions
+CANDIDATES = 64  # rows that they are chosen from
+LEAST_STEPS = 20  # a run that is shorter has not had the time to learn to stop
+UNENDED = 0.75  # share of answers that run on
+REPEATING = 0.25  # share of answers with a heading of the template
+
+
+def overfits(history: Sequence[Mapping[str, Any]]) -> str:
+    """What is wrong where the validation loss has risen while the training loss fell; else "".
+
+    >>> overfits([{"step": s, "loss": 2 - s / 10, "eval_loss": 2 + s / 10} for s in range(1, 6)])[:38]
+    'the validation loss rises (2.1000 at s'
+    """
+    evaluations = [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e]
+    if len(evaluations) <= RISES:
+        return ""
+    best = min(range(len(evaluations)), key=lambda i: evaluations[i][1])
+    (step, lowest), (_, last) = evaluations[best], evaluations[-1]
+    if len(evaluations) - 1 - best < RISES or not last - lowest >= max(RISE, RISE * lowest):
+        return ""
+    ends = [0, *(at for at, _ in evaluations)]
+
+    def trained(index: int) -> float | None:
+        """The mean training loss up to an evaluation, from the one before it."""
+        losses = [e["loss"] for e in history if "loss" in e and ends[index] < e["step"] <= ends[index + 1]]
+        return sum(losses) / len(losses) if losses else None
+
+    then, now = trained(best), trained(len(evaluations) - 1)
+    if then is None or now is None or not now < then:
+        return ""
+    return (
+        f"the validation loss rises ({lowest:.4f} at step {step}, {last:.4f} now) while the training loss falls "
+        f"({then:.4f} then, {now:.4f} now): rows are learned by heart. Train fewer epochs, or with a lower "
+        f"train.learning_rate, or on more rows; train.early_stopping_patience: {RISES} keeps the best checkpoint"
+    )
+
+
+def at_zero(history: Sequence[Mapping[str, Any]]) -> str:
+    """What is wrong where the last logged losses are zero, or nearly so; else ""."""
+    losses = [entry["loss"] for entry in history if "loss" in entry][-ZEROS:]
+    if len(losses) < ZEROS or not all(loss < ZERO for loss in losses):
+        return ""
+    return (
+        f"the training loss is {losses[-1]:.5f}: nearly nothing is left to learn. Either almost no token carries loss "
+        "(instructft inspect RECIPE shows which do), or the rows are known by heart: train fewer epochs, or on more "
+        "rows; answers that are all alike have the same effect"
+    )
+
+
+def headings(generator: Generator) -> list[str]:
+    """The lines that the template puts around turns, as a model that repeats them would write them.
+
+    >>> headings(Generator(model, tokenizer))  # with the template `instruction`
+    ['### Instruction:', '### Response:']
+    """
+    marks = ["\u241e1", "\u241e2", "\u241e3"]
+    roles = ("user", "assistant", "user")
+    turns: list[dict[str, Any]] = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
+    try:
+        text = generator.encoder.render([turns], True)[0]
+    except TemplateError:  # one that takes no second question; nothing is known of its headings then
+        return []
+    for mark in marks:
+        text = text.replace(mark, "\n")
+    for token in generator.stop_ids:  # an answer ends before it
+        text = text.replace(str(generator.tokenizer.convert_ids_to_tokens(token)), "\n")
+    lines = [line.strip() for line in text.splitlines()]
+    return sorted({line for line in lines if len(line) > 2 and any(mark in line for mark in "#<|[:")})
+
+
+class Probe(NamedTuple):
+    """A question of the data, and how long its answer is."""
+
+    prompt: list[int]
+    tokens: int  # of the answer
+    ends: bool  # whether the answer is there up to its end
+
+
+def probes(rows: Any, stop_ids: Sequence[int]) -> list[Probe]:
+    """Some questions of encoded rows (or packs, of which the first document), those with the shortest whole answers.
+
+    None where no prompt stands apart from what carries loss (`train_on: everything`), or rows are a stream.
+    """
+    if rows is None or not hasattr(rows, "__len__"):
+        return []
+    found = []
+    count = min(CANDIDATES, len(rows))
+    for i in range(count):
+        row = rows[i * len(rows) // count]
+        length = row["seq_lengths"][0] if "seq_lengths" in row else len(row["input_ids"])
+        ids, labels = row["input_ids"][:length], row["labels"][:length]
+        start = next((n for n, label in enumerate(labels) if label != IGNORE_INDEX), 0)
+        end = next((n for n in range(start, length) if labels[n] == IGNORE_INDEX), length)
+        if start > 1:
+            # a template may close the turn with a line break after the stop token
+            found.append(
+                Probe(list(ids[:start]), end - start, any(i in stop_ids for i in ids[max(start, end - 2) : end]))
+            )
+    whole = [probe for probe in found if probe.ends]
+    return sorted(whole or found, key=lambda probe: probe.tokens)[:PROBES]
+
+
+class RunWarnings(TrainerCallback):
+    """Looks for the warning signs, tells each once and writes it down.
+
+    Args:
+        generator: of the model that is trained.
+        rows: encoded rows with questions to ask: the validation rows, or the training rows.
+        folder: the run folder.
+        console: told in one line of each.
+    """
+
+    def __init__(self, generator: Generator, rows: Any, folder: Path, console: Any):
+        self.generator, self.folder, self.console = generator, folder, console
+        self.probes = probes(rows, generator.stop_ids)
+        self.headings = headings(generator)
+        self.stop: Any = None  # `instructft.training.signals.Stop`: after a signal nothing more is asked
+        self._told: set[str] = set()
+        self._asked = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what was told up to the step that the run continues from."""
+        path = self.folder / FILE
+        kept = lines_until(state.global_step, path)
+        if state.is_world_process_zero:
+            if kept:
+                path.write_text("".join(kept), encoding="utf-8")
+            else:
+                path.unlink(missing_ok=True)
+        self._told = {json.loads(line)["kind"] for line in kept}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Look at the training loss."""
+        if logs and "loss" in logs:
+            self._tell(state, "loss_at_zero", at_zero(state.log_history))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the validation loss, and late in the run at answers."""
+        self._tell(state, "overfitting", overfits(state.log_history))
+        if 2 * state.global_step >= state.max_steps:
+            self._ask(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask once where no evaluation has."""
+        if not self._asked and not (self.stop is not None and self.stop.agreed):
+            self._ask(state)
+
+    def _ask(self, state: Any) -> None:
+        together = isinstance(self.generator.model, FSDPModule)  # such a model is run by all processes or by none
+        open_signs = {"template", "never_stops"} - self._told
+        if not self.probes or not open_signs or state.global_step < LEAST_STEPS or is_deepspeed_zero3_enabled():
+            return
+        self._asked = True
+        if not (state.is_world_process_zero or together):
+            return
+        longest = max(len(probe.prompt) for probe in self.probes)
+        limit = min(256, max(32, 4 * max(probe.tokens for probe in self.probes)), self.generator.context - longest)
+        if limit < 1:
+            return
+        rows = [Row(i, probe.prompt, limit) for i, probe in enumerate(self.probes)]
+        self.generator.complete(rows)
+        made = [row.made for row in rows]
+        self._tell(state, "template", self._repeats(made))
+        self._tell(state, "never_stops", self._runs_on(made, limit))
+
+    def _repeats(self, made: Sequence[Sequence[int]]) -> str:
+        found: list[str] = []
+        for ids in made:
+            text = self.generator.tokenizer.decode(ids, skip_special_tokens=False)
+            lines = [line.strip() for line in text.splitlines()]
+            found += [h for h in self.headings if any(line.startswith(h) for line in lines)][:1]
+        if len(found) < max(2, REPEATING * len(made)):
+            return ""
+        return (
+            f"{len(found)} of {len(made)} answers go on with the template's own {found[0]}: the model writes the next "
+            "turn itself. Look for answers that hold it (instructft inspect RECIPE): pasted transcripts, or rows that "
+            "were rendered with a template before; take it out of them"
+        )
+
+    def _runs_on(self, made: Sequence[Sequence[int]], limit: int) -> str:
+        stops = self.generator.stop_ids
+        unended = sum(not ids or ids[-1] not in stops for ids in made)
+        if unended < UNENDED * len(made):
+            return ""
+        cut = sum(not probe.ends for probe in self.probes)
+        why = (
+            "the training rows end before their answers do, so that nothing teaches the end: raise data.max_length, or "
+            "set data.on_too_long: drop"
+            if cut == len(self.probes)
+            else "train for longer; instructft inspect RECIPE shows whether the token that ends an answer carries loss"
+        )
+        return f"{unended} of {len(made)} answers ran on until they were cut off ({limit} tokens at most): {why}"
+
+    def _tell(self, state: Any, kind: str, text: str) -> None:
+        if not text or kind in self._told:
+            return
+        self._told.add(kind)
+        if not state.is_world_process_zero:
+            return
+        record = {"step": state.global_step, "kind": kind, "text": text}
+        with (self.folder / FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.console.print(f"warning: step {state.global_step}: {text}", style="yellow", markup=False, highlight=False)
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    """The warnings of a run, in order: `step`, `kind`, `text`.
+
+    >>> told(Path("runs/gpt2-dolly"))[0]["kind"]
+    'overfitting'
+    """
+    path = folder / FILE
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
