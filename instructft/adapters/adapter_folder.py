@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.errors import AdapterError, ModelError
 from instructft.weights.base_record import BASE, BaseModelRecord, stays_inside
-from instructft.weights.weight_files import read_header
+from instructft.weights.weight_files import ADAPTER_WEIGHTS, read_header
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", ADAPTER_WEIGHTS
 PREFIX = "base_model.model."  # PEFT puts it before the name of every module of the base
 QUANTIZATIONS, DTYPES = ("none", "8bit", "4bit"), ("float32", "bfloat16", "float16", "float64")
 

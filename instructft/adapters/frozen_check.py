@@ -14,12 +14,12 @@ import torch
 from transformers import TrainerCallback
 
 from instructft.adapters.lora import count_parameters
-from instructft.adapters.quantization import laid_out_anew
+from instructft.adapters.quantization import packed_for_kernel
 from instructft.errors import InstructftError
+from instructft.weights.weight_files import without_wrappers
 
 _CHUNK = 1 << 22  # numbers at a time
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 _ADAPTER = re.compile(r"\.lora_|\.trainable_tokens_delta\.|\.modules_to_save\.")
 
 
@@ -36,7 +36,7 @@ class AdapterProof(TrainerCallback):
         self._before = {name: (digest(tensor), tensor.dtype) for name, tensor in _tensors(model)}
         # by name and not by `requires_grad`, so that a base that is trained by mistake is found too
         biases = getattr(model.peft_config["default"], "bias", "none") != "none"
-        names = {_plain(name) for name, _ in model.named_parameters()}
+        names = {without_wrappers(name) for name, _ in model.named_parameters()}
         self._frozen = {n for n in names if not _ADAPTER.search(n) and not (biases and n.endswith(".bias"))}
         self._counts = count_parameters(model)
         self._rate = 0.0
@@ -112,7 +112,7 @@ def _tensors(model: Any) -> Any:
     from peft.utils.integrations import gather_params_ctx
 
     for name, parameter in model.named_parameters():
-        name = _plain(name)
+        name = without_wrappers(name)
         with gather_params_ctx(parameter):  # DeepSpeed ZeRO-3 keeps a share of each
             data = parameter.data
             yield name, data.full_tensor() if hasattr(data, "full_tensor") else data  # FSDP2
@@ -122,8 +122,8 @@ def _tensors(model: Any) -> Any:
         state = getattr(weight, "quant_state", None) or module.__dict__.get("quant_state")
         if state is None:
             continue
-        name = f"{_plain(name)}.weight"
-        if laid_out_anew(state):
+        name = f"{without_wrappers(name)}.weight"
+        if packed_for_kernel(state):
             raise InstructftError(
                 f"{name} lies in memory as a kernel of bitsandbytes for this CPU wants it, expected as it was packed: "
                 "whether the base changed cannot be said. Load the model with instructft, which fixes the layout"
@@ -134,10 +134,6 @@ def _tensors(model: Any) -> Any:
             yield f"{name}:absmax2", state.state2.absmax
             yield f"{name}:code2", state.state2.code
             yield f"{name}:offset", state.offset
-
-
-def _plain(name: str) -> str:
-    return _WRAPPERS.sub("", name)
 
 
 def _owner(name: str) -> str:

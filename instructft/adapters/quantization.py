@@ -171,7 +171,7 @@ def _refuse_rows_in_parts(name: str, layer: Any) -> None:
         )
 
 
-def laid_out_anew(state: Any) -> bool:
+def packed_for_kernel(state: Any) -> bool:
     """Whether the weights of a bitsandbytes `QuantState` lie as only the kernel for AVX-512 BF16 reads them."""
     return bool(getattr(state, "packing_format_for_cpu", False))
 

@@ -88,20 +88,20 @@ def newest_checkpoint(files: Iterable[str], inside: str = "") -> Newest | None:
         held.setdefault(path.parent.as_posix(), set()).add(path.name)
     named = {folder: progress(PurePosixPath(folder).name) for folder in held if _lies(folder, inside)}
     counted = {folder: how_far for folder, how_far in named.items() if how_far}
-    whole = {folder: how_far for folder, how_far in counted.items() if _is_model(held[folder])}
-    if not whole:
+    complete = {folder: how_far for folder, how_far in counted.items() if _is_model(held[folder])}
+    if not complete:
         return None
-    units = {unit for unit, _ in whole.values()}
+    units = {unit for unit, _ in complete.values()}
     if len(units) > 1:
-        few = ", ".join(sorted(whole)[:6])
+        few = ", ".join(sorted(complete)[:6])
         raise ValueError(f"they count different things ({', '.join(u for u in _UNITS if u in units)}): {few}")
     unit = units.pop()
-    most = max(how_far for _, how_far in whole.values())
+    most = max(how_far for _, how_far in complete.values())
     # of two as far the one whose name sorts last: `run2/checkpoint-10` after `run1/checkpoint-10`
-    folder = max(name for name, (_, how_far) in whole.items() if how_far == most)
-    number = "checkpoint" if len(whole) == 1 else "checkpoints"
-    why = f"{most:,.10g} {unit if unit == 'tokens' else unit + 's'}, the most of {len(whole):,} {number}"
-    without = sorted(PurePosixPath(name).name for name in counted.keys() - whole.keys())
+    folder = max(name for name, (_, how_far) in complete.items() if how_far == most)
+    number = "checkpoint" if len(complete) == 1 else "checkpoints"
+    why = f"{most:,.10g} {unit if unit == 'tokens' else unit + 's'}, the most of {len(complete):,} {number}"
+    without = sorted(PurePosixPath(name).name for name in counted.keys() - complete.keys())
     if without:
         why += f"; without weights: {', '.join(without[:3])}" + (", …" if len(without) > 3 else "")
     return Newest(folder, why)
@@ -121,13 +121,13 @@ def asks_for_latest(recipe: Recipe) -> bool:
     return (recipe.model.subfolder or "").rpartition("/")[2] == LATEST
 
 
-def settled(recipe: Recipe, checkpoint: Checkpoint | None = None) -> tuple[Recipe, str]:
+def resolve_latest(recipe: Recipe, checkpoint: Checkpoint | None = None) -> tuple[Recipe, str]:
     """The recipe with a folder in place of `latest`, and in a few words why this one; any other recipe as it is.
 
     Args:
-        checkpoint: that a run goes on from: its base stays the one that the run began with, whatever has come since.
+        checkpoint: that a run resumes from: its base stays the one that the run began with, whatever has come since.
 
-    >>> recipe, why = settled(load_recipe("further.yaml"))
+    >>> recipe, why = resolve_latest(load_recipe("further.yaml"))
     >>> recipe.model.subfolder, recipe.model.revision[:8], why
     ('checkpoint_tokens_2M_loss_3.1', '0123abcd', '2,000,000 tokens, the most of 4 checkpoints')
 
@@ -147,7 +147,7 @@ def settled(recipe: Recipe, checkpoint: Checkpoint | None = None) -> tuple[Recip
     return recipe.model_copy(update={"model": model}), why
 
 
-def look_anew() -> None:
+def forget_newest() -> None:
     """Forget what was found: a run takes what is the newest when it begins."""
     _newest.cache_clear()
 

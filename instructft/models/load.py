@@ -14,7 +14,7 @@ from instructft.adapters.adapter_folder import AdapterFolder
 from instructft.adapters.attach import attach
 from instructft.adapters.lora import fit_embeddings
 from instructft.errors import ModelError, UsageError
-from instructft.models.latest import settled
+from instructft.models.latest import resolve_latest
 from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import not_loaded
 from instructft.weights import remote_code
@@ -69,7 +69,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, set_seed
 
-    recipe, _ = settled(recipe)
+    recipe, _ = resolve_latest(recipe)
     start = start or starting_point(recipe, tokenizer)
     quantization.check(recipe)
     dtype = weights_dtype(recipe)

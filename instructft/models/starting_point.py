@@ -12,7 +12,7 @@ from instructft.adapters import lora
 from instructft.adapters.adapter_folder import AdapterFolder, is_adapter, read_adapter
 from instructft.adapters.attach import locate_base
 from instructft.errors import UsageError
-from instructft.models.latest import settled
+from instructft.models.latest import resolve_latest
 from instructft.models.tokenizer import new_tokens, not_loaded
 from instructft.weights import remote_code
 from instructft.weights.base_record import BaseModelRecord, base_fingerprint, commit_of, is_hub_id
@@ -113,7 +113,7 @@ def starting_point(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Starti
             not fit the architecture, or is another one than the folder holds.
         AdapterError: the adapter that is to be trained further is not whole, or its base is not there.
     """
-    recipe, _ = settled(recipe)
+    recipe, _ = resolve_latest(recipe)
     model = recipe.model
     adapter = adapter_to_train_further(recipe)
     base = model if adapter is None else adapter.base

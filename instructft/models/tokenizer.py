@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from instructft.data.sources import QUICKSTART
 from instructft.errors import TemplateError, UsageError
 from instructft.formatting import first_line
-from instructft.models.latest import settled
+from instructft.models.latest import resolve_latest
 from instructft.prompt.templates import BOS, TEMPLATES
 from instructft.weights import remote_code
 
@@ -57,7 +57,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    recipe, _ = settled(recipe)
+    recipe, _ = resolve_latest(recipe)
     from transformers import AutoTokenizer
 
     key = "model.tokenizer" if recipe.model.tokenizer else "model.name_or_path"

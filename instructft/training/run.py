@@ -20,7 +20,7 @@ from instructft.data.prepare import Prepared, prepare
 from instructft.data.streaming import Streamed, prepare_stream
 from instructft.errors import UsageError
 from instructft.launch.workers import first_process
-from instructft.models.latest import asks_for_latest, look_anew, settled
+from instructft.models.latest import asks_for_latest, forget_newest, resolve_latest
 from instructft.models.load import load_model
 from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import load_tokenizer
@@ -84,9 +84,9 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     if checkpoint is None:
         refuse_used_folder(run)
     if asks_for_latest(recipe):
-        look_anew()
+        forget_newest()
         named = recipe
-        recipe, why = first_process(state, lambda: settled(named, checkpoint))
+        recipe, why = first_process(state, lambda: resolve_latest(named, checkpoint))
         console.print(f"model.subfolder: latest is {recipe.model.subfolder} ({why})", markup=False, highlight=False)
 
     tokenizer = load_tokenizer(recipe)

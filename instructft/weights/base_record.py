@@ -10,7 +10,7 @@ from typing import Any
 
 from instructft.errors import AdapterError, ModelError
 from instructft.formatting import first_line
-from instructft.weights.weight_files import NAMES, fingerprint
+from instructft.weights.weight_files import ADAPTER_WEIGHTS, NAMES, fingerprint
 
 BASE = "base.json"
 
@@ -86,7 +86,7 @@ def stays_inside(path: str | None) -> bool:
 
 # what an adapter repository may hold beside its configuration
 _ADAPTER_FILES = [
-    "adapter_model.safetensors",
+    ADAPTER_WEIGHTS,
     BASE,
     "generation_config.json",
     "recipe.yaml",

@@ -17,36 +17,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 from instructft.errors import ModelError
 from instructft.formatting import first_line
-from instructft.weights.weight_files import read_header, weight_files
+from instructft.weights.weight_files import DTYPES, read_header, weight_files
 
 if TYPE_CHECKING:
     import torch
 
 PIECE = 1 << 20  # elements in a piece, about; 4 MiB once in float32
 
-# The names of dtypes in a safetensors header, and torch's. https://huggingface.co/docs/safetensors/index#format
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "C64": "complex64",
-}
-_CODES = {name: code for code, name in DTYPES.items()}
+_CODES = {name: code for code, (name, _) in DTYPES.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -127,7 +105,7 @@ def read_tensors(path: Path) -> dict[str, Stored]:
     if unknown := sorted({entry.dtype for _, entry in entries} - DTYPES.keys()):
         raise ModelError(f"{path} holds tensors of type {', '.join(unknown)}, expected {', '.join(DTYPES)}")
     return {
-        name: Stored(path, name, getattr(torch, DTYPES[entry.dtype]), entry.shape, entry.start)
+        name: Stored(path, name, getattr(torch, DTYPES[entry.dtype][0]), entry.shape, entry.start)
         for name, entry in entries
     }
 

@@ -20,10 +20,15 @@ from instructft.formatting import first_line
 
 BLOCKS, BLOCK = 16, 4096  # of a tensor's bytes the fingerprint reads this many blocks of this size
 
-# bytes per element of the types that a safetensors file can hold
-_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4}
-_SIZES |= {"U16": 2, "U8": 1, "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
-_SIZES |= {"F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
+# types as a safetensors header spells them -> torch's name, bytes of an element
+DTYPES = {
+    **{"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)},
+    **{"F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "F8_E8M0": ("float8_e8m0fnu", 1)},
+    **{"F8_E4M3FNUZ": ("float8_e4m3fnuz", 1), "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1)},
+    **{f"I{8 * size}": (f"int{8 * size}", size) for size in (8, 4, 2, 1)},
+    **{f"U{8 * size}": (f"uint{8 * size}", size) for size in (8, 4, 2, 1)},
+    **{"BOOL": ("bool", 1), "C64": ("complex64", 8)},
+}
 
 
 class Entry(NamedTuple):
@@ -47,10 +52,10 @@ def read_header(path: Path) -> dict[str, Entry]:
         ModelError: it is no such file, or its end is missing.
     """
     try:
-        size = path.stat().st_size
+        file_size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= length <= size - 8:
+            if file_size < 8 or not 2 <= length <= file_size - 8:
                 raise ModelError(f"{path} is cut short or no safetensors file; copy or download it again")
             header = json.loads(file.read(length))
         entries = {
@@ -62,18 +67,20 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise ModelError(f"{path} could not be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is no safetensors file: its header cannot be read") from error
-    end = 8 + length
+    place = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
-        known = entry.dtype not in _SIZES or entry.end - entry.start == math.prod(entry.shape) * _SIZES[entry.dtype]
-        if entry.start != end or entry.end < entry.start or not known:
+        size = DTYPES[entry.dtype][1] if entry.dtype in DTYPES else None
+        known = size is None or entry.end - entry.start == math.prod(entry.shape) * size
+        if entry.start != place or entry.end < entry.start or not known:
             raise ModelError(f"{path} is damaged: its header gives {name} a place that does not fit its shape")
-        end = entry.end
-    if end != size:
-        found = "cut short" if size < end else "longer than its header says"
-        raise ModelError(f"{path} is {found}: found {size} bytes, expected {end}; copy or download it again")
+        place = entry.end
+    if place != file_size:
+        found = "cut short" if file_size < place else "longer than its header says"
+        raise ModelError(f"{path} is {found}: found {file_size} bytes, expected {place}; copy or download it again")
     return entries
 
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # the weight file and the index of its shards, in the order in which `from_pretrained` looks for them
 NAMES = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -159,7 +166,7 @@ def _torch_tensors(files: list[Path]) -> Iterator[tuple[str, str, tuple[int, ...
 
     import torch
 
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    codes = {name: code for code, (name, _) in DTYPES.items() if code in ("F64", "F32", "F16", "BF16")}
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:
@@ -172,12 +179,11 @@ def _torch_tensors(files: list[Path]) -> Iterator[tuple[str, str, tuple[int, ...
     for name, tensor in sorted(tensors.items()):
         raw = tensor.detach().contiguous().flatten().view(torch.uint8)
         parts = (raw[start:end].numpy().tobytes() for start, end in _spans(len(raw)))
-        yield name, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), parts
+        yield name, codes.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype)), tuple(tensor.shape), parts
 
 
 Shape = tuple[int, ...]
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
-ADAPTER = "adapter_model.safetensors"
 
 
 def require_whole(model: Any, folder: Path) -> int:
@@ -194,7 +200,7 @@ def require_whole(model: Any, folder: Path) -> int:
     """
     adapter = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
     found: dict[str, Shape] = {}
-    for file in [folder / ADAPTER] if adapter else weight_files(folder):
+    for file in [folder / ADAPTER_WEIGHTS] if adapter else weight_files(folder):
         found |= {name: entry.shape for name, entry in read_header(file).items()}
     wanted = tensors(model, found)
     missing = sorted(set(wanted) - set(found))
@@ -213,6 +219,11 @@ def require_whole(model: Any, folder: Path) -> int:
     return len(wanted)
 
 
+def without_wrappers(name: str) -> str:
+    """A tensor's name without what FSDP, `torch.compile` and checkpointing put into it."""
+    return _WRAPPERS.sub("", name)
+
+
 def tensors(model: Any, found: Mapping[str, Any]) -> dict[str, Shape]:
     """Name -> whole shape of each tensor that belongs on the disk, under the name that it has there.
 
@@ -228,7 +239,7 @@ def tensors(model: Any, found: Mapping[str, Any]) -> dict[str, Shape]:
     names: dict[int, list[str]] = {}
     shapes: dict[str, Any] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        name = _WRAPPERS.sub("", name)
+        name = without_wrappers(name)
         if isinstance(tensor, torch.Tensor):
             # DeepSpeed ZeRO-3 leaves an empty tensor that knows what it was; a DTensor says its whole shape itself
             shape = tuple(getattr(tensor, "ds_shape", tensor.shape))

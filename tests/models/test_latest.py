@@ -10,7 +10,7 @@ from rich.console import Console
 
 import instructft
 from instructft.errors import UsageError
-from instructft.models.latest import checkpoint_name, look_anew, newest_checkpoint, progress, settled
+from instructft.models.latest import checkpoint_name, forget_newest, newest_checkpoint, progress, resolve_latest
 from instructft.training.run import train
 from tests.helpers.stops import SignalAt, interrupt
 
@@ -20,7 +20,7 @@ QUIET = Console(quiet=True)
 @pytest.fixture(autouse=True)
 def another_process() -> None:
     """Forgets what was found: a process asks once."""
-    look_anew()
+    forget_newest()
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_from_the_hub_and_pinned_to_the_commit(
     result = train(asked, console=QUIET)
     assert result.facts["train"]["resumed"][0]["step"] == 2
     assert instructft.recipe.load.load_run_recipe(tmp_path / "run").model.subfolder == "checkpoint_tokens_10k_loss_1.0"
-    fresh, why = settled(recipe(tmp_path, "org/pre", out="other"))
+    fresh, why = resolve_latest(recipe(tmp_path, "org/pre", out="other"))
     assert (fresh.model.subfolder, why) == (
         "checkpoint_tokens_11k_loss_0.9",
         "11,000 tokens, the most of 3 checkpoints",
@@ -155,7 +155,7 @@ def test_from_a_folder_here(model: Any, tmp_path: Path) -> None:
         place.mkdir(parents=True)
         for name, content in model(number).items():
             (place / name).write_bytes(content)
-    found, why = settled(recipe(tmp_path, str(tmp_path / "mine"), "instruct/latest"))
+    found, why = resolve_latest(recipe(tmp_path, str(tmp_path / "mine"), "instruct/latest"))
     assert found.model.subfolder == "instruct/checkpoint-10"
     assert "10 steps, the most of 2" in why
     loaded = instructft.load_model(found, instructft.load_tokenizer(found))
@@ -173,12 +173,12 @@ def test_what_cannot_be_told_is_an_error(hub: Any, tmp_path: Path, content: Any,
     hub.create("org/some")
     hub.put("org/some", content)
     with pytest.raises(UsageError, match=said.replace("?", r"\?")):
-        settled(recipe(tmp_path, "org/some"))
+        resolve_latest(recipe(tmp_path, "org/some"))
 
 
 def test_a_repository_that_is_not_there(hub: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the files of org/none could not be listed"):
-        settled(recipe(tmp_path, "org/none"))
+        resolve_latest(recipe(tmp_path, "org/none"))
 
 
 def test_without_a_network_the_cache_serves(
@@ -187,9 +187,9 @@ def test_without_a_network_the_cache_serves(
     from huggingface_hub import constants
 
     hub.put("org/pre", {f"checkpoint-5/{name}": content for name, content in model(5).items()})
-    online, _ = settled(recipe(tmp_path, "org/pre"))
+    online, _ = resolve_latest(recipe(tmp_path, "org/pre"))
     instructft.load_model(online, instructft.load_tokenizer(online))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    look_anew()
-    offline, _ = settled(recipe(tmp_path, "org/pre").model_copy())
+    forget_newest()
+    offline, _ = resolve_latest(recipe(tmp_path, "org/pre").model_copy())
     assert offline.model.subfolder == "checkpoint-5"

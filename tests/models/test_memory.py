@@ -21,14 +21,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import instructft
 from instructft.data.prepare import prepare
 from instructft.errors import UsageError
-from instructft.models.fake_step import Batch, MemoryTracker, activation_bytes
+from instructft.models.fake_step import Batch, MemoryTracker
 from instructft.models.memory import duration, largest_batch, last_speed, memory, optimizer_bytes, resident, steps
 from instructft.models.starting_point import starting_point
 from instructft.recipe.load import load_recipe
 from instructft.recipe.schema import AdapterSection
 
 REPO = Path(__file__).resolve().parents[2]
+
+
 MIB = 1 << 20
+
+
 SHAPES = {
     "gpt2": "n_layer: 2, n_head: 2, n_embd: 32, n_positions: 128",
     "llama": "num_hidden_layers: 2, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2",
@@ -37,6 +41,8 @@ SHAPES = {
     "gpt_neox": "num_hidden_layers: 2, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2",
     "opt": "num_hidden_layers: 2, hidden_size: 32, word_embed_proj_dim: 32, ffn_dim: 64, num_attention_heads: 2",
 }
+
+
 ARGS = SimpleNamespace(bf16=False, fp16=False, gradient_checkpointing=False, optim="adamw_torch_fused")
 
 
@@ -50,19 +56,6 @@ def estimated(
     recipe = recipe.model_copy(update={"adapter": lora})
     tokenizer = instructft.load_tokenizer(recipe)
     return memory(recipe, starting_point(recipe, tokenizer), batch, args, device, **rest), recipe, tokenizer
-
-
-# -- memory ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_tracker_sees_what_lives_at_once() -> None:
-    with MemoryTracker([]) as tracker:
-        x = torch.ones(10)
-        y = x + 1
-        z = y.view(5, 2)  # no storage of its own
-        del x
-        y += 1
-    assert (tracker.peak(), tracker.peak(without=[z])) == (80, 40)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -154,15 +147,6 @@ def test_what_a_strategy_divides() -> None:
     )
 
 
-def test_the_formula_of_korthikanti() -> None:
-    # 34 s b h bytes a layer in 16 bit, and 5 a b s² of scores where they are kept (arXiv:2205.05198, equation 1)
-    config = AutoConfig.for_model("gpt2", n_layer=3, n_embd=256, n_head=4, attn_pdrop=0.0)
-    assert activation_bytes(config, Batch(8, 256, 0), 2) == 3 * 34 * 8 * 256 * 256
-    config._attn_implementation = "eager"
-    assert activation_bytes(config, Batch(8, 256, 0), 2) == 3 * (34 * 8 * 256 * 256 + 5 * 4 * 8 * 256 * 256)
-    assert activation_bytes(config, Batch(8, 256, 0), 2, True) < activation_bytes(config, Batch(8, 256, 0), 2)
-
-
 def test_an_architecture_that_cannot_be_traced_is_estimated_by_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     traced = estimated("gpt_neox", Batch(4, 128, 200))[0]
     monkeypatch.setattr(
@@ -233,9 +217,6 @@ def test_the_estimate_is_near_the_peak_of_a_real_run(tmp_path: Path) -> None:
     assert run["peak"] - run["base"] > 400 * MIB
     assert bare == pytest.approx(run["peak"] - run["base"], rel=0.25)
     assert found["memory"]["total"] == pytest.approx(run["peak"], rel=0.15)
-
-
-# -- steps and time --------------------------------------------------------------------------------------------------
 
 
 def fake_data(rows: int) -> Any:

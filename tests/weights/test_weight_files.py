@@ -1,120 +1,108 @@
-"""A saved model is compared with the one in memory: what is missing or has a part's shape ends the run."""
+"""A model is known again by its tensors, however they lie in files; a header that lies is found out."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
-from trl import SFTTrainer
+from transformers import AutoModelForCausalLM
 
-import instructft
 from instructft.errors import ModelError
-from instructft.training.run import train
-from instructft.weights.weight_files import require_whole, tensors
-
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
-
-
-def made(kind: str, **more: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, "num_key_value_heads": 1, **more}))
+from instructft.weights.base_record import base_fingerprint
+from instructft.weights.weight_files import read_header
+from tests.helpers.adapters import (
+    make_base,
+)
 
 
-MODELS: dict[str, Callable[[], Any]] = {
-    "tied": lambda: made("llama", tie_word_embeddings=True),
-    "untied": lambda: made("llama", tie_word_embeddings=False),
-    "mixture": lambda: made("mixtral", num_local_experts=2),  # experts are one tensor in memory, many on the disk
-}
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("bases")
+    return {kind: make_base(kind, place / kind) for kind in ("gpt2", "llama", "wide")}
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("shards", ["50GB", "10KB"])
-def test_what_save_pretrained_writes_is_whole(name: str, shards: str, tmp_path: Path) -> None:
-    model = MODELS[name]()
-    model.save_pretrained(tmp_path, max_shard_size=shards)
-    files = list(tmp_path.glob("*.safetensors"))
-    assert (len(files) > 1) == (shards == "10KB")
-    assert require_whole(model, tmp_path) == sum(len(load_file(file)) for file in files)
+def save_again(base: Path, folder: Path, change: Callable[[dict[str, Any]], Any] | None = None, **how: Any) -> str:
+    """The base saved once more, changed or not: the fingerprint of that."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    state = {name: tensor.clone() for name, tensor in load_file(base / "model.safetensors").items()}
+    if change:
+        change(state)
+    if how:
+        model.save_pretrained(folder, **how)
+    else:
+        folder.mkdir()
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copy(base / "config.json", folder)
+    return base_fingerprint(str(folder))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_missing_or_cut_tensor_is_found(name: str, tmp_path: Path) -> None:
-    model = MODELS[name]()
-    model.save_pretrained(tmp_path)
+def test_the_fingerprint_is_that_of_the_tensors(bases: dict[str, Path], tmp_path: Path) -> None:
+    base, name = bases["gpt2"], "transformer.h.1.mlp.c_fc.weight"
+    own = base_fingerprint(str(base))
+    assert own.startswith("sha256:")
+    assert save_again(base, tmp_path / "shards", max_shard_size="20KB") == own
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    assert save_again(base, tmp_path / "same") == own
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    torch.save(load_file(base / "model.safetensors"), pickled / "pytorch_model.bin")
+    shutil.copy(base / "config.json", pickled)
+    assert base_fingerprint(str(pickled)) == own
+
+    def move(state: dict[str, Any]) -> None:
+        state[name][-1, -1] += 1e-6  # 16 KiB, so every byte counts
+
+    def retype(state: dict[str, Any]) -> None:
+        state[name] = state[name].view(torch.int32)  # the same bytes
+
+    def reshape(state: dict[str, Any]) -> None:
+        state[name] = state[name].reshape(-1).contiguous()
+
+    def rename(state: dict[str, Any]) -> None:
+        state[name.replace("weight", "weights")] = state.pop(name)  # the order of the names stays
+
+    changed = {change.__name__: save_again(base, tmp_path / change.__name__, change) for change in (move, retype)}
+    changed |= {change.__name__: save_again(base, tmp_path / change.__name__, change) for change in (reshape, rename)}
+    assert len({own, *changed.values()}) == 5, changed
+
+
+def test_the_fingerprint_of_a_large_base_takes_no_time(bases: dict[str, Path], tmp_path: Path) -> None:
+    """12 GB, of which a sparse file holds nothing on disk; reading all of them would take many seconds."""
+    header = {
+        f"layer.{i}": {"dtype": "BF16", "shape": [4096, 4096], "data_offsets": [i << 25, (i + 1) << 25]}
+        for i in range(360)
+    }
+    text = json.dumps(header).encode()
     path = tmp_path / "model.safetensors"
-    content = load_file(path)
-    for key, tensor in content.items():
-        rest = {other: value for other, value in content.items() if other != key}
-        save_file(rest, path)
-        with pytest.raises(ModelError, match=rf"not the whole model: {key} missing \(1 of {len(content)} tensors\)"):
-            require_whole(model, tmp_path)
-        save_file({**rest, key: tensor[: len(tensor) // 2].contiguous()}, path)
-        with pytest.raises(ModelError, match=rf"{key} has the shape \[{len(tensor) // 2}"):
-            require_whole(model, tmp_path)
-    path.unlink()
-    with pytest.raises(ModelError, match="holds no weights"):
-        require_whole(model, tmp_path)
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, path.stat().st_size + (360 << 25))
+    shutil.copy(bases["gpt2"] / "config.json", tmp_path)
+    begun = time.perf_counter()
+    before = base_fingerprint(str(tmp_path))
+    assert time.perf_counter() - begun < 2
+    with path.open("r+b") as file:  # the last bytes of a tensor count
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\1")
+    assert base_fingerprint(str(tmp_path)) != before
 
 
-def test_names_of_tied_weights_are_free(tmp_path: Path) -> None:
-    model = MODELS["tied"]()
-    found = tensors(model, {"lm_head.weight": None})
-    assert "lm_head.weight" in found
-    assert "model.embed_tokens.weight" not in found
-    assert "model.embed_tokens.weight" in tensors(model, {})
-
-
-TINY = """
-model: {{{model}}}
-data: {{datasets: [{{name: quickstart, rows: 40}}], template: {template}, max_length: 64, splits: {{validation: 0}}}}
-{adapter}
-train: {{max_steps: 1, per_device_train_batch_size: 2, save_strategy: "no", use_cpu: true, report_to: none}}
-"""
-GPT2 = "config: {model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 16, n_positions: 64}, tokenizer: quickstart"
-
-
-@pytest.mark.parametrize("adapter", [False, True])
-@pytest.mark.parametrize("harm", ["missing", "part"])
-def test_a_run_whose_model_is_not_whole_fails(
-    write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, adapter: bool, harm: str
-) -> None:
-    """What one process of several would write: its part of a weight, or not every weight."""
-    recipe = instructft.load_recipe(write_recipe(TINY.format(model=GPT2, template="instruction", adapter="")))
-    if adapter:
-        tokenizer = instructft.load_tokenizer(recipe)
-        instructft.load_model(recipe, tokenizer).save_pretrained(tmp_path / "base")
-        tokenizer.save_pretrained(tmp_path / "base")
-        text = TINY.format(
-            model=f"name_or_path: {tmp_path / 'base'}", template="chatml", adapter="adapter: {type: lora}"
-        )
-        recipe = instructft.load_recipe(write_recipe(text))
-    real = SFTTrainer._save
-
-    def harmed(self: Any, output_dir: Any = None, state_dict: Any = None) -> None:
-        real(self, output_dir, state_dict)
-        path = next(Path(output_dir).glob("*model.safetensors"))
-        content = load_file(path)
-        name = max(content, key=lambda name: content[name].numel())
-        tensor = content.pop(name)
-        if harm == "part":
-            content[name] = tensor[: len(tensor) // 2].contiguous()
-        save_file(content, path, metadata={"format": "pt"})
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SFTTrainer, "_save", harmed)
-        with pytest.raises(ModelError, match="is not the whole model"):
-            train(recipe, console=Console(quiet=True))
-    run = Path(recipe.output_dir)
-    assert not list(run.glob("*.safetensors"))
-    assert not (run / "run.json").exists()
-    assert not (run / "config.json").exists()
-    assert not (run / "adapter_config.json").exists()
-    if harm == "part":
-        train(recipe, console=Console(quiet=True))  # the same command, unharmed
-        assert torch.isfinite(next(iter(load_file(next(run.glob("*model.safetensors"))).values()))).all()
+def test_headers_that_lie(tmp_path: Path) -> None:
+    for header, message in (
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "does not fit its shape"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "does not fit its shape"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, "header cannot be read"),
+        ([1], "header cannot be read"),
+    ):
+        text = json.dumps(header).encode()
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+        with pytest.raises(ModelError, match=message):
+            read_header(tmp_path / "x.safetensors")
