@@ -49,8 +49,10 @@ class AdapterMetadata:
 def is_adapter(folder: str | Path) -> bool:
     """Whether a folder holds an adapter, whole or not.
 
-    >>> is_adapter("runs/tinyllama-lora")
-    True
+    Example::
+
+        is_adapter("runs/tinyllama-lora")
+        # True
     """
     return (Path(folder).expanduser() / CONFIG).is_file()
 
@@ -58,8 +60,10 @@ def is_adapter(folder: str | Path) -> bool:
 def read_adapter(folder: str | Path) -> AdapterFolder:
     """Read an adapter folder, or a checkpoint of an adapter run, and check all that can be checked without its base.
 
-    >>> read_adapter("runs/tinyllama-lora").shapes["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
-    (16, 2048)
+    Example::
+
+        read_adapter("runs/tinyllama-lora").shapes["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
+        # (16, 2048)
 
     Raises:
         AdapterError: a file is missing, damaged or cut short; it is no LoRA adapter; or its tensors do not go together:

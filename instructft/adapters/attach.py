@@ -109,7 +109,9 @@ def attach(model: PreTrainedModel, adapter: AdapterFolder, *, trainable: bool = 
     Args:
         trainable: False gives a model in evaluation mode without gradients.
 
-    >>> attach(AutoModelForCausalLM.from_pretrained(locate_base(adapter)), adapter).generate(**batch)
+    Example::
+
+        attach(AutoModelForCausalLM.from_pretrained(locate_base(adapter)), adapter).generate(**batch)
 
     Raises:
         AdapterError: tensors are missing, left over, of another shape than this base needs, or not finite.

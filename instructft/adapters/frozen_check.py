@@ -26,10 +26,12 @@ _ADAPTER = re.compile(r"\.lora_|\.trainable_tokens_delta\.|\.modules_to_save\.")
 class AdapterProof(TrainerCallback):
     """Looks at all weights before the first step and after the last.
 
-    >>> proof = AdapterProof(model)                 # doctest: +SKIP
-    >>> trainer.add_callback(proof); trainer.train()
-    >>> proof.verdict(model)
-    {'trainable': 2360832, 'total': 126802176, 'moved': True, 'base_unchanged': True}
+    Example::
+
+        proof = AdapterProof(model)                 # doctest: +SKIP
+        trainer.add_callback(proof); trainer.train()
+        proof.verdict(model)
+        # {'trainable': 2360832, 'total': 126802176, 'moved': True, 'base_unchanged': True}
     """
 
     def __init__(self, model: Any):

@@ -45,9 +45,11 @@ def add_lora(model: Any, recipe: Recipe, new_tokens: Sequence[int] = (), *, only
         new_tokens: ids whose embedding rows are trained, in the input embedding and in the output head.
         only_shapes: the model lies on PyTorch's meta device, and so shall its adapter.
 
-    >>> model = add_lora(AutoModelForCausalLM.from_pretrained("gpt2"), recipe, new_tokens=[50257, 50258])
-    >>> count_parameters(model)
-    (2360832, 126802176)
+    Example::
+
+        model = add_lora(AutoModelForCausalLM.from_pretrained("gpt2"), recipe, new_tokens=[50257, 50258])
+        count_parameters(model)
+        # (2360832, 126802176)
 
     Raises:
         UsageError: the adapter does not fit this model.
@@ -95,8 +97,10 @@ def lora_config(recipe: Recipe, model: Any, new_tokens: Sequence[int] = ()) -> L
     `all-linear` becomes the names of the backbone's linear layers. The output head is not among them: training reads
     its weight directly, past any adapter on it.
 
-    >>> lora_config(recipe, gpt2).target_modules
-    {'c_attn', 'c_fc', 'c_proj'}
+    Example::
+
+        lora_config(recipe, gpt2).target_modules
+        # {'c_attn', 'c_fc', 'c_proj'}
 
     Raises:
         UsageError: a module that does not exist, or one that cannot be trained this way.
@@ -219,8 +223,10 @@ def check(recipe: Recipe, config: PretrainedConfig, new_tokens: Sequence[int] = 
 def count_parameters(model: Any) -> tuple[int, int]:
     """(trainable, all) numbers of a model and its adapter; a weight packed in 4 bits counts as what it stands for.
 
-    >>> count_parameters(torch.nn.Linear(3, 2))
-    (8, 8)
+    Example::
+
+        count_parameters(torch.nn.Linear(3, 2))
+        # (8, 8)
     """
     found = [0, 0]
     for parameter in model.parameters():

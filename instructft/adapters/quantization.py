@@ -101,8 +101,10 @@ def device(recipe: Recipe) -> str:
 def loading(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of `from_pretrained` that quantize while the weights are read; none without quantization.
 
-    >>> loading(load_recipe("mistral-7b-qlora"), torch.bfloat16)["quantization_config"].bnb_4bit_quant_type
-    'nf4'
+    Example::
+
+        loading(load_recipe("mistral-7b-qlora"), torch.bfloat16)["quantization_config"].bnb_4bit_quant_type
+        # 'nf4'
     """
     if recipe.model.quantization == "none":
         return {}

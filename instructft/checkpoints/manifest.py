@@ -55,8 +55,10 @@ class Checkpoint:
 def folders(run: Path) -> list[Path]:
     """The folders of a run that are named like checkpoints, the newest first.
 
-    >>> [path.name for path in folders(Path("runs/quickstart"))]
-    ['checkpoint-1200', 'checkpoint-900', 'checkpoint-600', 'checkpoint-300']
+    Example::
+
+        [path.name for path in folders(Path("runs/quickstart"))]
+        # ['checkpoint-1200', 'checkpoint-900', 'checkpoint-600', 'checkpoint-300']
     """
     found = [path for path in run.glob("checkpoint-*") if path.is_dir() and NAME.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
@@ -241,8 +243,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint of a run that verifies, and why each newer one was passed over.
 
-    >>> newest(Path("runs/support"))
-    (Checkpoint(folder=PosixPath('runs/support/checkpoint-80'), …), ['runs/support/checkpoint-120: optimizer.pt is …'])
+    Example::
+
+        newest(Path("runs/support"))
+        # (Checkpoint(folder=PosixPath('runs/support/checkpoint-80'), …),
+        #  ['runs/support/checkpoint-120: optimizer.pt is …'])
     """
     passed: list[str] = []
     for folder in folders(run):

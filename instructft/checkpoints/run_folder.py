@@ -79,8 +79,10 @@ def refuse_used(output: Path) -> None:
 def partial_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name when all went well, with every file on disk; else it is removed.
 
-    >>> with partial_folder(Path("merged")) as folder:
-    ...     (folder / "config.json").write_text("{}")
+    Example::
+
+        with partial_folder(Path("merged")) as folder:
+            (folder / "config.json").write_text("{}")
 
     Raises:
         ModelError: it could not be written, or `output` is no longer free.

@@ -249,7 +249,7 @@ def shuffled(rows: Iterable[T], draw: random.Random, size: int) -> Iterator[T]:
     """All `rows`, each drawn from the `size` that were read last and are still there.
 
     >>> list(shuffled("abcdef", random.Random(1), 3))
-    ['a', 'd', 'c', 'e', 'b', 'f']
+    ['a', 'c', 'd', 'e', 'f', 'b']
     """
     rows = iter(rows)
     held = list(islice(rows, size))

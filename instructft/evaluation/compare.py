@@ -45,9 +45,11 @@ def compare(
     runs that differ in their seed alone every difference is noise, where it is not that of the rows `because` of
     the `seed`.
 
-    >>> compare("runs/quickstart", base="start", show=1)
-    720 rows: the test split of quickstart
-    …
+    Example::
+
+        compare("runs/quickstart", base="start", show=1)
+        # 720 rows: the test split of quickstart
+        # …
 
     Raises:
         UsageError: no such model, no data to evaluate on, or a base that cannot be told; before weights are loaded.
@@ -289,9 +291,11 @@ def compare_checkpoints(
     `validation`, and `test` stays untouched. The file holds `tuned` (the final model, or the newest checkpoint where
     the run is unfinished), `checkpoints` (name -> figures) and `best`.
 
-    >>> compare_checkpoints("runs/gpt2-dolly", limit=200)
-    200 rows: the validation split of gpt2-dolly
-    …
+    Example::
+
+        compare_checkpoints("runs/gpt2-dolly", limit=200)
+        # 200 rows: the validation split of gpt2-dolly
+        # …
 
     Raises:
         UsageError: the folder holds no checkpoint, or there is nothing to evaluate on; before weights are loaded.

@@ -93,8 +93,10 @@ def measures(rows: Sequence[Row]) -> dict[str, Measure]:
 def intervals(rows: Sequence[Row]) -> dict[str, list[float] | None]:
     """The 95% interval of each figure; None where there are too few rows to tell, or nothing to divide by.
 
-    >>> intervals(results["tuned"]["rows"])["loss"]
-    [0.0312, 0.0451]
+    Example::
+
+        intervals(results["tuned"]["rows"])["loss"]
+        # [0.0312, 0.0451]
     """
     known = measures(rows)
     if len(rows) < FEWEST:
@@ -108,8 +110,10 @@ def differences(tuned: Sequence[Row], base: Sequence[Row]) -> dict[str, dict[str
     Returns name -> `value`, `interval`, and `noise`: whether zero lies within the interval, so that another choice of
     rows might turn the sign. `interval` and `noise` are None where there are too few rows to tell.
 
-    >>> differences(results["tuned"]["rows"], results["base"]["rows"])["loss"]
-    {'value': -2.31, 'interval': [-2.42, -2.2], 'noise': False}
+    Example::
+
+        differences(results["tuned"]["rows"], results["base"]["rows"])["loss"]
+        # {'value': -2.31, 'interval': [-2.42, -2.2], 'noise': False}
     """
     found = {}
     ours, theirs = measures(tuned), measures(base)

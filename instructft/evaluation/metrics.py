@@ -56,8 +56,10 @@ def evaluate(
         rows name more than one. A row holds `prompt` (the last user turn), `prediction`, `reference`, its own `nll`
         (summed over `supervised_tokens`), `rougeL`, `finish_reason`, `answer_tokens` and `repeated`.
 
-    >>> evaluate("runs/quickstart", [{"instruction": "Name the capital of France.", "output": "Paris"}])["exact_match"]
-    1.0
+    Example::
+
+        evaluate("runs/quickstart", [{"instruction": "Name the capital of France.", "output": "Paris"}])["exact_match"]
+        # 1.0
 
     Raises:
         DataError: no rows, one without an answer, or none whose answer lies within the context.
@@ -116,8 +118,10 @@ def _ids(generator: Generator, text: str) -> list[int]:
 def repeated(ids: Sequence[int]) -> float:
     """Share of an answer's runs of `NGRAM` tokens that it has said before; 0 where it is too short for one.
 
-    >>> repeated([1, 2, 3, 4, 1, 2, 3, 4])
-    0.2
+    Example::
+
+        repeated([1, 2, 3, 4, 1, 2, 3, 4])
+        # 0.2
     """
     grams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -33,9 +33,11 @@ def run_tasks(
         tasks: names as the harness knows them, with commas between: `hellaswag,arc_easy`.
         limit: rows of each task at most; for a first look only.
 
-    >>> run_tasks("runs/gpt2-dolly", "hellaswag", limit=100)
-    hellaswag  acc,none  0.2900 ± 0.0456
-    …
+    Example::
+
+        run_tasks("runs/gpt2-dolly", "hellaswag", limit=100)
+        # hellaswag  acc,none  0.2900 ± 0.0456
+        # …
 
     Raises:
         UsageError: the harness is not installed, no such model, or a task that it does not know; before weights are
@@ -117,10 +119,12 @@ def read_prompts(model: str, base: str | None = None, json_file: Path | None = N
 
     The file holds `tuned` and, with `base`, `base`: each `rows` of `kind`, `prompt`, `prediction`, `finish_reason`.
 
-    >>> read_prompts("runs/gpt2-dolly", base="start")
-    [fact] What is the capital of Japan?
-      before  …
-      after   Tokyo.
+    Example::
+
+        read_prompts("runs/gpt2-dolly", base="start")
+        # [fact] What is the capital of Japan?
+        #   before  …
+        #   after   Tokyo.
 
     Raises:
         UsageError: no such model, or a base that cannot be told; before weights are loaded.

@@ -81,10 +81,12 @@ class Publisher:
         run: the run folder.
         say: told what was pushed and what was not.
 
-    >>> publisher = Publisher(recipe, Path(recipe.output_dir), print)
-    >>> publisher.checkpoint_sealed(Path("runs/a/checkpoint-40"), 40, 512_000, 1.2345, ["checkpoint-40"])
-    >>> print(publisher.finish(final=True))
-    pushed https://huggingface.co/ada/a
+    Example::
+
+        publisher = Publisher(recipe, Path(recipe.output_dir), print)
+        publisher.checkpoint_sealed(Path("runs/a/checkpoint-40"), 40, 512_000, 1.2345, ["checkpoint-40"])
+        print(publisher.finish(final=True))
+        # pushed https://huggingface.co/ada/a
     """
 
     def __init__(self, recipe: Recipe, run: Path, say: Callable[[str], Any]):

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from instructft.errors import HubError
 from instructft.formatting import first_line
@@ -89,8 +89,10 @@ def commit(
         say: told what is sent.
         pause: sleeps between tries; it may raise to give up.
 
-    >>> commit("ada/support", gather(Path("runs/support")).leaving, message="Model of support").made
-    True
+    Example::
+
+        commit("ada/support", gather(Path("runs/support")).leaving, message="Model of support").made
+        # True
 
     Raises:
         HubError: the Hub cannot be reached, or refuses; the repository is as it was, or holds all of it.
@@ -160,7 +162,7 @@ def retried(
     retrying = Retrying(
         retry=retry_if_exception(_is_transient),
         stop=stop_after_attempt(TRIES),
-        wait=lambda state: _retry_after(state.outcome.exception()) or growing(state),
+        wait=lambda state: _retry_after(cast(Any, state.outcome).exception()) or growing(state),
         sleep=pause,
         # the library's client waits for ever on a connection on which nothing comes
         before=lambda state: setattr(get_session(), "timeout", STALLED),

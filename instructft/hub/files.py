@@ -79,8 +79,10 @@ def gather(folder: Path, *, under: str = "", made: Mapping[str, bytes] | None = 
         under: the folder in the repository that it goes to.
         made: files that are written for the Hub in place of those in the folder: name -> content.
 
-    >>> gather(Path("runs/quickstart")).leaving[0].path_in_repo, gather(Path("runs/quickstart")).left_out
-    ('README.md', {'tensorboard': 'not part of a model'})
+    Example::
+
+        gather(Path("runs/quickstart")).leaving[0].path_in_repo, gather(Path("runs/quickstart")).left_out
+        # ('README.md', {'tensorboard': 'not part of a model'})
 
     Raises:
         HubError: a file that is needed is a link, or one holds an access token.

@@ -56,8 +56,10 @@ class Pushed:
     def __str__(self) -> str:
         """What a person wants to know of it.
 
-        >>> print(pushed)
-        pushed to https://huggingface.co/ada/support (commit 0123abcd): 12 files, 498.1 MiB, each read back
+        Example::
+
+            print(pushed)
+            # pushed to https://huggingface.co/ada/support (commit 0123abcd): 12 files, 498.1 MiB, each read back
         """
         how = "pushed to" if self.made else "already there, byte for byte:"
         text = f"{how} {self.url} (commit {self.commit[:8]}): {self.files} files, {self.size / 2**20:,.1f} MiB, "
@@ -87,8 +89,10 @@ def push_to_hub(
         checked: the model is known to be whole, since this process has just saved it.
         pause: sleeps between tries; it may raise to give up.
 
-    >>> push_to_hub("runs/quickstart", "ada/quickstart").url
-    'https://huggingface.co/ada/quickstart'
+    Example::
+
+        push_to_hub("runs/quickstart", "ada/quickstart").url
+        # 'https://huggingface.co/ada/quickstart'
 
     Raises:
         UsageError: there is no such model, its run is unfinished, or the place in the repository is none.

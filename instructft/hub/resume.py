@@ -34,8 +34,10 @@ def newest_on_hub(hub: HubSection, run: Path) -> tuple[Checkpoint | None, list[s
 
     Returns it, and why newer ones were passed over; (None, []) where the repository has none, or is not there.
 
-    >>> newest_on_hub(recipe.hub, Path("runs/support"))
-    (Checkpoint(folder=PosixPath('runs/support/checkpoint-80'), …), [])
+    Example::
+
+        newest_on_hub(recipe.hub, Path("runs/support"))
+        # (Checkpoint(folder=PosixPath('runs/support/checkpoint-80'), …), [])
 
     Raises:
         ResumeError: the Hub cannot be reached or does not let us in, or there are checkpoints and none verifies: a run

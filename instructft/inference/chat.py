@@ -37,8 +37,10 @@ def generate(
         top_p: of the likeliest tokens that make up this share of the probability one is drawn.
         batch_size: prompts at once; None finds it.
 
-    >>> instructft.generate("runs/quickstart", ["What is the capital of France?"])
-    ['The capital of France is Paris.']
+    Example::
+
+        instructft.generate("runs/quickstart", ["What is the capital of France?"])
+        # ['The capital of France is Paris.']
 
     Raises:
         UsageError: no such model, or a prompt that fills the model's context.
@@ -65,9 +67,11 @@ def as_generator(model_or_path: Any, tokenizer: PreTrainedTokenizerBase | None =
 class Chat:
     """A conversation with a model. When the context is full the oldest turns leave first, and `left` counts them.
 
-    >>> chat = Chat("runs/quickstart")
-    >>> chat.send("What is the capital of France?")
-    'The capital of France is Paris.'
+    Example::
+
+        chat = Chat("runs/quickstart")
+        chat.send("What is the capital of France?")
+        # 'The capital of France is Paris.'
     """
 
     def __init__(
@@ -104,8 +108,10 @@ class Chat:
     def undo(self) -> str | None:
         """Take back the last question with its answer, and return it; None where there is none.
 
-        >>> chat.undo()
-        'What is the capital of France?'
+        Example::
+
+            chat.undo()
+            # 'What is the capital of France?'
         """
         if not self.turns:
             return None

@@ -41,8 +41,10 @@ def generate_file(
             `base_finish_reason`.
         backend: transformers, or vllm where it is installed.
 
-    >>> generate_file("runs/quickstart", Path("questions.jsonl"), Path("answers.jsonl"))  # {"prompt": "Hi"}
-    3 answers written to answers.jsonl: 41 tokens in 0.4 s, 102 tokens/s.
+    Example::
+
+        generate_file("runs/quickstart", Path("questions.jsonl"), Path("answers.jsonl"))  # {"prompt": "Hi"}
+        # 3 answers written to answers.jsonl: 41 tokens in 0.4 s, 102 tokens/s.
 
     Raises:
         UsageError: a setting that is out of range, or a `target` that another model or other settings began.

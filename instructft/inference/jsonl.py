@@ -50,8 +50,10 @@ class SetAside:
 def read_rows(source: Path, added: tuple[str, ...] = ADDED) -> tuple[list[Asked], list[SetAside]]:
     """The rows of a JSONL file, and the lines that are none: not JSON, or without a prompt.
 
-    >>> read_rows(Path("questions.jsonl"))  # {"prompt": "Hi"}
-    ([Asked(line=1, row={'prompt': 'Hi'}, messages=[{'role': 'user', 'content': 'Hi'}])], [])
+    Example::
+
+        read_rows(Path("questions.jsonl"))  # {"prompt": "Hi"}
+        # ([Asked(line=1, row={'prompt': 'Hi'}, messages=[{'role': 'user', 'content': 'Hi'}])], [])
 
     Raises:
         DataError: there is no such file, or not one row in it can be asked.

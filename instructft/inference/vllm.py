@@ -21,8 +21,10 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA adapters that vLLM makes 
 class VllmGenerator(Generator):
     """A `Generator` whose batches vLLM computes; it schedules them itself, so that a batch size means nothing.
 
-    >>> VllmGenerator("runs/quickstart").answers([[{"role": "user", "content": "Hi"}]])
-    [Answer(text='Hello.', finish_reason='stop')]
+    Example::
+
+        VllmGenerator("runs/quickstart").answers([[{"role": "user", "content": "Hi"}]])
+        # [Answer(text='Hello.', finish_reason='stop')]
 
     Raises:
         UsageError: vLLM is not installed, or cannot serve this adapter; said before weights are loaded.

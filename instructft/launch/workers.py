@@ -210,8 +210,10 @@ Result = TypeVar("Result")
 def first_process(state: PartialState, do: Callable[[], Result]) -> Result:
     """Call `do` on the first process only; every process gets what it returned, or raises what it raised.
 
-    >>> first_process(PartialState(), lambda: 2 + 2)
-    4
+    Example::
+
+        first_process(PartialState(), lambda: 2 + 2)
+        # 4
     """
     if state.num_processes == 1:
         return do()

@@ -79,8 +79,10 @@ def merge_adapter(
         measure_quantized: also measure how far the merged model is from the adapter on the quantized base that it was
             trained on.
 
-    >>> merge_adapter("runs/tinyllama-lora", "merged").facts["proof"]["difference"]
-    1.9e-06
+    Example::
+
+        merge_adapter("runs/tinyllama-lora", "merged").facts["proof"]["difference"]
+        # 1.9e-06
 
     Raises:
         UsageError: the output is not free, the disk is full, or an option has no proved merge; nothing is written.

@@ -318,8 +318,10 @@ def _kept(logits: torch.Tensor, length: int, texts: int) -> torch.Tensor:
 def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
     """The largest difference of a logit.
 
-    >>> difference([torch.tensor([[1.0, 2.0]])], [torch.tensor([[1.0, 2.5]])])
-    0.5
+    Example::
+
+        difference([torch.tensor([[1.0, 2.0]])], [torch.tensor([[1.0, 2.5]])])
+        # 0.5
     """
     import torch
 

@@ -56,8 +56,10 @@ def compare_weights(live: Any, plan: Plan, files: Mapping[str, Stored]) -> dict[
 def unit_in_last_place(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The distance of neighbouring numbers of `dtype` at each value.
 
-    >>> unit_in_last_place(torch.tensor([1.0, 3.0]), torch.bfloat16)
-    tensor([0.0078, 0.0156])
+    Example::
+
+        unit_in_last_place(torch.tensor([1.0, 3.0]), torch.bfloat16)
+        # tensor([0.0078, 0.0156])
     """
     import torch
 

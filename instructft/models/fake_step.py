@@ -179,8 +179,10 @@ def activation_bytes(config: PretrainedConfig, batch: Batch, element: int, check
     Args:
         element: bytes of a number, e.
 
-    >>> activation_bytes(GPT2Config(n_layer=1, n_embd=256, n_head=4, attn_pdrop=0.0), Batch(8, 256, 0), element=2)
-    17825792
+    Example::
+
+        activation_bytes(GPT2Config(n_layer=1, n_embd=256, n_head=4, attn_pdrop=0.0), Batch(8, 256, 0), element=2)
+        # 17825792
     """
     text = config.get_text_config()
     b, s, h = batch.rows, batch.width, text.hidden_size

@@ -127,9 +127,11 @@ def resolve_latest(recipe: Recipe, checkpoint: Checkpoint | None = None) -> tupl
     Args:
         checkpoint: that a run resumes from: its base stays the one that the run began with, whatever has come since.
 
-    >>> recipe, why = resolve_latest(load_recipe("further.yaml"))
-    >>> recipe.model.subfolder, recipe.model.revision[:8], why
-    ('checkpoint_tokens_2M_loss_3.1', '0123abcd', '2,000,000 tokens, the most of 4 checkpoints')
+    Example::
+
+        recipe, why = resolve_latest(load_recipe("further.yaml"))
+        recipe.model.subfolder, recipe.model.revision[:8], why
+        # ('checkpoint_tokens_2M_loss_3.1', '0123abcd', '2,000,000 tokens, the most of 4 checkpoints')
 
     Raises:
         UsageError: there is no checkpoint folder, or none that can be told to be the newest.

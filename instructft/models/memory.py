@@ -90,8 +90,10 @@ def estimate(
         tokens_per_second: of all processes together; default: what the last run of this recipe did.
         base: bytes that a process holds before the model is there; default: what this one holds now.
 
-    >>> estimate(recipe, start, data, args)["parameters"]
-    {'all': 590336, 'trainable': 590336}
+    Example::
+
+        estimate(recipe, start, data, args)["parameters"]
+        # {'all': 590336, 'trainable': 590336}
     """
     device = device or args.device.type
     accumulation = args.gradient_accumulation_steps
@@ -109,8 +111,10 @@ def estimate(
 def largest_batch(data: Prepared, rows: int, multiple: int = 1) -> Batch:
     """The batch of the longest rows, which `group_by_length` puts together and any order can meet.
 
-    >>> largest_batch(data, rows=8)
-    Batch(rows=8, width=45, supervised=76, packed=False)
+    Example::
+
+        largest_batch(data, rows=8)
+        # Batch(rows=8, width=45, supervised=76, packed=False)
     """
     train = data.splits["train"]
     columns, starts, lengths = flat(train)
@@ -227,8 +231,10 @@ def _divided(
 def gathered_bytes(model: Any) -> int:
     """What FSDP2 and ZeRO-3 hold whole while they work: two blocks, and what lies outside of blocks (embeddings, head).
 
-    >>> gathered_bytes(llama) / sum(p.nbytes for p in llama.parameters())  # 32 blocks
-    0.1
+    Example::
+
+        gathered_bytes(llama) / sum(p.nbytes for p in llama.parameters())  # 32 blocks
+        # 0.1
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]

@@ -80,8 +80,10 @@ class StartingPoint:
     def facts(self) -> dict[str, Any] | None:
         """The base for `run.json`; None for random weights.
 
-        >>> starting_point(load_recipe("gpt2-dolly"), tokenizer).facts()
-        {'name_or_path': 'openai-community/gpt2', 'revision': None, 'subfolder': None, 'commit': '…'}
+        Example::
+
+            starting_point(load_recipe("gpt2-dolly"), tokenizer).facts()
+            # {'name_or_path': 'openai-community/gpt2', 'revision': None, 'subfolder': None, 'commit': '…'}
         """
         return {**self.named, "commit": self.commit} if self.name else None
 
@@ -104,9 +106,11 @@ def starting_point(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Starti
     Args:
         tokenizer: of `load_tokenizer`.
 
-    >>> start = starting_point(load_recipe("tinyllama-lora"), tokenizer)
-    >>> start.name, start.revision, start.adapter
-    ('TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T', 'main', None)
+    Example::
+
+        start = starting_point(load_recipe("tinyllama-lora"), tokenizer)
+        start.name, start.revision, start.adapter
+        # ('TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T', 'main', None)
 
     Raises:
         UsageError: the model is unknown or unreadable; `data.max_length` is more than its positions; the adapter does

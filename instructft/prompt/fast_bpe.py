@@ -122,9 +122,11 @@ class FastBPE:
 def fast_bpe(core: Tokenizer) -> FastBPE | None:
     """The fast way to encode with this tokenizer, or None where it is not proved.
 
-    >>> ids, lengths = fast_bpe(tokenizer.backend_tokenizer).encode(["Hello world"])
-    >>> ids.tolist(), lengths.tolist()
-    ([15496, 995], [2])
+    Example::
+
+        ids, lengths = fast_bpe(tokenizer.backend_tokenizer).encode(["Hello world"])
+        ids.tolist(), lengths.tolist()
+        # ([15496, 995], [2])
     """
     return _made(core.to_str())
 

@@ -64,8 +64,10 @@ def encode_conversation(
         `input_ids` and `labels`, two lists of the same length T. A label is the id at its own position where that
         token carries loss, else -100 (the model shifts them by one).
 
-    >>> encode_conversation([{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}], tokenizer)
-    {'input_ids': [21017, 46486, …, 198, 17, 50256], 'labels': [-100, -100, …, -100, 17, 50256]}
+    Example::
+
+        encode_conversation([{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}], tokenizer)
+        # {'input_ids': [21017, 46486, …, 198, 17, 50256], 'labels': [-100, -100, …, -100, 17, 50256]}
 
     Raises:
         TemplateError: the template rewrites history, so that no honest mask exists, or never ends an answer.

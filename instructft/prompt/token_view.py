@@ -80,8 +80,10 @@ def documents(row: Mapping[str, Sequence[int]]) -> list[range]:
 def pieces(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[Piece]]:
     """The pieces of each document of a row; all their texts joined are the decoded row.
 
-    >>> [piece.text for piece in pieces(encode_conversation(messages, tokenizer), tokenizer)[0] if piece.loss]
-    ['2', '<|endoftext|>']
+    Example::
+
+        [piece.text for piece in pieces(encode_conversation(messages, tokenizer), tokenizer)[0] if piece.loss]
+        # ['2', '<|endoftext|>']
     """
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     decode = _Decoder(tokenizer)
@@ -183,7 +185,9 @@ class RowView:
 def coloured(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase, ids: bool = False) -> RowView:
     """The row for a rich console; with `ids`, each token stands above its id.
 
-    >>> rich.print(coloured(row, tokenizer))
+    Example::
+
+        rich.print(coloured(row, tokenizer))
     """
     return RowView(pieces(row, tokenizer), ids)
 

@@ -84,8 +84,10 @@ def write_report(
         tokenizer: with `data`, shows a training row token by token.
         data: with it the page has the lengths of the rows, and one row.
 
-    >>> write_report(Path("runs/quickstart"), recipe, facts)
-    PosixPath('runs/quickstart/report.html')
+    Example::
+
+        write_report(Path("runs/quickstart"), recipe, facts)
+        # PosixPath('runs/quickstart/report.html')
     """
     text = page(run, recipe, facts, tokenizer, data)
     partial = run / "report.html.partial"

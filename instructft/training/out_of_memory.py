@@ -75,12 +75,14 @@ def explained(recipe: Recipe, trainer: Any) -> Iterator[None]:
 def message(recipe: Recipe, trainer: Any, error: BaseException) -> str:
     """The text of an `OutOfMemoryError`.
 
-    >>> print(message(recipe, trainer, error))
-    step 3: memory ran out on cuda:0, with a batch of 8 × 1,024 tokens (2.0 GiB more were asked for).
-    It held weights 3.0 GiB, gradients 3.0 GiB, optimizer state 6.0 GiB, activations and the rest 66.4 GiB; at most …
-    What would help most:
-      train.per_device_train_batch_size=4 train.gradient_accumulation_steps=4  (about 33.2 GiB; the same rows in a step)
-      …
+    Example::
+
+        print(message(recipe, trainer, error))
+        # step 3: memory ran out on cuda:0, with a batch of 8 × 1,024 tokens (2.0 GiB more were asked for).
+        # It held weights 3.0 GiB, gradients 3.0 GiB, optimizer state 6.0 GiB, activations and the rest …
+        # What would help most:
+        #   train.per_device_train_batch_size=4 train.gradient_accumulation_steps=4  (about 33.2 GiB; …)
+        #   …
     """
     what, shape = trainer.rows.under_way
     held = measure(trainer.accelerator.unwrap_model(trainer.model), trainer.optimizer, trainer.args.device)

@@ -63,9 +63,11 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
         resume: `auto` goes on from the newest checkpoint in the run folder that verifies, where there is one; `never`
             refuses a run folder that is not empty; else the checkpoint to go on from.
 
-    >>> result = train(load_recipe("quickstart", overrides=["train.max_steps=10"]))
-    >>> sorted(p.name for p in result.output_dir.glob("*.json*"))
-    ['config.json', 'generation_config.json', 'metrics.jsonl', 'run.json', 'samples.jsonl', …]
+    Example::
+
+        result = train(load_recipe("quickstart", overrides=["train.max_steps=10"]))
+        sorted(p.name for p in result.output_dir.glob("*.json*"))
+        # ['config.json', 'generation_config.json', 'metrics.jsonl', 'run.json', 'samples.jsonl', …]
 
     Raises:
         UsageError: recipe, data or run folder are not right; raised before any weight is loaded.

@@ -84,8 +84,10 @@ def at_zero(history: Sequence[Mapping[str, Any]]) -> str:
 def headings(generator: Generator) -> list[str]:
     """The lines that the template puts around turns, as a model that repeats them would write them.
 
-    >>> headings(Generator(model, tokenizer))  # with the template `instruction`
-    ['### Instruction:', '### Response:']
+    Example::
+
+        headings(Generator(model, tokenizer))  # with the template `instruction`
+        # ['### Instruction:', '### Response:']
     """
     marks = ["\u241e1", "\u241e2", "\u241e3"]
     roles = ("user", "assistant", "user")
@@ -240,8 +242,10 @@ class RunWarnings(TrainerCallback):
 def told(folder: Path) -> list[dict[str, Any]]:
     """The warnings of a run, in order: `step`, `kind`, `text`.
 
-    >>> told(Path("runs/gpt2-dolly"))[0]["kind"]
-    'overfitting'
+    Example::
+
+        told(Path("runs/gpt2-dolly"))[0]["kind"]
+        # 'overfitting'
     """
     path = folder / FILE
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -45,8 +45,10 @@ def read_header(path: Path) -> dict[str, Entry]:
 
     Format: https://huggingface.co/docs/safetensors/index#format
 
-    >>> read_header(Path("model.safetensors"))["lm_head.weight"]
-    Entry(dtype='BF16', shape=(32000, 4096), start=2048, end=262146048)
+    Example::
+
+        read_header(Path("model.safetensors"))["lm_head.weight"]
+        # Entry(dtype='BF16', shape=(32000, 4096), start=2048, end=262146048)
 
     Raises:
         ModelError: it is no such file, or its end is missing.
@@ -118,8 +120,10 @@ def fingerprint(folder: Path) -> str:
     in a smaller one), so that a base of many gigabytes takes well under a second. A change that misses every block,
     of a few numbers in a large tensor, is not seen; another training run, however short, changes them all.
 
-    >>> fingerprint(Path("models/gpt2"))
-    'sha256:7f1c…'
+    Example::
+
+        fingerprint(Path("models/gpt2"))
+        # 'sha256:7f1c…'
 
     Raises:
         ModelError: there are no weights, or they cannot be read.
@@ -192,8 +196,10 @@ def require_whole(model: Any, folder: Path) -> int:
     Args:
         model: the model or `PeftModel` itself, sharded over processes or not. Nothing is gathered.
 
-    >>> require_whole(model, Path("runs/quickstart"))
-    28
+    Example::
+
+        require_whole(model, Path("runs/quickstart"))
+        # 28
 
     Raises:
         ModelError: a tensor is not there, or has another shape.
@@ -230,8 +236,10 @@ def tensors(model: Any, found: Mapping[str, Any]) -> dict[str, Shape]:
     Args:
         found: what is on the disk; of tensors that are one in memory (a tied head) one is enough, whichever it is.
 
-    >>> tensors(gpt2, {"transformer.wte.weight": …})["transformer.wte.weight"]
-    (50257, 768)
+    Example::
+
+        tensors(gpt2, {"transformer.wte.weight": …})["transformer.wte.weight"]
+        # (50257, 768)
     """
     import torch
 

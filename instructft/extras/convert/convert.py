@@ -62,8 +62,10 @@ def convert(
         tokenizer: a folder or Hub id, saved beside the model.
         keep_padding: keep the embedding rows that belong to no token.
 
-    >>> convert("out/ckpt.pt", "gpt2-mine").facts["proof"]["difference"]
-    2.4e-06
+    Example::
+
+        convert("out/ckpt.pt", "gpt2-mine").facts["proof"]["difference"]
+        # 2.4e-06
 
     Raises:
         UsageError: the file, the output or an option cannot be used; nothing is written.

@@ -88,8 +88,10 @@ class Layout:
 def read_layout(checkpoint: Checkpoint) -> Layout:
     """Find the parts of a GPT-2 in a checkpoint.
 
-    >>> read_layout(read_file(Path("ckpt.pt"))).linear
-    True
+    Example::
+
+        read_layout(read_file(Path("ckpt.pt"))).linear
+        # True
 
     Raises:
         UsageError: tensors are unknown, missing, of a wrong shape or not finite, or the file contradicts itself; all

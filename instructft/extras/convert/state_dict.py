@@ -81,8 +81,10 @@ class _Settings:
 def read_file(file: Path) -> Checkpoint:
     """Read a checkpoint file; its tensors are mapped, not copied into memory, where its format allows it.
 
-    >>> read_file(Path("ckpt.pt")).settings["n_head"]
-    12
+    Example::
+
+        read_file(Path("ckpt.pt")).settings["n_head"]
+        # 12
 
     Raises:
         UsageError: it is not there, no such file, holds code, or holds no state dict.
