@@ -140,7 +140,7 @@ def prepare_rows(task: Task) -> dict[str, Any]:
     from instructft.data.prepare import prepare
     from instructft.models.load import load_tokenizer
     from instructft.recipe.schema import load_recipe
-    from instructft.training.trainer import LengthGrouped
+    from instructft.training.batches import LengthGrouped
 
     recipe = load_recipe(recipe_of(task))
     train = prepare(recipe, load_tokenizer(recipe)).for_training

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,14 @@ from instructft.checkpoints.resume import GoingOn, find, going_on, identity
 from instructft.checkpoints.run_folder import make_folder, refuse_used_folder
 from instructft.data.prepare import Prepared, prepare
 from instructft.data.streaming import Streamed, prepare_stream
-from instructft.errors import UsageError
 from instructft.launch.processes import first_process
 from instructft.models.latest import asks_for_latest, look_anew, settled
 from instructft.models.load import load_config, load_model, load_tokenizer
 from instructft.models.starting_point import base_record, started_from
 from instructft.recipe.schema import Recipe, check_against_installed
-from instructft.training.arguments import reporters, training_arguments
+from instructft.training.arguments import refuse_what_cannot_run, reporters, training_arguments
 from instructft.training.out_of_memory import explained
-from instructft.training.outcome import collect_facts, kept_unproved, library_versions, save
+from instructft.training.outcome import collect_facts, final_metrics, kept_unproved, library_versions, save
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -76,7 +74,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     console = console or _console(state)
     run = Path(recipe.output_dir)
     check_against_installed(recipe)
-    _refuse_what_is_not_here(recipe, state)
+    refuse_what_cannot_run(recipe, state)
     checkpoint, passed = first_process(state, lambda: _where_from(recipe, run, resume))
     if checkpoint is None:
         refuse_used_folder(run)
@@ -142,32 +140,6 @@ def _console(state: PartialState) -> Console:
     from rich.console import Console
 
     return Console(quiet=not state.is_main_process, soft_wrap=True)
-
-
-def _refuse_what_is_not_here(recipe: Recipe, state: PartialState) -> None:
-    """What cannot be carried out in these processes is refused, never ignored."""
-    if recipe.train.get("auto_find_batch_size") and state.num_processes > 1:
-        raise UsageError(
-            f"train.auto_find_batch_size: found {state.num_processes} processes, and memory that runs out in one of "
-            "them leaves the others waiting; set train.per_device_train_batch_size, or use one process"
-        )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and state.num_processes == 1:
-        raise UsageError(
-            f"a launcher started {os.environ['WORLD_SIZE']} processes, and accelerate counts one in each: all would "
-            "write into one run folder. Without a GPU write train.use_cpu=true, and launch with instructft launch"
-        )
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if deepspeed and recipe.train["on_loss_spike"] == "skip":
-        raise UsageError(
-            "train.on_loss_spike: skip has no effect under DeepSpeed, which takes each step by itself; write warn, or "
-            "divide the model with --strategy fsdp2"
-        )
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if sharded and state.num_processes > 1 and state.distributed_type.value == "MULTI_CPU":
-        raise UsageError(
-            "the launcher asks for FSDP, and accelerate leaves it out on CPUs: every process would hold the whole "
-            "model. Launch with distributed_type: MULTI_GPU in place of FSDP to train on CPUs"
-        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -238,9 +210,9 @@ def build_trainer(
     from instructft.data.collator import CompletionOnlyCollator
     from instructft.inference.chat import Generator
     from instructft.training.callbacks import MetricsFile, ProgressLine, Samples
-    from instructft.training.early_stopping import EarlyStopping
+    from instructft.training.run_warnings import RunWarnings
+    from instructft.training.stopping import EarlyStopping
     from instructft.training.trainer import Trainer
-    from instructft.training.warning_signs import IllSigns
 
     run = Path(args.output_dir)
     callbacks: list[TrainerCallback] = [MetricsFile(run / "metrics.jsonl"), ProgressLine(console)]
@@ -254,7 +226,7 @@ def build_trainer(
         path, trackers = run / "samples.jsonl", args.report_to or ()
         callbacks.append(Samples(recipe.samples, Generator(model, tokenizer), path, console, writer, trackers))
     asked = data.splits.get("validation", data.for_training)
-    signs = IllSigns(Generator(model, tokenizer), asked, run, console)
+    signs = RunWarnings(Generator(model, tokenizer), asked, run, console)
     callbacks.append(signs)
     say = functools.partial(console.print, markup=False, highlight=False)
     if patience := recipe.train["early_stopping_patience"]:
@@ -329,7 +301,7 @@ def uploads(recipe: Recipe, run: Path, first: bool, console: Console) -> Iterato
 def _run(trainer: Trainer, start: GoingOn, console: Console) -> None:
     from instructft.training.callbacks import ProgressLine
 
-    trainer.resumes = start.record(trainer.versions)
+    trainer.progress.resumes = start.record(trainer.versions)
     try:
         trainer.train(resume_from_checkpoint=start.folder)
     finally:
@@ -337,20 +309,3 @@ def _run(trainer: Trainer, start: GoingOn, console: Console) -> None:
             if isinstance(callback, ProgressLine):
                 callback.close()
     trainer.stop.raise_if_stopped(trainer.last_checkpoint)
-
-
-def final_metrics(trainer: Trainer) -> dict[str, Any]:
-    """The last value of every metric; validates once more if the last validation was before the last step."""
-    from instructft.training.early_stopping import restored
-
-    history = trainer.state.log_history
-    evaluated = max((entry["step"] for entry in history if "eval_loss" in entry), default=-1)
-    best = restored(trainer)
-    if trainer.eval_dataset is not None and evaluated != trainer.state.global_step and best is None:
-        trainer.evaluate()
-    metrics: dict[str, Any] = {}
-    # the final model is that of the best checkpoint, and so are its figures
-    at_best = [entry for entry in trainer.state.log_history if entry["step"] == best and "eval_loss" in entry]
-    for entry in [*trainer.state.log_history, *at_best]:
-        metrics.update(entry)
-    return {key: value for key, value in metrics.items() if key not in ("step", "epoch", "total_flos")}

@@ -1,81 +1,68 @@
-"""TRL's `SFTTrainer` on ready rows, with validation loss, token counts and the order of rows put right."""
+"""TRL's `SFTTrainer` on ready rows: what it counts, averages, orders and saves is put right here, in one class."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import Sampler
 from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
 
 from instructft.adapters.lora import Papers, token_rows
 from instructft.data.packing import flat
+from instructft.training.batches import LengthGrouped, MicroBatches
 from instructft.training.fused_loss import add_supervised_head, scores
-from instructft.training.resumable import LastingTrainer
+from instructft.training.resumable import Progress, Sealing, gathered
+from instructft.training.step_checks import StepChecks
+from instructft.training.stopping import EvaluationLeft, Stop
+
+if TYPE_CHECKING:
+    from instructft.hub.background import Publisher
 
 
-class LengthGrouped(Sampler[int]):
-    """Row numbers in an order whose steps hold rows of like length, so that little padding is computed.
-
-    Rows are shuffled, then sorted by length within windows of `WINDOW` steps, and the steps are shuffled: which rows
-    share a step depends on the rows of a step in all, not on how they are divided among micro-batches and processes.
-    The order of an epoch depends on `seed` and the epoch only, so that a run can be resumed.
-
-    >>> list(LengthGrouped([3, 9, 3, 9], step=2, seed=0))
-    [2, 0, 1, 3]
-    """
-
-    WINDOW = 50  # steps; as in transformers' LengthGroupedSampler
-
-    def __init__(self, lengths: Any, step: int, seed: int):
-        self.lengths = np.asarray(lengths)
-        self.step = step
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.lengths))
-        steps: list[np.ndarray] = []
-        for start in range(0, len(order), self.WINDOW * self.step):
-            window = order[start : start + self.WINDOW * self.step]
-            window = window[np.argsort(-self.lengths[window], kind="stable")]
-            steps += [window[i : i + self.step] for i in range(0, len(window), self.step)]
-        # a last step that is not full stays last, since batches are cut from the order one after the other
-        full = [rows for rows in steps if len(rows) == self.step]
-        rest = [rows for rows in steps if len(rows) < self.step]
-        rng.shuffle(full)
-        yield from (int(row) for rows in [*full, *rest] for row in rows)
-
-
-class Trainer(LastingTrainer):
-    """`SFTTrainer` for rows that are tokenized and masked already.
+class Trainer(SFTTrainer):
+    """`SFTTrainer` for rows that are tokenized and masked already, whose runs can be resumed bit for bit.
 
     - `eval_loss` is the mean over all supervised tokens of the validation rows. Upstream averages the means of
       batches, so that a token in a batch of short answers weighs more than one in a batch of long answers, and the
       figure changes with the batch size.
-    - `eval_groups`, data set -> rows in the order of the validation set, gives each an `eval_<name>_loss` of its own.
     - `seen` counts tokens, supervised tokens and padding of the training batches, on all processes. Upstream's
       `num_tokens` counts a batch of packs as if it were one row (trl 1.16, `compute_loss`).
     - `train_sampling_strategy: group_by_length` forms steps of rows of like length (`LengthGrouped`).
-    - What is saved can be trusted and gone on from: see `instructft.training.resumable`.
     - The model card is written by `instructft.report.model_card`, not at every checkpoint.
-    - An adapter is trained in float32 over a quantized base too, and each folder that holds one gets its `papers`.
+    - An adapter is trained in float32 over a quantized base too, and each folder that holds one gets its metadata.
+
+    Args:
+        eval_groups: data set -> rows, in the order of the validation set; each gets an `eval_<name>_loss` of its own.
+        papers: the metadata of the adapter that is trained.
+        find_batch: `auto_find_batch_size`, see `batches`.
+        spike_limit, skip_spikes: what is done about a loss that leaps, see `step_checks`.
+        say: told in one line what a person should know.
+        identity, versions: what every checkpoint says of the run, see `resumable`.
     """
 
-    def __init__(self, *, eval_groups: dict[str, int] | None = None, papers: Papers | None = None, **kwargs: Any):
+    current_gradient_accumulation_steps: int  # of upstream: micro-batches in the step under way
+
+    def __init__(
+        self,
+        *,
+        eval_groups: dict[str, int] | None = None,
+        papers: Papers | None = None,
+        find_batch: bool = False,
+        spike_limit: float | None = None,
+        skip_spikes: bool = False,
+        say: Callable[[str], Any] = print,
+        identity: Mapping[str, Any] | None = None,
+        versions: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ):
         trained = {name: p.data for name, p in kwargs["model"].named_parameters() if p.requires_grad}
         super().__init__(**kwargs)
         for name, parameter in self.model.named_parameters():
@@ -83,29 +70,58 @@ class Trainer(LastingTrainer):
                 # upstream rounds the adapter of a quantized base to bfloat16 (trl 1.16), which AdamW's updates of late
                 # steps are too small for
                 parameter.data = trained[name].to(parameter.device)
-        self._papers = papers
-        self._eval_groups = eval_groups or {}
         bare = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_supervised_head(bare)
         if token_rows(bare.get_output_embeddings()) is not None:
             bare.base_model.register_forward_pre_hook(functools.partial(_gather_head, bare))
-        self._seen = torch.zeros(3, dtype=torch.int64, device=self.args.device)
+        self._papers = papers
+        self._eval_groups = eval_groups or {}
         self._eval_sums: list[torch.Tensor] = []
         self._eval_order = np.arange(0)
+        # tokens, supervised tokens and slots (tokens with padding) that this process has trained
+        self.counts = torch.zeros(3, dtype=torch.int64, device=self.args.device)
+        self.micro_batches = MicroBatches(self, find_batch, say)
+        self.step_checks = StepChecks(self, spike_limit, skip_spikes, say)
+        self.stop = Stop()
+        self.progress = Progress(self)
+        for callback in (self.step_checks, self.stop, self.progress):
+            self.add_callback(callback)
+        self.versions = versions or {}
+        self._sealing = Sealing(self, identity or {}, self.versions)
+        self.last_checkpoint: str | None = None
+        self.publisher: Publisher | None = None  # uploads what is sealed while training goes on
 
-    def counts(self) -> list[int]:
-        """Tokens, supervised tokens and slots that this process has trained."""
-        found: list[int] = self._seen.tolist()
-        return found
+    # -- training ---------------------------------------------------------------------------------------------------
 
-    def restore_counts(self, counts: list[int]) -> None:
-        """Go on counting from a checkpoint."""
-        self._seen = torch.tensor(counts, dtype=torch.int64, device=self.args.device)
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train to the end or to a signal; from a checkpoint's folder where one is given."""
+        with self.progress.training(resume_from_checkpoint), self.stop:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        ended = self.control.should_training_stop and not self.stop.agreed  # early, before the resume
+        if ended or self.state.global_step >= self.state.max_steps:  # upstream would train one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.micro_batches.begin(batches)
+        self.step_checks.begin(batches)
+        return batches, items
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Loss and gradient of one micro-batch, in parts where it does not fit into memory as a whole."""
+        loss = self.micro_batches.train(super().training_step, model, inputs, num_items_in_batch)
+        self.step_checks.add(loss)
+        return loss
 
     @property
     def seen(self) -> dict[str, int]:
         """Tokens, supervised tokens and slots (tokens with padding) of the batches trained so far."""
-        tokens, supervised, slots = self.accelerator.reduce(self._seen, "sum").tolist()
+        tokens, supervised, slots = self.accelerator.reduce(self.counts, "sum").tolist()
         return {"tokens": tokens, "supervised_tokens": supervised, "slots": slots}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +137,7 @@ class Trainer(LastingTrainer):
             following = torch.nn.functional.pad(positions[:, 1:], (0, 1))
             tokens = ((positions != 0) | (following != 0)).sum()
         counts = [tokens, (labels[:, 1:] != -100).sum(), labels.new_tensor(labels.numel())]
-        self._seen += torch.stack([count.to(self._seen.device) for count in counts])
+        self.counts += torch.stack([count.to(self.counts.device) for count in counts])
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self._metrics["train"]["num_tokens"] = [self.seen["tokens"]]
         return loss
@@ -134,12 +150,48 @@ class Trainer(LastingTrainer):
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return LengthGrouped(flat(dataset)[2], step, args.seed if args.data_seed is None else args.data_seed)
 
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; random states stay as they are, so that how often one looks changes nothing that is trained."""
+        device = self.args.device  # merely to iterate over a data loader draws a number
+        kind = device.type if device.type != "cpu" else "cuda"  # the CPU's own state is always kept
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=kind):
+            try:
+                found: dict[str, float] = super().evaluate(*args, **kwargs)
+            finally:
+                self._reshard()
+        return found
+
+    def _reshard(self) -> None:
+        """Leave each process its part of the weights; FSDP2 keeps some gathered after a pass that has no backward.
+
+        They take memory, and a checkpoint would put them back: the steps after it would differ in their last bits from
+        those of a run that made none there.
+        """
+        if self.is_fsdp2:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        try:
+            found: dict[str, float] = super()._evaluate(*args, **kwargs)
+            return found
+        except EvaluationLeft:
+            self.stop.left_evaluation = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return bool(metrics) and bool(super()._determine_best_metric(metrics=metrics, trial=trial))
+
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         """Loss of one validation batch; its sums are kept, row by row, for the mean over all tokens."""
-        self.under_way = ("validation", tuple(inputs["input_ids"].shape))
-        inputs = self._prepare_inputs(inputs)
+        self.micro_batches.under_way = ("validation", tuple(inputs["input_ids"].shape))
+        inputs = send_to_device(inputs, self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             out = scores(model, inputs)
         per_row = [-out.log_probs, out.label_mask, out.entropy, out.is_top1]  # each (B, T - 1), zero where no loss
@@ -182,6 +234,37 @@ class Trainer(LastingTrainer):
             return super()._get_eval_sampler(eval_dataset)
         self._eval_order = np.argsort(-flat(eval_dataset)[2], kind="stable")
         return self._eval_order.tolist()
+
+    # -- logging and saving -----------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; the mean loss of a run counts the steps before a resume too, and is told at its end only."""
+        if "train_loss" in logs:
+            if self.stop.agreed:
+                return
+            steps = max(self.state.global_step, 1)
+            logs["train_loss"] = (self.progress.loss_before + self._total_loss_scalar) / steps
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with self._sealing.checkpoint(folder):
+            super()._save_checkpoint(model, trial)
+            self.progress.write(folder)
+        self.last_checkpoint = folder.name
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as `from_pretrained` wants it. Every process must call; the first one writes."""
+        if not self.is_fsdp2:
+            super().save_model(output_dir, _internal_call)
+            return
+        # upstream saves nothing where checkpoints are in shards (transformers 5.23), and of an adapter gathers the base
+        self._save(output_dir or self.args.output_dir, state_dict=gathered(self.model))
+
+    @property
+    def is_fsdp2(self) -> bool:
+        """Whether each process holds a part of every weight only (FSDP, version 2)."""
+        return bool(self.is_fsdp_enabled and self.accelerator.is_fsdp2)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

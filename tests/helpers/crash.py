@@ -32,7 +32,6 @@ from rich.console import Console
 
 import instructft
 import instructft.training.callbacks
-import instructft.training.resumable
 import instructft.training.run
 import instructft.training.trainer
 from instructft.checkpoints.manifest import MANIFEST, folders, verify
@@ -82,7 +81,7 @@ def run(recipe: str, out: Path, hit_at: int | None, halfway: bool, fill: Path | 
     """Train in this process, hit or not; writes the number of moments to `report` at the end."""
     torch.set_num_threads(1)
     moments = Moments(hit_at, halfway, fill)
-    moments.watch(instructft.training.resumable.LastingTrainer, "training_step")
+    moments.watch(instructft.training.trainer.Trainer, "training_step")
     moments.watch(torch, "save", lambda content, path, *_: path)
     moments.watch(safetensors.torch, "save_file", lambda content, path, *_: path)
     moments.watch(Path, "write_text", lambda path, *_: path)

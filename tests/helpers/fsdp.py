@@ -25,17 +25,17 @@ from rich.console import Console
 
 import instructft
 from instructft.errors import Stopped
-from instructft.training.resumable import LastingTrainer
+from instructft.training.trainer import Trainer
 
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
-TRAINING_STEP = LastingTrainer.training_step
+TRAINING_STEP = Trainer.training_step
 
 
 def watch(note: dict[str, Any], stop: int | None) -> None:
     """Note how the parameters lie in the first step; send SIGTERM in step `stop`."""
 
-    def watched(self: LastingTrainer, *args: Any, **kwargs: Any) -> Any:
+    def watched(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         if "parameters" not in note:
             self.model.state_dict()  # an evaluation leaves weights gathered; this puts them back in shards
             found = list(self.model.parameters())
@@ -49,7 +49,7 @@ def watch(note: dict[str, Any], stop: int | None) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return TRAINING_STEP(self, *args, **kwargs)
 
-    LastingTrainer.training_step = watched
+    Trainer.training_step = watched
 
 
 def main() -> None:

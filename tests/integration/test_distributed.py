@@ -39,15 +39,15 @@ DDP = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_mach
 DRIVER = """
 import os, signal, sys, time
 from instructft import data
-from instructft.training.resumable import LastingTrainer
-step = LastingTrainer.training_step
+from instructft.training.trainer import Trainer
+step = Trainer.training_step
 def watched(self, *args, **kwargs):
     if os.environ.get("STOP") == f"{{os.environ['RANK']}}:{{self.state.global_step}}":
         del os.environ["STOP"]  # a second signal would stop it at once
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(float(os.environ.get("SLOW", "0")))
     return step(self, *args, **kwargs)
-LastingTrainer.training_step = watched
+Trainer.training_step = watched
 encode = data._Batches.__call__
 def noted(self, table, numbers):
     with open({log!r}, "a") as file:

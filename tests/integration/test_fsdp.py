@@ -192,11 +192,11 @@ def test_fsdp_that_accelerate_would_leave_out_is_refused(
 
     from accelerate.state import DistributedType
 
-    from instructft.training.run import _refuse_what_is_not_here
+    from instructft.training.arguments import refuse_what_cannot_run
 
     recipe = instructft.load_recipe(write_recipe())
     state: Any = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU)
-    _refuse_what_is_not_here(recipe, state)
+    refuse_what_cannot_run(recipe, state)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UsageError, match="the launcher asks for FSDP"):
-        _refuse_what_is_not_here(recipe, state)
+        refuse_what_cannot_run(recipe, state)

@@ -180,7 +180,7 @@ def test_a_model_that_is_too_large_gets_other_advice(recipe: Any, monkeypatch: p
     assert not any(key.startswith("adapter") for key, _ in adapted)
     assert adapted[0][0] == "model.quantization=4bit"
     assert "about 3.4 GiB" in adapted[0][1]
-    trainer.under_way = ("validation", (4, 160))
+    trainer.micro_batches.under_way = ("validation", (4, 160))
     assert advice(asked, trainer, held)[0][0] == "train.per_device_eval_batch_size=2"
 
 
@@ -190,13 +190,13 @@ def test_a_process_whose_memory_is_limited(recipe: Any, tmp_path: Path) -> None:
     (tmp_path / "big.yaml").write_text(asked.to_yaml())
     program = f"""
 import resource, sys
-from instructft.training.resumable import LastingTrainer
-step = LastingTrainer.training_step
+from instructft.training.trainer import Trainer
+step = Trainer.training_step
 def limited(self, *args, **kwargs):
     pages = int(open("/proc/self/statm").read().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (48 << 20), -1))
     return step(self, *args, **kwargs)
-LastingTrainer.training_step = limited
+Trainer.training_step = limited
 sys.argv = ["instructft", "train", {str(tmp_path / "big.yaml")!r}]
 from instructft.cli import main
 main()
@@ -256,7 +256,7 @@ def test_a_step_keeps_its_rows(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp
 
 def runs_out_in_step_2(trainer: Any, rows: int) -> bool:
     """Where one micro-batch of the step has its gradient already."""
-    return bool(trainer.state.global_step >= 1 and trainer._done >= 1 and rows > 2)
+    return bool(trainer.state.global_step >= 1 and trainer.micro_batches.done >= 1 and rows > 2)
 
 
 DROPOUT = "model.config.resid_pdrop=0.3"
@@ -315,11 +315,11 @@ def test_one_row_that_does_not_fit_ends_the_run(recipe: Any, monkeypatch: pytest
 
 
 def test_what_it_cannot_work_with_is_refused(recipe: Any) -> None:
-    from instructft.training.run import _refuse_what_is_not_here
+    from instructft.training.arguments import refuse_what_cannot_run
 
     state: Any = SimpleNamespace(num_processes=2, distributed_type=None)
     with pytest.raises(UsageError, match=r"train.auto_find_batch_size: found 2 processes"):
-        _refuse_what_is_not_here(recipe("train.auto_find_batch_size=true"), state)
-    _refuse_what_is_not_here(recipe(), state)
+        refuse_what_cannot_run(recipe("train.auto_find_batch_size=true"), state)
+    refuse_what_cannot_run(recipe(), state)
     with pytest.raises(RecipeError, match=r"train.auto_find_batch_size: flash-attention gets packs as one row"):
         recipe("train.auto_find_batch_size=true", "data.packing=true", "model.attn_implementation=flash_attention_2")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from instructft.training.trainer import LengthGrouped, _plain
+from instructft.training.batches import LengthGrouped
+from instructft.training.trainer import _plain
 
 LENGTHS = np.random.default_rng(0).integers(5, 500, 1003)
 

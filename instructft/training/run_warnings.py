@@ -134,7 +134,7 @@ def probes(rows: Any, stop_ids: Sequence[int]) -> list[Probe]:
     return sorted(whole or found, key=lambda probe: probe.tokens)[:PROBES]
 
 
-class IllSigns(TrainerCallback):
+class RunWarnings(TrainerCallback):
     """Looks for the ill signs, tells each once and writes it down.
 
     Args:
@@ -148,7 +148,7 @@ class IllSigns(TrainerCallback):
         self.generator, self.folder, self.console = generator, folder, console
         self.probes = probes(rows, generator.stop_ids)
         self.headings = headings(generator)
-        self.stop: Any = None  # `instructft.training.signals.Stop`: after a signal nothing more is asked
+        self.stop: Any = None  # `instructft.training.stopping.Stop`: after a signal nothing more is asked
         self._told: set[str] = set()
         self._asked = False
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 import instructft
-from instructft.training.sample_texts import TRACKERS, send
+from instructft.training.callbacks import TRACKERS, send
 
 TEXTS = [("Who?", "Ada."), ("Where?", "London.")]
 

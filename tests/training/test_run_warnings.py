@@ -16,7 +16,7 @@ from instructft.errors import Stopped
 from instructft.inference.chat import Generator
 from instructft.prompt.templates import TEMPLATES
 from instructft.training.run import train
-from instructft.training.warning_signs import at_zero, headings, overfits, probes, told
+from instructft.training.run_warnings import at_zero, headings, overfits, probes, told
 from tests.helpers.stops import SignalAt, interrupt
 
 WORDS = ["tea", "bread", "honey", "milk", "rice", "salt", "soup", "cake", "fish", "corn", "plum", "nuts"]

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import instructft
 from instructft.errors import RecipeError, Stopped
-from instructft.training.early_stopping import since_best
 from instructft.training.run import train
+from instructft.training.stopping import since_best
 from tests.helpers.stops import SignalAt, interrupt
 
 RECIPE = """

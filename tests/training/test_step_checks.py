@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 import instructft
 from instructft.errors import Stopped, UsageError
 from instructft.training.run import train
-from instructft.training.spikes import FEWEST, usual_loss
+from instructft.training.step_checks import FEWEST, usual_loss
 from tests.helpers.stops import SignalAt, interrupt
 
 RECIPE = """
