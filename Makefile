@@ -1,5 +1,5 @@
 # Set-up and daily work. Needs Python 3.10 to 3.13, make and git; everything else goes into .venv.
-# `make` alone lists the targets. PYTHON=python3.12 chooses the interpreter of a new .venv; ARGS="-k mask" goes to pytest.
+# `make` alone lists the targets. PYTHON=python3.12 chooses the interpreter of a new .venv; ARGS=tests/data goes to pytest.
 
 BIN := .venv/bin
 RUN := runs/quickstart
@@ -10,7 +10,7 @@ unexport TOKENIZERS_PARALLELISM
 
 TEST := -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --durations=12
 
-.PHONY: help quickstart test test-latest lint types battery bench-gpu venv clean
+.PHONY: help quickstart test test-latest lint types docs battery bench-gpu venv clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -38,8 +38,15 @@ lint: venv  ## style and format, checked not changed
 types: venv  ## static types
 	@$(BIN)/python -m mypy
 
+docs: export NO_MKDOCS_2_WARNING := 1  # a notice of its makers, on every build
+docs: venv  ## the documentation as a site in site/, from docs/; installs MkDocs into .venv once
+	@$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	@$(BIN)/python scripts/docs_reference.py
+	@$(BIN)/python scripts/docs_blocks.py
+	@$(BIN)/python -m mkdocs build --quiet --strict
+
 battery: export INSTRUCTFT_KILLS := 17
-battery: lint types test test-latest quickstart  ## everything above, with fifty killed runs: what a release must pass
+battery: lint types docs test test-latest quickstart  ## everything above, with fifty killed runs: what a release must pass
 
 bench-gpu: venv  ## speed on one NVIDIA GPU beside TRL and a plain loop; ARGS="--only gpt2" goes to the script
 	@$(BIN)/python benchmarks/gpu.py $(ARGS)
@@ -48,5 +55,5 @@ venv:  ## the virtual environment with the tested versions, made once
 	@sh scripts/venv.sh
 
 clean:  ## remove .venv and .venv-latest, caches and build output; runs/ stays
-	@rm -rf .venv .venv-latest build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -rf .venv .venv-latest build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -138,9 +138,9 @@ def prepare_rows(task: Task) -> dict[str, Any]:
     """Write our rows in the order in which ours trains them, enough for all steps."""
     from instructft.data.packing import flat
     from instructft.data.prepare import prepare
-    from instructft.models.load import load_tokenizer
-    from instructft.recipe.schema import load_recipe
-    from instructft.training.batches import LengthGrouped
+    from instructft.data.row_order import LengthGrouped
+    from instructft.models.tokenizer import load_tokenizer
+    from instructft.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_of(task))
     train = prepare(recipe, load_tokenizer(recipe)).for_training
@@ -160,8 +160,8 @@ def prepare_rows(task: Task) -> dict[str, Any]:
 def prepare_of(task: Task) -> list[dict[str, Any]]:
     """All rows of ours, unpacked."""
     from instructft.data.prepare import prepare
-    from instructft.models.load import load_tokenizer
-    from instructft.recipe.schema import load_recipe
+    from instructft.models.tokenizer import load_tokenizer
+    from instructft.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_of(task))
     found: list[dict[str, Any]] = list(prepare(recipe, load_tokenizer(recipe)).for_training)
@@ -172,7 +172,7 @@ def ours(task: Task) -> dict[str, Any]:
     """`instructft.train` on a recipe, data preparation and the final save included (and not timed)."""
     from rich.console import Console
 
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
 
     road = importlib.import_module("instructft.training.run")
     watch, kept = stopwatch(task), []
@@ -399,12 +399,12 @@ def source_and_tokenizer(folder: Path, bundled: bool = False) -> tuple[Path, str
     """The rows of the tests and the tokenizer of GPT-2, or the bundled ones, which are small."""
     if not bundled:
         return DATA / "rows.json", str(DATA / "gpt2")
-    from instructft.data.quickstart import rows, tokenizer
+    from instructft.data.sources import QUICKSTART
 
-    tokenizer().save_pretrained(folder / "tokenizer")
     path = folder / "bundled.json"
-    path.write_text(json.dumps([{"input": "", **row} for row in rows()]), encoding="utf-8")
-    return path, str(folder / "tokenizer")
+    lines = (QUICKSTART / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    path.write_text(f"[{','.join(lines)}]", encoding="utf-8")
+    return path, str(QUICKSTART)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def build_rows(source: Path, target: Path, rows: int) -> None:
 def ours(data: str, tokenizer_name: str, packing: bool, max_length: int) -> dict[str, float]:
     """`prepare` of a recipe, the file read included."""
     from instructft.data.prepare import prepare
-    from instructft.models.load import load_tokenizer
-    from instructft.recipe.schema import load_recipe
+    from instructft.models.tokenizer import load_tokenizer
+    from instructft.recipe.load import load_recipe
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.yaml"

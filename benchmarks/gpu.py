@@ -61,8 +61,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 TINY = {
     "gpt2": {"n_layer": 1, "n_embd": 16, "n_head": 2},
     "other": {
-        "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 8,
+        "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 32,  # whole blocks of 64, as 4-bit weights want them
     },
 }  # fmt: skip
 

@@ -79,7 +79,7 @@ def status(key):
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 train = importlib.import_module("instructft.training.run")
-from instructft.recipe.schema import load_recipe
+from instructft.recipe.load import load_recipe
 from rich.console import Console
 load, before = train.load_model, []
 train.load_model = lambda *args: before.append(status("VmRSS")) or load(*args)

@@ -46,7 +46,7 @@ def build(folder: Path, gigabytes: float) -> None:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    from instructft.adapters.attach import record_base
+    from instructft.weights.base_record import BaseModelRecord, base_fingerprint
     from instructft.weights.tensor_io import Planned, index_of, pieces, shards, write_shard
 
     torch.manual_seed(0)
@@ -78,15 +78,9 @@ def build(folder: Path, gigabytes: float) -> None:
     save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     config.base_model_name_or_path = str(base)
     config.save_pretrained(adapter)
-    record_base(
-        adapter,
-        name_or_path=str(base),
-        revision=None,
-        subfolder=None,
-        vocab_size=model.config.vocab_size,
-        quantization="none",
-        dtype="bfloat16",
-    )
+    rows = model.config.vocab_size
+    record = BaseModelRecord(str(base), fingerprint=base_fingerprint(str(base)), vocab_size=rows, dtype="bfloat16")
+    record.write(adapter)
 
 
 def merge(way: str, folder: Path) -> float:

@@ -77,7 +77,7 @@ def shares(steps: int, tiny: bool) -> dict[str, Any]:
     """A run in this process, with its parts timed: seconds of the whole, and of each part."""
     from rich.console import Console
 
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
     from instructft.training.trainer import Trainer
 
     road = importlib.import_module("instructft.training.run")

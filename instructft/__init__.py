@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from instructft.adapters import hub_kernels
+from instructft.adapters import quantization
 from instructft.version import __version__
 
 # public name -> the module that holds it
@@ -26,8 +26,8 @@ _PUBLIC = {
     "evaluate": "evaluation.metrics",
     "generate": "inference.chat",
     "load_model": "models.load",
-    "load_recipe": "recipe.schema",
-    "load_tokenizer": "models.load",
+    "load_recipe": "recipe.load",
+    "load_tokenizer": "models.tokenizer",
     "merge_adapter": "merging.merge",
     "prepare_dataset": "data.prepare",
     "push_to_hub": "hub.push",
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from instructft.inference.chat import generate as generate
     from instructft.merging.merge import merge_adapter as merge_adapter
     from instructft.models.load import load_model as load_model
-    from instructft.models.load import load_tokenizer as load_tokenizer
+    from instructft.models.tokenizer import load_tokenizer as load_tokenizer
     from instructft.prompt.loss_mask import encode_conversation as encode_conversation
+    from instructft.recipe.load import load_recipe as load_recipe
     from instructft.recipe.schema import Recipe as Recipe
-    from instructft.recipe.schema import load_recipe as load_recipe
     from instructft.training.run import train as train
 
 
@@ -65,4 +65,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-hub_kernels.switch_off()  # before anything imports bitsandbytes
+quantization.keep_off_the_hub()  # before anything imports bitsandbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -23,6 +24,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_option = functools.partial(typer.Option, show_default=False)  # whose default is told by its help, or is none
+
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[
     list[str] | None,
@@ -35,7 +38,7 @@ ResumeOption = Annotated[
     str,
     typer.Option(
         metavar="auto|never|CHECKPOINT",
-        help="auto goes on from the newest checkpoint that verifies; never wants an empty run folder.",
+        help="auto resumes from the newest checkpoint that verifies; never wants an empty run folder.",
     ),
 ]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
@@ -47,15 +50,11 @@ StrategyOption = Annotated[
 
 
 @app.command()
-def train(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    resume: ResumeOption = "auto",
-) -> None:
-    """Train the model of a recipe; what comes out is its run folder. The same command again goes on with a run."""
+def train(recipe: RecipeArgument, overrides: Overrides = None, resume: ResumeOption = "auto") -> None:
+    """Train the model of a recipe; what comes out is its run folder. The same command again resumes a run."""
     import signal
 
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))  # until training listens itself
     loaded = load_recipe(recipe, overrides or [])
@@ -76,10 +75,8 @@ def launch(
     ] = "auto",
     strategy: StrategyOption = "ddp",
     machines: Annotated[int, typer.Option(min=1, help="That train together; each runs this command.")] = 1,
-    machine_rank: Annotated[int | None, typer.Option(help="Which one this is, from 0.", show_default=False)] = None,
-    main_address: Annotated[
-        str | None, typer.Option(metavar="HOST", help="Of the machine of rank 0.", show_default=False)
-    ] = None,
+    machine_rank: Annotated[int | None, _option(help="Which one this is, from 0.")] = None,
+    main_address: Annotated[str | None, _option(metavar="HOST", help="Of the machine of rank 0.")] = None,
     main_port: Annotated[int, typer.Option(min=1, max=65535, help="Of the same, with several machines.")] = 29500,
     resume: ResumeOption = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command, and run nothing.")] = False,
@@ -107,16 +104,17 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Tokenize, mask, split, pack and cache the data once, ahead of a run."""
     import time
 
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     from instructft.data.prepare import prepare as prepare_data
-    from instructft.models.load import load_config, load_tokenizer
+    from instructft.models.starting_point import starting_point
+    from instructft.models.tokenizer import load_tokenizer
 
     began = time.perf_counter()
     tokenizer = load_tokenizer(loaded)
-    load_config(loaded, tokenizer)
+    starting_point(loaded, tokenizer)
     data = prepare_data(loaded, tokenizer)
     seconds = time.perf_counter() - began
     for what, how_much in [*data.account(loaded.data.max_length), ("fingerprint", data.fingerprint)]:
@@ -132,18 +130,15 @@ def check(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     tokens_per_second: Annotated[
-        float | None,
-        typer.Option(min=1e-9, help="Speed to reckon the time by; default: the last run's.", show_default=False),
+        float | None, _option(min=1e-9, help="Speed to reckon the time by; default: the last run's.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; default: where it would train here.", show_default=False)
-    ] = None,
+    device: Annotated[str | None, _option(help="cpu or cuda; default: where it would train here.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
     strategy: StrategyOption = "ddp",
 ) -> None:
     """Validate a recipe, audit its data, estimate memory and time; nothing is trained."""
     from instructft.launch.command import STRATEGIES
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
 
     if device not in (None, "cpu", "cuda"):
         raise UsageError(f"--device: found {device}, expected cpu or cuda")
@@ -184,17 +179,14 @@ def inspect(
     overrides: Overrides = None,
     count: Annotated[int, typer.Option("-n", min=1, help="Rows to show, drawn by data.seed.")] = 3,
     row: Annotated[
-        list[int] | None,
-        typer.Option("--row", help="Show this row, counted from 1; may be given again.", show_default=False),
+        list[int] | None, _option("--row", help="Show this row, counted from 1; may be given again.")
     ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
     ids: Annotated[bool, typer.Option("--ids", help="Show each token above its id.")] = False,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Write one self-contained page to this file.", show_default=False)
-    ] = None,
+    html: Annotated[Path | None, _option("--html", help="Write one self-contained page to this file.")] = None,
 ) -> None:
     """Show rows token by token: which carry loss, where documents begin in a pack."""
-    from instructft.recipe.schema import load_recipe
+    from instructft.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
@@ -208,7 +200,8 @@ def recipes(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
 ) -> None:
     """List the shipped recipes."""
-    from instructft.recipe.schema import json_schema, recipe_purpose, shipped_recipes
+    from instructft.recipe.json_schema import json_schema
+    from instructft.recipe.load import recipe_purpose, shipped_recipes
 
     if schema:
         print(json.dumps(json_schema(), indent=2))
@@ -228,7 +221,7 @@ def init(
     ] = None,
 ) -> None:
     """Write a shipped recipe to a file, as a starting point."""
-    from instructft.recipe.schema import shipped_recipes
+    from instructft.recipe.load import shipped_recipes
 
     found = shipped_recipes()
     if name not in found:
@@ -243,7 +236,7 @@ def init(
 @app.command()
 def chat(
     model: ModelArgument,
-    system: Annotated[str | None, typer.Option(help="A system prompt.", show_default=False)] = None,
+    system: Annotated[str | None, _option(help="A system prompt.")] = None,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
     max_new_tokens: MaxNewTokensOption = 256,
@@ -261,14 +254,9 @@ def chat(
 @app.command()
 def ui(
     model: ModelArgument,
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="On 127.0.0.1; default: a free one.", show_default=False)
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="A model to ask beside it; default: what the run began from.", show_default=False),
-    ] = None,
-    system: Annotated[str, typer.Option(help="A system prompt to begin with.", show_default=False)] = "",
+    port: Annotated[int | None, _option(min=1, max=65535, help="On 127.0.0.1; default: a free one.")] = None,
+    base: Annotated[str | None, _option(help="A model to compare with; default: what the run began from.")] = None,
+    system: Annotated[str, _option(help="A system prompt to begin with.")] = "",
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
     max_new_tokens: MaxNewTokensOption = 256,
@@ -276,8 +264,7 @@ def ui(
 ) -> None:
     """Talk to a model on a page in the browser, served on this machine only."""
     _quiet_libraries()
-    from instructft.inference.web import serve
-    from instructft.inference.web_sessions import Settings
+    from instructft.inference.web import Settings, serve
 
     settings = Settings(system, temperature, top_p, max_new_tokens)
     serve(model, port=port, share=share, base=base, settings=settings)
@@ -288,17 +275,16 @@ def generate(
     model: ModelArgument,
     input: Annotated[Path, typer.Option("--input", help="JSONL: messages, prompt, or instruction with input/context.")],
     output: Annotated[Path, typer.Option("--output", help="JSONL: each row with response and finish_reason.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens in an answer, at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    max_new_tokens: MaxNewTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
     batch_size: Annotated[str, typer.Option(help="Prompts answered at once, or auto.")] = "auto",
     base: Annotated[
-        str | None,
-        typer.Option(help="A second model, for base_response; `start`: what the run began from.", show_default=False),
+        str | None, _option(help="A second model, for base_response; `start`: what the run began from.")
     ] = None,
     backend: Annotated[str, typer.Option(help="transformers, or vllm where it is installed.")] = "transformers",
 ) -> None:
-    """Answer a file of prompts. The same command again goes on where it stopped."""
+    """Answer a file of prompts. The same command again resumes where it stopped."""
     from instructft.inference.generate_file import generate_file
 
     _quiet_libraries()
@@ -309,25 +295,17 @@ def generate(
 def evaluate(
     model: ModelArgument,
     base: Annotated[
-        str | None,
-        typer.Option(help="A second model to compare with; `start`: what the run began from.", show_default=False),
+        str | None, _option(help="A second model to compare with; `start`: what the run began from.")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="A file, or a recipe; default: the run's own recipe.", show_default=False)
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="train, validation or test; default: test, else validation.", show_default=False)
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Evaluate on this many rows.", show_default=False)] = None,
+    data: Annotated[str | None, _option(help="A file, or a recipe; default: the run's own recipe.")] = None,
+    split: Annotated[str | None, _option(help="train, validation or test; default: test, else validation.")] = None,
+    limit: Annotated[int | None, _option(help="Evaluate on this many rows.")] = None,
     show: Annotated[int, typer.Option(help="Rows to show with question, expected answer and answers.")] = 10,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results to this file.", show_default=False)
-    ] = None,
+    json_file: Annotated[Path | None, _option("--json", help="Write the results to this file.")] = None,
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="All checkpoints of a run in one table.")] = False,
     prompts: Annotated[bool, typer.Option("--prompts", help="Answer thirty built-in prompts, to be read.")] = False,
     tasks: Annotated[
-        str | None,
-        typer.Option(metavar="NAME,…", help="Tasks of lm-evaluation-harness (extra `eval`).", show_default=False),
+        str | None, _option(metavar="NAME,…", help="Tasks of lm-evaluation-harness (extra `eval`).")
     ] = None,
 ) -> None:
     """Measure a model on held-out rows; with --base, two side by side."""
@@ -381,12 +359,7 @@ def merge(
     from instructft.merging.merge import merge_adapter
 
     merge_adapter(
-        model,
-        output,
-        verify=verify,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        measure_quantized=measure_quantized,
+        model, output, verify=verify, dtype=dtype, max_shard_size=max_shard_size, measure_quantized=measure_quantized
     )
 
 
@@ -396,20 +369,16 @@ def convert(
         Path, typer.Argument(metavar="CHECKPOINT.pt", help="A GPT-2 state dict of torch.save, as nanoGPT's ckpt.pt.")
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new or empty folder for the converted model.")],
-    n_head: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads, where the file does not say.", show_default=False)
-    ] = None,
+    n_head: Annotated[int | None, _option(min=1, help="Attention heads, where the file does not say.")] = None,
     activation: Annotated[
         str | None,
-        typer.Option(
+        _option(
             metavar="gelu|gelu_new|relu",
             help="Of the MLP: exact GELU, tanh GELU, ReLU; default: as the code that writes such files has it.",
-            show_default=False,
         ),
     ] = None,
     tokenizer: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER|HUB_ID", help="A tokenizer to save beside the model.", show_default=False),
+        str | None, _option(metavar="FOLDER|HUB_ID", help="A tokenizer to save with the model.")
     ] = None,
     keep_padding: Annotated[
         bool, typer.Option("--keep-padding", help="Keep embedding rows that belong to no token.")
@@ -420,12 +389,7 @@ def convert(
     from instructft.extras.convert.convert import convert as convert_checkpoint
 
     convert_checkpoint(
-        checkpoint,
-        output,
-        n_head=n_head,
-        activation=activation,
-        tokenizer=tokenizer,
-        keep_padding=keep_padding,
+        checkpoint, output, n_head=n_head, activation=activation, tokenizer=tokenizer, keep_padding=keep_padding
     )
 
 
@@ -439,9 +403,7 @@ def push(
     private: Annotated[
         bool, typer.Option("--private/--public", help="Who may see it. Private never goes into a public repository.")
     ] = True,
-    path_in_repo: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="A folder in the repository.", show_default=False)
-    ] = None,
+    path_in_repo: Annotated[str | None, _option(metavar="FOLDER", help="A folder in the repository.")] = None,
 ) -> None:
     """Upload model, tokenizer, chat template and model card to the Hub, in one commit, and read it back."""
     _quiet_libraries()
@@ -479,8 +441,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="With any command: let a model run its own code."),
+        bool, typer.Option("--trust-remote-code", help="With any command: let a model run its own code.")
     ] = False,
 ) -> None:
     if trust_remote_code:

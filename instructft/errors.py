@@ -7,8 +7,8 @@
     │   ├── RecipeError                every problem of a recipe at once
     │   ├── DataError                  a file or a row that cannot be used
     │   ├── TemplateError              a chat template under which no honest mask exists
-    │   └── ResumeError                a run that cannot go on from where it was: no whole checkpoint, or a changed key
-    ├── Stopped               143, 130 stopped by SIGTERM or SIGINT, with a checkpoint to go on from
+    │   └── ResumeError                a run that cannot be resumed: no checkpoint verifies, or a fixed key has changed
+    ├── Stopped               143, 130 stopped by SIGTERM or SIGINT, with a checkpoint to resume from
     ├── NotFiniteError        exit 1   a loss or gradient that is not a number; the step was not taken
     ├── OutOfMemoryError      exit 1   memory that ran out in training: what held it, and which keys would help
     ├── CheckpointError       exit 1   a checkpoint that cannot be written, or is not what was written
@@ -64,11 +64,11 @@ class TemplateError(UsageError):
 
 
 class ResumeError(UsageError):
-    """A run that cannot continue: no checkpoint of it verifies, or a key that is fixed for its life has changed."""
+    """A run that cannot be resumed: no checkpoint of it verifies, or a key that is fixed for its life has changed."""
 
 
 class Stopped(InstructftError):
-    """A run that a signal has ended; the command that goes on with it is the same one."""
+    """A run that a signal has ended; the same command resumes it."""
 
     def __init__(self, message: str, exit_code: int):
         self.exit_code = exit_code
@@ -84,7 +84,7 @@ class OutOfMemoryError(InstructftError):
 
 
 class CheckpointError(InstructftError):
-    """A checkpoint that cannot be written, is not whole, or is not what was written."""
+    """A checkpoint that cannot be written, is incomplete, or is not what was written."""
 
 
 class HubError(InstructftError):

@@ -63,13 +63,24 @@ def clock(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
 
 
-def size(count: int) -> str:
-    """Bytes, as disks are sold.
+def size(count: float) -> str:
+    """Bytes in files, in the units by which disks are sold.
 
     >>> size(2_638_848), size(14_483_464_192)
     ('2.6 MB', '14.5 GB')
     """
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def memory_size(count: float) -> str:
+    """Bytes in memory, in the units by which memory is sold.
+
+    >>> memory_size(3 << 30), memory_size(200 << 20), memory_size(5000)
+    ('3.0 GiB', '200 MiB', '5 KiB')
+    """
+    if count >= 1 << 30:
+        return f"{count / (1 << 30):,.1f} GiB"
+    return f"{count / (1 << 20):,.0f} MiB" if count >= 1 << 20 else f"{count / (1 << 10):,.0f} KiB"
 
 
 def short(text: str, limit: int) -> str:

@@ -69,8 +69,8 @@ def bare_tokenizer() -> Callable[[], Any]:
 @pytest.fixture
 def tokenizer() -> Any:
     """The bundled tokenizer with the template `instruction`."""
-    from instructft.data.quickstart import tokenizer
     from instructft.prompt.templates import TEMPLATES
+    from tests.helpers.quickstart import tokenizer
 
     made = tokenizer()
     made.chat_template = TEMPLATES["instruction"].text()
@@ -126,6 +126,25 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def moved_run(write_recipe: Callable[..., Path], tmp_path: Path) -> Path:
+    """A run folder with the model that its recipe starts from, a little moved."""
+    import torch
+
+    import instructft
+
+    recipe = instructft.load_recipe(write_recipe())
+    tokenizer = instructft.load_tokenizer(recipe)
+    model = instructft.load_model(recipe, tokenizer)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    return tmp_path / "run"
 
 
 @pytest.fixture(params=[True, False], ids=["avx512_bf16", "no avx512_bf16"])

@@ -325,7 +325,7 @@ def test_version_recipes_and_init(here, run):
 
 
 def test_an_unforeseen_error_is_one_line_and_exit_1(here, run, monkeypatch):
-    monkeypatch.setattr("instructft.recipe.schema.shipped_recipes", lambda: 1 / 0)
+    monkeypatch.setattr("instructft.recipe.load.shipped_recipes", lambda: 1 / 0)
     code, out, err = run("recipes")
     assert (code, out) == (1, "")
     assert (

@@ -10,11 +10,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from instructft.errors import AdapterError, ModelError
 from instructft.weights.base_record import BASE, BaseModelRecord, stays_inside
 from instructft.weights.weight_files import read_header
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT puts it before the name of every module of the base
@@ -29,6 +32,18 @@ class AdapterFolder:
     config: dict[str, Any]  # adapter_config.json
     shapes: dict[str, tuple[int, ...]]  # tensor name in adapter_model.safetensors -> shape
     base: BaseModelRecord
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """What stands beside PEFT's files in each folder that holds an adapter: `generation_config.json`, `base.json`."""
+
+    base: BaseModelRecord
+
+    def write(self, model: PeftModel, folder: str | Path) -> None:
+        """Write both into a folder that holds the adapter already."""
+        model.generation_config.save_pretrained(folder)
+        self.base.write(folder)
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -99,7 +114,7 @@ def _read_base(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tup
     """`base.json` of a folder, or of the run that a checkpoint is of; for an adapter of PEFT's own what it says."""
     parents = [folder.resolve().parent] if re.fullmatch(r"checkpoint-\d+", folder.resolve().name) else []
     path = next((place / BASE for place in (folder, *parents) if (place / BASE).is_file()), None)
-    rows = [max(indices) + 1 for indices in token_rows(config).values() if indices]
+    rows = [max(indices) + 1 for indices in trained_rows(config).values() if indices]
     if path is None:
         name = config.get("base_model_name_or_path")
         if not isinstance(name, str) or not name:
@@ -163,7 +178,7 @@ def _problems(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
             yield f"{name} has the shape {shape}; expected rank {rank} on axis {axis}, as adapter_config.json says"
         if config.get("use_dora") and axis == 0 and f"{module}.lora_magnitude_vector" not in shapes:
             yield f"{module}.lora_magnitude_vector is missing, though adapter_config.json says use_dora"
-    for module, indices in token_rows(config).items():
+    for module, indices in trained_rows(config).items():
         ending = f"{module}.token_adapter.trainable_tokens_delta"
         found = [name for name in shapes if name.endswith(ending)]
         if not any(name.endswith(".trainable_tokens_delta") for name in shapes):  # a tied head has no rows of its own
@@ -188,7 +203,7 @@ def _rank(config: Mapping[str, Any], module: str) -> int:
     return rank
 
 
-def token_rows(config: Mapping[str, Any]) -> dict[str, list[int]]:
+def trained_rows(config: Mapping[str, Any]) -> dict[str, list[int]]:
     """Embedding module ("" = the input embedding) -> the rows of it that were trained."""
     found = config.get("trainable_token_indices") or {}
     rows = {"": found} if isinstance(found, list) else found

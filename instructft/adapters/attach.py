@@ -24,33 +24,18 @@ from instructft.adapters.adapter_folder import (
     AdapterFolder,
     first_three,
     is_adapter,
-    read_adapter,
-    token_rows,
+    trained_rows,
 )
 from instructft.errors import AdapterError, ModelError
 from instructft.formatting import first_line
 from instructft.weights import remote_code
-from instructft.weights.base_record import BASE, BaseModelRecord, base_fingerprint, base_folder, is_hub_id, record_base
+from instructft.weights.base_record import BASE, BaseModelRecord, base_folder, is_hub_id
 from instructft.weights.weight_files import fingerprint
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-__all__ = [
-    "WEIGHTS",
-    "AdapterFolder",
-    "BaseModelRecord",
-    "attach",
-    "base_fingerprint",
-    "check_fit",
-    "is_adapter",
-    "leaves_base_as_it_is",
-    "locate_base",
-    "read_adapter",
-    "record_base",
-]
 
 # --------------------------------------------------------------------------------------------------------------------
 # The base
@@ -188,7 +173,7 @@ def _wrap(model: PreTrainedModel, adapter: AdapterFolder, trainable: bool, empty
 
     fit_embeddings(model, adapter.base.vocab_size)
     rows = model.get_input_embeddings().weight.shape[0]
-    most = max((max(indices) for indices in token_rows(adapter.config).values() if indices), default=0)
+    most = max((max(indices) for indices in trained_rows(adapter.config).values() if indices), default=0)
     if most >= rows:
         raise AdapterError(f"{adapter.folder} trained token {most}; its base has {rows} rows: it is another base")
     try:

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from instructft.adapters.new_tokens import rows_to_train, tied, token_rows
 from instructft.errors import UsageError
 from instructft.formatting import nearest
 from instructft.weights import remote_code
@@ -115,7 +115,7 @@ def lora_config(recipe: Recipe, model: Any, new_tokens: Sequence[int] = ()) -> L
     if str(fields["target_modules"]).lower() == "all-linear":
         fields["target_modules"] = _linear_layers(model)
     if new_tokens:
-        fields["trainable_token_indices"] = _token_rows_to_train(model, fields, new_tokens)
+        fields["trainable_token_indices"] = rows_to_train(model, fields, new_tokens)
     config = LoraConfig(task_type="CAUSAL_LM", **fields)
     targets = _targets(model, config, recipe.adapter.target_modules)
     _refuse_tied_and_head(model, config, targets)
@@ -182,59 +182,18 @@ def _refuse_tied_and_head(model: Any, config: LoraConfig, targets: dict[str, Any
                 f"adapter.target_modules: reaches {name}, which training reads past any adapter (it multiplies by its "
                 "weight directly), so nothing there would be learned; take it out. all-linear leaves it out"
             )
-        if module is embedding and _tied(model):
+        if module is embedding and tied(model):
             raise UsageError(
                 f"adapter.target_modules: reaches {name}, whose weights are also the output head's, where the adapter "
                 "would not take part; take it out"
             )
     for name in config.modules_to_save or ():
         whole = [n for n, module in model.named_modules() if module in (head, embedding)]
-        if _tied(model) and any(n == name or n.endswith(f".{name}") for n in whole):
+        if tied(model) and any(n == name or n.endswith(f".{name}") for n in whole):
             raise UsageError(
                 f"adapter.modules_to_save: {name} shares its weights between input embedding and output head, and a "
                 "copy of one would part them; take it out. The rows of new tokens are trained in any case"
             )
-
-
-def _tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# New tokens
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _token_rows_to_train(model: Any, fields: dict[str, Any], new_tokens: Sequence[int]) -> dict[str, list[int]]:
-    """Module name -> ids: the input embedding, and the head unless it is the same matrix."""
-    names = {id(module): name for name, module in model.named_modules()}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise UsageError(
-            f"data.template: brings new tokens, whose rows in the output head of {type(model).__name__} must be "
-            "trained; PEFT drops the bias of a head that it trains rows of. Use a template without tokens of its own, "
-            "such as data.template=instruction"
-        )
-    own = fields.get("trainable_token_indices") or {}
-    rows = dict(own) if isinstance(own, dict) else {names[id(embedding)]: list(own)}
-    whole = fields.get("modules_to_save") or ()
-    for module in (embedding,) if _tied(model) else (embedding, head):
-        name = names[id(module)]
-        if any(name == saved or name.endswith(f".{saved}") for saved in whole):
-            continue  # trained as a whole
-        given = next((key for key in rows if name == key or name.endswith(f".{key}")), name)
-        rows[given] = sorted({*rows.get(given, ()), *new_tokens})
-    return rows
-
-
-def token_rows(module: Any) -> Any:
-    """PEFT's layer that holds a module's trained token rows, or None.
-
-    Its `token_indices["default"]` are n ids and `trainable_tokens_delta["default"]` the (n, D) rows in their place.
-    """
-    layer = getattr(module, "_modules", {}).get("token_adapter")
-    return layer if layer is not None and layer.active_adapters and not layer.disable_adapters else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -276,26 +235,3 @@ def count_parameters(model: Any) -> tuple[int, int]:
 def is_peft(model: Any) -> bool:
     """Whether a model carries an adapter; imports nothing."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-class Papers:
-    """Writes `generation_config.json` and `base.json` beside PEFT's files; the base is fingerprinted once for a run."""
-
-    def __init__(self, model: PeftModel, base: Mapping[str, str | None], quantization: str):
-        embedding = model.get_input_embeddings().weight  # (V, D)
-        dtype = str(embedding.dtype).removeprefix("torch.")
-        about = {"vocab_size": embedding.shape[0], "quantization": quantization, "dtype": dtype}
-        self._about: dict[str, Any] = {**base, **about}
-        self._record: bytes | None = None
-
-    def write(self, model: PeftModel, folder: str | Path) -> None:
-        """Write both into a folder that holds the adapter already."""
-        from instructft.adapters.attach import record_base
-
-        model.generation_config.save_pretrained(folder)
-        path = Path(folder) / "base.json"
-        if self._record is None:
-            record_base(folder, **self._about)
-            self._record = path.read_bytes()
-        else:
-            path.write_bytes(self._record)

@@ -10,12 +10,19 @@ Packed weights lie in memory as `from_pretrained` packs them, in training and in
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from instructft.errors import ModelError, UsageError
+from instructft.formatting import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +70,7 @@ def trouble_with(where: str, quantization: str) -> str:
     except ModuleNotFoundError:
         return "is not installed"
     except Exception as error:  # a library that does not load says so in many ways
-        return f"does not load here ({_first_line(error)})"
+        return f"does not load here ({first_line(error)})"
     if torch.device(where).type not in getattr(bnb, "supported_torch_devices", {"cuda"}):
         return f"does not know the device {torch.device(where).type} (version {bnb.__version__})"
     try:
@@ -77,11 +84,7 @@ def trouble_with(where: str, quantization: str) -> str:
         off = float((back - sample).abs().max())
         return "" if off < 0.2 else f"does not work here (a matrix came back with numbers off by {off:.2f})"
     except Exception as error:
-        return f"does not work here ({_first_line(error)})"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"does not work here ({first_line(error)})"
 
 
 def device(recipe: Recipe) -> str:
@@ -171,3 +174,66 @@ def _refuse_rows_in_parts(name: str, layer: Any) -> None:
 def laid_out_anew(state: Any) -> bool:
     """Whether the weights of a bitsandbytes `QuantState` lie as only the kernel for AVX-512 BF16 reads them."""
     return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# No code from the Hub
+# --------------------------------------------------------------------------------------------------------------------
+
+# Wherever the package `kernels` is there, bitsandbytes fetches compiled code from the Hub: on a CPU with AVX-512 BF16
+# when it is imported, on Apple's GPUs when a layer first computes. Who only wants to fine-tune has asked for neither,
+# and it has its own code for both. PEFT and transformers import it wherever it is installed, so that no call of ours
+# comes before it: the two modules that ask are loaded with `kernels` out of sight. There is no setting for it
+# (bitsandbytes 0.50, `backends/cpu/ops.py` and `backends/mps/ops.py`).
+_ASKING = {"bitsandbytes.backends.cpu.ops", "bitsandbytes.backends.mps.ops"}
+_NONE_THERE = "Failed to load CPU gemm_4bit_forward from kernels-community"
+
+
+class _Loader(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        log = logging.getLogger(module.__name__)
+        with _hidden("kernels"):
+            log.addFilter(_says_something_else)
+            try:
+                super().exec_module(module)
+            finally:
+                log.removeFilter(_says_something_else)
+            if hasattr(module, "_get_kernel"):
+                module._get_kernel()  # on Apple's GPUs: asks now and finds none, and does not ask again
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _ASKING:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and type(spec.loader) is SourceFileLoader:
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def keep_off_the_hub() -> None:
+    """From now on bitsandbytes asks no Hub; one that is loaded already has asked."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _says_something_else(record: logging.LogRecord) -> bool:
+    """Whether it is not the advice to install `kernels`; anything else that goes wrong there is said."""
+    return not str(record.msg).startswith(_NONE_THERE)
+
+
+@contextlib.contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """A package cannot be imported inside, whether it is installed or loaded."""
+    loaded = sys.modules.get(name)
+    sys.modules[name] = None  # type: ignore[assignment]  # how Python marks what cannot be imported
+    try:
+        yield
+    finally:
+        if loaded is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = loaded

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from instructft.check.text_checks import ANY_CHARACTER, CHARACTERS, markers, normal, one_word
+from instructft.data.load import load_parts
 from instructft.data.packing import flat
-from instructft.data.prepare import load_parts
 from instructft.data.sources import FORMATS, Unusable, to_conversation
 from instructft.data.tokenize import encode_part
 from instructft.formatting import quantiles
@@ -218,9 +218,7 @@ def _uncut(recipe: Recipe) -> Recipe:
 def audit(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Read all rows of a recipe's data sets, held-out ones too, and report on each set and on all together.
 
-    >>> report = audit(recipe, tokenizer)
-    >>> report["datasets"][0]["findings"]["leaks"]
-    {'rows': 1, 'share': 0.01, 'examples': [{'row': 17, 'note': 'test: row 4 of rows.json'}]}
+    A finding: `{"rows": 1, "share": 0.01, "examples": [{"row": 17, "note": "test: row 4 of rows.json"}]}`.
 
     Raises:
         DataError: data that cannot be read.

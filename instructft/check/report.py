@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import DataError, UsageError
-from instructft.formatting import clock
+from instructft.formatting import clock, memory_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,24 +45,21 @@ def check(
         processes: that train together.
         strategy: ddp, fsdp2, zero2 or zero3.
 
-    >>> report = check(load_recipe("quickstart"))
-    >>> report["data"]["total"]["rows"], report["ok"]
-    (2822, True)
-
     Raises:
         UsageError: recipe or data are not right, as `instructft.train` would say.
     """
     import instructft.training.trainer  # noqa: F401 - what training imports counts in its memory
     from instructft.check.audit import audit
     from instructft.data.prepare import prepare
-    from instructft.models.load import load_config, load_tokenizer
     from instructft.models.memory import estimate, resident
-    from instructft.recipe.schema import check_against_installed
+    from instructft.models.starting_point import starting_point
+    from instructft.models.tokenizer import load_tokenizer
+    from instructft.recipe.load import check_against_installed
     from instructft.training.arguments import training_arguments
 
     check_against_installed(recipe)
     tokenizer = load_tokenizer(recipe)
-    load_config(recipe, tokenizer)
+    start = starting_point(recipe, tokenizer)
     base = resident()  # before the audit reads all rows, which training does not keep
     report: dict[str, Any] = {"schema": SCHEMA, "recipe": recipe.name, "data": audit(recipe, tokenizer)}
     report |= {"training": None, "estimate": None, "limits": [], "problems": []}
@@ -88,7 +85,7 @@ def check(
         }
         asked: dict[str, Any] = {"device": device, "processes": processes, "tokens_per_second": tokens_per_second}
         asked["strategy"] = strategy
-        report["estimate"] = estimate(recipe, tokenizer, data, args, base=base, **asked)
+        report["estimate"] = estimate(recipe, start, data, args, base=base, **asked)
         report["estimate"]["precision"] = precision
     report["limits"] = limits(recipe, report)
     report["ok"] = not report["problems"] and all(limit["kept"] for limit in report["limits"])
@@ -219,20 +216,20 @@ def _show_needs(report: dict[str, Any], console: Console) -> None:
     ]
     _grid(console, "the run", lines)
     memory = needs["memory"]
-    lines = [(name, f"{_size(size):>10}") for name, size in memory.items() if size and name != "total"]
+    lines = [(name, f"{memory_size(size):>10}") for name, size in memory.items() if size and name != "total"]
     taking_turns = sum(size for name, size in memory.items() if name != "total") > memory["total"]
-    total = f"{_size(memory['total']):>10}" + ("   (gradients and activations take turns)" if taking_turns else "")
-    title = (
-        f"memory of one {needs['device']}, {batch['rows']} {what} of {batch['width']:,} tokens, {needs['precision']}"
-    )
-    _grid(console, title, [*lines, ("total", total)])
+    turns = "   (gradients and activations take turns)" if taking_turns else ""
+    lines.append(("total", f"{memory_size(memory['total']):>10}{turns}"))
+    title = f"memory of one {needs['device']}, {batch['rows']} {what} of {batch['width']:,} tokens"
+    _grid(console, f"{title}, {needs['precision']}", lines)
     for part, exact in needs["exact"].items():
         if not exact:
             console.print(f"  {part}: by a rule of thumb, this kind is not known here\n", style="dim")
     if needs["device"] != "cpu":
         host = needs["host_memory"]
-        more = f", {_size(host['first'])} the first to save" if host["first"] > host["process"] else ""
-        console.print(f"  host memory: {_size(host['process'])} a process{more}, {_size(host['total'])} in all\n")
+        each, first, total = (memory_size(host[key]) for key in ("process", "first", "total"))
+        more = f", {first} the first to save" if host["first"] > host["process"] else ""
+        console.print(f"  host memory: {each} a process{more}, {total} in all\n")
 
 
 def _time(time: dict[str, Any]) -> str:
@@ -247,10 +244,6 @@ def _time(time: dict[str, Any]) -> str:
 def _where(finding: dict[str, Any]) -> str:
     rows = [str(example["row"]) for example in finding.get("examples", ())]
     return f": row {', '.join(rows)}" + (", …" if finding["rows"] > len(rows) else "") if rows else ""
-
-
-def _size(size: int) -> str:
-    return f"{size / (1 << 30):,.2f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):,.0f} MiB"
 
 
 def _plain(text: str) -> str:

@@ -50,7 +50,7 @@ def inspect_rows(
     from rich.console import Console
 
     from instructft.data.prepare import prepare
-    from instructft.models.load import load_tokenizer
+    from instructft.models.tokenizer import load_tokenizer
 
     if page is not None and (page.suffix.lower() not in (".html", ".htm") or not page.absolute().parent.is_dir()):
         raise UsageError(f"--html: {page}: expected a file name that ends in .html, in a folder that exists")
@@ -155,11 +155,7 @@ def html_page(
     title: str = "rows",
     about: Mapping[str, str] | None = None,
 ) -> str:
-    """Rows as one self-contained HTML page.
-
-    >>> rows = prepare_dataset(recipe, tokenizer)["train"].select(range(5))
-    >>> Path("rows.html").write_text(html_page(list(rows), tokenizer))
-    """
+    """Rows (of `prepare_dataset`, or as `show` makes them) as one self-contained HTML page."""
     import jinja2
 
     shown = [

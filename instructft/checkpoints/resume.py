@@ -16,6 +16,7 @@ from instructft.redaction import without_places
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from instructft.models.starting_point import StartingPoint
     from instructft.recipe.schema import Recipe
 
 # Fields of `train:` that change nothing that is trained; all the others are fixed for a run's life.
@@ -88,21 +89,21 @@ def going_on(checkpoint: Checkpoint | None, passed: list[str], identity: Mapping
     return GoingOn(identity, checkpoint, passed, changed)
 
 
-def identity(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, fingerprint: str, processes: int) -> dict[str, Any]:
+def identity(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, fingerprint: str, start: StartingPoint, processes: int
+) -> dict[str, Any]:
     """What a run is made of: every recipe key that is fixed for its life, and what these led to.
 
     Args:
         fingerprint: of the prepared data.
+        start: where the weights come from.
         processes: that train together.
     """
-    from instructft.adapters.attach import base_fingerprint
-    from instructft.models.starting_point import weights_of
-
     flat = fixed_keys(recipe)
     template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
     made = {"data (its rows)": fingerprint, "data.template (its text)": template, "processes": processes}
-    if recipe.model.config is None:
-        made["model (its weights)"] = base_fingerprint(*weights_of(recipe))
+    if start.name:
+        made["model (its weights)"] = start.fingerprint
     plain: dict[str, Any] = json.loads(json.dumps({**flat, **made}, default=str))
     # of a path the last name: rows and weights are known by their content, and a run may go on on another machine
     run = Path(recipe.output_dir)

@@ -69,7 +69,7 @@ def load_parts(recipe: Recipe) -> list[Part]:
         )
     for i, entry in enumerate(recipe.data.datasets):
         key = f"data.datasets[{i}]"
-        label = entry.name or entry.hub or entry.path or entry.url or key
+        label = label_of(entry, key)
         raw = load_raw(entry, label, key)
         if len(raw) == 0:
             raise DataError(f"{key}: {label} holds no rows")
@@ -131,33 +131,42 @@ def load_raw(entry: DatasetEntry, label: str, key: str) -> Dataset:
 
     source = SOURCES[entry.name] if entry.name else None
     try:
-        if entry.name == "quickstart":
-            from instructft.data.quickstart import rows
-
-            return datasets.Dataset.from_list(rows())
-        hub = entry.hub or (source.hub if source else None)
-        if hub:
-            split = entry.split or "train"
-            files = dict(source.files) if source and source.files else None
-            if files and entry.config:  # a folder of the repository, as hh-rlhf's `helpful-base`
-                files = {s: [f for f in names if f.startswith(f"{entry.config}/")] for s, names in files.items()}
-                if not any(files.values()):
-                    folders = sorted({f.split("/")[0] for names in dict(source.files).values() for f in names})  # type: ignore[union-attr, arg-type]
-                    raise DataError(f"{key}.config: {label} has no part {entry.config!r}; it has {', '.join(folders)}")
-            return datasets.load_dataset(
-                hub,
-                name=None if files else entry.config,
-                data_files=files,
-                split=split,
-                revision=entry.revision,
-                streaming=entry.streaming,
-            )
-        location = entry.path or entry.url or (source.url if source else None)
-        return _read_file(str(location), key)
+        if not (hub := hub_id(entry)):
+            return _read_file(location_of(entry), key)
+        files = dict(source.files) if source and source.files else None
+        if files and entry.config:  # a folder of the repository, as hh-rlhf's `helpful-base`
+            folders = sorted({name.split("/")[0] for names in files.values() for name in names})
+            if entry.config not in folders:
+                raise DataError(f"{key}.config: {label} has no part {entry.config!r}; it has {', '.join(folders)}")
+            files = {s: [f for f in names if f.startswith(f"{entry.config}/")] for s, names in files.items()}
+        return datasets.load_dataset(
+            hub,
+            name=None if files else entry.config,
+            data_files=files,
+            split=entry.split or "train",
+            revision=entry.revision,
+            streaming=entry.streaming,
+        )
     except DataError:
         raise
     except Exception as error:
         raise DataError(not_read(entry, label, key, error)) from error
+
+
+def label_of(entry: DatasetEntry, key: str) -> str:
+    """What an entry is called in messages and in an account."""
+    return entry.name or entry.hub or entry.path or entry.url or key
+
+
+def hub_id(entry: DatasetEntry) -> str | None:
+    """The data set on the Hub that an entry stands for."""
+    return entry.hub or (SOURCES[entry.name].hub if entry.name else None)
+
+
+def location_of(entry: DatasetEntry) -> str:
+    """The path or URL that an entry which is not on the Hub stands for."""
+    source = SOURCES[entry.name] if entry.name else None
+    return str(entry.path or entry.url or (source and (source.url or source.path)))
 
 
 def _read_file(location: str, key: str) -> Dataset:
@@ -190,7 +199,7 @@ def not_read(entry: DatasetEntry, label: str, key: str, error: Exception) -> str
     """Say in words why a data set could not be read or fetched, and what to try."""
     if entry.path:
         return f"{key}: {label} could not be read: {first_line(error.__cause__ or error)}"
-    where = "the Hugging Face Hub" if entry.hub or (entry.name and SOURCES[entry.name].hub) else "its URL"
+    where = "the Hugging Face Hub" if hub_id(entry) else "its URL"
     return (
         f"{key}: {label} could not be fetched from {where}: {first_line(error.__cause__ or error)}\n"
         "Check the spelling and the network; a private or gated data set needs `hf auth login` or HF_TOKEN. "

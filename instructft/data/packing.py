@@ -74,9 +74,6 @@ def pack(dataset: Dataset, capacity: int, seed: int = 0) -> Dataset:
 
     Each new row also holds `seq_lengths`, the tokens of each of its documents in order. The label of a document's
     first token becomes -100, so that it is never predicted from its neighbour's last.
-
-    >>> pack(rows, capacity=1024)[0].keys()
-    dict_keys(['input_ids', 'labels', 'seq_lengths'])
     """
     import pyarrow as pa
     from datasets import Dataset

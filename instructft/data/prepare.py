@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from instructft.data.deduplicate import near_duplicates
-from instructft.data.load import conversations, file_conversations, load_parts
+from instructft.data.load import load_parts
 from instructft.data.packing import flat, pack
 from instructft.data.tokenize import drop_reasons, encode_part
 from instructft.errors import DataError
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from instructft.recipe.schema import Recipe
-
-__all__ = ["Prepared", "conversations", "file_conversations", "load_parts", "prepare", "prepare_dataset"]
 
 SPLITS = ("train", "validation", "test")
 
@@ -108,8 +106,7 @@ class Prepared:
             ("loss on", f"{supervised:,} of {tokens:,} training tokens ({supervised / tokens:.1%})"),
         ]
         if self.dropped:
-            reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.dropped.most_common())
-            lines.append(("dropped", f"{sum(self.dropped.values()):,} rows: {reasons}"))
+            lines.append(("dropped", f"{sum(self.dropped.values()):,} rows: {drop_reasons(self.dropped)}"))
         if self.cut:
             lost = f"{self.cut:,} rows longer than {max_length} tokens lost {self.cut_tokens:,} tokens"
             lines.append(("cut", f"{lost}; they do not teach the end of an answer"))
@@ -134,9 +131,6 @@ def prepare_dataset(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Datas
         a `DatasetDict` with `train`, and `validation` and `test` where the recipe asks for them (an
         `IterableDatasetDict` with `train` alone where the data sets stream, see `instructft.data.streaming`); each row
         holds `input_ids` and `labels`, two lists of T ints, a label of -100 carrying no loss; packs also `seq_lengths`.
-
-    >>> prepare_dataset(recipe, tokenizer)["train"][0].keys()
-    dict_keys(['input_ids', 'labels'])
 
     Raises:
         DataError: data that cannot be read, or of which nothing is left to train on.
@@ -225,8 +219,3 @@ def _weigh(pieces: dict[str, Dataset], weights: dict[str, float], seed: int, dro
         if wanted < len(rows):
             pieces[label] = rows.select(np.sort(np.random.default_rng([seed, i, 2]).permutation(len(rows))[:wanted]))
             dropped["left_out_by_weight"] += len(rows) - wanted
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Encode
-# --------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import os
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -42,6 +43,21 @@ def suffix_of(location: str) -> str:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), Path(name).suffix)
 
 
+@contextmanager
+def opened(url: str) -> Iterator[Any]:
+    """The body of a file on the web, which must be read to its end.
+
+    Raises:
+        OSError: bytes that were promised did not come.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "instructft"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        yield answer
+        if missing := getattr(answer, "length", None):
+            promised = int(answer.headers["Content-Length"])
+            raise OSError(f"the connection broke after {promised - missing:,} of {promised:,} bytes")
+
+
 def download(url: str) -> Path:
     """Fetch a file; with HF_HUB_OFFLINE=1 the copy of last time is taken.
 
@@ -57,14 +73,10 @@ def download(url: str) -> Path:
             raise OSError("HF_HUB_OFFLINE is set, and there is no copy of the file from an earlier run")
         return copy
     folder.mkdir(parents=True, exist_ok=True)
-    request = urllib.request.Request(url, headers={"User-Agent": "instructft"})
     whole = copy.with_suffix(f".{os.getpid()}")  # moved into place when it is: another process may read the copy
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer, whole.open("wb") as file:
+        with opened(url) as answer, whole.open("wb") as file:
             shutil.copyfileobj(answer, file)
-            promised, got = answer.headers.get("Content-Length"), file.tell()
-        if promised is not None and int(promised) != got:
-            raise OSError(f"the connection broke after {got:,} of {int(promised):,} bytes")
         whole.replace(copy)
     finally:
         whole.unlink(missing_ok=True)
@@ -87,7 +99,7 @@ def read_file(path: Path, suffix: str, name: str) -> Dataset:
     if path.stat().st_size == 0:
         raise DataError(f"{name} is empty")
     if suffix == ".parquet":
-        return _parquet(path, name)
+        return _parquet_file(path, name)
     digest = hashlib.sha256(f"{suffix} 2 ".encode())  # the number changes when a reader below gives other rows
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -140,29 +152,28 @@ def columns_of(raw: Dataset) -> list[str]:
 
 
 def rows(path: Path, suffix: str, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON or CSV file, one after the other."""
+    """The rows of a file, one after the other; of any but `.json` few are in memory at a time."""
     return (row for row, _ in _read(path, suffix, name))
 
 
 def rows_of(file: IO[bytes], suffix: str, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of an open file: CSV, or a JSON object a line."""
-    return (row for row, _ in (_csv if suffix == ".csv" else _jsonl)(file, name))
+    """The rows of an open file."""
+    return (row for row, _ in _READ[suffix](_unzipped(file, suffix), name))
 
 
 def _read(path: Path, suffix: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Each row, and its JSON text where it stands in the file as such, else ""."""
     try:
-        with _open(path, suffix) as file:
-            read = {".json": _json, ".csv": _csv}.get(suffix, _jsonl)
-            yield from read(file, name)
+        with path.open("rb") as file:
+            yield from _READ[suffix](_unzipped(file, suffix), name)
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: {_not_utf8(path, suffix, error)}; save the file as UTF-8") from error
     except (OSError, EOFError) as error:  # a gzip file that is none, or not whole
         raise DataError(f"{name} could not be read: {error}") from error
 
 
-def _open(path: Path, suffix: str) -> IO[bytes]:
-    return gzip.open(path) if suffix.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+def _unzipped(file: IO[bytes], suffix: str) -> Any:
+    return gzip.GzipFile(fileobj=file) if suffix.endswith(".gz") else file
 
 
 def _jsonl(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -177,9 +188,6 @@ def _jsonl(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 def _json(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str]]:
     text = file.read().decode("utf-8-sig")
-    if found := _objects(text):
-        yield from found
-        return
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -192,31 +200,6 @@ def _json(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str]]:
         raise DataError(f"{name} holds a JSON {_kind(content)}, expected a list of rows: [{{…}}, {{…}}]")
     for number, row in enumerate(content, 1):
         yield _object(row, f"{name}: row {number}"), ""
-
-
-def _objects(text: str) -> list[tuple[dict[str, Any], str]]:
-    """The rows of a list of objects, each with the text it stands in; none where it is anything else."""
-    found = []
-    decode = json.JSONDecoder().raw_decode
-    at, between = _behind_space(text, 0), "["
-    while text[at : at + 1] == between:
-        start = _behind_space(text, at + 1)
-        try:
-            row, end = decode(text, start)
-        except json.JSONDecodeError:
-            return []
-        if not isinstance(row, dict):
-            return []
-        found.append((row, text[start:end]))
-        at, between = _behind_space(text, end), ","
-    return found if text[at : at + 1] == "]" and _behind_space(text, at + 1) == len(text) else []
-
-
-def _behind_space(text: str, at: int) -> int:
-    """The next position in `text`, from `at` on, that JSON does not take for white space."""
-    while text[at : at + 1] in (" ", "\n", "\r", "\t"):
-        at += 1
-    return at
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:
@@ -252,10 +235,24 @@ def _csv(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str]]:
         raise DataError(f"{name}, line {reader.line_num}: not CSV: {error}") from error
 
 
+def _parquet(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=_ROWS_AT_ONCE):
+            yield from ((row, "") for row in batch.to_pylist())
+    except pa.ArrowException as error:
+        raise DataError(f"{name} is not a whole Parquet file: {first_line(error)}") from error
+
+
+_READ = {".jsonl.gz": _jsonl, ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+
+
 def _not_utf8(path: Path, suffix: str, error: UnicodeDecodeError) -> str:
     """Name the first byte that is not UTF-8 by its place in the whole file: `error` counts within a block."""
-    with _open(path, suffix) as file:
-        for number, line in enumerate(file, 1):
+    with path.open("rb") as file:
+        for number, line in enumerate(_unzipped(file, suffix), 1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as found:
@@ -263,7 +260,8 @@ def _not_utf8(path: Path, suffix: str, error: UnicodeDecodeError) -> str:
     return str(error)
 
 
-def _parquet(path: Path, name: str) -> Dataset:
+def _parquet_file(path: Path, name: str) -> Dataset:
+    """The rows of a Parquet file with its own types, which nobody guessed."""
     import pyarrow as pa
     from datasets import load_dataset
     from pyarrow import parquet

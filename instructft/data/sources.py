@@ -2,9 +2,8 @@
 
 To add a data set: one entry in `SOURCES`, three of its rows in `tests/data/test_sources.py`, one recipe.
 
-A conversation is a list of messages, each `{"role": "system" | "user" | "assistant", "content": str}`. A user message
-may also carry `input` (Alpaca) or `context` (Dolly): templates with a heading for it show it there, for all others
-it is put below the content (`instructft.prompt.loss_mask.render` does that, and nobody else).
+A conversation is a list of `instructft.prompt.render.Message`s, the last one an assistant's; a row that cannot be one
+is `Unusable`, for a reason.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from instructft.errors import DataError
@@ -50,20 +51,12 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _alpaca(row: Mapping[str, Any]) -> list[Message]:
-    """`{"instruction", "input", "output"}`, as in Stanford Alpaca."""
+def _instruction(row: Mapping[str, Any], extra: str, answer: str) -> list[Message]:
+    """`{"instruction", "input", "output"}`, as in Stanford Alpaca, or Dolly's `context` and `response`."""
     user: Message = {"role": "user", "content": _text(row, "instruction")}
-    if extra := _text(row, "input"):
-        user["input"] = extra
-    return [*_system(row), user, {"role": "assistant", "content": _text(row, "output")}]
-
-
-def _dolly(row: Mapping[str, Any]) -> list[Message]:
-    """`{"instruction", "context", "response", "category"}`, as in Databricks Dolly."""
-    user: Message = {"role": "user", "content": _text(row, "instruction")}
-    if extra := _text(row, "context"):
-        user["context"] = extra
-    return [*_system(row), user, {"role": "assistant", "content": _text(row, "response")}]
+    if text := _text(row, extra):
+        user[extra] = text
+    return [*_system(row), user, {"role": "assistant", "content": _text(row, answer)}]
 
 
 def _system(row: Mapping[str, Any]) -> list[Message]:
@@ -170,8 +163,16 @@ FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), _messages),
     "sharegpt": Format(("conversations",), _sharegpt, ("system",)),
     "prompt-completion": Format(("prompt", "completion"), _prompt_completion),
-    "dolly": Format(("instruction", "response"), _dolly, ("context", "category", "system")),
-    "alpaca": Format(("instruction", "output"), _alpaca, ("input", "category", "system")),
+    "dolly": Format(
+        ("instruction", "response"),
+        partial(_instruction, extra="context", answer="response"),
+        ("context", "category", "system"),
+    ),
+    "alpaca": Format(
+        ("instruction", "output"),
+        partial(_instruction, extra="input", answer="output"),
+        ("input", "category", "system"),
+    ),
     "hh": Format(("chosen",), _hh, ("rejected",)),
 }
 
@@ -246,7 +247,8 @@ class Source:
         format: a key of `FORMATS`.
         licence: an SPDX name, or the publisher's words.
         hub: the Hub id of the data set, or
-        url: where its file is fetched from. Neither: it is bundled with this package.
+        url: where its file is fetched from, or
+        path: its file in this package.
         files: files inside the Hub repository for each split; None leaves the choice to the `datasets` library.
         homepage: where to read about it.
     """
@@ -256,9 +258,11 @@ class Source:
     homepage: str
     hub: str | None = None
     url: str | None = None
+    path: Path | None = None
     files: Mapping[str, list[str]] | None = field(default=None)
 
 
+QUICKSTART = Path(__file__).with_name("quickstart")  # the bundled rows, and a tokenizer trained on them
 _HH_FOLDERS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 _BOOK = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json"
 
@@ -306,10 +310,11 @@ SOURCES: dict[str, Source] = {
         homepage="https://github.com/rasbt/LLMs-from-scratch",
         url=_BOOK,
     ),
-    # Made by code in `instructft.data.quickstart`: needs no network, learned from scratch in minutes on two CPU cores.
+    # 2,822 rows made by `scripts/quickstart_data.py`: no network, learned from scratch in minutes on two CPU cores.
     "quickstart": Source(
         format="alpaca",
         licence="Apache-2.0",
-        homepage="instructft/data/quickstart.py",
+        homepage="scripts/quickstart_data.py",
+        path=QUICKSTART / "rows.jsonl",
     ),
 }

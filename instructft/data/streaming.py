@@ -1,36 +1,74 @@
 """Streams data sets that are larger than the disk: rows are read, encoded and mixed as training asks for them.
 
-The rules of masks, cuts and drops are those of `data.py`, and its code; the road of a row is in `stream_rows.py`.
-What a stream cannot have: held-out rows, a number of epochs, batches of rows of like length, and packs that fit best
-over the whole set. A pass ends when every data set has been read to its end; in a mix, one that ends sooner begins
-again. Each pass has an order of its own, which follows from `data.seed`.
+    for each data set:  raw rows ──► shuffle ──► encode ──┐
+                        (in order)   (10,000)    (1,000)  ├──► mix by weight ──► packs ──► trainer
+    the next one:       raw rows ──► shuffle ──► encode ──┘                      (1,000)
+
+Each step is a generator; the figures are rows in memory, the most that is ever held. The rules of masks, cuts and
+drops are those of `instructft.data.tokenize`. What a stream cannot have: held-out rows, a number of epochs, batches of
+rows of like length, and packs that fit best over the whole set. A pass ends when every data set has been read to its
+end; in a mix, one that ends sooner begins again. Each pass has an order of its own, which follows from `data.seed`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import count, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from instructft.data.load import Part, shape
-from instructft.data.streaming_rows import ENCODED, Row, Stream, Streams, Tally, reader
+import numpy as np
+
+from instructft.data import readers
+from instructft.data.load import Part, existing, hub_id, known_suffix, label_of, load_raw, location_of, not_read, shape
+from instructft.data.packing import best_fit
 from instructft.data.tokenize import Batches, drop_reasons, shaped_by
 from instructft.errors import DataError
-from instructft.prompt.loss_mask import encoder
+from instructft.prompt.loss_mask import IGNORE_INDEX, encoder
 
 if TYPE_CHECKING:
     from datasets import IterableDataset, IterableDatasetDict
     from transformers import PreTrainedTokenizerBase
 
-    from instructft.recipe.schema import Recipe
+    from instructft.recipe.schema import DatasetEntry, Recipe
+
+SHUFFLED = 10_000  # raw rows of a data set among which the next one is drawn
+ENCODED = 1_000  # rows encoded at a time, packed together, and looked at for the account ahead of a run
+
+Row = dict[str, list[int]]
+Encoded = tuple[np.ndarray, np.ndarray]  # input_ids and labels of one row
+T = TypeVar("T")
+
+
+@dataclass
+class _Tally:
+    """What has passed so far in one iteration."""
+
+    rows: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
+    cut_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """One entry of `data.datasets`: where its raw rows come from, and what makes rows of them."""
+
+    part: Part
+    read: Callable[[], Iterator[dict[str, Any]]]  # begins anew at each call
+    encode: Callable[..., Any]
+    known_by: Any  # changes when the raw rows do, as far as that can be told without reading them
 
 
 class Streamed:
-    """A recipe's streams; stands where `data.Prepared` stands for sets that are read whole.
+    """A recipe's streams; stands where `data.prepare.Prepared` stands for sets that are read whole.
 
     `rows`, `tokens`, `supervised_tokens`, `dropped`, `cut` and `cut_tokens` say what has passed in the iteration of
     the training rows that was begun last; a row is known to be dropped up to 1,000 rows ahead. Use `prepare_stream`.
@@ -38,12 +76,11 @@ class Streamed:
 
     groups: dict[str, int] = {}  # noqa: RUF012  nothing is held out
 
-    def __init__(self, streams: list[Stream], recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
-        self._streams, self._data = Streams(streams, recipe.data), recipe.data
-        self._tally = Tally()
+    def __init__(self, streams: list[_Stream], recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
+        self._streams, self._data, self._tally = streams, recipe.data, _Tally()
+        self._weights = [stream.part.weight for stream in streams]
         ours = [shaped_by(stream.known_by, stream.part, recipe, tokenizer) for stream in streams]
-        weights = [stream.part.weight for stream in streams]
-        more = [ours, weights, [e.rows for e in self._data.datasets], self._data.seed, self._data.packing]
+        more = [ours, self._weights, [e.rows for e in self._data.datasets], self._data.seed, self._data.packing]
         self.fingerprint = hashlib.sha256(json.dumps(more).encode()).hexdigest()[:16]
         self._train = self._dataset(lambda: self._pass(self._train.epoch))
 
@@ -70,40 +107,34 @@ class Streamed:
 
     @property
     def rows(self) -> dict[str, int]:
-        """Rows that have passed, before packing."""
-        return {"train": self._tally.rows, "validation": 0, "test": 0}
+        return {"train": self._tally.rows, "validation": 0, "test": 0}  # before packing
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Tokens that have passed."""
         return {"train": self._tally.tokens}
 
     @property
     def supervised_tokens(self) -> dict[str, int]:
-        """Tokens that carry loss among those."""
         return {"train": self._tally.supervised_tokens}
 
     @property
     def dropped(self) -> Counter[str]:
-        """Rows that left the stream, by reason."""
         return self._tally.dropped
 
     @property
     def cut(self) -> int:
-        """Rows that were longer than `max_length` and are trained without their end."""
         return self._tally.cut
 
     @property
     def cut_tokens(self) -> int:
-        """Tokens that these rows lost."""
         return self._tally.cut_tokens
 
     @cached_property
-    def _sample(self) -> tuple[Tally, int, Row]:
+    def _sample(self) -> tuple[_Tally, int, Row]:
         """The first thousand rows that can be trained on: their tally, the rows or packs they make, one to show."""
-        tally, made = Tally(), 0
+        tally, made = _Tally(), 0
         first = example = None
-        for row in self._streams.rows(0, tally, shuffle=False):
+        for row in self._rows(0, tally, shuffle=False):
             made += 1
             first = first or row
             example = example or (row if len(row["input_ids"]) <= 300 else None)
@@ -124,13 +155,14 @@ class Streamed:
 
     def account(self, max_length: int) -> list[tuple[str, str]]:
         """What the data is, line by line: (what, how much). Figures are estimates, and say so."""
-        streams, (tally, _, _) = self._streams.streams, self._sample
+        tally = self._sample[0]
         share, mean = tally.supervised_tokens / tally.tokens, tally.tokens / tally.rows
-        total = sum(stream.part.weight for stream in streams)
-        mix = " · ".join(f"{s.part.weight / total:.0%} {s.part.label}" for s in streams)
+        labels = [stream.part.label for stream in self._streams]
+        total = sum(self._weights)
+        mix = " · ".join(f"{w / total:.0%} {label}" for w, label in zip(self._weights, labels, strict=True))
         guess = f"estimated from the first {tally.rows:,} rows"
         lines = [
-            ("data", f"{mix if len(streams) > 1 else streams[0].part.label}, read as it is trained on"),
+            ("data", f"{mix if len(labels) > 1 else labels[0]}, read as it is trained on"),
             ("loss on", f"about {share:.1%} of training tokens; about {mean:.0f} tokens a row ({guess})"),
         ]
         if tally.dropped:
@@ -145,19 +177,92 @@ class Streamed:
 
     # -- the rows ---------------------------------------------------------------------------------------------------
 
-    def _pass(self, number: int, goes_on: bool = False) -> Iterator[Row]:
+    def _pass(self, number: int, adds_up: bool = False) -> Iterator[Row]:
         """The rows of one pass in its own order, counted anew, or on top of the pass before it."""
-        if not goes_on:
-            self._tally = Tally()
-        yield from self._streams.rows(number, self._tally)
+        if not adds_up:
+            self._tally = _Tally()
+        yield from self._rows(number, self._tally)
+
+    def _rows(self, number: int, tally: _Tally, shuffle: bool = True) -> Iterator[Row]:
+        """The rows (packs) of pass `number`, counted in `tally`."""
+        for documents in self._documents(self._mixed(number, tally, shuffle)):
+            ids = np.concatenate([ids for ids, _ in documents])
+            labels = np.concatenate([labels for _, labels in documents])
+            lengths = [len(ids) for ids, _ in documents]
+            row = {"input_ids": ids.tolist()}
+            if self._data.packing:  # no first token is predicted from its neighbour's last
+                labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX
+                row["seq_lengths"] = lengths
+            row["labels"] = labels.tolist()
+            tally.rows += len(documents)
+            tally.tokens += len(ids)
+            tally.supervised_tokens += int((labels != IGNORE_INDEX).sum())
+            yield row
+
+    def _documents(self, rows: Iterator[Encoded]) -> Iterator[list[Encoded]]:
+        """Rows that share a pack; none is split or dropped, and each window of rows is packed to the end."""
+        if not self._data.packing:
+            yield from ([row] for row in rows)
+        while window := list(islice(rows, ENCODED)):
+            for documents in best_fit([len(ids) for ids, _ in window], self._data.max_length, self._data.seed):
+                yield [window[i] for i in documents]
+
+    def _mixed(self, number: int, tally: _Tally, shuffle: bool) -> Iterator[Encoded]:
+        """Rows of all streams, each as often as its weight says."""
+        everyone = range(len(self._streams))
+        draw = random.Random(f"{self._data.seed} mix {number}")
+        rounds = [0 for _ in everyone]  # how often each was read to its end
+        opened = [self._one(i, (number, 0), tally, shuffle) for i in everyone]
+        while True:
+            i = draw.choices(everyone, self._weights)[0] if len(everyone) > 1 else 0
+            row = next(opened[i], None)
+            if row is None:
+                rounds[i] += 1
+                if all(rounds):
+                    return
+                opened[i] = self._one(i, (number, rounds[i]), tally, shuffle)
+                row = next(opened[i])  # `_one` gives a row or raises
+            yield row
+
+    def _one(self, i: int, number: tuple[int, int], tally: _Tally, shuffle: bool) -> Iterator[Encoded]:
+        """Ids and labels of the rows of stream `i` that can be trained on, read once from start to end."""
+        stream, given = self._streams[i], False
+        rows: Iterator[tuple[int, dict[str, Any]]] = enumerate(stream.read())
+        if shuffle:
+            rows = shuffled(rows, random.Random(f"{self._data.seed} {i} {number}"), SHUFFLED)
+        while batch := list(islice(rows, ENCODED)):
+            ids, labels, lengths, lost, verdicts = stream.encode([row for _, row in batch], [n for n, _ in batch])
+            tally.dropped.update(verdict for verdict in verdicts if verdict)
+            tally.cut += int((lost > 0).sum())
+            tally.cut_tokens += int(lost.sum())
+            ends = np.cumsum(lengths)
+            for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True):
+                if end > start:
+                    given = True
+                    yield ids[start:end], labels[start:end]
+        if not given:
+            part = stream.part
+            raise DataError(f"{part.key}: no row of {part.label} can be trained on: {drop_reasons(tally.dropped)}")
+
+
+def shuffled(rows: Iterable[T], draw: random.Random, size: int) -> Iterator[T]:
+    """All `rows`, each drawn from the `size` that were read last and are still there.
+
+    >>> list(shuffled("abcdef", random.Random(1), 3))
+    ['a', 'd', 'c', 'e', 'b', 'f']
+    """
+    rows = iter(rows)
+    held = list(islice(rows, size))
+    for row in rows:
+        i = draw.randrange(size)
+        yield held[i]
+        held[i] = row
+    draw.shuffle(held)
+    yield from held
 
 
 def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Streamed:
     """Open the data sets of a recipe that streams; no more than the first thousand rows of each are read.
-
-    >>> data = prepare_stream(recipe, tokenizer)
-    >>> next(iter(data.splits["train"])).keys()
-    dict_keys(['input_ids', 'labels'])
 
     Raises:
         DataError: a file, URL or Hub id that cannot be read, or whose rows have no known format; while rows are read
@@ -168,8 +273,8 @@ def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stream
     streams = []
     for i, entry in enumerate(recipe.data.datasets):
         key = f"data.datasets[{i}]"
-        label = entry.name or entry.hub or entry.path or entry.url or key
-        read, known_by = reader(entry, label, key)
+        label = label_of(entry, key)
+        read, known_by = _reader(entry, label, key)
         columns: dict[str, None] = {}  # a set that keeps its order
         for row in islice(read(), ENCODED):
             columns.update(dict.fromkeys(row))
@@ -177,5 +282,46 @@ def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stream
             raise DataError(f"{key}: {label} holds no rows")
         fmt, mapped = shape(entry, list(columns), label, key)
         part = Part(label, None, fmt, mapped, {}, key, None, entry.weight)
-        streams.append(Stream(part, read, Batches(part, recipe.data, tokenizer).encode, known_by))
+        streams.append(_Stream(part, read, Batches(part, recipe.data, tokenizer).encode, known_by))
     return Streamed(streams, recipe, tokenizer)
+
+
+def _reader(entry: DatasetEntry, label: str, key: str) -> tuple[Callable[[], Iterator[dict[str, Any]]], Any]:
+    """What reads the raw rows of one entry from the start, and what they are known by."""
+    begin: Callable[[], Iterator[dict[str, Any]]]
+    known_by: Any
+    if hub := hub_id(entry):
+        raw = load_raw(entry, label, key)
+        begin, known_by = partial(iter, raw), [hub, entry.config, entry.split, entry.revision]
+    elif "://" in (location := location_of(entry)):
+        begin, known_by = partial(_url, location, known_suffix(location, key)), location
+    else:
+        path = existing(location, key)
+        begin = partial(readers.rows, path, known_suffix(location, key), location)
+        known_by = entry.name or [location, *path.stat()[6:9:2]]  # what is bundled counts as code
+
+    def read() -> Iterator[dict[str, Any]]:
+        try:
+            yield from islice(begin(), entry.rows)
+        except DataError as error:
+            raise error if str(error).startswith(key) else DataError(f"{key}: {error}") from error
+        except Exception as error:
+            raise DataError(not_read(entry, label, key, error)) from error
+
+    return read, known_by
+
+
+def _url(url: str, suffix: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file on the web, none of which is put on the disk; with HF_HUB_OFFLINE=1 an earlier copy's."""
+    from datasets import config
+
+    if config.HF_HUB_OFFLINE:
+        yield from readers.rows(readers.download(url), suffix, url)
+    elif suffix == ".parquet":  # its index stands at the end
+        import fsspec
+
+        with fsspec.open(url, "rb") as file:
+            yield from readers.rows_of(file, suffix, url)
+    else:
+        with readers.opened(url) as body:
+            yield from readers.rows_of(body, suffix, url)

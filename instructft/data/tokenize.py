@@ -114,7 +114,7 @@ class Batches:
 
 
 def drop_reasons(dropped: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.most_common()) or "none given"
+    return ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.most_common()) or "none given"
 
 
 def shaped_by(raw: Any, part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -139,13 +139,12 @@ def shaped_by(raw: Any, part: Part, recipe: Recipe, tokenizer: PreTrainedTokeniz
 
 
 @lru_cache(maxsize=1)
-def _code() -> str:
+def _code(package: Path = Path(__file__).parents[1]) -> str:
     """A hash of all that makes a row, ours and upstream's: an upgrade that changes it never meets rows of the old one.
 
     `prompt` and `data` are hashed whole, since a list of names is forgotten when a module is added.
     """
     digest = hashlib.sha256()
-    package = Path(__file__).parents[1]
     for path in sorted(path for room in ("prompt", "data") for path in (package / room).rglob("*") if path.is_file()):
         if path.suffix != ".pyc":
             digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes())

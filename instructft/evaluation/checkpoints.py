@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from instructft.checkpoints.manifest import folders, verify
 from instructft.errors import CheckpointError, UsageError
-from instructft.evaluation.compare import json_place, rows_of
+from instructft.evaluation.compare import check_json, plain_table, rows_of, train_on_of, write_json
 from instructft.evaluation.confidence import differences
 from instructft.evaluation.metrics import evaluate
 from instructft.formatting import FORMS, name_of
-from instructft.inference.chat import Generator, load_for_inference
+from instructft.inference.generator import Generator
 from instructft.inference.reference_model import recipe_of
+from instructft.models.load_for_inference import load_for_inference
 
 FINAL = "final"
 _SHOWN = ("loss", "exact_match", "rougeL", "bleu", "stopped", "repeated")
@@ -47,13 +46,12 @@ def compare_checkpoints(
     models, broken = _models(folder)
     if not models:
         raise UsageError(f"--checkpoints: {run} holds no checkpoint that verifies" + "".join(f"; {b}" for b in broken))
-    json_place(json_file)
+    check_json(json_file)
     recipe = recipe_of(str(folder))
     if split is None and recipe is not None and not data and recipe.data.splits.validation:
         split = "validation"
     rows, described, made_from = rows_of(recipe, data, split, limit)
-    used = recipe or made_from
-    train_on = used.data.train_on if used else "responses"
+    train_on = train_on_of(recipe or made_from)
 
     found: dict[str, Any] = {}
     for name, place in models.items():
@@ -62,15 +60,17 @@ def compare_checkpoints(
         console.print(f"{name}: loss {found[name]['loss']:.4f}", markup=False)
         del generator  # one model in memory at a time
     best = min(found, key=lambda name: found[name]["loss"])
-    apart = {name: differences(found[best]["rows"], found[name]["rows"])["loss"]["noise"] for name in found}
     tuned = found[FINAL] if FINAL in found else found[list(found)[-1]]
-    results = {"tuned": tuned, "checkpoints": found, "best": best}
-    if json_file:
-        json_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(json_file, {"tuned": tuned, "checkpoints": found, "best": best})
     console.print(f"\n{len(rows)} rows: {described}", markup=False)
     for line in broken:
-        console.print(f"passed over: {line}", markup=False)
-    _print(console, found, best, apart)
+        console.print(f"skipped: {line}", markup=False)
+    table = plain_table("", *(name_of(figure) for figure in _SHOWN), "")
+    for name, figures in found.items():
+        noise = differences(found[best]["rows"], figures["rows"])["loss"]["noise"]
+        mark = "best" if name == best else "as good, within noise" if noise else ""
+        table.add_row(name, *(FORMS[figure].format(figures[figure]) for figure in _SHOWN), mark)
+    console.print(table)
 
 
 def _models(run: Path) -> tuple[dict[str, Path], list[str]]:
@@ -86,17 +86,3 @@ def _models(run: Path) -> tuple[dict[str, Path], list[str]]:
     if models and any((run / name).is_file() for name in ("config.json", "adapter_config.json")):
         models[FINAL] = run
     return models, broken
-
-
-def _print(console: Any, found: Mapping[str, Any], best: str, noise: Mapping[str, bool | None]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("")
-    for figure in _SHOWN:
-        table.add_column(name_of(figure), justify="right")
-    table.add_column("")
-    for name, figures in found.items():
-        mark = "best" if name == best else "as good, within noise" if noise[name] else ""
-        table.add_row(name, *(FORMS[figure].format(figures[figure]) for figure in _SHOWN), mark)
-    console.print(table)

@@ -1,22 +1,31 @@
-"""`instructft evaluate`: a model on held-out rows, and beside it the one that it was made from."""
+"""`instructft evaluate`: a model on held-out rows, beside the one that it was made from or another one, in tables.
+
+What judges a model in another way (`instructft.extras`) puts the same question to both of them with `ask_both`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from instructft.checkpoints.resume import fixed_keys
-from instructft.data.prepare import SPLITS, conversations, file_conversations
+from instructft.data.load import conversations, file_conversations
+from instructft.data.prepare import SPLITS
 from instructft.data.readers import SUFFIXES, suffix_of
 from instructft.errors import UsageError
-from instructft.evaluation.compare_tables import print_groups, print_metrics, print_rows
 from instructft.evaluation.confidence import differences
 from instructft.evaluation.metrics import evaluate
-from instructft.inference.chat import Generator, load_for_inference, locate
-from instructft.inference.reference_model import START, Beside, check_base, recipe_of
-from instructft.recipe.schema import Recipe, load_recipe
+from instructft.formatting import FORMS, name_of, short
+from instructft.inference.generator import Generator
+from instructft.inference.reference_model import START, ReferenceModel, check_base, recipe_of
+from instructft.models.load_for_inference import load_for_inference, locate
+from instructft.recipe.load import load_recipe
+from instructft.recipe.schema import Recipe
+
+_IN_GROUPS = ("loss", "exact_match", "rougeL", "bleu", "stopped")
+Found = TypeVar("Found")
 
 
 def compare(
@@ -44,53 +53,63 @@ def compare(
     """
     from rich.console import Console
 
-    locate(model)
-    if base:
-        check_base(model, base)
+    check_models(model, base)
     run_recipe = recipe_of(model)
     base_recipe = recipe_of(base) if base and base != START else None
     seeds_alone = only_seeds_differ(run_recipe, base_recipe)
     if limit is not None and limit < 1:
         raise UsageError(f"--limit: found {limit}, expected 1 or more rows")
-    json_place(json_file)
+    check_json(json_file)
     rows, described, recipe = rows_of(run_recipe, data, split, limit)
-    made_by = run_recipe or recipe
-    train_on = made_by.data.train_on if made_by else "responses"
+    train_on = train_on_of(run_recipe or recipe)
 
-    tuned = Generator(*load_for_inference(model))
-    results: dict[str, Any] = {"tuned": evaluate(tuned, rows, train_on=train_on)}
-    same_tokens = True
+    tokens: list[dict[str, int]] = []  # each model's vocabulary
+    contexts: list[int] = []
+
+    def judge(generator: Generator) -> dict[str, Any]:
+        tokens.append(generator.tokenizer.get_vocab())
+        contexts.append(generator.context)
+        return evaluate(generator, rows, train_on=train_on)
+
+    results: dict[str, Any] = ask_both(model, base, judge)
+    same_tokens = tokens[0] == tokens[-1]
     if base:
-        with Beside.of(model, base, tuned).answering() as other:
-            results["base"] = evaluate(other, rows, train_on=train_on)
-            same_tokens = other.tokenizer.get_vocab() == tuned.tokenizer.get_vocab()
         difference = differences(results["tuned"]["rows"], results["base"]["rows"])
         per_token = () if same_tokens else ("loss", "perplexity", "answer_tokens")
         results["difference"] = {name: found for name, found in difference.items() if name not in per_token}
         if seeds_alone:
             results["difference"] = {name: by_seed(found) for name, found in results["difference"].items()}
-    if json_file:
-        json_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(json_file, results)
     console = Console(highlight=False)
     console.print(f"\n{len(rows)} rows: {described}", markup=False)
     if show > 0:
-        print_rows(console, results, show)
-    print_metrics(console, results)
+        _print_rows(console, results, show)
+    _print_metrics(console, results)
     if base_recipe and not seeds_alone:
         console.print(
             "The intervals cover the choice of rows, not the seed of training: how far that goes, a second run with "
             "another train.seed shows."
         )
-    print_groups(console, results)
+    _print_groups(console, results["tuned"]["groups"])
     if cut := results["tuned"]["cut"]:
         console.print(
-            f"{cut} of {len(rows)} rows are longer than the model's context of {tuned.context} tokens: their loss is "
+            f"{cut} of {len(rows)} rows are longer than the model's context of {contexts[0]} tokens: their loss is "
             "that of the part that fits, and a question that fills the context has no answer."
         )
     if not same_tokens:
         console.print(
             "The two models cut text into different tokens: loss and perplexity, which are per token, do not compare."
         )
+
+
+def ask_both(model: str, base: str | None, judge: Callable[[Generator], Found]) -> dict[str, Found]:
+    """What `judge` finds of a model, as `tuned`, and where there is a base of that, as `base`."""
+    tuned = Generator(*load_for_inference(model))
+    found = {"tuned": judge(tuned)}
+    if base:
+        with ReferenceModel.of(model, base, tuned).answering() as other:
+            found["base"] = judge(other)
+    return found
 
 
 def only_seeds_differ(one: Recipe | None, other: Recipe | None) -> bool:
@@ -111,12 +130,36 @@ def by_seed(found: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "noise": True, "because": "seed"} if found["noise"] is False else dict(found)
 
 
-def json_place(json_file: Path | None) -> None:
+# --------------------------------------------------------------------------------------------------------------------
+# What is asked for
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def check_models(model: str, base: str | None) -> None:
+    """Refuse a model that is not there, or a base that cannot be told, before weights are loaded."""
+    locate(model)
+    if base:
+        check_base(model, base)
+
+
+def check_json(json_file: Path | None) -> None:
     """Make the folder that `--json` writes into; a `UsageError` where it names a folder."""
     if json_file:
         if json_file.is_dir():
             raise UsageError(f"--json: {json_file} is a folder; name a file")
         json_file.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_json(json_file: Path | None, results: Mapping[str, Any]) -> None:
+    """Write what `--json` asks for."""
+    if json_file:  # `str`: a public benchmark's figures may hold objects of its own
+        text = json.dumps(results, indent=2, ensure_ascii=False, default=str)
+        json_file.write_text(text + "\n", encoding="utf-8")
+
+
+def train_on_of(recipe: Recipe | None) -> str:
+    """Which tokens a recipe supervises."""
+    return recipe.data.train_on if recipe else "responses"
 
 
 def rows_of(
@@ -142,3 +185,87 @@ def rows_of(
     if not rows:
         raise UsageError(f"the {split} split of {recipe.name} is empty; choose another with --split")
     return rows, f"the {split} split of {recipe.name}", recipe
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tables
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def plain_table(*columns: str, left: int = 1) -> Any:
+    """A table without lines; the first `left` columns hold text, the others figures."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    return table
+
+
+def _print_metrics(console: Any, results: Mapping[str, Any]) -> None:
+    """One model's figures with their intervals; of two models the difference, and whether it is noise."""
+    tuned, base, difference = results["tuned"], results.get("base"), results.get("difference", {})
+    if base is None:
+        table = plain_table("", "tuned", "95% interval")
+    else:
+        table = plain_table("", "before", "after", "difference, 95% interval", "")
+    for figure, form in FORMS.items():
+        value = form.format(tuned[figure])
+        if base is None:
+            table.add_row(name_of(figure), value, _span(form, tuned["intervals"].get(figure)))
+        else:
+            found = difference.get(figure, {"interval": None, "noise": None})
+            verdict = "noise (seed)" if "because" in found else {True: "noise", False: "", None: "?"}[found["noise"]]
+            row = (form.format(base[figure]), value, _span(form.replace("{:", "{:+"), found["interval"]), verdict)
+            table.add_row(name_of(figure), *row)
+    console.print(table)
+    if any(found["noise"] and "because" not in found for found in difference.values()):
+        console.print("noise: the interval holds 0; other rows of the same kind might have turned it round.")
+    if any("because" in found for found in difference.values()):
+        console.print(
+            "noise (seed): beyond the choice of rows, but the two runs differ in their seed alone. This is how far "
+            "training itself scatters; what an experiment gains should be more."
+        )
+
+
+def _span(form: str, interval: Sequence[float] | None) -> str:
+    return "" if interval is None else " to ".join(form.format(value) for value in interval)
+
+
+def _print_groups(console: Any, groups: Mapping[str, Any]) -> None:
+    """Figures for each data set and each category, where there are several."""
+    from rich.text import Text
+
+    for column, parts in groups.items():
+        table = plain_table(column.replace("dataset", "data set"), "rows", *(name_of(figure) for figure in _IN_GROUPS))
+        for name, found in parts.items():
+            figures = (FORMS[figure].format(found[figure]) for figure in _IN_GROUPS)
+            table.add_row(Text(short(name, 40)), f"{found['count']:,}", *figures)  # Text: not taken for markup
+        console.print()
+        console.print(table)
+
+
+def _print_rows(console: Any, results: Mapping[str, Any], show: int) -> None:
+    """Some rows, spread over all of them: question, expected answer, the answers."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    tuned, base = results["tuned"]["rows"], results.get("base", {}).get("rows")
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
+    table.add_column("question", ratio=3, overflow="fold")
+    table.add_column("expected", ratio=2, overflow="fold")
+    if base:
+        table.add_column("before", ratio=2, overflow="fold", style="dim")
+    table.add_column("", width=1)
+    table.add_column("after" if base else "answer", ratio=2, overflow="fold")
+    shown = min(show, len(tuned))
+    for i in (place * len(tuned) // shown for place in range(shown)):
+        row = tuned[i]
+        cells = [Text(short(row["prompt"], 120)), Text(short(row["reference"], 100))]
+        if base:
+            cells.append(Text(short(base[i]["prediction"], min(60, console.width // 2)) or "(nothing)"))
+        right = row["prediction"] == row["reference"]
+        mark = Text("✓", style="green") if right else Text("✗", style="red")
+        table.add_row(*cells, mark, Text(short(row["prediction"], 100) or "(nothing)"))
+    console.print(table)

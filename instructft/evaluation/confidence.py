@@ -1,19 +1,17 @@
-"""How sure a figure is: intervals from rows drawn again and again, and whether two models differ by more than chance.
+"""The figures of an evaluation as sums over rows, and how sure each is: intervals, and whether two models differ.
 
 A bootstrap (Efron, 1979; for tests of language models Koehn, 2004: https://aclanthology.org/W04-3250) draws as many
-rows as there are, with replacement, a thousand times, and computes the figure of each draw: the middle 95% of them are
-its interval. Two models are compared on the same draws (paired), so that a row that is hard for both counts for
-neither.
+rows as there are, with replacement, a thousand times; the middle 95% of the figures of all draws are the interval. Two
+models are compared on the same draws (paired), so that a row that is hard for both counts for neither.
 What is judged is chance in the choice of rows. That another seed of training gives another model is not in it:
-`instructft evaluate` says so, and calls what lies between two seeds of one recipe noise
-(`instructft.evaluation.compare.by_seed`).
+`instructft evaluate` says so (`instructft.evaluation.compare.by_seed`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -22,6 +20,7 @@ SEED = 0  # of the draws: the same rows give the same interval
 LEVEL = 95  # per cent of the draws that lie within an interval
 FEWEST = 10  # rows; of fewer no interval is told
 _AT_ONCE = 1 << 22  # counts in memory at a time
+Row: TypeAlias = Mapping[str, Any]
 
 
 class Measure(NamedTuple):
@@ -30,13 +29,13 @@ class Measure(NamedTuple):
     rows: np.ndarray  # (N, K) float64: what is summed
     value: Callable[[np.ndarray], float]  # of the sums, (K,)
 
-    def sums(self) -> np.ndarray:
-        """Its sums over all draws: (DRAWS, K)."""
-        return np.concatenate([counts @ self.rows for counts in _draws(len(self.rows))])
+    def whole(self) -> float:
+        """Its value over all rows."""
+        return self.value(self.rows.sum(0))
 
     def drawn(self) -> np.ndarray:
         """Its value in each draw: (DRAWS,)."""
-        return np.array([self.value(sums) for sums in self.sums()])
+        return np.array([self.value(sums) for counts in _draws(len(self.rows)) for sums in counts @ self.rows])
 
 
 def _draws(count: int) -> Any:
@@ -55,36 +54,43 @@ def _perplexity(sums: np.ndarray) -> float:
     return math.exp(min(_ratio(sums), 700.0))
 
 
-def measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Measure]:
-    """Name -> figure of rows as `instructft.evaluate` returns them. Loss is weighted by supervised tokens."""
-    ones = np.ones(len(rows))
-
-    def mean(values: Sequence[float]) -> Measure:
-        return Measure(np.stack([np.asarray(values, dtype=np.float64), ones], 1), _ratio)
-
-    loss = np.array([[row["nll"], row["supervised_tokens"]] for row in rows], dtype=np.float64)
-    return {
-        "loss": Measure(loss, _ratio),
-        "perplexity": Measure(loss, _perplexity),
-        "exact_match": mean([row["prediction"].strip() == row["reference"].strip() for row in rows]),
-        "rougeL": mean([row["rougeL"] for row in rows]),
-        "bleu": _bleu([row["prediction"] for row in rows], [row["reference"] for row in rows]),
-        "answer_tokens": mean([row["answer_tokens"] for row in rows]),
-        "stopped": mean([row["finish_reason"] == "stop" for row in rows]),
-        "repeated": mean([row["repeated"] for row in rows]),
-    }
+def _mean(of: Callable[[Row], float]) -> Callable[[Sequence[Row]], Measure]:
+    return lambda rows: Measure(np.array([[of(row), 1.0] for row in rows], dtype=np.float64), _ratio)
 
 
-def _bleu(predictions: Sequence[str], references: Sequence[str]) -> Measure:
-    """Corpus BLEU: its counts of n-grams are summed over rows, as sacrebleu's own bootstrap does."""
+def _losses(rows: Sequence[Row]) -> np.ndarray:
+    return np.array([[row["nll"], row["supervised_tokens"]] for row in rows], dtype=np.float64)
+
+
+def _bleu(rows: Sequence[Row]) -> Measure:
+    """Corpus BLEU (Post, 2018: https://aclanthology.org/W18-6319): sacrebleu's own counts of n-grams, summed."""
     from sacrebleu.metrics import BLEU
 
     scorer = BLEU()
-    counts = np.array(scorer._extract_corpus_statistics(list(predictions), [list(references)]), dtype=np.float64)
+    predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
+    counts = np.array(scorer._extract_corpus_statistics(predictions, [references]), dtype=np.float64)
     return Measure(counts, lambda sums: float(scorer._compute_score_from_stats([int(x) for x in sums]).score))
 
 
-def intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float] | None]:
+# name in the results -> the figure over rows as `instructft.evaluate` returns them
+METRICS: dict[str, Callable[[Sequence[Row]], Measure]] = {
+    "loss": lambda rows: Measure(_losses(rows), _ratio),  # weighted by supervised tokens
+    "perplexity": lambda rows: Measure(_losses(rows), _perplexity),
+    "exact_match": _mean(lambda row: row["prediction"].strip() == row["reference"].strip()),
+    "rougeL": _mean(lambda row: row["rougeL"]),
+    "bleu": _bleu,
+    "answer_tokens": _mean(lambda row: row["answer_tokens"]),
+    "stopped": _mean(lambda row: row["finish_reason"] == "stop"),
+    "repeated": _mean(lambda row: row["repeated"]),
+}
+
+
+def measures(rows: Sequence[Row]) -> dict[str, Measure]:
+    """Name -> figure of these rows."""
+    return {name: measure(rows) for name, measure in METRICS.items()}
+
+
+def intervals(rows: Sequence[Row]) -> dict[str, list[float] | None]:
     """The 95% interval of each figure; None where there are too few rows to tell, or nothing to divide by.
 
     >>> intervals(results["tuned"]["rows"])["loss"]
@@ -96,7 +102,7 @@ def intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float] | None
     return {name: _middle(measure.drawn()) for name, measure in known.items()}
 
 
-def differences(tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def differences(tuned: Sequence[Row], base: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Tuned less base in each figure, over the same rows in the same order.
 
     Returns name -> `value`, `interval`, and `noise`: whether zero lies within the interval, so that another choice of
@@ -109,10 +115,9 @@ def differences(tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, 
     ours, theirs = measures(tuned), measures(base)
     for name in ours:
         a, b = ours[name], theirs[name]
-        value = a.value(a.rows.sum(0)) - b.value(b.rows.sum(0))
         interval = _middle(a.drawn() - b.drawn()) if len(tuned) >= FEWEST else None
         noise = None if interval is None else interval[0] <= 0 <= interval[1]
-        found[name] = {"value": value, "interval": interval, "noise": noise}
+        found[name] = {"value": a.whole() - b.whole(), "interval": interval, "noise": noise}
     return found
 
 

@@ -6,15 +6,14 @@ for each data set and each category of rows.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from instructft.data.sources import Unusable, detect_format, to_conversation
 from instructft.errors import DataError
-from instructft.evaluation.confidence import intervals
-from instructft.inference.chat import MAX_NEW_TOKENS, Generator, as_generator
-from instructft.inference.generator import Answer
+from instructft.evaluation.confidence import intervals, measures
+from instructft.inference.chat import as_generator
+from instructft.inference.generator import MAX_NEW_TOKENS, Answer, Generator
 from instructft.prompt.loss_mask import IGNORE_INDEX, encode_conversation
 from instructft.prompt.render import Message
 
@@ -25,42 +24,6 @@ NGRAM = 4  # tokens; how often an answer says the same again is counted in runs 
 TOKENS_AT_ONCE = 4096  # in one forward pass of the loss, padding included: the logits take this times the vocabulary
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of predictions that equal their reference, outer white space aside.
-
-    >>> exact_match(["Paris ", "Rome"], ["Paris", "Oslo"])
-    0.5
-    """
-    return sum(p.strip() == r.strip() for p, r in zip(predictions, references, strict=True)) / len(references)
-
-
-def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Mean ROUGE-L F1 as `rouge-score` computes it (Lin, 2004: https://aclanthology.org/W04-1013)."""
-    scores = rouge_l_each(predictions, references)
-    return sum(scores) / len(scores)
-
-
-def rouge_l_each(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
-    """ROUGE-L F1 of each prediction."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"])
-    return [float(scorer.score(r, p)["rougeL"].fmeasure) for p, r in zip(predictions, references, strict=True)]
-
-
-def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus BLEU, 0 to 100, as `sacrebleu` computes it (Post, 2018: https://aclanthology.org/W18-6319)."""
-    import sacrebleu
-
-    return float(sacrebleu.corpus_bleu(list(predictions), [list(references)]).score)
-
-
-# name in the results -> what it computes from predictions and references
-METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
-    "exact_match": exact_match,
-    "rougeL": rouge_l,
-    "bleu": bleu,
-}
 GROUPED = ("dataset", "category")  # columns of rows by whose values figures are told apart
 
 
@@ -99,17 +62,19 @@ def evaluate(
     Raises:
         DataError: no rows, one without an answer, or none whose answer lies within the context.
     """
+    from rouge_score.rouge_scorer import RougeScorer
+
     conversations = [_conversation(i, row) for i, row in enumerate(rows, 1)]
     if not conversations:
         raise DataError("there are no rows to evaluate on")
     generator = as_generator(model_or_path, tokenizer)
     scored = negative_log_likelihood(generator, conversations, train_on, batch_size)
-    answers = _answers(generator, conversations, max_new_tokens, batch_size)
+    answers = answers_to(generator, [c[:-1] for c in conversations], max_new_tokens, batch_size)
     references = [str(c[-1]["content"]).strip() for c in conversations]
-    overlaps = rouge_l_each([answer.text for answer in answers], references)
+    rouge = RougeScorer(["rougeL"])  # its F1: Lin, 2004, https://aclanthology.org/W04-1013
     found = []
-    for row, asked, answer, reference, (nll, tokens), overlap in zip(
-        rows, conversations, answers, references, scored.rows, overlaps, strict=True
+    for row, asked, answer, reference, (nll, tokens) in zip(
+        rows, conversations, answers, references, scored.rows, strict=True
     ):
         ids = _ids(generator, answer.text)
         found.append(
@@ -117,28 +82,16 @@ def evaluate(
             | {"prompt": _asked(asked), "prediction": answer.text, "reference": reference}
             | {"finish_reason": answer.finish_reason, "answer_tokens": len(ids), "repeated": repeated(ids)}
             | {"reference_tokens": len(_ids(generator, reference)), "nll": nll, "supervised_tokens": tokens}
-            | {"rougeL": overlap}
+            | {"rougeL": float(rouge.score(reference, answer.text)["rougeL"].fmeasure)}
         )
     return {**_figures(found), "cut": scored.cut, "groups": _groups(found), "rows": found}
 
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures over some rows, with their intervals."""
-    predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
-    tokens = sum(row["supervised_tokens"] for row in rows)
-    loss = sum(row["nll"] for row in rows) / tokens if tokens else math.nan
     return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        # of what was computed row by row the mean; the others see all texts
-        **{
-            name: sum(row[name] for row in rows) / len(rows) if name in rows[0] else metric(predictions, references)
-            for name, metric in METRICS.items()
-        },
-        "answer_tokens": sum(row["answer_tokens"] for row in rows) / len(rows),
+        **{name: measure.whole() for name, measure in measures(rows).items()},
         "reference_tokens": sum(row["reference_tokens"] for row in rows) / len(rows),
-        "stopped": sum(row["finish_reason"] == "stop" for row in rows) / len(rows),
-        "repeated": sum(row["repeated"] for row in rows) / len(rows),
         "intervals": intervals(rows),
     }
 
@@ -183,13 +136,11 @@ def _asked(conversation: Sequence[Message]) -> str:
     return "\n".join(str(last[key]) for key in ("content", "context", "input") if last.get(key))
 
 
-def _answers(
-    generator: Generator, conversations: Sequence[Sequence[Message]], max_new_tokens: int, batch_size: int | None
+def answers_to(
+    generator: Generator, asked: Sequence[Sequence[Message]], max_new_tokens: int, batch_size: int | None = None
 ) -> list[Answer]:
-    """The greedy answer to each conversation without its last turn; "" where the prompt fills the context."""
-    asked = [c[:-1] for c in conversations]
-    lengths = map(len, generator.encoder.prompts(asked))
-    fits = [i for i, length in enumerate(lengths) if length < generator.context]
+    """The greedy answer to each conversation; "" where the prompt fills the context."""
+    fits = [i for i, ids in enumerate(generator.encoder.prompts(asked)) if len(ids) < generator.context]
     answers = generator.answers([asked[i] for i in fits], max_new_tokens, batch_size=batch_size)
     given = dict(zip(fits, answers, strict=True))
     return [given.get(i, Answer("", "length")) for i in range(len(asked))]

@@ -1,21 +1,19 @@
 """`instructft evaluate MODEL --tasks hellaswag,…`: public benchmarks, handed over to lm-evaluation-harness.
 
 The harness (https://github.com/EleutherAI/lm-evaluation-harness, the extra `eval`) fetches the tasks, builds their
-prompts and scores them; here only the model is loaded, as every other command loads it, adapters included.
+prompts and scores them; only the model is loaded here, as every other command loads it, adapters included.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from instructft.errors import UsageError
-from instructft.evaluation.compare import json_place
+from instructft.evaluation.compare import ask_both, check_json, check_models, plain_table, write_json
 from instructft.formatting import first_line
-from instructft.inference.chat import Generator, load_for_inference, locate
-from instructft.inference.reference_model import Beside, check_base
+from instructft.inference.generator import Generator
 
 
 def run_tasks(
@@ -43,22 +41,22 @@ def run_tasks(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise UsageError(f"--tasks: found {tasks!r}, expected names with commas between, such as hellaswag,arc_easy")
-    locate(model)
-    if base:
-        check_base(model, base)
-    json_place(json_file)
+    check_models(model, base)
+    check_json(json_file)
     harness = _harness()
     manager = harness.tasks.TaskManager()
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise UsageError(f"--tasks: lm-evaluation-harness knows no {', '.join(unknown)}; see lm_eval --tasks list")
 
-    tuned = Generator(*load_for_inference(model))
-    results = {"tuned": _run(harness, manager, tuned, names, limit)}
-    if base:
-        with Beside.of(model, base, tuned).answering() as other:
-            results["base"] = _run(harness, manager, other, names, limit)
-    if json_file:
-        json_file.write_text(json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    def judge(generator: Generator) -> dict[str, Any]:
+        wrapped = harness.models.huggingface.HFLM(generator.model, tokenizer=generator.tokenizer, batch_size=8)
+        found = harness.simple_evaluate(
+            model=wrapped, tasks=names, limit=limit, task_manager=manager, apply_chat_template=True, log_samples=False
+        )  # None on all processes but the first
+        return {"tasks": found["results"] if found else {}, "harness": harness.__version__}
+
+    results = ask_both(model, base, judge)
+    write_json(json_file, results)
     _print(Console(highlight=False), results)
 
 
@@ -75,24 +73,10 @@ def _harness() -> Any:
     return lm_eval
 
 
-def _run(harness: Any, manager: Any, asked: Generator, tasks: list[str], limit: int | None) -> dict[str, Any]:
-    """The results of one model: `tasks` and `harness`."""
-    wrapped = harness.models.huggingface.HFLM(pretrained=asked.model, tokenizer=asked.tokenizer, batch_size=8)
-    found = harness.simple_evaluate(
-        model=wrapped, tasks=tasks, limit=limit, task_manager=manager, apply_chat_template=True, log_samples=False
-    )
-    if found is None:  # on all processes but the first
-        return {"tasks": {}, "harness": harness.__version__}
-    return {"tasks": found["results"], "harness": harness.__version__}
-
-
 def _print(console: Any, results: Mapping[str, Any]) -> None:
-    from rich.table import Table
-
     names = [name for name in ("base", "tuned") if name in results]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for title in ("task", "questions", "metric", *({"base": "before", "tuned": "after"}[name] for name in names)):
-        table.add_column(title)
+    titles = {"base": "before", "tuned": "after"}
+    table = plain_table("task", "questions", "metric", *(titles[name] for name in names), left=3)
     for task, figures in results["tuned"]["tasks"].items():
         for metric in figures:
             head, comma, kind = metric.partition(",")

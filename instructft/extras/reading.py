@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from instructft.evaluation.compare import json_place
-from instructft.inference.chat import Generator, load_for_inference, locate
-from instructft.inference.reference_model import Beside, check_base
+from instructft.evaluation.compare import ask_both, check_json, check_models, write_json
+from instructft.evaluation.metrics import answers_to
+from instructft.inference.generator import Generator
+from instructft.prompt.render import Message
 
 MAX_NEW_TOKENS = 200
 
@@ -43,17 +44,10 @@ def read_prompts(model: str, base: str | None = None, json_file: Path | None = N
     """
     from rich.console import Console
 
-    locate(model)
-    if base:
-        check_base(model, base)
-    json_place(json_file)
-    tuned = Generator(*load_for_inference(model))
-    results = {"tuned": {"rows": _answered(tuned)}}
-    if base:
-        with Beside.of(model, base, tuned).answering() as other:
-            results["base"] = {"rows": _answered(other)}
-    if json_file:
-        json_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    check_models(model, base)
+    check_json(json_file)
+    results = ask_both(model, base, lambda generator: {"rows": _answered(generator)})
+    write_json(json_file, results)
     console = Console(highlight=False, soft_wrap=True)
     for i, row in enumerate(results["tuned"]["rows"]):
         console.print(f"\n[{row['kind']}] {row['prompt']}", markup=False, style="bold")
@@ -63,25 +57,12 @@ def read_prompts(model: str, base: str | None = None, json_file: Path | None = N
 
 
 def _answered(generator: Generator) -> list[dict[str, Any]]:
-    prompts = reading_prompts()
-    fits = [row for row in prompts if len(_ids(generator, row)) < generator.context]
-    answers = iter(generator.answers([[_turn(row)] for row in fits], MAX_NEW_TOKENS))
-    rows: list[dict[str, Any]] = []
-    for row in prompts:
-        if row in fits:
-            answer = next(answers)
-            rows.append({**row, "prediction": answer.text, "finish_reason": answer.finish_reason})
-        else:  # a model whose context is so short that the question fills it
-            rows.append({**row, "prediction": "", "finish_reason": "length"})
-    return rows
-
-
-def _turn(row: dict[str, str]) -> dict[str, str]:
-    return {"role": "user", "content": row["prompt"]}
-
-
-def _ids(generator: Generator, row: dict[str, str]) -> list[int]:
-    return generator.encoder.prompts([[_turn(row)]])[0]
+    rows = reading_prompts()
+    asked: list[list[Message]] = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    return [
+        {**row, "prediction": answer.text, "finish_reason": answer.finish_reason}
+        for row, answer in zip(rows, answers_to(generator, asked, MAX_NEW_TOKENS), strict=True)
+    ]
 
 
 def _print(console: Any, who: str, row: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from instructft.adapters.adapter_folder import CONFIG, WEIGHTS, is_adapter
 from instructft.checkpoints.manifest import MANIFEST, NAME, kind, manifest_text, read_manifest
 from instructft.errors import HubError, ModelError
 from instructft.redaction import of_file, without_places
+from instructft.weights.base_record import stays_inside
 from instructft.weights.weight_files import NAMES, weight_files
 
 IN_MEMORY = 1 << 20  # bytes; a file up to here is read once, so that what was scanned is what is sent
@@ -149,7 +150,7 @@ def _of_checkpoint(folder: Path) -> tuple[list[str], dict[str, str]]:
     taken, left_out = [], {}
     for name in read_manifest(folder)["files"]:
         inside = [folder / part for part in (name, *map(str, Path(name).parents)) if part != "."]
-        if any(path.is_symlink() for path in inside) or ".." in Path(name).parts or Path(name).is_absolute():
+        if any(path.is_symlink() for path in inside) or not stays_inside(name):
             raise HubError(f"{folder / name} is a symbolic link, and links are not followed; put the file itself there")
         # torch's sharded checkpoints keep their table of contents in a file named .metadata
         hidden = any(part.startswith(".") and part != ".metadata" for part in Path(name).parts)

@@ -21,10 +21,11 @@ from instructft.checkpoints import manifest
 from instructft.errors import CheckpointError, ModelError, UsageError
 from instructft.hub import commit
 from instructft.hub.files import Gathered, gather, is_replaced
-from instructft.models.hub_checkpoints import checkpoint_name
+from instructft.models.latest import checkpoint_name
 from instructft.redaction import of_file, without_places
 from instructft.report.model_card import bare_card, for_the_hub
 from instructft.weights import remote_code
+from instructft.weights.base_record import is_hub_id, stays_inside
 from instructft.weights.weight_files import read_header, weight_files
 
 
@@ -171,13 +172,13 @@ def clean_place(path_in_repo: str | None) -> str:
     """
     place = (path_in_repo or "").strip()
     parts = [part for part in place.split("/") if part not in ("", ".")]
-    if place.startswith(("/", "~")) or ".." in parts or ".git" in parts or re.search(r"[\\:\x00-\x1f]", place):
+    if not stays_inside(place) or ".git" in parts:
         raise UsageError(f'path_in_repo: found "{place}", expected a folder inside the repository, such as instruct/')
     return "/".join(parts)
 
 
 def _require_name(repo_id: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", repo_id):
+    if not is_hub_id(repo_id):
         raise UsageError(f"found {repo_id}, expected a name on the Hub, such as org/name")
 
 

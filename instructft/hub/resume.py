@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from instructft.checkpoints.manifest import MANIFEST, Checkpoint, require_space, verify
 from instructft.errors import CheckpointError, HubError, ResumeError
 from instructft.hub.patience import patiently, refusal, status_of
-from instructft.models.hub_checkpoints import progress
+from instructft.models.latest import progress
+from instructft.weights.base_record import stays_inside
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -123,7 +124,7 @@ def _fetch(api: HfApi, repo_id: str, head: str, tree: Tree, folder: str, run: Pa
         size = sum(int(known["size"]) for known in files.values())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} is not what was written") from error
-    if bad := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
+    if bad := [name for name in files if not stays_inside(name)]:
         raise CheckpointError(f"{bad[0]} leaves the folder")
     for name, known in files.items():  # ahead of the first large file
         remote = tree.get(f"{folder}/{name}")

@@ -10,24 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.errors import UsageError
 from instructft.inference.generator import MAX_NEW_TOKENS, Generator, check_settings
-from instructft.models.load_trained import find_adapter, load_bare, load_base, load_for_inference, locate
+from instructft.models.load_for_inference import load_for_inference
 from instructft.prompt.render import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "MAX_NEW_TOKENS",
-    "Chat",
-    "Generator",
-    "as_generator",
-    "find_adapter",
-    "generate",
-    "load_bare",
-    "load_base",
-    "load_for_inference",
-    "locate",
-]
 
 
 def generate(

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from instructft.errors import DataError, TemplateError, UsageError
-from instructft.inference.batch_file import Output
-from instructft.inference.chat import Generator, find_adapter, load_for_inference, locate
-from instructft.inference.generator import Answer, check_settings
-from instructft.inference.jsonl import ADDED, BASE_ADDED, Asked, SetAside, first_ten, read_rows
-from instructft.inference.reference_model import Beside, check_base
+from instructft.inference.generator import Answer, Generator, check_settings
+from instructft.inference.jsonl import ADDED, BASE_ADDED, Asked, Output, SetAside, first_ten, read_rows
+from instructft.inference.reference_model import ReferenceModel, check_base
+from instructft.models.load_for_inference import find_adapter, load_for_inference, locate
 from instructft.weights.weight_files import fingerprint
 
 WINDOW = 4096  # rows that are sorted by length together; an answer waits at most this long for its turn in the file
@@ -76,10 +75,10 @@ def generate_file(
     if kept := output.done + len(output.ahead):
         console.print(f"{target} holds {kept} of {len(output.rows)} answers already; going on behind them.")
     generator = _load(model, backend)
-    beside = Beside.of(model, base, generator) if base else None
+    reference = ReferenceModel.of(model, base, generator) if base else None
     too_long = _too_long(generator, output.rows[output.done :])
-    if beside:
-        with beside.answering() as other:
+    if reference:
+        with reference.answering() as other:
             too_long = _too_long(other, output.rows[output.done :]) | too_long
     output.set_aside(too_long)
     _say_set_aside(console, output, source, target, bad)
@@ -87,7 +86,7 @@ def generate_file(
         raise DataError(f"{source}: none of its prompts can be answered by {model}")
     settings = (max_new_tokens, temperature, top_p, None if batch_size == "auto" else int(batch_size))
     with output:
-        _answer(console, output, generator, beside, settings)
+        _answer(console, output, generator, reference, settings)
     console.print(f"{target} is complete: {output.done} answers.")
 
 
@@ -100,7 +99,11 @@ def _load(model: str, backend: str) -> Generator:
 
 
 def _answer(
-    console: Any, output: Output, generator: Generator, beside: Beside | None, settings: tuple[int, float, float, Any]
+    console: Any,
+    output: Output,
+    generator: Generator,
+    reference: ReferenceModel | None,
+    settings: tuple[int, float, float, Any],
 ) -> None:
     """Answer what is missing, window by window, and tell how fast it went."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -108,7 +111,7 @@ def _answer(
     columns = (TextColumn("Answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     speed = TextColumn("{task.fields[speed]}")
     began, tokens, count = time.perf_counter(), 0, 0
-    names = [ADDED, BASE_ADDED] if beside else [ADDED]
+    names = [ADDED, BASE_ADDED] if reference else [ADDED]
     work = {pair: output.missing(pair) for pair in names}
     with Progress(*columns, speed, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=sum(map(len, work.values())), speed="")
@@ -130,8 +133,8 @@ def _answer(
                     continue
                 if pair == ADDED:
                     generator.answers(asked, *settings, taker(places, pair))
-                elif beside:
-                    with beside.answering() as other:
+                elif reference:
+                    with reference.answering() as other:
                         other.answers(asked, *settings, taker(places, pair))
     seconds = time.perf_counter() - began
     console.print(f"{count} answers made: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s.")

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from instructft.adapters.attach import AdapterFolder, is_adapter, leaves_base_as_it_is
+from instructft.adapters.adapter_folder import AdapterFolder, is_adapter
+from instructft.adapters.attach import leaves_base_as_it_is
 from instructft.adapters.new_tokens import fit_embeddings
 from instructft.errors import UsageError
-from instructft.inference.chat import Generator, find_adapter, load_bare, load_base, load_for_inference, locate
+from instructft.inference.generator import Generator
 from instructft.models.load import load_model
-from instructft.recipe.schema import Recipe, load_run_recipe
+from instructft.models.load_for_inference import find_adapter, load_bare, load_base, load_for_inference, locate
+from instructft.recipe.load import load_run_recipe
+from instructft.recipe.schema import Recipe
 
 START = "start"  # the model that the run began from
 
@@ -25,15 +28,11 @@ def recipe_of(model: str) -> Recipe | None:
     return None
 
 
-class Beside:
-    """The model beside `tuned`: loaded when it is first asked for, and kept.
+class ReferenceModel:
+    """The model that `tuned` is compared with: loaded when it is first asked for, and kept.
 
     What an adapter began from is the tuned model itself with the adapter switched off: its base is in memory once.
     Where that is not exact, the base is loaded anew.
-
-    >>> beside = Beside("start", recipe_of("runs/quickstart"), tuned, find_adapter("runs/quickstart"))
-    >>> with beside.answering() as base:
-    ...     base.answers([[{"role": "user", "content": "Hi"}]])
     """
 
     def __init__(self, base: str, recipe: Recipe | None, tuned: Generator, adapter: AdapterFolder | None):
@@ -45,8 +44,8 @@ class Beside:
                 self.adapter = None
 
     @classmethod
-    def of(cls, model: str, base: str, tuned: Generator) -> Beside:
-        """The model beside the one that was loaded from `model`; nothing is loaded yet.
+    def of(cls, model: str, base: str, tuned: Generator) -> ReferenceModel:
+        """What the model that was loaded from `model` is compared with; nothing is loaded yet.
 
         Raises:
             UsageError: no such base, or `start` where nothing says what the model began from.
@@ -90,7 +89,7 @@ class Beside:
 
 
 def check_base(model: str, base: str) -> tuple[Recipe | None, AdapterFolder | None]:
-    """The recipe and the adapter of `model`, after a look at whether `base` can be put beside it; loads no weights.
+    """The recipe and the adapter of `model`, after a look at whether `base` can be compared with it; loads no weights.
 
     Raises:
         UsageError: no such base, or `start` where nothing says what the model began from.

@@ -1,18 +1,43 @@
-"""`instructft chat`: a conversation in the terminal, or in a pipe."""
+"""`instructft chat`: a conversation in the terminal, or in a pipe, and its commands.
+
+What a model writes is shown, never obeyed: its control characters are printed as signs.
+"""
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from instructft.errors import InstructftError
+from instructft.errors import InstructftError, UsageError
+from instructft.formatting import short
 from instructft.inference.chat import Chat
-from instructft.inference.terminal_commands import LEAVE, Commands
+from instructft.inference.reference_model import ReferenceModel
+from instructft.prompt.token_view import visible
+
+HELP = """\
+/help               this list
+/reset              forget the conversation
+/undo               take the last question and its answer back
+/retry              answer the last question again
+/system TEXT        set the system prompt (no TEXT: take it away) and start over
+/temperature T      0 is greedy; /temp is the same
+/top_p P            of the likeliest tokens that make up this share one is drawn
+/max N              tokens in an answer, at most
+/compare [TEXT]     what the model was trained from answers, and what this one does; no TEXT: to the last question
+/save FILE.jsonl    the conversation as a row to train on
+/quit               leave; /exit and Ctrl-D are the same
+Ctrl-C stops an answer; the up arrow brings earlier lines back."""
+
+LEAVE = object()  # what a command returns when it is time to leave
+
+Ask = Callable[[threading.Event], Iterator[str]]
 
 
 def converse(chat: Chat, name: str, base: str = "start") -> None:
@@ -21,9 +46,6 @@ def converse(chat: Chat, name: str, base: str = "start") -> None:
     Args:
         name: the model as it was named: `/compare` finds there what it began from.
         base: the model that `/compare` asks; `start` is what the run began from.
-
-    >>> converse(Chat("runs/quickstart"), "quickstart")  # with `What is the capital of France?` on stdin
-    The capital of France is Paris.
     """
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
@@ -68,7 +90,7 @@ def _turns(terminal: bool) -> Iterator[str]:
             yield line.strip()
 
 
-def _answer(chat: Chat, ask: Callable[[threading.Event], Iterator[str]], terminal: bool) -> None:
+def _answer(chat: Chat, ask: Ask, terminal: bool) -> None:
     """Show an answer as it comes, and say where it was cut off."""
     before, stopped = chat.left, threading.Event()
     pieces: Any = ask(stopped)  # a generator, whose return value is the finish reason
@@ -83,7 +105,7 @@ def _answer(chat: Chat, ask: Callable[[threading.Event], Iterator[str]], termina
     with _interrupting(stopped) if terminal else nullcontext():
         for piece in noting():
             said = True
-            print(piece, end="", flush=True)
+            print(visible(piece), end="", flush=True)
     note = "(stopped)" if stopped.is_set() else "" if said else "(no answer)"
     if terminal and said and not note and reason == "length":
         note = "(cut off; /max allows more tokens)"
@@ -104,4 +126,142 @@ def _interrupting(stopped: threading.Event) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(visible(text), flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Commands: each takes one line, and answers with one
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Commands:
+    """What can be done with a conversation besides talking.
+
+    Args:
+        name: the model as it was named; what it began from is found there.
+        base: the model that `/compare` asks.
+        say: prints a line.
+        show: prints an answer as it comes, and lets it be stopped.
+    """
+
+    def __init__(self, chat: Chat, name: str, base: str, say: Callable[[str], None], show: Callable[[Ask], None]):
+        self.chat, self.name, self.base, self.say, self.show = chat, name, base, say, show
+        self._reference: ReferenceModel | None = None
+        self._all: dict[str, Callable[[str], object]] = {
+            "/help": lambda _: say(HELP),
+            "/reset": self._reset,
+            "/undo": self._undo,
+            "/retry": self._retry,
+            "/system": self._system,
+            "/temperature": self._temperature,
+            "/temp": self._temperature,
+            "/top_p": self._top_p,
+            "/top-p": self._top_p,
+            "/max": self._max,
+            "/compare": self._compare,
+            "/save": self._save,
+            "/exit": lambda _: LEAVE,
+            "/quit": lambda _: LEAVE,
+        }
+
+    def carry_out(self, text: str) -> object:
+        """Carry out a command; `LEAVE` when it is time to leave.
+
+        Raises:
+            InstructftError: it cannot be done; the conversation is as it was.
+        """
+        word, _, rest = text.partition(" ")
+        command = self._all.get(word)
+        if command is None:
+            self.say(f"({word} is unknown; /help lists the commands)")
+            return None
+        return command(rest.strip())
+
+    def _reset(self, _: str) -> None:
+        self.chat.reset()
+        self.say("(a new conversation)")
+
+    def _undo(self, _: str) -> None:
+        question = self.chat.undo()
+        self.say("(there is nothing to take back)" if question is None else f"(taken back: {short(question, 60)})")
+
+    def _retry(self, _: str) -> None:
+        if self.chat.turns and not self.chat.temperature:
+            self.say("(temperature 0 gives the same answer again; /temp 0.7 varies it)")
+        self.show(self.chat.retry)
+
+    def _system(self, text: str) -> None:
+        self.chat.system = text or None
+        self.chat.reset()
+        self.say("(system prompt set; a new conversation)" if text else "(no system prompt; a new conversation)")
+
+    def _temperature(self, text: str) -> None:
+        value = _number(text)
+        if value is None or not 0 <= value <= 10:
+            self.say(f"(/temperature takes a number from 0 to 10, not {text or 'nothing'})")
+            return
+        self.chat.temperature = value
+        self.say(f"(temperature {value:g})")
+
+    def _top_p(self, text: str) -> None:
+        value = _number(text)
+        if value is None or not 0 < value <= 1:
+            self.say(f"(/top_p takes a number above 0 and up to 1, not {text or 'nothing'})")
+            return
+        self.chat.top_p = value
+        self.say(f"(top_p {value:g})" if self.chat.temperature else f"(top_p {value:g}, once /temp is above 0)")
+
+    def _max(self, text: str) -> None:
+        if not (text.isascii() and text.isdigit() and int(text) > 0):
+            self.say(f"(/max takes a number of tokens, 1 or more, not {text or 'nothing'})")
+            return
+        self.chat.max_new_tokens = int(text)
+        self.say(f"(at most {int(text)} tokens in an answer)")
+
+    def _compare(self, text: str) -> None:
+        """The base is asked what this model was asked: the same conversation, up to the last question."""
+        chat = self.chat
+        if not text and not chat.turns:
+            self.say("(/compare takes a question, or comes after one)")
+            return
+        if self._reference is None:
+            self._reference = ReferenceModel.of(self.name, self.base, chat.generator)
+        if text:
+            self.say("tuned:")
+            before = chat.turns
+            self.show(lambda stopped: chat.stream(text, stopped))
+            if chat.turns == before:  # no answer: there is no turn of it to ask the base
+                history = [*chat.messages, {"role": "user", "content": text}]
+            else:
+                history = chat.messages[:-1]
+        else:
+            history = chat.messages[:-1]
+            self.say(f"tuned:\n{chat.turns[-1]['content']}")
+        self.say("base:")
+        settings = (chat.max_new_tokens, chat.temperature, chat.top_p)
+        with self._reference.answering() as base:
+            self.show(lambda stopped: base.stream(history, *settings, stopped))
+
+    def _save(self, text: str) -> None:
+        if not text.endswith(".jsonl"):
+            self.say(f"(/save takes a file name that ends in .jsonl, not {text or 'nothing'})")
+            return
+        if not self.chat.turns:
+            self.say("(there is no conversation to save)")
+            return
+        path = Path(text).expanduser()
+        try:
+            with path.open("x", encoding="utf-8", newline="\n") as file:
+                file.write(json.dumps({"messages": self.chat.conversation}, ensure_ascii=False) + "\n")
+        except FileExistsError:
+            raise UsageError(f"{path} exists already; name another file") from None
+        except OSError as error:
+            raise UsageError(f"{path} could not be written: {error.strerror}") from error
+        self.say(f"(saved to {path})")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

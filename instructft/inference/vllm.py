@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from instructft.adapters.attach import AdapterFolder, locate_base
+from instructft.adapters.adapter_folder import AdapterFolder
+from instructft.adapters.attach import locate_base
 from instructft.errors import ModelError, UsageError
 from instructft.inference.generator import MAX_NEW_TOKENS, Answer, Generator, check_settings
-from instructft.models.load_trained import find_adapter, load_tokenizer_of, locate
+from instructft.models.load_for_inference import find_adapter, load_tokenizer_of, locate
 from instructft.prompt.render import Message
 from instructft.weights import remote_code
 

@@ -14,7 +14,7 @@ import psutil
 
 from instructft.errors import InstructftError, UsageError
 from instructft.launch.workers import run
-from instructft.recipe.schema import load_recipe
+from instructft.recipe.load import load_recipe
 from instructft.weights import remote_code
 
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
@@ -42,7 +42,7 @@ def launch(
         main_address: of the machine of rank 0, as the others reach it.
 
     >>> launch("quickstart", processes="2", strategy="fsdp2", dry_run=True)
-    accelerate launch --config_file …/fsdp2.yaml --num_processes 2 … -m instructft train quickstart
+    accelerate launch --config_file ...fsdp2.yaml --num_processes 2 ... -m instructft train quickstart
     0
 
     Raises:

@@ -15,21 +15,22 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instructft.adapters.attach import WEIGHTS, AdapterFolder, is_adapter, locate_base, read_adapter
+from instructft.adapters.adapter_folder import WEIGHTS, AdapterFolder, is_adapter, read_adapter
+from instructft.adapters.attach import locate_base
 from instructft.checkpoints.atomic import partial_folder, refuse_used
 from instructft.errors import AdapterError, InstructftError, ModelError, UsageError
 from instructft.formatting import size
 from instructft.merging.arithmetic import merged
 from instructft.merging.edits import refuse_unproved
 from instructft.merging.metadata import config_text, copy_papers, places, write_papers
-from instructft.merging.plan import Plan, make_plan
+from instructft.merging.plan import Machine, Plan, choose_machine, make_plan
 from instructft.weights import remote_code
 from instructft.weights.tensor_io import (
+    Planned,
     Stored,
     index_of,
     pieces,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from instructft.recipe.schema import Recipe
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_HEADROOM = 64 << 20  # bytes beside the weights: tokenizer, papers
+_HEADROOM = 64 << 20  # bytes beside the weights: tokenizer, metadata
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,9 @@ def merge_adapter(
         ModelError: the merged model is not the adapted one; nothing is kept.
     """
     import torch
+    from rich.console import Console
 
-    from instructft.merging.proof import choose_machine
-
-    console = console or _console()
+    console = console or Console(soft_wrap=True)
     output = Path(output).expanduser()
     most = _bytes(max_shard_size)
     if dtype not in DTYPES:
@@ -102,22 +102,17 @@ def merge_adapter(
     if measure_quantized and adapter.base.quantization == "none":
         raise UsageError(f"--measure-quantized: {run} was trained on a base that is not quantized; leave it out")
     base = locate_base(adapter)
-    stored, tensors = read_checkpoint(base), read_tensors(adapter.folder / WEIGHTS)
+    tensors = read_tensors(adapter.folder / WEIGHTS)
     _refuse_not_finite(adapter.folder, tensors)
-    wanted = None if dtype == "auto" else getattr(torch, dtype)
-    try:
-        plan = make_plan(base, stored, adapter.folder, adapter.shapes, adapter.base.vocab_size, wanted)
-    except ModelError as error:  # said before anything is written, so it is an error in what was given
-        raise AdapterError(str(error)) from error
-    precision = _precision(plan)
-    machine = choose_machine(plan, precision) if verify else None
+    plan = _plan(adapter, base, None if dtype == "auto" else getattr(torch, dtype))
+    machine = choose_machine(plan) if verify else None
     files = shards((output.planned for output in plan.outputs.values()), most)
     total = sum(out.planned.bytes for out in plan.outputs.values())
     _refuse_full_disk(output, total)
 
     console.print(f"base    {base}, not quantized", markup=False, highlight=False)
     console.print(f"adapter {adapter.folder}, {len(plan.changed)} of {len(plan.outputs)} tensors change", markup=False)
-    name = str(precision).removeprefix("torch.")
+    name = str(plan.dtype).removeprefix("torch.")
     facts: dict[str, Any] = {
         "base": adapter.base.name_or_path,
         "base_fingerprint": adapter.base.fingerprint or None,
@@ -128,18 +123,7 @@ def merge_adapter(
         "bytes": total,
     }
     with partial_folder(output) as folder:
-        with _progress(console, total) as advance:
-
-            def produce(name: str) -> Iterator[torch.Tensor]:
-                out = plan.outputs[name]
-                for piece in merged(out.base, out.edit, tensors, out.planned.dtype):
-                    yield piece
-                    advance(piece.nbytes)
-
-            for file, group in files.items():
-                write_shard(folder / file, group, produce)
-        if index := index_of(files):
-            write_text(folder / "model.safetensors.index.json", index)
+        _write_weights(folder, plan, tensors, files, console)
         copy_papers(adapter.folder, base, folder)
         # last: without it no library takes the folder for a model
         write_text(folder / "config.json", config_text(base, folder, plan.model, name, plan.untied))
@@ -151,19 +135,42 @@ def merge_adapter(
     return Merged(output, facts)
 
 
-def _console() -> Console:
-    from rich.console import Console
+def _plan(adapter: AdapterFolder, base: Path, dtype: torch.dtype | None) -> Plan:
+    try:
+        return make_plan(base, read_checkpoint(base), adapter.folder, adapter.shapes, adapter.base.vocab_size, dtype)
+    except ModelError as error:  # said before anything is written, so it is an error in what was given
+        raise AdapterError(str(error)) from error
 
-    return Console(soft_wrap=True)
+
+def _write_weights(
+    folder: Path, plan: Plan, tensors: Mapping[str, Stored], files: Mapping[str, list[Planned]], console: Console
+) -> None:
+    """Merge piece by piece, with a bar on a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    total = sum(tensor.bytes for group in files.values() for tensor in group)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("merging", total=total)
+
+        def produce(name: str) -> Iterator[torch.Tensor]:
+            out = plan.outputs[name]
+            for piece in merged(out.base, out.edit, tensors, out.planned.dtype):
+                yield piece
+                progress.advance(task, piece.nbytes)
+
+        for file, group in files.items():
+            write_shard(folder / file, group, produce)
+    if index := index_of(files):
+        write_text(folder / "model.safetensors.index.json", index)
 
 
 def _prove(
-    adapter: AdapterFolder, base: Path, folder: Path, plan: Plan, machine: Any, quantized: bool, console: Console
+    adapter: AdapterFolder, base: Path, folder: Path, plan: Plan, machine: Machine, quantized: bool, console: Console
 ) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
-    from instructft.merging.proof import measure_quantized, prove
-    from instructft.merging.proof_texts import choose_texts
+    from instructft.merging.proof import choose_texts, measure_quantized, prove
 
     began = time.perf_counter()
     try:
@@ -184,7 +191,7 @@ def _prove(
 
 
 def _recipe(adapter: Path) -> Recipe | None:
-    from instructft.recipe.schema import load_run_recipe
+    from instructft.recipe.load import load_run_recipe
 
     for place in places(adapter):
         if (place / "recipe.yaml").is_file():
@@ -264,23 +271,3 @@ def _bytes(text: str) -> int:
     if size < 1:
         raise UsageError(f"--max-shard-size: found {text}, expected a size such as 5GB or 200MB")
     return size
-
-
-def _precision(plan: Plan) -> torch.dtype:
-    """The dtype of most of the merged weights."""
-    sizes: dict[torch.dtype, int] = {}
-    for out in plan.outputs.values():
-        if out.planned.dtype.is_floating_point:
-            sizes[out.planned.dtype] = sizes.get(out.planned.dtype, 0) + out.planned.bytes
-    return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Any]:
-    """A bar on a terminal, nothing elsewhere; gives a function that takes the bytes that were written."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("merging", total=total)
-        yield lambda count: progress.advance(task, count)

@@ -18,7 +18,7 @@ from instructft.weights.tensor_io import write_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from instructft.adapters.attach import AdapterFolder
+    from instructft.adapters.adapter_folder import AdapterFolder
 
 # Files of a tokenizer and of a run that a later command reads, where they are there.
 _TOKENIZER = (

@@ -9,6 +9,8 @@ no proved merge is refused by its name.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,15 @@ class Plan:
     def changed(self) -> dict[str, str]:
         """Those of `names` whose values are not the base's."""
         return {name: place for name, place in self.names.items() if self.outputs[place].edit != Edit()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of most of the merged weights."""
+        sizes: Counter[torch.dtype] = Counter()
+        for out in self.outputs.values():
+            if out.planned.dtype.is_floating_point:
+                sizes[out.planned.dtype] += out.planned.bytes
+        return sizes.most_common(1)[0][0]
 
 
 def make_plan(
@@ -184,3 +195,56 @@ def _grow(model: PreTrainedModel, vocab_size: int, before: Mapping[str, tuple[in
             raise UsageError(f"{name} grows with the vocabulary, and no merge of such a weight is proved here")
         grown[name] = tensor.shape[0]
     return grown
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Where the proof of it runs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the models of a proof run."""
+
+    device: str
+    dtype: torch.dtype
+    whole: bool = True  # in memory; else mapped from its files
+
+
+def choose_machine(plan: Plan) -> Machine:
+    """Float32 where one model fits in memory that way, else the merged weights' own dtype, else mapped from its files.
+
+    Raises:
+        UsageError: not even what must be in memory of a mapped model fits.
+    """
+    import psutil
+    import torch
+
+    stored = plan.dtype
+    parameters = sum(tensor.numel() for tensor in plan.model.parameters())
+    free = {"cpu": psutil.virtual_memory().available}
+    if torch.cuda.is_available():
+        free = {"cuda": torch.cuda.mem_get_info()[0], **free}
+    rest = 1 << 30  # activations, logits
+    for device, room in free.items():
+        for dtype in dict.fromkeys((torch.float32, stored)):
+            if parameters * dtype.itemsize * 1.15 + rest <= room:  # the largest weight once more
+                return Machine(device, dtype)
+    need = in_memory(plan) + rest
+    if need <= free["cpu"]:
+        return Machine("cpu", stored, whole=False)
+    raise UsageError(
+        f"the proof needs about {need / 1e9:.1f} GB of memory, and {free['cpu'] / 1e9:.1f} GB are free; merge on a "
+        "larger machine, or without the proof: --no-verify"
+    )
+
+
+def in_memory(plan: Plan) -> int:
+    """Bytes of a mapped model that are in memory all the same: weights that loading changes, one layer in copies."""
+    changed = sum(
+        math.prod(out.planned.shape) * plan.dtype.itemsize
+        for out in plan.outputs.values()
+        if out.edit.rows or {out.base.dtype, out.planned.dtype} != {plan.dtype}
+    )
+    # merged: the weight, its delta and the sum in float32, the noise
+    return changed + 5 * max(math.prod(out.planned.shape) * 4 for out in plan.outputs.values())

@@ -16,31 +16,55 @@ then go through in one batch, and the most likely next tokens are counted in pla
 
 from __future__ import annotations
 
-import gc
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instructft.errors import ModelError, UsageError
+from instructft.errors import InstructftError, ModelError
 from instructft.formatting import first_line
-from instructft.merging.proof_texts import Texts
-from instructft.merging.weight_proof import compare_weights, jitter, jittered
+from instructft.merging.plan import Machine, Plan
+from instructft.merging.weight_proof import compare_weights, jittered
 from instructft.weights import remote_code
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from instructft.adapters.attach import AdapterFolder
-    from instructft.merging.plan import Plan
+    from instructft.adapters.adapter_folder import AdapterFolder
+    from instructft.recipe.schema import Recipe
     from instructft.weights.tensor_io import Stored
 
 LOGITS = 64 << 20  # bytes of logits that are kept for one model
 _COMPARED = {True: "greedy answers", False: "most likely next tokens"}  # of a model that fits in memory, and not
 MARGIN = 4  # the tolerance is this many times what simulated rounding does
 FLOOR = 1e-4  # of the largest logit: what float32 arithmetic in another order may do
+ROWS = 8  # texts
+LENGTH = 256  # tokens of a text
+ANSWER = 32  # tokens of an answer, at most
+
+FIXED = (
+    "What is the capital of France?",
+    "Explain in one sentence why the sky is blue.",
+    "Write a short poem about the sea.",
+    "Translate to German: The weather is fine today.",
+    "Give three tips for staying healthy.",
+    "What is 17 times 23?",
+    "Summarize: A fox saw grapes on a high vine, could not reach them, and said that they were sour.",
+    "def fibonacci(n):",
+)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What both models are shown."""
+
+    rows: list[list[int]]  # token ids, for the logits
+    prompts: list[list[int]]  # token ids that are answered
+    source: str  # where they come from, in words
+    stop_ids: list[int]
+    pad_id: int
+    answer: int  # tokens of an answer, at most
 
 
 @dataclass(frozen=True)
@@ -49,61 +73,6 @@ class Seen:
 
     logits: list[torch.Tensor]  # a text each, (positions kept, V), float32 on the CPU
     answers: list[list[int]]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Where and in which precision
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where the models of a proof run."""
-
-    device: str
-    dtype: torch.dtype
-    whole: bool = True  # in memory; else mapped from its files
-
-
-def choose_machine(plan: Plan, stored: torch.dtype) -> Machine:
-    """Float32 where one model fits in memory that way, else the merged weights' own dtype, else mapped from its files.
-
-    Args:
-        stored: the dtype of most merged weights.
-
-    Raises:
-        UsageError: not even what must be in memory of a mapped model fits.
-    """
-    import psutil
-    import torch
-
-    parameters = sum(tensor.numel() for tensor in plan.model.parameters())
-    free = {"cpu": psutil.virtual_memory().available}
-    if torch.cuda.is_available():
-        free = {"cuda": torch.cuda.mem_get_info()[0], **free}
-    rest = 1 << 30  # activations, logits
-    for device, room in free.items():
-        for dtype in dict.fromkeys((torch.float32, stored)):
-            if parameters * dtype.itemsize * 1.15 + rest <= room:  # the largest weight once more
-                return Machine(device, dtype)
-    need = in_memory(plan, stored) + rest
-    if need <= free["cpu"]:
-        return Machine("cpu", stored, whole=False)
-    raise UsageError(
-        f"the proof needs about {need / 1e9:.1f} GB of memory, and {free['cpu'] / 1e9:.1f} GB are free; merge on a "
-        "larger machine, or without the proof: --no-verify"
-    )
-
-
-def in_memory(plan: Plan, stored: torch.dtype) -> int:
-    """Bytes of a mapped model that are in memory all the same: weights that loading changes, one layer in copies."""
-    changed = sum(
-        math.prod(out.planned.shape) * stored.itemsize
-        for out in plan.outputs.values()
-        if out.edit.rows or {out.base.dtype, out.planned.dtype} != {stored}
-    )
-    # merged: the weight, its delta and the sum in float32, the noise
-    return changed + 5 * max(math.prod(out.planned.shape) * 4 for out in plan.outputs.values())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -132,6 +101,8 @@ def prove(
     Raises:
         ModelError: the merged model is not the adapted one.
     """
+    from accelerate.utils.memory import clear_device_cache
+
     live, unexpected = _adapted(base, adapter, machine)
     see = look if machine.whole else look_once
     seen = see(live, texts)
@@ -139,21 +110,15 @@ def prove(
         effect = difference(seen.logits, see(live, texts, answers=False).logits)
     mergeable = not plan.untied  # PEFT's merge changes both of two tied weights where only one was adapted
     weights = compare_weights(live, plan, files) if mergeable else None
-    if machine.whole:
-        if mergeable:
-            live.merge_adapter()
-        jitter(live, plan)
-        rounding = difference(seen.logits, look(live, texts, answers=False).logits)
-    else:
-        with jittered(live, plan, mergeable):
-            rounding = difference(seen.logits, look_once(live, texts, answers=False).logits)
+    with jittered(live, plan, mergeable, machine.whole):
+        rounding = difference(seen.logits, see(live, texts, answers=False).logits)
     del live
-    _free()
+    clear_device_cache(garbage_collection=True)
 
     model = _merged(merged, plan, unexpected, machine)
     now = see(model, texts)
     del model
-    _free()
+    clear_device_cache(garbage_collection=True)
     scale = max(float(logits.abs().max()) for logits in seen.logits)
     found = difference(seen.logits, now.logits)
     tolerance = max(MARGIN * rounding, FLOOR * scale)
@@ -190,6 +155,7 @@ def measure_quantized(
         UsageError: it was not trained on a quantized base, or this machine cannot load one.
     """
     import torch
+    from accelerate.utils.memory import clear_device_cache
 
     from instructft.adapters.quantization import configuration
 
@@ -199,11 +165,11 @@ def measure_quantized(
     see = look if machine.whole else look_once
     seen = see(live, texts)
     del live
-    _free()
+    clear_device_cache(garbage_collection=True)
     model, _ = _load(merged, machine.dtype)
     now = see(model.to(machine.device), texts)
     del model
-    _free()
+    clear_device_cache(garbage_collection=True)
     tokens, equal = agreement(seen.answers, now.answers)
     found = difference(seen.logits, now.logits)
     return {"quantization": kind, "difference": found, "tokens": tokens, "equal_tokens": equal}
@@ -243,12 +209,65 @@ def _merged(folder: Path, plan: Plan, unexpected: set[str], machine: Machine) ->
     return model.to(machine.device)
 
 
-def _free() -> None:
-    import torch
+# --------------------------------------------------------------------------------------------------------------------
+# What both models are shown, and what they make of it
+# --------------------------------------------------------------------------------------------------------------------
 
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+
+def choose_texts(
+    recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase | None, context: int, vocabulary: int
+) -> Texts:
+    """Rows that the recipe holds out, where it holds any out and its data is here; else fixed texts, or token ids.
+
+    Args:
+        tokenizer: that of the merged model; None when it has none.
+        context: tokens that the model takes at most.
+        vocabulary: rows of its embedding.
+    """
+    from instructft.prompt.loss_mask import encode_conversation, encoder
+
+    limit = min(LENGTH, context)
+    room = max(1, limit - ANSWER)
+    if tokenizer is None:
+        import torch
+
+        draw = torch.Generator().manual_seed(0)
+        rows = torch.randint(vocabulary, (len(FIXED), min(32, room)), generator=draw).tolist()
+        return Texts(rows, rows, "random token ids", [], 0, ANSWER)
+    if not isinstance(tokenizer.chat_template, str):
+        rows = prompts = [tokenizer(text)["input_ids"] for text in FIXED]
+        source, stop = "fixed texts", tokenizer.eos_token_id
+    else:
+        stop = encoder(tokenizer).stop_token_id
+        if conversations := _held_out(recipe):
+            prompts = encoder(tokenizer).prompts([messages[:-1] for messages in conversations])
+            rows = [encode_conversation(messages, tokenizer)["input_ids"] for messages in conversations]
+            source = "the recipe's held-out rows"
+        else:
+            rows = prompts = encoder(tokenizer).prompts([[{"role": "user", "content": text}] for text in FIXED])
+            source = "fixed texts"
+    return Texts(
+        rows=[ids[:limit] for ids in rows if ids],
+        prompts=[ids[-room:] for ids in prompts if ids],
+        source=source,
+        stop_ids=[] if stop is None else [stop],
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop or 0,
+        answer=ANSWER,
+    )
+
+
+def _held_out(recipe: Recipe | None) -> list[Any]:
+    from instructft.data.load import conversations
+
+    if recipe is None or any(entry.streaming for entry in recipe.data.datasets):
+        return []
+    for split in ("test", "validation"):
+        if getattr(recipe.data.splits, split):
+            try:
+                return [row["messages"] for row in conversations(recipe, split, ROWS)]
+            except (InstructftError, OSError, ValueError):  # the data has moved: another text proves as much
+                return []
+    return []
 
 
 def look(model: Any, texts: Texts, answers: bool = True) -> Seen:

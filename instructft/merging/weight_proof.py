@@ -66,21 +66,22 @@ def unit_in_last_place(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     return torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
 
 
-def jitter(live: Any, plan: Plan) -> None:
-    """Move each weight that the merge rounded by a random amount of up to half a unit in its last place."""
-    rounded = _rounded(plan)
-    for seed, (name, weight) in enumerate(_weights(live)):
-        if name in rounded:
-            _move(weight, rounded[name], seed)
-
-
 @contextmanager
-def jittered(live: Any, plan: Plan, merge: bool) -> Iterator[None]:
-    """While it lasts, `live` computes with weights that are merged (if asked for) and moved as `jitter` moves them.
+def jittered(live: Any, plan: Plan, merge: bool, whole: bool) -> Iterator[None]:
+    """Compute with weights that are merged (if asked for) and moved by up to half a unit in their last place.
 
-    Each layer in copies, for as long as it computes: for a model that does not fit in memory.
+    Each weight that the merge rounded moves by a random amount. A model that is `whole` in memory stays so afterwards;
+    another one is as it was: each of its layers computes in copies.
     """
     rounded = _rounded(plan)
+    if whole:
+        if merge:
+            live.merge_adapter()
+        for seed, (name, weight) in enumerate(_weights(live)):
+            if name in rounded:
+                _move(weight, rounded[name], seed)
+        yield
+        return
     moved = {  # tied weights are one memory, and are moved alike
         weight.data_ptr(): (rounded[name], seed)
         for seed, (name, weight) in enumerate(_weights(live))

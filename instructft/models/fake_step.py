@@ -1,20 +1,29 @@
-"""A model of shapes alone: built as the recipe says, run for one step, with no weight loaded or made."""
+"""What one training step of a model needs in memory, measured on fake tensors: no weight is loaded or made."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from instructft.adapters.lora import ADAPTERS
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from instructft.adapters.lora import ADAPTERS, is_peft
 from instructft.weights import remote_code
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig
     from trl import SFTConfig
 
+    from instructft.models.starting_point import StartingPoint
     from instructft.recipe.schema import Recipe
+
+_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
 
 
 @dataclass(frozen=True)
@@ -49,89 +58,116 @@ class Step:
     traced: bool = True
 
 
-@contextlib.contextmanager
-def storageless() -> Iterator[None]:
-    """Tensors made here have shapes and no storage."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+class MemoryTracker(TorchDispatchMode):
+    """Notes each new storage when an operation makes it, and when the last tensor on it goes.
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+    Works on real tensors as on those of `FakeTensorMode`. A view adds nothing; two tensors on one storage count once.
+
+    >>> with MemoryTracker([]) as tracker:
+    ...     x = torch.ones(10)
+    ...     y = x + 1
+    ...     del x
+    >>> tracker.peak(), tracker.peak(without=[y])
+    (80, 40)
+
+    Args:
+        known: tensors that are there before, and are not counted.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor]):
+        super().__init__()
+        # storages are compared by identity, and looked at no longer than they live
+        self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        for tensor in known:
+            self._numbers[tensor.untyped_storage()] = -1
+        self._entries: list[tuple[int, int]] = []  # (number of the storage, bytes: more than 0 made, less freed)
+        self._next = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, torch.Tensor):
+                self._note(value.untyped_storage())
+        return out
+
+    def _note(self, storage: Any) -> None:
+        if storage in self._numbers:
+            return
+        number, size = self._next, storage.nbytes()
+        self._next += 1
+        self._numbers[storage] = number
+        self._entries.append((number, size))
+        weakref.finalize(storage, self._entries.append, (number, -size))
+
+    def peak(self, without: Iterable[torch.Tensor] = ()) -> int:
+        """The most bytes that lived at the same time, those of some tensors left out."""
+        left_out = {self._numbers.get(tensor.untyped_storage()) for tensor in without}
+        live = most = 0
+        for number, size in self._entries:
+            if number not in left_out:
+                live += size
+                most = max(most, live)
+        return most
 
 
-def skeleton(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, dtype: Any, device: str
-) -> tuple[Any, PretrainedConfig]:
+def meta_model(recipe: Recipe, start: StartingPoint, dtype: torch.dtype, device: str) -> tuple[Any, PretrainedConfig]:
     """The model that a run would train, adapter included, on PyTorch's meta device: all shapes, no numbers."""
-    import copy
-
-    import torch
     from transformers import AutoModelForCausalLM
 
-    from instructft.models.load import load_config, new_tokens
-
-    config = copy.deepcopy(load_config(recipe, tokenizer))
+    config = copy.deepcopy(start.config)
     text = config.get_text_config()
-    added = new_tokens(recipe, tokenizer, text.vocab_size) if recipe.adapter.type != "none" else []
-    text.vocab_size = max(text.vocab_size, len(tokenizer))  # the embeddings grow by the template's own tokens
+    text.vocab_size = max(text.vocab_size, start.tokens)  # the embeddings grow by the template's own tokens
     attention = recipe.model.attn_implementation
     if device != "cpu" and attention != "eager":  # fused kernels draw dropout inside; a CPU's sdpa has none that do
-        for name in ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob"):
+        for name in _DROPOUTS:
             if hasattr(text, name):
                 setattr(text, name, 0.0)
     chosen = {"auto": None, "eager": "eager"}.get(attention, "sdpa")  # flash-attention keeps what fused sdpa keeps
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=chosen, **remote_code.flag())
-        model = ADAPTERS[recipe.adapter.type](model, recipe, added, only_shapes=True)
+        model = ADAPTERS[recipe.adapter.type](model, recipe, start.new_tokens, only_shapes=True)
     return model.train(), config
 
 
-def pretend(model: Any) -> None:
-    """Let a model's tensors say that they are on the CPU; under `storageless` that takes no memory."""
-    import torch
-
+def to_fake_cpu(model: Any) -> None:
+    """Put fake tensors on the CPU in the place of a model's own; under `FakeTensorMode` that takes no memory."""
     made: dict[int, Any] = {}  # tied weights stay tied
     for module in model.modules():
-        for name, old in [*module._parameters.items(), *module._buffers.items()]:
-            if old is None:
-                continue
-            if id(old) not in made:
-                new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                made[id(old)] = torch.nn.Parameter(new, old.requires_grad) if name in module._parameters else new
-            (module._parameters if name in module._parameters else module._buffers)[name] = made[id(old)]
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None and id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    trained = tensors is module._parameters
+                    made[id(old)] = torch.nn.Parameter(new, old.requires_grad) if trained else new
+                if old is not None:
+                    tensors[name] = made[id(old)]
 
 
-def one_step(model: Any, config: PretrainedConfig, batch: Batch, args: SFTConfig, passes: int = 1) -> Step:
-    """Run one step of the backbone through a ledger; where that is impossible, `activation_bytes` stands in."""
-    import torch
-
-    from instructft.models.ledger import Ledger
-
+def measure_step(model: Any, config: PretrainedConfig, batch: Batch, args: SFTConfig, passes: int = 1) -> Step:
+    """Run one step of the backbone and follow its memory; where that is impossible, `activation_bytes` stands in."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     checkpointing = bool(args.gradient_checkpointing)
     try:
-        backbone = model.get_base_model().base_model if hasattr(model, "get_base_model") else model.base_model
+        backbone = (model.get_base_model() if is_peft(model) else model).base_model
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if hasattr(model, "get_base_model"):
+            if is_peft(model):
                 model.enable_input_require_grads()
         inputs: dict[str, Any] = {"input_ids": torch.zeros(batch.rows, batch.width, dtype=torch.long)}  # (B, T)
         if batch.packed:
             inputs["position_ids"] = torch.arange(batch.width)[None].expand(batch.rows, -1)
-        ledger = Ledger([*model.parameters(), *model.buffers()])
-        with ledger:
+        with MemoryTracker([*model.parameters(), *model.buffers()]) as tracker:
             for _ in range(passes):  # the second one finds the gradients of the first
                 with torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext():
                     hidden = backbone(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
                 hidden.backward(torch.ones_like(hidden))
                 del hidden
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        return Step(ledger.peak(without=gradients), ledger.peak())
+        return Step(tracker.peak(without=gradients), tracker.peak())
     except (RuntimeError, TypeError, NotImplementedError, AttributeError, ValueError):
         # routing that looks at values, or a kernel without a description of its shapes
-        element = dtype.itemsize if dtype else model.dtype.itemsize
-        found = activation_bytes(config, batch, element, checkpointing)
-        gradients = [p for p in model.parameters() if p.requires_grad]
-        return Step(found, found + sum(map(nbytes, gradients)), traced=False)
+        found = activation_bytes(config, batch, (dtype or model.dtype).itemsize, checkpointing)
+        return Step(found, found + sum(p.nbytes for p in model.parameters() if p.requires_grad), traced=False)
 
 
 def activation_bytes(config: PretrainedConfig, batch: Batch, element: int, checkpointing: bool = False) -> int:
@@ -148,16 +184,9 @@ def activation_bytes(config: PretrainedConfig, batch: Batch, element: int, check
     """
     text = config.get_text_config()
     b, s, h = batch.rows, batch.width, text.hidden_size
-    dropout = max(
-        getattr(text, n, 0.0) or 0.0 for n in ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
-    )
+    dropout = max(getattr(text, name, 0.0) or 0.0 for name in _DROPOUTS)
     layer = s * b * h * (16 * element + 2)
     if getattr(config, "_attn_implementation", None) == "eager" or dropout > 0:
         layer += text.num_attention_heads * b * s * s * (2 * element + 1)
     layers = text.num_hidden_layers
     return layers * s * b * h * element + layer if checkpointing else layers * layer
-
-
-def nbytes(tensor: Any) -> int:
-    """Bytes that a tensor would take."""
-    return tensor.numel() * tensor.element_size()

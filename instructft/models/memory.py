@@ -1,31 +1,35 @@
 """What a run will need before it starts: parameters, memory by part, steps and time. No weight is loaded or made.
 
-The model is built of tensors without storage (PyTorch's `FakeTensorMode`), one training step is run through it, and a
-ledger notes which tensors live at the same time. So the figure follows the architecture at hand: its attention, its
-dropout (which on a CPU makes sdpa keep all scores), checkpointing, autocast, LoRA. What no ledger sees is added: the
-optimizer's state, the output head, the framework, the allocator.
+The model is built of fake tensors, which have no storage, one training step is run through it, and what lives at the
+same time is counted (`fake_step`). So the figure follows the architecture at hand: its attention, its dropout (which
+on a CPU makes sdpa keep all scores), checkpointing, autocast, LoRA. What no step shows is added: the optimizer's state,
+the output head, the framework, the allocator.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from instructft.data.packing import flat
-from instructft.models.fake_step import Batch, Step, nbytes, one_step, pretend, skeleton, storageless
-from instructft.models.schedule import duration, steps
+from instructft.models.fake_step import Batch, Step, measure_step, meta_model, to_fake_cpu
+from instructft.models.load import weights_dtype
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
     from instructft.data.prepare import Prepared
+    from instructft.models.starting_point import StartingPoint
     from instructft.recipe.schema import Recipe
 
 # What a strategy of `instructft launch` divides among the processes; each holds the rest whole.
@@ -66,7 +70,7 @@ _CUDA_RUNTIME, _CUDA_ALLOCATOR = 600 * MIB, 0.05
 
 def estimate(
     recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
+    start: StartingPoint,
     data: Prepared,
     args: SFTConfig,
     *,
@@ -86,14 +90,14 @@ def estimate(
         tokens_per_second: of all processes together; default: what the last run of this recipe did.
         base: bytes that a process holds before the model is there; default: what this one holds now.
 
-    >>> estimate(recipe, tokenizer, data, args)["parameters"]
+    >>> estimate(recipe, start, data, args)["parameters"]
     {'all': 590336, 'trainable': 590336}
     """
     device = device or args.device.type
     accumulation = args.gradient_accumulation_steps
     batch = largest_batch(data, args.per_device_train_batch_size, args.pad_to_multiple_of or 1)
     schedule = steps(data, args, processes)
-    model = memory(recipe, tokenizer, batch, args, device, accumulation > 1, processes, base, strategy)
+    model = memory(recipe, start, batch, args, device, accumulation > 1, processes, base, strategy)
     return {**model, "schedule": schedule, "time": duration(recipe, schedule, processes, tokens_per_second)}
 
 
@@ -119,7 +123,7 @@ def largest_batch(data: Prepared, rows: int, multiple: int = 1) -> Batch:
 
 def memory(
     recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
+    start: StartingPoint,
     batch: Batch,
     args: SFTConfig,
     device: str,
@@ -133,24 +137,22 @@ def memory(
     A model that moves to a GPU is read into the memory of its process first, whole, whatever the strategy (see
     recipes/accelerate); where weights are divided, the first process gathers weights and optimizer state to save them.
     """
-    from instructft.models.load import weights_dtype
-
-    model, config = skeleton(recipe, tokenizer, weights_dtype(recipe, device), device)
-    with storageless():
-        pretend(model)
+    model, config = meta_model(recipe, start, weights_dtype(recipe, device), device)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        to_fake_cpu(model)
         parameters = list(model.parameters())
         trainable = [p for p in parameters if p.requires_grad]
         counts = {"all": sum(p.numel() for p in parameters), "trainable": sum(p.numel() for p in trainable)}
         head = getattr(model.get_output_embeddings(), "original_module", model.get_output_embeddings()).weight
-        step = one_step(model, config, batch, args, passes=2 if accumulates else 1)
-        weights = sum(map(nbytes, parameters)) + sum(map(nbytes, model.buffers()))
+        step = measure_step(model, config, batch, args, passes=2 if accumulates else 1)
+        weights = _bytes(parameters) + _bytes(model.buffers())
         weights -= _saved_by_quantization(model, recipe.model.quantization)
-        gradients = sum(map(nbytes, trainable))
+        gradients = _bytes(trainable)
         optimizer, known = optimizer_bytes(str(args.optim), trainable)
         logits = head_bytes(head.shape, head.requires_grad, batch.supervised, device)
     gathered = 0
     if "weights" in DIVIDED[strategy] and processes > 1:
-        gathered, step = _divided(recipe, tokenizer, batch, args, device, accumulates)
+        gathered, step = _divided(recipe, start, batch, args, device, accumulates)
     cpu = device == "cpu"
     whole = weights + optimizer  # what the first process gathers to save
     shares = {part: processes if part in DIVIDED[strategy] else 1 for part in ("weights", "gradients", "optimizer")}
@@ -207,23 +209,19 @@ def head_bytes(shape: Any, trained: bool, supervised: int, device: str) -> int:
 
 
 def _divided(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, batch: Batch, args: SFTConfig, device: str, accumulates: bool
+    recipe: Recipe, start: StartingPoint, batch: Batch, args: SFTConfig, device: str, accumulates: bool
 ) -> tuple[int, Step]:
     """(bytes of what is gathered, the step) where weights are divided: they are gathered in the type they compute in.
 
     So autocast finds nothing to cast. Over whole weights in float32 it keeps a copy of each of them until its gradient
     is there.
     """
-    import torch
-
-    from instructft.models.load import weights_dtype
-
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weights_dtype(recipe, device)
-    model, config = skeleton(recipe, tokenizer, half, device)
+    model, config = meta_model(recipe, start, half, device)
     plain: Any = SimpleNamespace(bf16=False, fp16=False, gradient_checkpointing=args.gradient_checkpointing)
-    with storageless():
-        pretend(model)
-        return gathered_bytes(model), one_step(model, config, batch, plain, passes=2 if accumulates else 1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        to_fake_cpu(model)
+        return gathered_bytes(model), measure_step(model, config, batch, plain, passes=2 if accumulates else 1)
 
 
 def gathered_bytes(model: Any) -> int:
@@ -234,8 +232,8 @@ def gathered_bytes(model: Any) -> int:
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
-    sizes = [sum(nbytes(p) for p in block.parameters()) for block in blocks]
-    outside = sum(map(nbytes, model.parameters())) - sum(sizes)
+    sizes = [_bytes(block.parameters()) for block in blocks]
+    outside = _bytes(model.parameters()) - sum(sizes)
     return outside + sum(sorted(sizes)[-2:])
 
 
@@ -254,6 +252,10 @@ def optimizer_bytes(name: str, trainable: list[Any]) -> tuple[int, bool]:
     return round(found), name in OPTIMIZER_STATE
 
 
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 def _saved_by_quantization(model: Any, quantization: str) -> int:
     """Bytes that quantized linear layers do without; embeddings, head and adapters stay as they are."""
     if quantization == "none":
@@ -261,7 +263,7 @@ def _saved_by_quantization(model: Any, quantization: str) -> int:
     head = model.get_output_embeddings()
     layers = [getattr(m, "base_layer", m) for name, m in model.named_modules() if "lora_" not in name]
     weights = {id(m.weight): m.weight for m in layers if type(m).__name__ in ("Linear", "Conv1D") and m is not head}
-    return sum(nbytes(w) - round(w.numel() * _QUANTIZED[quantization]) for w in weights.values())
+    return sum(w.nbytes - round(w.numel() * _QUANTIZED[quantization]) for w in weights.values())
 
 
 def resident() -> int:
@@ -271,3 +273,55 @@ def resident() -> int:
         return pages * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):  # no /proc: macOS, Windows
         return 450 * MIB
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Time
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def steps(data: Prepared, args: SFTConfig, processes: int = 1) -> dict[str, Any]:
+    """Steps of a run, with rows and tokens of each, as `transformers.Trainer` counts them."""
+    rows, tokens = len(data.splits["train"]), data.tokens["train"]
+    share = math.floor if args.dataloader_drop_last else math.ceil
+    batches = share(share(rows / args.per_device_train_batch_size) / processes)  # of one process in one epoch
+    per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    count = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    return {
+        "rows": rows,
+        "tokens": tokens,
+        "steps": count,
+        "steps_per_epoch": per_epoch,
+        "epochs": count / per_epoch,
+        "rows_per_step": rows_per_step,
+        "tokens_per_step": round(tokens / per_epoch),
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "processes": processes,
+        "total_tokens": round(tokens * count / per_epoch),
+    }
+
+
+def duration(recipe: Recipe, schedule: dict[str, Any], processes: int, given: float | None) -> dict[str, Any]:
+    """Seconds of training, from a given speed or the last run of this recipe on as many processes."""
+    speed, source = given, "given"
+    if speed is None:
+        speed, source = last_speed(recipe, processes)
+    seconds = schedule["total_tokens"] / speed if speed else None
+    return {"tokens_per_second": speed, "source": source if speed else None, "seconds": seconds}
+
+
+def last_speed(recipe: Recipe, processes: int) -> tuple[float | None, str]:
+    """Tokens per second of the newest run of a recipe of this name beside `output_dir`, and its `run.json`."""
+    found = sorted(Path(recipe.output_dir).parent.glob("*/run.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+    title = f"# {' '.join(recipe.name.split())}:"  # the first line of a run's recipe.yaml names the recipe
+    for path in found:
+        try:
+            with path.with_name("recipe.yaml").open(encoding="utf-8") as file:
+                same = file.readline().startswith(title)
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if same and facts["hardware"]["processes"] == processes:
+                return float(facts["train"]["tokens_per_second"]), str(path)
+        except (OSError, ValueError, KeyError, TypeError):  # of another version, or cut off
+            continue
+    return None, ""

@@ -1,15 +1,25 @@
-"""Where a run's weights come from: the model that a recipe names, or the base of an adapter that is trained further."""
+"""What a run begins with, found once: weights, the adapter that is trained further, configuration, new tokens."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from instructft.adapters.attach import AdapterFolder, is_adapter, locate_base, read_adapter
+from instructft.adapters import lora
+from instructft.adapters.adapter_folder import AdapterFolder, is_adapter, read_adapter
+from instructft.adapters.attach import locate_base
 from instructft.errors import UsageError
-from instructft.weights.base_record import commit_of, is_hub_id
+from instructft.models.latest import settled
+from instructft.models.tokenizer import new_tokens, not_loaded
+from instructft.weights import remote_code
+from instructft.weights.base_record import BaseModelRecord, base_fingerprint, commit_of, is_hub_id
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
     from instructft.recipe.schema import Recipe
 
 # The recipe's keys for what an adapter folder has fixed, under PEFT's names.
@@ -22,7 +32,110 @@ _FIXED = {
 }
 
 
-def adapter_to_go_on_with(recipe: Recipe) -> AdapterFolder | None:
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where a run's weights come from; made by `starting_point` when a run begins, and handed on.
+
+    Args:
+        name: for `from_pretrained`: a folder or Hub id, of an adapter that is trained further its base; "": random.
+        named: `name_or_path`, `revision` and `subfolder` of that base, as the recipe or the adapter folder names it.
+        config: of the base, checked against the recipe. A copy is what is changed.
+        new_tokens: ids without a trained embedding in the base, where an adapter is to train their rows.
+        tokens: that the embeddings must hold.
+    """
+
+    name: str
+    revision: str
+    subfolder: str
+    named: dict[str, Any]
+    adapter: AdapterFolder | None
+    config: PretrainedConfig
+    new_tokens: list[int]
+    tokens: int
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the base's weights, which are fetched for it; an adapter's base was verified when it was found.
+
+        Raises:
+            ModelError: the weights are not there, or cannot be read.
+        """
+        if self.adapter is not None and self.adapter.base.fingerprint:
+            return self.adapter.base.fingerprint
+        return base_fingerprint(self.name, self.revision, self.subfolder)
+
+    @functools.cached_property
+    def commit(self) -> str | None:
+        """That the name stands for on the Hub: a branch moves, and later nobody could say which weights these were."""
+        from huggingface_hub import try_to_load_from_cache
+
+        folder = Path(self.name).expanduser()
+        if not folder.is_dir() and is_hub_id(self.name):
+            file = try_to_load_from_cache(
+                self.name, f"{self.subfolder}/config.json".lstrip("/"), revision=self.revision
+            )
+            folder = Path(file).parent if isinstance(file, str) else folder
+        return commit_of(folder)
+
+    def facts(self) -> dict[str, Any] | None:
+        """The base for `run.json`; None for random weights.
+
+        >>> starting_point(load_recipe("gpt2-dolly"), tokenizer).facts()
+        {'name_or_path': 'openai-community/gpt2', 'revision': None, 'subfolder': None, 'commit': '…'}
+        """
+        return {**self.named, "commit": self.commit} if self.name else None
+
+    def record(self, model: PreTrainedModel, quantization: str) -> BaseModelRecord:
+        """The base for `base.json`, with the rows and type of its embedding in training."""
+        embedding = model.get_input_embeddings().weight  # (V, D)
+        return BaseModelRecord(
+            **self.named,
+            commit=self.commit,
+            fingerprint=self.fingerprint,
+            vocab_size=embedding.shape[0],
+            quantization=quantization,
+            dtype=str(embedding.dtype).removeprefix("torch."),
+        )
+
+
+def starting_point(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> StartingPoint:
+    """Find what a run begins with, and check the recipe against it, before weights are loaded.
+
+    Args:
+        tokenizer: of `load_tokenizer`.
+
+    >>> start = starting_point(load_recipe("tinyllama-lora"), tokenizer)
+    >>> start.name, start.revision, start.adapter
+    ('TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T', 'main', None)
+
+    Raises:
+        UsageError: the model is unknown or unreadable; `data.max_length` is more than its positions; the adapter does
+            not fit the architecture, or is another one than the folder holds.
+        AdapterError: the adapter that is to be trained further is not whole, or its base is not there.
+    """
+    recipe, _ = settled(recipe)
+    model = recipe.model
+    adapter = adapter_to_train_further(recipe)
+    base = model if adapter is None else adapter.base
+    named = {"name_or_path": base.name_or_path, "revision": base.revision, "subfolder": base.subfolder}
+    where = (str(model.name_or_path or ""), model.revision or "main", model.subfolder or "")
+    if adapter is not None:
+        where = (str(locate_base(adapter)), "main", "")
+    config = _published_config(*where) if model.config is None else _own_config(model.config, tokenizer)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and recipe.data.max_length > positions:
+        raise UsageError(
+            f"data.max_length: {recipe.data.max_length} tokens are more than the {positions} positions of "
+            f"{model.name_or_path or 'model.config'}; set data.max_length to {positions} or less"
+        )
+    added: list[int] = []
+    if recipe.adapter.type != "none" and adapter is None:
+        added = new_tokens(recipe, tokenizer, config.get_text_config().vocab_size)
+        lora.check(recipe, config, added)
+    return StartingPoint(*where, named, adapter, config, added, len(tokenizer))
+
+
+def adapter_to_train_further(recipe: Recipe) -> AdapterFolder | None:
     """The adapter folder that `model.name_or_path` is, if it is one.
 
     Raises:
@@ -57,40 +170,30 @@ def adapter_to_go_on_with(recipe: Recipe) -> AdapterFolder | None:
     return adapter
 
 
-def weights_of(recipe: Recipe) -> tuple[str, str, str]:
-    """(name, revision, subfolder) for `from_pretrained`.
+def _published_config(name: str, revision: str, subfolder: str) -> PretrainedConfig:
+    from transformers import AutoConfig
 
-    >>> weights_of(load_recipe("tinyllama-lora"))
-    ('TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T', 'main', '')
-    """
-    adapter = adapter_to_go_on_with(recipe)
-    if adapter is not None:
-        return str(locate_base(adapter)), "main", ""
-    return str(recipe.model.name_or_path), recipe.model.revision or "main", recipe.model.subfolder or ""
-
-
-def base_record(recipe: Recipe) -> dict[str, str | None]:
-    """`name_or_path`, `revision` and `subfolder` of the base, as an adapter folder names it."""
-    adapter = adapter_to_go_on_with(recipe)
-    base = recipe.model if adapter is None else adapter.base
-    return {"name_or_path": base.name_or_path, "revision": base.revision, "subfolder": base.subfolder}
+    try:
+        return AutoConfig.from_pretrained(
+            name, revision=revision, subfolder=subfolder, **remote_code.pinned(name, revision)
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(not_loaded("model.name_or_path", name, "a model", error)) from error
 
 
-def started_from(recipe: Recipe) -> dict[str, str | None] | None:
-    """`base_record` with the commit that the name stood for when the base was fetched; None for random weights.
+def _own_config(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """Of a model that starts from random weights; what it does not say follows the tokenizer."""
+    from transformers import AutoConfig
 
-    A branch on the Hub moves on: without its commit nobody could say later which weights these were.
-
-    >>> started_from(load_recipe("gpt2-dolly"))
-    {'name_or_path': 'openai-community/gpt2', 'revision': None, 'subfolder': None, 'commit': '…'}
-    """
-    if recipe.model.config is not None:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    name, revision, subfolder = weights_of(recipe)
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and is_hub_id(name):
-        file = try_to_load_from_cache(name, f"{subfolder}/config.json".lstrip("/"), revision=revision)
-        folder = Path(file).parent if isinstance(file, str) else folder
-    return {**base_record(recipe), "commit": commit_of(folder)}
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    follows = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in special}}
+    try:
+        config = AutoConfig.for_model(**{**follows, **fields})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"model.config: {error}") from error
+    if len(tokenizer) > config.vocab_size:
+        raise UsageError(
+            f"model.config.vocab_size: {config.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens; "
+            "leave the key out, and it follows the tokenizer"
+        )
+    return config

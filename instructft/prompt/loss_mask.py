@@ -44,9 +44,6 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, add_
 
     With `add_generation_prompt` the text ends where the model's answer begins.
 
-    >>> render([{"role": "user", "content": "Hi"}], tokenizer, add_generation_prompt=True)
-    '### Instruction:\\nHi\\n\\n### Response:\\n'
-
     Raises:
         TemplateError: the tokenizer has no chat template, or the template refuses these messages.
     """
@@ -77,11 +74,7 @@ def encode_conversation(
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that a model is given before it answers: a prefix of what `encode_conversation` gives with the answer.
-
-    >>> tokenizer.decode(encode_prompt([{"role": "user", "content": "Hi"}], tokenizer))
-    '### Instruction:\\nHi\\n\\n### Response:\\n'
-    """
+    """The ids that a model is given before it answers: a prefix of what `encode_conversation` gives with the answer."""
     return encoder(tokenizer).prompts([messages])[0]
 
 

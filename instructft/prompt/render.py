@@ -18,6 +18,11 @@ from instructft.prompt.templates import is_built_in
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# One turn of a conversation: `{"role": "system" | "user" | "assistant", "content": str}`. A user's may carry `input`
+# (Alpaca) or `context` (Dolly): a template with a heading for it shows it there, for all others `Renderer.normal` puts
+# it below the content. An assistant's with `"weight": 0` is read and carries no loss.
+Message = dict[str, Any]
+
 MANY = 100  # conversations; for fewer it does not matter how fast they are rendered
 
 
@@ -135,6 +140,3 @@ class Renderer:
     def _slow(self, conversations: Sequence[Sequence[Message]], asks: bool) -> list[str]:
         texts: list[str] = self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=asks)
         return texts
-
-
-Message = dict[str, Any]

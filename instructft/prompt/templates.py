@@ -1,4 +1,4 @@
-"""The built-in chat templates: one Jinja file each in `templates/`, saved with every model that is trained with it.
+"""The built-in chat templates: one Jinja file each in `jinja/`, saved with every model that is trained with it.
 
 To add one: a `.jinja` file and an entry here. It must end each answer with a special token, or nothing would teach
 the model to stop; `instructft.prompt.loss_mask` refuses one that does not.
@@ -19,7 +19,7 @@ class Template:
     """A built-in chat template.
 
     Args:
-        file: its name in `templates/`.
+        file: its name in `jinja/`.
         stop: the token that ends an answer; None for the tokenizer's own EOS.
         tokens: special tokens that a tokenizer gains when it lacks them.
     """

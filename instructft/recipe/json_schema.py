@@ -1,30 +1,34 @@
-"""The JSON schema of a recipe (draft 2020-12): the models' own, and what they cannot know, from the shipped lists."""
+"""The JSON schema of a recipe (draft 2020-12), by which editors complete keys and mark wrong ones.
+
+It is pydantic's of the models, and what these cannot know, from the shipped lists of fields.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from instructft.recipe.aliases import TRAIN_BOUNDS
 from instructft.recipe.fields import OWN_TRAIN_FIELDS, legal_lora_fields, legal_train_fields
-from instructft.recipe.yaml_reader import thaw
-
-if TYPE_CHECKING:
-    from instructft.recipe.schema import Recipe
+from instructft.recipe.schema import TRAIN_DEFAULTS, Recipe, thaw
 
 _TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
 _OPEN = (None, None, "")
 
 
-def build(model: type[Recipe], train_defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of `model`, with the short forms that the loader takes."""
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, with the short forms that the loader takes.
+
+    >>> json_schema()["properties"]["data"]["properties"]["max_length"]["default"]
+    1024
+    """
     from instructft.data.sources import FORMATS, SOURCES
     from instructft.prompt.templates import TEMPLATES
 
-    schema: dict[str, Any] = _inline(model.model_json_schema(), {})
+    schema: dict[str, Any] = _inline(Recipe.model_json_schema(), {})
     schema.pop("$defs", None)
     properties = schema["properties"]
-    for name, field in model.model_fields.items():
+    for name, field in Recipe.model_fields.items():
         if field.exclude:
             del properties[name]
     properties["output_dir"].pop("default", None)  # runs/<recipe name>
@@ -56,7 +60,7 @@ def build(model: type[Recipe], train_defaults: Mapping[str, Any]) -> dict[str, A
         "type": ["object", "null"],
         "additionalProperties": False,
         "properties": {
-            name: _field(row, train_defaults.get(name, row["default"]), TRAIN_BOUNDS.get(name, _OPEN))
+            name: _field(row, TRAIN_DEFAULTS.get(name, row["default"]), TRAIN_BOUNDS.get(name, _OPEN))
             for name, row in legal_train_fields().items()
         },
     }

@@ -1,32 +1,17 @@
-"""All the legal keys of a recipe, with defaults and units, and the way from YAML to a frozen `Recipe`. No torch.
+"""All the legal keys of a recipe, with type, default and unit. No torch.
 
 The keys are the fields of the models below; `train:` also takes the fields of `trl.SFTConfig`, and `adapter:` those of
-`peft.LoraConfig`, by their own names. An unknown key is an error that names the right one.
-
-    recipe_yaml.py     the text: values, and the line of each
-    recipe_keys.py     which keys are legal, and what each expects, in words
-    recipe_checks.py   everything that can be wrong, all of it at once
-    recipe_contradictions.py   keys that cannot be meant together
-    recipe_aliases.py  names from other tools, and fields with another home
-    recipe_schema.py   the JSON schema for editors
-
-Relative paths: `data.datasets.N.path`, a `.jinja` template, and a model or tokenizer that begins with `.`, `~` or `/`
-are looked up from the current directory, and if nothing is there, beside the recipe file. `output_dir` is relative to
-the current directory.
+`peft.LoraConfig`, by their own names (`instructft.recipe.fields`). An unknown key is an error that names the right one.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from instructft.errors import RecipeError
-from instructft.formatting import nearest, yaml_text
-from instructft.recipe import conflicts, validate, yaml_reader
+from instructft.formatting import yaml_text
 from instructft.recipe.fields import OWN_TRAIN_FIELDS, legal_train_fields
 
 # What `train:` holds unless the recipe says otherwise, where that differs from trl.SFTConfig.
@@ -71,7 +56,41 @@ def train_defaults(written: Mapping[str, Any], validation: float) -> dict[str, A
     return defaults
 
 
-FrozenMap = Annotated[Mapping[str, Any], AfterValidator(yaml_reader.freeze)]
+class FrozenDict(dict[str, Any]):
+    """A dict that cannot be changed, yet pickles, deep-copies and unpacks like one."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a recipe is read-only; change a value with an override, e.g. train.max_steps=10")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenDict, (dict(self),)
+
+
+def freeze(value: Any) -> Any:
+    """Mappings to FrozenDict and lists to tuples, all the way down."""
+    if isinstance(value, Mapping):
+        return FrozenDict({key: freeze(item) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(freeze(item) for item in value)
+    return value
+
+
+def thaw(value: Any) -> Any:
+    """The opposite of `freeze`: new plain dicts and lists."""
+    if isinstance(value, Mapping):
+        return {key: thaw(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [thaw(item) for item in value]
+    return value
+
+
+FrozenMap = Annotated[Mapping[str, Any], AfterValidator(freeze)]
 
 
 class _Section(BaseModel):
@@ -118,8 +137,8 @@ class DatasetEntry(_Section):
     revision: str | None = Field(default=None, min_length=1, description="branch, tag or commit on the Hub")
     rows: int | None = Field(default=None, gt=0, description="rows to take at most; default: all")
     weight: float = Field(default=1.0, gt=0, description="share in a mix, relative to the other data sets")
-    columns: Annotated[Mapping[str, str], AfterValidator(yaml_reader.freeze)] = Field(
-        default_factory=yaml_reader.FrozenDict, description="column that the format expects: column in this data set"
+    columns: Annotated[Mapping[str, str], AfterValidator(freeze)] = Field(
+        default_factory=FrozenDict, description="column that the format expects: column in this data set"
     )
     streaming: bool = Field(default=False, description="read rows as they come instead of downloading all first")
 
@@ -170,7 +189,7 @@ class AdapterSection(_Section):
     )
     use_dora: bool = Field(default=False, description="weight-decomposed LoRA, arXiv:2402.09353")
     use_rslora: bool = Field(default=False, description="rank-stabilized LoRA, arXiv:2312.03732")
-    more: FrozenMap = Field(default_factory=yaml_reader.FrozenDict, exclude=True)  # not a key
+    more: FrozenMap = Field(default_factory=FrozenDict, exclude=True)  # not a key
 
     def peft_kwargs(self) -> dict[str, Any]:
         """What `peft.LoraConfig` is to be called with, under PEFT's names.
@@ -180,7 +199,7 @@ class AdapterSection(_Section):
         """
         own: dict[str, Any] = {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
         own |= {"target_modules": self.target_modules, "use_dora": self.use_dora, "use_rslora": self.use_rslora}
-        plain: dict[str, Any] = yaml_reader.thaw({**own, **self.more})
+        plain: dict[str, Any] = thaw({**own, **self.more})
         return plain
 
 
@@ -213,9 +232,7 @@ class Recipe(_Section):
     model: ModelSection = Field(default=ModelSection(), description="what is trained")
     data: DataSection = Field(description="what it is trained on")
     adapter: AdapterSection = Field(default=AdapterSection(), description="all weights, or a LoRA adapter")
-    train: FrozenMap = Field(
-        default_factory=yaml_reader.FrozenDict, description="our own keys, and fields of trl.SFTConfig"
-    )
+    train: FrozenMap = Field(default_factory=FrozenDict, description="our own keys, and fields of trl.SFTConfig")
     samples: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), description="prompts answered at every evaluation"
     )
@@ -233,7 +250,7 @@ class Recipe(_Section):
         values = {name: row["default"] for name, row in legal_train_fields().items()} | dict(self.train)
         if self.train.get("tokens_per_step") is not None:
             del values["gradient_accumulation_steps"]  # follows from the number of processes
-        resolved: dict[str, Any] = yaml_reader.thaw(values)
+        resolved: dict[str, Any] = thaw(values)
         return resolved
 
     def sft_kwargs(self) -> dict[str, Any]:
@@ -242,7 +259,7 @@ class Recipe(_Section):
         >>> load_recipe("quickstart", ["train.max_steps=10"]).sft_kwargs()["max_steps"]
         10
         """
-        return {key: yaml_reader.thaw(value) for key, value in self.train.items() if key not in OWN_TRAIN_FIELDS}
+        return {key: thaw(value) for key, value in self.train.items() if key not in OWN_TRAIN_FIELDS}
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain dicts and lists: every key, every default."""
@@ -256,7 +273,7 @@ class Recipe(_Section):
         rest = {"samples": self.samples, "hub": self.hub.model_dump(), "check": self.check.model_dump()}
         rest["output_dir"] = self.output_dir
         sections = {"model": model, "data": data, "adapter": adapter, "train": self.train_resolved(), **rest}
-        plain: dict[str, Any] = yaml_reader.thaw(sections)
+        plain: dict[str, Any] = thaw(sections)
         return plain
 
     def to_yaml(self) -> str:
@@ -271,143 +288,3 @@ class Recipe(_Section):
 
     def __hash__(self) -> int:
         return hash((self.model, self.data, self.adapter, self.samples, self.hub, self.check, self.output_dir))
-
-
-def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe: the path of a YAML file or the bare name of a shipped recipe, then `KEY=VALUE` overrides.
-
-    >>> recipe = load_recipe("quickstart", overrides=["train.learning_rate=1e-4", "data.packing=true"])
-    >>> recipe.train["learning_rate"], recipe.data.packing
-    (0.0001, True)
-
-    Raises:
-        RecipeError: with every problem of the recipe, each with its line, key, what was found and what was expected.
-    """
-    path, name = _find(source)
-    document = yaml_reader.read_document(path)
-    if document.values is None:
-        raise RecipeError(os.fspath(source), document.lines())
-    spell_out(document)
-    for override in overrides:
-        yaml_reader.apply_override(document, override)
-        spell_out(document)
-    return _build(document, name, path, shown=os.fspath(source), strict=True)
-
-
-def load_run_recipe(folder: str | os.PathLike[str]) -> Recipe:
-    """Read the `recipe.yaml` of a run folder, for the commands that take the folder alone.
-
-    Fields of `train:` and `adapter:` that this version no longer knows are dropped, and data files need not be there
-    any more: an old run stays usable after an upgrade and on another machine.
-
-    >>> load_run_recipe("runs/quickstart").data.template
-    'instruction'
-    """
-    path = Path(folder) / "recipe.yaml"
-    if not path.is_file():
-        raise RecipeError(str(path), [f"there is no recipe.yaml in {folder}; expected a run folder of instructft"])
-    document = yaml_reader.read_document(path)
-    if document.values is None:
-        raise RecipeError(str(path), document.lines())
-    spell_out(document)
-    return _build(document, Path(folder).resolve().name, path, shown=str(path), strict=False)
-
-
-def spell_out(document: yaml_reader.Document) -> None:
-    """Write the short forms of a recipe out, in place: `datasets: NAME`, `adapter: lora`, an empty section."""
-    values: dict[str, Any] = document.values
-    for section in ("model", "data", "adapter", "train", "hub", "check"):
-        if values.get(section) is None:
-            values[section] = {}
-    if values.get("samples") is None:
-        values.pop("samples", None)
-    if isinstance(values["adapter"], str):
-        values["adapter"] = {"type": values["adapter"]}
-    data = values["data"]
-    if isinstance(data, dict):
-        if isinstance(data.get("datasets"), str | dict):
-            data["datasets"] = [data["datasets"]]
-            document.move(("data", "datasets"), ("data", "datasets", 0))
-        if isinstance(data.get("datasets"), list):
-            data["datasets"] = [{"name": entry} if isinstance(entry, str) else entry for entry in data["datasets"]]
-        if data.get("splits", "") is None:
-            del data["splits"]
-
-
-def _build(document: yaml_reader.Document, name: str, path: Path, *, shown: str, strict: bool) -> Recipe:
-    document.values.setdefault("output_dir", f"runs/{name}")
-    recipe = validate.check(document, Recipe, path.parent, strict=strict)
-    defaults = train_defaults(recipe.train, recipe.data.splits.validation)
-    about = {"name": name, "source": str(path), "train_written": frozenset(recipe.train)}
-    recipe = recipe.model_copy(update={**about, "train": yaml_reader.freeze({**defaults, **recipe.train})})
-    if strict:
-        conflicts.find(document, recipe)
-    if document.problems:
-        raise RecipeError(shown, document.lines())
-    return recipe
-
-
-def check_against_installed(recipe: Recipe) -> None:
-    """Compare the fields of `train:` with the `trl.SFTConfig` that is installed. Imports torch.
-
-    Raises:
-        RecipeError: for each field that the installed version does not know.
-    """
-    import dataclasses
-
-    import trl
-
-    known = {field.name for field in dataclasses.fields(trl.SFTConfig)}
-    unknown = sorted(set(recipe.sft_kwargs()) - known)
-    if unknown:
-        say = f"trl {trl.__version__}, which is installed, has no such field; take it out, or install another trl"
-        raise RecipeError(recipe.source or recipe.name, [f"train.{name}: {say}" for name in unknown])
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe (draft 2020-12), by which editors complete keys and mark wrong ones.
-
-    >>> json_schema()["properties"]["data"]["properties"]["max_length"]["default"]
-    1024
-    """
-    from instructft.recipe import json_schema
-
-    return json_schema.build(Recipe, TRAIN_DEFAULTS)
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of each recipe that comes with instructft.
-
-    >>> shipped_recipes()["quickstart"].name
-    'quickstart.yaml'
-    """
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "recipes", package.parent / "recipes"):  # an installed wheel, a checkout
-        if folder.is_dir():
-            return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-    return {}
-
-
-def recipe_purpose(path: str | os.PathLike[str]) -> str:
-    """The first comment line of a recipe file, which says what it is for; "" where there is none."""
-    with open(path, encoding="utf-8") as file:
-        return next((line.lstrip("# ").strip() for line in file if line.startswith("#")), "")
-
-
-def _find(source: str | os.PathLike[str]) -> tuple[Path, str]:
-    """The file of a recipe, and the recipe's name."""
-    text = os.fspath(source)
-    shipped = shipped_recipes()
-    path = Path(text).expanduser()
-    if text in shipped and isinstance(source, str):
-        return shipped[text], text
-    if path.is_file():
-        return path, path.stem
-    if path.is_dir():
-        inside = f"; did you mean {path / 'recipe.yaml'}?" if (path / "recipe.yaml").is_file() else ""
-        raise RecipeError(text, [f"found a folder, expected a YAML file or the name of a shipped recipe{inside}"])
-    if path.exists():
-        raise RecipeError(text, ["found a device or a pipe, expected a YAML file"])
-    near = nearest(path.stem, shipped)
-    names = ", ".join(shipped) or "none"
-    raise RecipeError(text, [f"there is no such file{near}; shipped recipes: {names}"])

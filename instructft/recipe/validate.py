@@ -7,9 +7,9 @@ problem names the line, the key, what was found, what was expected and the neare
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,21 +27,21 @@ from instructft.recipe.fields import (
     show,
     wrong_value,
 )
-from instructft.recipe.yaml_reader import Document, KeyPath, dotted, freeze
+from instructft.recipe.schema import AdapterSection, Recipe, freeze
+from instructft.recipe.yaml_reader import Document, KeyPath, dotted
 from instructft.redaction import is_secret
-
-if TYPE_CHECKING:
-    from instructft.recipe.schema import Recipe
+from instructft.weights.base_record import is_hub_id, stays_inside
 
 DATA_FILES = (".json", ".jsonl", ".jsonl.gz", ".csv", ".parquet")
 _ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+_OWN_ADAPTER = section_keys(AdapterSection)
 
 
 class _Check:
     """One pass over a document. A value with a problem is taken out, so that the rest can still be checked."""
 
-    def __init__(self, document: Document, model: type[Recipe], folder: Path, strict: bool):
-        self.document, self.model, self.folder, self.strict = document, model, folder, strict
+    def __init__(self, document: Document, folder: Path, strict: bool):
+        self.document, self.folder, self.strict = document, folder, strict
         self.values: dict[str, Any] = document.values
 
     def problem(self, path: KeyPath, message: str) -> None:
@@ -86,7 +86,7 @@ class _Check:
         if not self.strict and section in {("train",), ("adapter",)}:
             return
         homes = TRAIN_HOMES if section == ("train",) else ADAPTER_HOMES if section == ("adapter",) else {}
-        elsewhere = leaves(self.model).get(key, [])
+        elsewhere = leaves(Recipe).get(key, [])
         if key in homes:
             say, targets = f"has another home; {homes[key]}", re.findall(r"\b[a-z_]+(?:\.\w+)+", homes[key])
         elif key in ALIASES:
@@ -104,8 +104,8 @@ class _Check:
             near = nearest(key, legal, cutoff=0.75, prefix=dotted((*section, "")))
             if not near and (alias := closest(key, ALIASES, cutoff=0.85)) and ALIASES[alias][0]:
                 near = f"; did you mean {ALIASES[alias][0]}?"
-            if not near and (leaf := closest(key, leaves(self.model), cutoff=0.75)):
-                near = f"; did you mean {' or '.join(leaves(self.model)[leaf])}?"
+            if not near and (leaf := closest(key, leaves(Recipe), cutoff=0.75)):
+                near = f"; did you mean {' or '.join(leaves(Recipe)[leaf])}?"
             near = near or nearest(key, legal, prefix=dotted((*section, "")))
             names = list(legal)
             upstream = "peft.LoraConfig" if section == ("adapter",) else "trl.SFTConfig"
@@ -145,31 +145,31 @@ class _Check:
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
             if isinstance(entry, dict):
                 self.dataset(entry, ("data", "datasets", index), SOURCES, FORMATS)
-        if isinstance(data, dict) and isinstance(template := data.get("template"), str) and template:
-            if template.endswith(".jinja"):
+        if isinstance(data, dict):
+            if str(data.get("template")).endswith(".jinja"):
                 self.local_file(data, ("data", "template"))
-            elif template not in (*TEMPLATES, "auto", "tokenizer"):
-                names = ["auto", *TEMPLATES, "tokenizer"]
-                hint = VALUE_HINTS.get(("data.template", template))
-                near = f"; {hint}" if hint else nearest(template, names)
-                listed = f"; expected {', '.join(names)} or a .jinja file"
-                self.problem(("data", "template"), f'"{template}" is unknown{near or listed}')
-                del data["template"]
+            else:
+                self.word(data, ("data", "template"), ("auto", *TEMPLATES, "tokenizer"), "a .jinja file")
         if isinstance(model, dict):
             for key in ("name_or_path", "tokenizer"):
                 if isinstance(model.get(key), str) and model[key].startswith((".", "~", "/")):
                     self.local_file(model, ("model", key))
-            attention = model.get("attn_implementation")
-            if isinstance(attention, str) and attention not in _ATTENTION and not re.search("[/|]", attention):
-                hint = VALUE_HINTS.get(("model.attn_implementation", attention))
-                near = f"; {hint}" if hint else nearest(attention, _ATTENTION)
-                listed = f"; expected {', '.join(_ATTENTION)} or a kernel on the Hub"
-                self.problem(("model", "attn_implementation"), f'"{attention}" is unknown{near or listed}')
-                del model["attn_implementation"]
+            if not re.search("[/|]", str(model.get("attn_implementation"))):
+                self.word(model, ("model", "attn_implementation"), _ATTENTION, "a kernel on the Hub")
             self.inside_repo(model, ("model", "subfolder"))
         if isinstance(hub, dict):
             self.inside_repo(hub, ("hub", "path_in_repo"))
             self.hub_id(hub, ("hub", "repo_id"))
+
+    def word(self, values: dict[str, Any], path: KeyPath, names: Sequence[str], more: str) -> None:
+        """A value is one of some names; `more` says what else may stand there."""
+        value = values.get(str(path[-1]))
+        if isinstance(value, str) and value and value not in names:
+            hint = VALUE_HINTS.get((dotted(path), value))
+            near = f"; {hint}" if hint else nearest(value, names)
+            listed = f"; expected {', '.join(names)} or {more}"
+            self.problem(path, f'"{value}" is unknown{near or listed}')
+            del values[str(path[-1])]
 
     def dataset(
         self, entry: dict[str, Any], path: KeyPath, sources: Mapping[str, Any], formats: Mapping[str, Any]
@@ -216,15 +216,13 @@ class _Check:
 
     def inside_repo(self, values: dict[str, Any], path: KeyPath) -> None:
         value = values.get(str(path[-1]))
-        if isinstance(value, str) and (
-            value.startswith(("/", "~")) or "\\" in value or ":" in value or ".." in value.split("/")
-        ):
+        if isinstance(value, str) and not stays_inside(value):
             self.problem(path, f'found "{value}", expected a folder inside the repo, such as instruct/')
             del values[str(path[-1])]
 
     def hub_id(self, values: dict[str, Any], path: KeyPath) -> None:
         value = values.get(str(path[-1]))
-        if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", value):
+        if isinstance(value, str) and not is_hub_id(value):
             self.problem(path, f'found "{value}", expected a name on the Hub, such as org/name')
 
     # types and bounds ------------------------------------------------------------------------------------------------
@@ -233,27 +231,23 @@ class _Check:
         """Build the Recipe; what does not fit is reported, taken out, and the rest tried again."""
         adapter = self.values["adapter"]
         if isinstance(adapter, dict):
-            extra = [key for key in adapter if key in legal_lora_fields() and key not in self.own]
+            extra = [key for key in adapter if key in legal_lora_fields() and key not in _OWN_ADAPTER]
             adapter["more"] = {key: adapter.pop(key) for key in extra}
         for _ in range(10):
             try:
-                return self.model.model_validate(freeze(self.values))
+                return Recipe.model_validate(freeze(self.values))
             except ValidationError as error:
                 paths = {self.existing(problem["loc"]): problem for problem in error.errors(include_url=False)}
             for path, problem in paths.items():
                 if any(other[: len(path)] == path for other in paths if other != path):
                     continue  # pydantic calls a list too short whose only entry is wrong
                 if problem["type"] != "missing":
-                    self.problem(path, wrong_value(dotted(path), _get(self.values, path), self.model, path))
+                    self.problem(path, wrong_value(dotted(path), _get(self.values, path), Recipe, path))
                 elif not self.document.is_bad(path):  # else a wrong key stands for it
-                    self.document.add(path, f"missing; expected {describe(self.model, path)}")
+                    self.document.add(path, f"missing; expected {describe(Recipe, path)}")
             for path in paths:
                 self.take_out(path)
         raise RecipeError(str(self.folder), self.document.lines())  # not reached: each round takes out what failed
-
-    @property
-    def own(self) -> list[str]:
-        return section_keys(section_of(self.model.model_fields["adapter"].annotation) or BaseModel)
 
     def existing(self, loc: tuple[Any, ...]) -> KeyPath:
         """A path in the recipe: pydantic's location without the branches of a union that it ends in."""
@@ -281,18 +275,18 @@ class _Check:
             parent.pop(path[-1], None)
 
 
-def check(document: Document, model: type[Recipe], folder: Path, *, strict: bool) -> Recipe:
+def check(document: Document, folder: Path, *, strict: bool) -> Recipe:
     """Check a document whose short forms are written out; problems go into it, and what is sound comes back.
 
     Args:
         folder: the recipe's, in which relative paths are looked up too.
         strict: False for the recipe of a finished run, whose fields and files may be gone by now.
     """
-    walk = _Check(document, model, folder, strict)
+    walk = _Check(document, folder, strict)
     walk.secrets(walk.values)
-    walk.unknown_keys(walk.values, model)
+    walk.unknown_keys(walk.values, Recipe)
     walk.fields("train", legal_train_fields())
-    walk.fields("adapter", legal_lora_fields(), own=walk.own)
+    walk.fields("adapter", legal_lora_fields(), own=_OWN_ADAPTER)
     walk.references()
     return walk.build()
 

@@ -7,10 +7,10 @@ stops at the first duplicate key, and expands nested aliases without limit.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from instructft.redaction import is_secret, redact
 
@@ -18,40 +18,6 @@ KeyPath = tuple[str | int, ...]  # ("data", "datasets", 0, "rows"), written data
 
 MAX_BYTES = 200_000  # of a recipe file
 MAX_VALUES = 20_000  # in a recipe, aliases expanded: a "billion laughs" file stops here
-
-
-class FrozenDict(dict[str, Any]):
-    """A dict that cannot be changed, yet pickles, deep-copies and unpacks like one."""
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError("a recipe is read-only; change a value with an override, e.g. train.max_steps=10")
-
-    __setitem__ = __delitem__ = __ior__ = _refuse
-    clear = pop = popitem = setdefault = update = _refuse
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(frozenset(self.items()))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FrozenDict, (dict(self),)
-
-
-def freeze(value: Any) -> Any:
-    """Mappings to FrozenDict and lists to tuples, all the way down."""
-    if isinstance(value, Mapping):
-        return FrozenDict({key: freeze(item) for key, item in value.items()})
-    if isinstance(value, list | tuple):
-        return tuple(freeze(item) for item in value)
-    return value
-
-
-def thaw(value: Any) -> Any:
-    """The opposite of `freeze`: new plain dicts and lists."""
-    if isinstance(value, Mapping):
-        return {key: thaw(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [thaw(item) for item in value]
-    return value
 
 
 def dotted(path: Iterable[str | int]) -> str:

@@ -1,4 +1,9 @@
-"""What one sees of a run while it trains: a progress line, `metrics.jsonl`, sample answers, TensorBoard."""
+"""What one sees of a run while it trains, and its early end: a progress line, `metrics.jsonl`, sample answers.
+
+How long the validation loss has not fallen is read from the trainer's own history, which every checkpoint holds: a
+resumed run stops at the same evaluation as one that was never stopped. Upstream's callback counts for itself and begins
+anew after a resume (transformers 5.23, unless `restore_callback_states_from_checkpoint` rebuilds all callbacks).
+"""
 
 from __future__ import annotations
 
@@ -17,8 +22,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from instructft.formatting import first_line
-from instructft.inference.chat import Generator
+from instructft.inference.generator import Generator
 
+Texts = Sequence[tuple[str, str]]  # prompt, answer
 _SHOWN = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}", "eval_perplexity": "perplexity {:.2f}"}
 
 
@@ -203,8 +209,6 @@ class Samples(TrainerCallback):
 # Sample answers in trackers, as text: transformers' own callbacks carry numbers only. TensorBoard has a writer of the
 # run's own; for the others the run that transformers has opened is used. Trackers that take no text get none.
 # --------------------------------------------------------------------------------------------------------------------
-
-Texts = Sequence[tuple[str, str]]  # prompt, answer
 
 
 def _wandb(module: Any, step: int, texts: Texts) -> None:

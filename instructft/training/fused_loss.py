@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from instructft.adapters.lora import token_rows
+from instructft.adapters.new_tokens import token_rows
 
 # Where TRL has no Triton, scores every position, and nothing is compiled for each new number of them.
 _DEVICES = ("cpu", "mps")

@@ -22,6 +22,7 @@ import torch
 
 # all of it now: when memory has run out is no time to import
 from instructft.errors import OutOfMemoryError
+from instructft.formatting import memory_size
 from instructft.models.fake_step import Batch, activation_bytes
 from instructft.models.memory import optimizer_bytes, resident
 
@@ -84,12 +85,12 @@ def message(recipe: Recipe, trainer: Any, error: BaseException) -> str:
     what, shape = trainer.micro_batches.under_way
     held = measure(trainer.accelerator.unwrap_model(trainer.model), trainer.optimizer, trainer.args.device)
     batch = f", with a batch of {shape[0]} × {shape[1]:,} tokens" if shape else ""
-    asked = f" ({size(more)} more were asked for)" if (more := _asked_for(str(error))) else ""
-    parts = ", ".join(f"{name} {size(count)}" for name, count in held.parts().items())
+    asked = f" ({memory_size(more)} more were asked for)" if (more := _asked_for(str(error))) else ""
+    parts = ", ".join(f"{name} {memory_size(count)}" for name, count in held.parts().items())
     rest = "activations and the rest" if trainer.args.device.type == "cuda" else "activations, libraries and the rest"
     lines = [
         f"{what}: memory ran out on {trainer.args.device}{batch}{asked}.",
-        f"It held {parts}, {rest} {size(held.rest)}; {held.of_how_much}.",
+        f"It held {parts}, {rest} {memory_size(held.rest)}; {held.of_how_much}.",
     ]
     keys = advice(recipe, trainer, held)
     if keys:
@@ -146,28 +147,18 @@ def _peak(device: Any) -> tuple[int, str]:
     if device.type == "cuda":
         peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         total = torch.cuda.get_device_properties(device).total_memory
-        return peak, f"at most {size(peak)} in all, {size(reserved)} reserved by PyTorch, of {size(total)} on the GPU"
+        held = f"at most {memory_size(peak)} in all, {memory_size(reserved)} reserved by PyTorch"
+        return peak, f"{held}, of {memory_size(total)} on the GPU"
     if resource is None:
         peak = resident()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak, f"at most {size(peak)} in all, of {size(psutil.virtual_memory().total)} of this machine"
+    return peak, f"at most {memory_size(peak)} in all, of {memory_size(psutil.virtual_memory().total)} of this machine"
 
 
 def _asked_for(text: str) -> int:
     found = _ASKED.search(text)
     return round(float(found[1]) * _UNITS[found[2].lower()]) if found else 0
-
-
-def size(count: float) -> str:
-    """Bytes as a person reads them.
-
-    >>> size(3 << 30)
-    '3.0 GiB'
-    """
-    if count >= 1 << 30:
-        return f"{count / (1 << 30):,.1f} GiB"
-    return f"{count / (1 << 20):,.0f} MiB" if count >= 1 << 20 else f"{count / (1 << 10):,.0f} KiB"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -179,7 +170,7 @@ def advice(recipe: Recipe, trainer: Any, held: Held) -> list[tuple[str, str]]:
     """(overrides, what they save) of the keys that would save most, the most first; none that is set already."""
     found = [*_smaller_batches(recipe, trainer, held), *_smaller_model(recipe, trainer, held)]
     found.sort(key=lambda entry: -entry[0])  # stable: of equals, those come first that change nothing that is learned
-    return [(keys, f"about {size(saved)}; {why}") for saved, keys, why in found[:_KEYS] if saved > 0]
+    return [(keys, f"about {memory_size(saved)}; {why}") for saved, keys, why in found[:_KEYS] if saved > 0]
 
 
 def _smaller_batches(recipe: Recipe, trainer: Any, held: Held) -> Iterator[tuple[float, str, str]]:

@@ -132,7 +132,7 @@ def save(
     facts: dict[str, Any],
     data: Prepared | Streamed,
 ) -> None:
-    """Write the final model, its tokenizer and the papers of the run."""
+    """Write the final model, its tokenizer and the metadata of the run."""
     from instructft.models.load import fit_special_tokens
     from instructft.report.curves import plot_loss
     from instructft.report.model_card import write_card

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.adapters import quantization
-from instructft.adapters.lora import Papers, count_parameters, is_peft
+from instructft.adapters.adapter_folder import AdapterMetadata
+from instructft.adapters.lora import count_parameters, is_peft
 from instructft.checkpoints.manifest import full_disk_explained
 from instructft.checkpoints.resume import GoingOn, find, going_on, identity
 from instructft.checkpoints.run_folder import make_folder, refuse_used_folder
@@ -18,9 +19,11 @@ from instructft.data.prepare import Prepared, prepare
 from instructft.data.streaming import Streamed, prepare_stream
 from instructft.launch.processes import first_process
 from instructft.models.latest import asks_for_latest, look_anew, settled
-from instructft.models.load import load_config, load_model, load_tokenizer
-from instructft.models.starting_point import base_record, started_from
-from instructft.recipe.schema import Recipe, check_against_installed
+from instructft.models.load import load_model
+from instructft.models.starting_point import StartingPoint, starting_point
+from instructft.models.tokenizer import load_tokenizer
+from instructft.recipe.load import check_against_installed
+from instructft.recipe.schema import Recipe
 from instructft.training.arguments import refuse_what_cannot_run, reporters, training_arguments
 from instructft.training.out_of_memory import explained
 from instructft.training.outcome import collect_facts, final_metrics, kept_unproved, library_versions, save
@@ -85,19 +88,19 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
         console.print(f"model.subfolder: latest is {recipe.model.subfolder} ({why})", markup=False, highlight=False)
 
     tokenizer = load_tokenizer(recipe)
-    load_config(recipe, tokenizer)  # a model that does not fit the recipe is refused before the data is read
+    origin = starting_point(recipe, tokenizer)  # a model that does not fit is refused before the data is read
     quantization.check(recipe)
     with state.main_process_first():
         data = prepare_stream(recipe, tokenizer) if recipe.data.datasets[0].streaming else prepare(recipe, tokenizer)
     args, precision = training_arguments(recipe, data, state)
-    made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, state.num_processes))
+    made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, state.num_processes))
     start = going_on(checkpoint, passed, made_of)
     if facts := start.finished(run):
         console.print(f"{run} is finished, {facts['train']['steps']:,} steps: there is nothing to go on with")
         return Result(run, facts)
 
-    model = load_model(recipe, tokenizer)
-    base = started_from(recipe)  # now, since a branch on the Hub may move while the run lasts
+    model = load_model(recipe, tokenizer, start=origin)
+    base = origin.facts()  # now, since a branch on the Hub may move while the run lasts
     announce(recipe, tokenizer, data, model, args, precision, console)
     for line in start.lines():
         console.print(line, markup=False, highlight=False)
@@ -106,7 +109,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
             make_folder(run, fresh=checkpoint is None)
             (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         state.wait_for_everyone()
-        trainer = build_trainer(recipe, tokenizer, data, model, args, start, console)
+        trainer = build_trainer(recipe, tokenizer, data, model, args, origin, start, console)
         trainer.publisher = publisher
         if recipe.data.packing:
             prove_isolation(model, console)
@@ -200,6 +203,7 @@ def build_trainer(
     data: Prepared | Streamed,
     model: PreTrainedModel,
     args: SFTConfig,
+    origin: StartingPoint,
     start: GoingOn,
     console: Console,
 ) -> Trainer:
@@ -208,7 +212,7 @@ def build_trainer(
     from transformers.integrations import TensorBoardCallback
 
     from instructft.data.collator import CompletionOnlyCollator
-    from instructft.inference.chat import Generator
+    from instructft.inference.generator import Generator
     from instructft.training.callbacks import MetricsFile, ProgressLine, Samples
     from instructft.training.run_warnings import RunWarnings
     from instructft.training.stopping import EarlyStopping
@@ -231,6 +235,9 @@ def build_trainer(
     say = functools.partial(console.print, markup=False, highlight=False)
     if patience := recipe.train["early_stopping_patience"]:
         callbacks.append(EarlyStopping(patience, say))
+    metadata = None
+    if is_peft(model) and args.should_save:
+        metadata = AdapterMetadata(origin.record(model, recipe.model.quantization))
     flatten = "flash" in str(model.config._attn_implementation)
     trainer = Trainer(
         model=model,
@@ -245,7 +252,7 @@ def build_trainer(
         say=say,
         identity=start.identity,
         versions=library_versions(recipe),
-        papers=Papers(model, base_record(recipe), recipe.model.quantization) if is_peft(model) else None,
+        metadata=metadata,
         processing_class=tokenizer,
         callbacks=callbacks,
     )

@@ -1,4 +1,4 @@
-"""Known ill signs of a run, each told once with what to do, and kept in `run.json` under `warnings`.
+"""Known warning signs of a run, each told once with what to do, and kept in `run.json` under `warnings`.
 
     overfitting     the validation loss rises over several evaluations while the training loss falls
     loss_at_zero    the training loss is zero: nothing carries loss, or the rows are known by heart
@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from instructft.errors import TemplateError
-from instructft.inference.chat import Generator
 from instructft.inference.continuous_batching import Row
+from instructft.inference.generator import Generator
 from instructft.prompt.loss_mask import IGNORE_INDEX
 from instructft.training.callbacks import lines_until
 
@@ -135,7 +135,7 @@ def probes(rows: Any, stop_ids: Sequence[int]) -> list[Probe]:
 
 
 class RunWarnings(TrainerCallback):
-    """Looks for the ill signs, tells each once and writes it down.
+    """Looks for the warning signs, tells each once and writes it down.
 
     Args:
         generator: of the model that is trained.

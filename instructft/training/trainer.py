@@ -15,9 +15,11 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from instructft.adapters.lora import Papers, token_rows
+from instructft.adapters.adapter_folder import AdapterMetadata
+from instructft.adapters.new_tokens import token_rows
 from instructft.data.packing import flat
-from instructft.training.batches import LengthGrouped, MicroBatches
+from instructft.data.row_order import LengthGrouped
+from instructft.training.batch_size import MicroBatches
 from instructft.training.fused_loss import add_supervised_head, scores
 from instructft.training.resumable import Progress, Sealing, gathered
 from instructft.training.step_checks import StepChecks
@@ -41,8 +43,8 @@ class Trainer(SFTTrainer):
 
     Args:
         eval_groups: data set -> rows, in the order of the validation set; each gets an `eval_<name>_loss` of its own.
-        papers: the metadata of the adapter that is trained.
-        find_batch: `auto_find_batch_size`, see `batches`.
+        metadata: written into each folder that holds the adapter.
+        find_batch: `auto_find_batch_size`, see `batch_size`.
         spike_limit, skip_spikes: what is done about a loss that leaps, see `step_checks`.
         say: told in one line what a person should know.
         identity, versions: what every checkpoint says of the run, see `resumable`.
@@ -54,7 +56,7 @@ class Trainer(SFTTrainer):
         self,
         *,
         eval_groups: dict[str, int] | None = None,
-        papers: Papers | None = None,
+        metadata: AdapterMetadata | None = None,
         find_batch: bool = False,
         spike_limit: float | None = None,
         skip_spikes: bool = False,
@@ -74,7 +76,7 @@ class Trainer(SFTTrainer):
         add_supervised_head(bare)
         if token_rows(bare.get_output_embeddings()) is not None:
             bare.base_model.register_forward_pre_hook(functools.partial(_gather_head, bare))
-        self._papers = papers
+        self._metadata = metadata
         self._eval_groups = eval_groups or {}
         self._eval_sums: list[torch.Tensor] = []
         self._eval_order = np.arange(0)
@@ -268,8 +270,8 @@ class Trainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self._papers is not None and self.args.should_save:
-            self._papers.write(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+        if self._metadata is not None and self.args.should_save:
+            self._metadata.write(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Upstream writes its own card at every checkpoint; ours is written once, when the run is done."""

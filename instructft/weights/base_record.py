@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from instructft.errors import AdapterError, ModelError
@@ -27,6 +27,10 @@ class BaseModelRecord:
     vocab_size: int = 0  # rows of the input embedding in training, new tokens included; 0: as many as the base has
     quantization: str = "none"  # none | 8bit | 4bit: how the base was held in training
     dtype: str = "float32"  # of the base's weights in training
+
+    def write(self, folder: str | Path) -> None:
+        """Write `base.json` beside an adapter."""
+        (Path(folder) / BASE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 def base_folder(name: str, revision: str | None = None, subfolder: str | None = None) -> Path | None:
@@ -70,10 +74,14 @@ def base_folder(name: str, revision: str | None = None, subfolder: str | None = 
     return Path(config).parent
 
 
-def stays_inside(subfolder: str | None) -> bool:
-    """Whether a subfolder lies within the folder that it is a subfolder of."""
-    path = PurePosixPath(subfolder or "")
-    return not path.is_absolute() and ".." not in path.parts
+def stays_inside(path: str | None) -> bool:
+    """Whether a path lies within the folder or repository that it is relative to, on any system.
+
+    >>> stays_inside("instruct/"), stays_inside("a/../../b"), stays_inside("C:/b")
+    (True, False, False)
+    """
+    text = path or ""
+    return not (text.startswith(("/", "~")) or ".." in text.split("/") or re.search(r"[\\:\x00-\x1f]", text))
 
 
 # what an adapter repository may hold beside its configuration
@@ -128,7 +136,7 @@ def is_hub_id(name: str) -> bool:
     >>> is_hub_id("openai-community/gpt2"), is_hub_id("./models/gpt2")
     (True, False)
     """
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) is not None
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None
 
 
 def commit_of(folder: Path) -> str | None:
@@ -137,45 +145,13 @@ def commit_of(folder: Path) -> str | None:
     return found.group(1) if found else None
 
 
-def record_base(
-    folder: str | Path,
-    *,
-    name_or_path: str,
-    revision: str | None,
-    subfolder: str | None,
-    vocab_size: int,
-    quantization: str,
-    dtype: str,
-) -> None:
-    """Write `base.json` beside an adapter, with the fingerprint of the base as it lies on disk now.
-
-    Args:
-        vocab_size: rows of the input embedding as trained, new tokens included.
-        quantization: none, 8bit or 4bit.
-        dtype: of the base's weights in training, `bfloat16`.
-
-    Raises:
-        ModelError: the base is not there, or its weights cannot be read.
-    """
-    found = _found(name_or_path, revision, subfolder)
-    print_of = fingerprint(found)
-    record = BaseModelRecord(
-        name_or_path, revision, subfolder, commit_of(found), print_of, vocab_size, quantization, dtype
-    )
-    (Path(folder) / BASE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
-
-
 def base_fingerprint(name_or_path: str, revision: str | None = None, subfolder: str | None = None) -> str:
-    """`base_files.fingerprint` of a model that a folder or Hub id names.
+    """`weight_files.fingerprint` of a model that a folder or Hub id names.
 
     Raises:
         ModelError: the model is not there, or its weights cannot be read.
     """
-    return fingerprint(_found(name_or_path, revision, subfolder))
-
-
-def _found(name: str, revision: str | None, subfolder: str | None) -> Path:
-    found = base_folder(name, revision, subfolder)
+    found = base_folder(name_or_path, revision, subfolder)
     if found is None:
-        raise ModelError(f"the base {name} is neither a folder with a config.json nor to be had from the Hub")
-    return found
+        raise ModelError(f"the base {name_or_path} is neither a folder with a config.json nor to be had from the Hub")
+    return fingerprint(found)

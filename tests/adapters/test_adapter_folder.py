@@ -23,24 +23,18 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import instructft
 from instructft import cli
 from instructft.adapters import quantization
-from instructft.adapters.attach import (
-    attach,
-    base_fingerprint,
-    check_fit,
-    is_adapter,
-    leaves_base_as_it_is,
-    locate_base,
-    read_adapter,
-    record_base,
-)
+from instructft.adapters.adapter_folder import is_adapter, read_adapter
+from instructft.adapters.attach import attach, check_fit, leaves_base_as_it_is, locate_base
 from instructft.adapters.new_tokens import fit_embeddings
 from instructft.errors import AdapterError, ModelError, UsageError
 from instructft.evaluation import compare as compare_module
 from instructft.inference.chat import generate
-from instructft.models import load_trained
-from instructft.models.load_trained import load_bare, load_base, load_for_inference, locate
+from instructft.models import load_for_inference as loading
+from instructft.models.load_for_inference import load_bare, load_base, load_for_inference, locate
 from instructft.prompt.templates import TEMPLATES
+from instructft.weights.base_record import base_fingerprint
 from instructft.weights.weight_files import read_header
+from tests.helpers.adapters import record_base
 
 NEW = ["<|im_start|>", "<|im_end|>"]
 PREFIX = "base_model.model."
@@ -58,7 +52,7 @@ def one_thread() -> Iterator[None]:
 
 def make_base(kind: str, folder: Path) -> Path:
     """A random base with clear choices: GPT-2 (Conv1D, tied head) or Llama (untied head). No tokenizer."""
-    from instructft.data.quickstart import tokenizer
+    from tests.helpers.quickstart import tokenizer
 
     torch.manual_seed(0)
     rows = len(tokenizer())
@@ -84,7 +78,7 @@ def make_adapter(
     base: Path, folder: Path, new: bool = False, ours: bool = True, **lora: Any
 ) -> tuple[Path, Any, torch.Tensor]:
     """An adapter folder, the live model that it was saved from, and a batch of ids: (2, 9), new tokens among them."""
-    from instructft.data.quickstart import tokenizer as bundled
+    from tests.helpers.quickstart import tokenizer as bundled
 
     tokenizer = bundled()
     tokenizer.chat_template = TEMPLATES["instruction"].text()
@@ -107,15 +101,7 @@ def make_adapter(
     live.generation_config.pad_token_id = 7  # not the base's
     live.generation_config.save_pretrained(folder)
     if ours:
-        record_base(
-            folder,
-            name_or_path=str(base),
-            revision=None,
-            subfolder=None,
-            vocab_size=len(tokenizer) if new else model.config.vocab_size,
-            quantization="none",
-            dtype="float32",
-        )
+        record_base(folder, str(base), len(tokenizer) if new else model.config.vocab_size)
     ids = torch.randint(0, len(tokenizer), (2, 9))
     ids[0, 3:5] = torch.tensor([len(tokenizer) - 2, len(tokenizer) - 1])
     return folder, live.eval(), ids
@@ -371,9 +357,7 @@ def test_base_and_adapter_from_the_cache_of_the_hub(
     cached("org/base", "a" * 40, bases["gpt2"])
     folder, live, ids = make_adapter(Path(cache / "models--org--base" / "snapshots" / ("a" * 40)), tmp_path / "adapter")
     kept = json.loads((folder / "base.json").read_text(encoding="utf-8"))
-    record_base(
-        folder, **{k: v for k, v in kept.items() if k not in ("commit", "fingerprint")} | {"name_or_path": "org/base"}
-    )
+    record_base(folder, "org/base", kept["vocab_size"])
     record = read_adapter(folder).base
     assert (record.commit, record.fingerprint) == ("a" * 40, kept["fingerprint"])
     cached("org/base", "b" * 40, bases["llama"])
@@ -687,10 +671,8 @@ def test_what_an_adapter_began_from(
 ) -> None:
     folder, live, _ = make_adapter(bases["llama"], tmp_path / "adapter", **KINDS[kind])
     loaded: list[str] = []
-    original = load_trained._load_weights
-    monkeypatch.setattr(
-        load_trained, "_load_weights", lambda name, *a, **k: loaded.append(name) or original(name, *a, **k)
-    )
+    original = loading._load_weights
+    monkeypatch.setattr(loading, "_load_weights", lambda name, *a, **k: loaded.append(name) or original(name, *a, **k))
     results = evaluated(folder, "--base", "start")
     assert len(loaded) == (2 if kind == "pissa" else 1)  # its base is in memory once, where that is exact
     tokenizer = load_for_inference(str(folder))[1]

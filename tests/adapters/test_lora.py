@@ -21,10 +21,13 @@ from trl.trainer.utils import add_fused_lm_head
 import instructft
 from instructft.adapters import lora as lora_module
 from instructft.adapters import quantization
-from instructft.adapters.attach import attach, locate_base, read_adapter
+from instructft.adapters.adapter_folder import read_adapter
+from instructft.adapters.attach import attach, locate_base
 from instructft.adapters.frozen_check import AdapterProof, digest
 from instructft.errors import InstructftError, RecipeError, UsageError
-from instructft.models.load import load_config, new_tokens, weights_dtype
+from instructft.models.load import weights_dtype
+from instructft.models.starting_point import starting_point
+from instructft.models.tokenizer import new_tokens
 from instructft.training import fused_loss
 from instructft.training.fused_loss import add_supervised_head
 
@@ -57,7 +60,7 @@ QUIET = Console(quiet=True)
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes the folder of a tiny base with the bundled tokenizer, once each."""
-    from instructft.data.quickstart import tokenizer
+    from tests.helpers.quickstart import tokenizer
 
     made: dict[str, Path] = {}
 
@@ -99,7 +102,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any, str]
     module = import_module("instructft.training.run")
     kept: list[Any] = []
     load = module.load_model
-    monkeypatch.setattr(module, "load_model", lambda *args: kept.append(load(*args)) or kept[-1])
+    monkeypatch.setattr(module, "load_model", lambda *a, **k: kept.append(load(*a, **k)) or kept[-1])
     monkeypatch.setattr("instructft.report.curves.plot_loss", lambda *args: None)
 
     def run(recipe: Any) -> tuple[Any, Any, str]:
@@ -256,11 +259,11 @@ def test_training_goes_on_from_an_adapter_folder(base: Any, tmp_path: Path, trai
     assert one.config["base_model_name_or_path"] == two.config["base_model_name_or_path"]
     assert again.facts["adapter"]["base_unchanged"]
     with pytest.raises(UsageError, match=r"adapter\.r: found 8, .* has 4; write r: 4"):
-        load_config(recipe(first.output_dir, tmp_path, "adapter.r=8"), tokenizer)
+        starting_point(recipe(first.output_dir, tmp_path, "adapter.r=8"), tokenizer)
     with pytest.raises(UsageError, match=r"adapter\.target_modules: found \['q_proj'\], but .* has \['down_proj'"):
-        load_config(recipe(first.output_dir, tmp_path, "adapter.target_modules=[q_proj]"), tokenizer)
+        starting_point(recipe(first.output_dir, tmp_path, "adapter.target_modules=[q_proj]"), tokenizer)
     with pytest.raises(UsageError, match="instructft merge"):
-        load_config(recipe(first.output_dir, tmp_path, "adapter=none"), tokenizer)
+        starting_point(recipe(first.output_dir, tmp_path, "adapter=none"), tokenizer)
 
 
 # -- quantized bases -------------------------------------------------------------------------------------------------
@@ -268,9 +271,9 @@ def test_training_goes_on_from_an_adapter_folder(base: Any, tmp_path: Path, trai
 
 @pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_a_quantized_base_is_trained_over(kind: str, quantization: str, base: Any, tmp_path: Path, train: Any) -> None:
-    more = [f"model.quantization={quantization}", "train.max_steps=20", "train.learning_rate=1e-2"]
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantized_base_is_trained_over(kind: str, bits: str, base: Any, tmp_path: Path, train: Any) -> None:
+    more = [f"model.quantization={bits}", "train.max_steps=20", "train.learning_rate=1e-2"]
     asked = recipe(base(kind, wide=True), tmp_path, *more, "data.template=chatml")
     result, model, printed = train(asked)
     lines = (result.output_dir / "metrics.jsonl").read_text().splitlines()
@@ -289,11 +292,11 @@ def test_a_quantized_base_is_trained_over(kind: str, quantization: str, base: An
     grown = 2 * width * (1 if kind == "gpt2" else 2)  # the two rows, in one matrix or in two
     assert facts["total"] == plain.num_parameters() + grown + sum(t.numel() for t in weights.values())
     assert facts["base_unchanged"] is facts["moved"] is True
-    assert f"base in {quantization}" in printed
+    assert f"base in {bits}" in printed
     assert result.facts["versions"]["bitsandbytes"]
-    assert read_adapter(result.output_dir).base.quantization == quantization
+    assert read_adapter(result.output_dir).base.quantization == bits
 
-    config = quantization.configuration(quantization, torch.float32)
+    config = quantization.configuration(bits, torch.float32)
     again = reloaded(result.output_dir, quantization_config=config, device_map={"": "cpu"})
     torch.testing.assert_close(logits(again, 1492), logits(model, 1492), atol=1e-5, rtol=0)
 

@@ -21,16 +21,16 @@ from instructft.adapters import quantization
 from instructft.adapters.frozen_check import AdapterProof
 from instructft.errors import InstructftError, ModelError
 from instructft.evaluation.metrics import evaluate
-from instructft.inference.chat import Generator
-from instructft.merging import proof_texts
-from instructft.models import load_trained
+from instructft.inference.generator import Generator
+from instructft.merging import proof
+from instructft.models import load_for_inference as loading
 
 QUIET = Console(quiet=True)
 pytest.importorskip("bitsandbytes")
 
 
 def make_base(folder: Path, width: int = 128) -> Path:
-    from instructft.data.quickstart import tokenizer
+    from tests.helpers.quickstart import tokenizer
 
     torch.manual_seed(0)
     shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -121,9 +121,9 @@ def test_no_bit_of_packed_weights_moves_from_training_to_the_merge(
         return config
 
     monkeypatch.setattr(quantization, "configuration", chosen)
-    monkeypatch.setattr(proof_texts, "ANSWER", 4)
-    monkeypatch.setattr(proof_texts, "FIXED", proof_texts.FIXED[:3])
-    monkeypatch.setattr(proof_texts, "ROWS", 3)
+    monkeypatch.setattr(proof, "ANSWER", 4)
+    monkeypatch.setattr(proof, "FIXED", proof.FIXED[:3])
+    monkeypatch.setattr(proof, "ROWS", 3)
     result = instructft.train(recipe(base, tmp_path), console=QUIET)
     assert result.facts["adapter"]["base_unchanged"]
     assert len((result.output_dir / "samples.jsonl").read_text().splitlines()) >= 3
@@ -131,7 +131,7 @@ def test_no_bit_of_packed_weights_moves_from_training_to_the_merge(
     assert len([entry for entry in logged if "eval_loss" in entry]) == 3
     assert ("absmax2" in {name.rpartition(".")[2] for name in loads[0][1]}) == double
 
-    tuned, tokenizer = load_trained.load_for_inference(str(result.output_dir))
+    tuned, tokenizer = loading.load_for_inference(str(result.output_dir))
     Generator(tuned, tokenizer).answers([[{"role": "user", "content": "Name a colour."}]], 3)
     evaluate(tuned, [{"prompt": "Name a colour.", "completion": "Red."}], tokenizer=tokenizer, max_new_tokens=3)
     tuned.train()
@@ -153,7 +153,7 @@ def test_a_base_that_comes_packed_keeps_its_layout(base: Path, tmp_path: Path, l
     model.save_pretrained(tmp_path / "packed")
     (tmp_path / "packed" / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
     (tmp_path / "packed" / "tokenizer_config.json").write_bytes((base / "tokenizer_config.json").read_bytes())
-    loaded, _ = load_trained.load_bare(str(tmp_path / "packed"))
+    loaded, _ = loading.load_bare(str(tmp_path / "packed"))
     ids = torch.randint(0, 1400, (2, 9))
     with torch.inference_mode():
         loaded(ids)
@@ -225,9 +225,9 @@ def test_what_fails_after_the_last_step_loses_nothing(
     assert not (tmp_path / "run" / "adapter_config.json").exists()
     assert not (tmp_path / "run" / "run.json").exists()
     monkeypatch.undo()
-    left, _ = load_trained.load_for_inference(str(kept))
+    left, _ = loading.load_for_inference(str(kept))
     result = instructft.train(asked, console=QUIET)  # goes on from the last checkpoint, and is proved
-    proved, _ = load_trained.load_for_inference(str(result.output_dir))
+    proved, _ = loading.load_for_inference(str(result.output_dir))
     ids = torch.randint(0, 1400, (2, 9))
     with torch.inference_mode():
         assert torch.equal(left(ids).logits, proved(ids).logits)

@@ -126,29 +126,6 @@ def test_a_first_token_is_never_predicted_from_the_neighbours_last() -> None:
             start += length
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_batch_of_packs() -> None:
-    rows = [
-        {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "seq_lengths": [3, 2]},
-        {"input_ids": [6, 7], "labels": [-100, 7], "seq_lengths": [2]},
-    ]
-    batch = CompletionOnlyCollator(0)(rows)
-    assert set(batch) == {"input_ids", "labels", "position_ids"}
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5], [-100, 7, -100, -100, -100]]
-    flat = CompletionOnlyCollator(0, flatten=True)(rows)
-    assert flat["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7]]
-    assert flat["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1]]
-    assert flat["labels"].tolist() == [[-100, 2, 3, -100, 5, -100, 7]]
-    assert flat["cu_seq_lens_q"].tolist() == flat["cu_seq_lens_k"].tolist() == [0, 3, 5, 7]
-    assert flat["cu_seq_lens_q"].dtype == torch.int32
-    assert (flat["max_length_q"], flat["max_length_k"]) == (3, 3)
-
-
 def loss_and_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[float, list[torch.Tensor]]:
     """The mean over all supervised tokens of all batches, by a plain forward."""
     model.zero_grad()

@@ -1,4 +1,4 @@
-"""Streams: the rows of the ordinary road, in a seeded order, with flat memory, and refusals that say what to do."""
+"""Streams: the rows of `prepare`, in a seeded order, with flat memory, and refusals that say what to do."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _CUT = (
 
 @functools.cache
 def _texts() -> list[str]:
-    from instructft.data.quickstart import rows
+    from tests.helpers.quickstart import rows
 
     return [text for row in rows() for text in (row["instruction"], row["input"], row["output"])]
 

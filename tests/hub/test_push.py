@@ -107,7 +107,7 @@ def test_what_is_pushed_is_what_is_fetched(kind: str, trained: dict[str, Path], 
     assert {p.name for p in fetched.iterdir()} >= {"README.md", "recipe.yaml", "run.json"}
     assert hub.repos["model", REPO_ID].private
     if kind != "lora":
-        from instructft.models.load_trained import load_bare
+        from instructft.models.load_for_inference import load_bare
 
         assert load_bare(str(fetched))[0].dtype
     assert not push(run).made

@@ -14,22 +14,14 @@ import pytest
 
 from instructft.errors import DataError, UsageError
 from instructft.inference import generate_file as module
-from instructft.inference.chat import Generator
-from instructft.inference.generate_file import generate_file, read_rows
-
-
-@pytest.fixture
-def folder(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> str:
-    """A saved model that answers."""
-    import torch
-
-    with torch.no_grad():
-        for weight in tiny_model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.6)
-    tiny_model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
+from instructft.inference.generate_file import generate_file
+from instructft.inference.generator import Generator
+from tests.helpers.inference import (
+    ASKED,
+    ROWS,
+    read,
+    write,
+)
 
 
 @pytest.fixture
@@ -50,36 +42,6 @@ def refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_for_inference", refuse)
 
 
-def write(path: Path, *rows: Any) -> Path:
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
-
-
-ROWS: list[dict[str, Any]] = [
-    {"prompt": "Hi", "id": 7, "nested": {"a": [1, 2.5, None, True]}},
-    {"instruction": "Add.", "input": "3 and 4"},
-    {"instruction": "Who?", "context": "Ada wrote it.", "category": "qa"},
-    {"prompt": "日本の首都は？ 🗼\u2028 next line\u0085"},
-    {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "prompt": 3},
-    {"messages": [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]},
-    {"instruction": "Name a city. " * 4, "input": "", "output": "Paris"},
-]  # fmt: skip
-ASKED: list[list[dict[str, str]]] = [
-    [{"role": "user", "content": "Hi"}],
-    [{"role": "user", "content": "Add.", "input": "3 and 4"}],
-    [{"role": "user", "content": "Who?", "context": "Ada wrote it."}],
-    [{"role": "user", "content": ROWS[3]["prompt"]}],
-    ROWS[4]["messages"],
-    ROWS[5]["messages"],
-    [{"role": "user", "content": ROWS[6]["instruction"]}],
-]
-
-
 @pytest.mark.parametrize("batch_size", ["auto", "1", "3"])
 def test_rows_in_order_and_whole(batch_size: str, folder: str, tmp_path: Path) -> None:
     source, target = write(tmp_path / "in.jsonl", *ROWS), tmp_path / "new" / "folder" / "out.jsonl"
@@ -87,7 +49,7 @@ def test_rows_in_order_and_whole(batch_size: str, folder: str, tmp_path: Path) -
     made = read(target)
     assert [{k: v for k, v in row.items() if k not in ("response", "finish_reason")} for row in made] == ROWS
     assert [list(row)[-2:] for row in made] == [["response", "finish_reason"]] * len(ROWS)
-    from instructft.inference.chat import load_for_inference
+    from instructft.models.load_for_inference import load_for_inference
 
     generator = Generator(*load_for_inference(folder))
     alone = [generator.answers([asked], max_new_tokens=8)[0] for asked in ASKED]
@@ -119,9 +81,6 @@ def test_what_came_in_is_never_written_over(folder: str, tmp_path: Path, capsys:
     before = target.read_bytes()
     generate_file(folder, source, target, max_new_tokens=4)  # and the second call knows its own rows
     assert target.read_bytes() == before
-
-
-# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 BAD = [
@@ -179,28 +138,6 @@ def test_a_mended_input_goes_on(folder: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_model")
-def test_nothing_but_bad_lines(tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", *["{"] * 13)
-    with pytest.raises(DataError, match=r"no rows that can be asked\n  line 1, (.|\n)*\n  line 10, .*\n  and 3 more$"):
-        read_rows(source)
-    with pytest.raises(DataError, match="holds no rows"):
-        read_rows(write(source, "", " "))
-    with pytest.raises(DataError, match="there is no file"):
-        read_rows(tmp_path / "none.jsonl")
-    source.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n' + b'{"prompt": "b", "x": ' + b"[" * 200_000)
-    rows, bad = read_rows(source)
-    assert len(rows) == 1
-    assert str(bad[0]) == "line 2: not UTF-8 at byte 13"
-    assert bad[1].line == 3
-
-
-def test_windows_files_are_read(tmp_path: Path) -> None:
-    source = tmp_path / "in.jsonl"
-    source.write_bytes('\ufeff{"prompt": "a"}\r\n{"prompt": "é"}\r\n'.encode())
-    assert [row.row["prompt"] for row in read_rows(source)[0]] == ["a", "é"]
-
-
-@pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -223,9 +160,6 @@ def test_no_prompt_that_fits(folder: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none of its prompts can be answered"):
         generate_file(folder, source, target)
     assert not target.exists()
-
-
-# ---------------------------------------------------------------------------------------------------------- continuing
 
 
 def test_complete_is_said_without_a_model(
@@ -340,22 +274,22 @@ def test_killed_many_times_and_continued(folder: str, tmp_path: Path) -> None:
         "import json, os, random, signal, sys\n"
         "from pathlib import Path\n"
         "import torch\n"
-        "from instructft import batch, batch_file, trained\n"
+        "from instructft.inference import generate_file, jsonl\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel\n"
         "model, source, target = sys.argv[1:]\n"
-        "put, draw = batch_file.Output.put, random.Random(5)\n"
+        "put, draw = jsonl.Output.put, random.Random(5)\n"
         "def counted(self, i, columns):\n"
         "    global left\n"
         "    put(self, i, columns)\n"
         "    left -= 1\n"
         "    if left == 0:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "batch_file.Output.put = counted\n"
+        "jsonl.Output.put = counted\n"
         "for n in range(30):\n"
         "    left = drawn = draw.randint(5, 20)\n"
         "    child = os.fork()\n"
         "    if child == 0:\n"
-        "        batch.generate_file(model, Path(source), Path(target), max_new_tokens=12, batch_size='8')\n"
+        "        generate_file.generate_file(model, Path(source), Path(target), max_new_tokens=12, batch_size='8')\n"
         "        os._exit(0)\n"
         "    status = os.waitpid(child, 0)[1]\n"
         "    texts = [p.read_text() if p.exists() else '' for p in (Path(target), Path(target + '.ahead.jsonl'))]\n"
@@ -393,11 +327,8 @@ def test_killed_many_times_and_continued(folder: str, tmp_path: Path) -> None:
     assert target.read_bytes() == once.read_bytes()
 
 
-# --------------------------------------------------------------------------------------------- a second model, and vLLM
-
-
 def test_base_beside(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from instructft.inference.chat import load_for_inference
+    from instructft.models.load_for_inference import load_for_inference
 
     other = load_for_inference(folder)[0]
     with __import__("torch").no_grad():
@@ -422,89 +353,3 @@ def test_base_beside(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert target.read_bytes() == whole
     with pytest.raises(UsageError, match="--base start needs a run folder"):
         generate_file(folder, source, tmp_path / "new.jsonl", base="start")
-
-
-@pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A stand-in with vLLM's names, which answers each prompt with its length in sevens; what it was given."""
-    import types
-
-    calls: list[dict[str, Any]] = []
-
-    class LLM:
-        def __init__(self, model: str, **options: Any):
-            calls.append({"model": model, **options})
-
-        def generate(
-            self, prompts: Any, sampling_params: Any = None, *, use_tqdm: bool = True, lora_request: Any = None
-        ) -> list[Any]:
-            calls.append({"prompts": prompts, "sampling": sampling_params, "lora": lora_request})
-            out = []
-            for n, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
-                ids = [25] * (len(prompt["prompt_token_ids"]) % 3 + 1)
-                stop, reason = params["stop_token_ids"], "stop" if n % 2 else "length"
-                whole = [*ids, stop[0]] if n % 4 == 1 else ids  # some releases leave the stop token out
-                output = types.SimpleNamespace(token_ids=whole, finish_reason=reason)
-                out.append(types.SimpleNamespace(outputs=[output]))
-            return out
-
-    module = types.ModuleType("vllm")
-    module.LLM, module.SamplingParams = LLM, lambda **k: k  # type: ignore[attr-defined]
-    request = types.ModuleType("vllm.lora.request")
-    request.LoRARequest = lambda *a: a  # type: ignore[attr-defined]
-    for name, made in (("vllm", module), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", request)):
-        monkeypatch.setitem(sys.modules, name, made)
-    return calls
-
-
-def test_vllm_is_given_our_ids(folder: str, vllm: list[dict[str, Any]], tmp_path: Path, tokenizer: Any) -> None:
-    from instructft.prompt.loss_mask import encode_prompt
-
-    source, target = write(tmp_path / "in.jsonl", *ROWS), tmp_path / "out.jsonl"
-    generate_file(folder, source, target, max_new_tokens=9, temperature=0.5, top_p=0.9, backend="vllm")
-    load, call = vllm
-    assert load == {"model": folder, "skip_tokenizer_init": True, "trust_remote_code": False}
-    assert [p["prompt_token_ids"] for p in call["prompts"]] == [encode_prompt(m, tokenizer) for m in ASKED]
-    for params in call["sampling"]:
-        assert params["stop_token_ids"] == [tokenizer.eos_token_id]
-        assert (params["temperature"], params["top_p"], params["max_tokens"]) == (0.5, 0.9, 9)
-        assert params["detokenize"] is False
-    assert call["lora"] is None
-    made = read(target)
-    assert [row["finish_reason"] for row in made] == [("length", "stop")[n % 2] for n in range(len(ROWS))]
-    letter = tokenizer.decode([25])
-    assert [row["response"] for row in made] == [
-        (letter * (len(p["prompt_token_ids"]) % 3 + 1)).strip() for p in call["prompts"]
-    ]
-
-
-@pytest.mark.parametrize("plain", [True, False])
-def test_vllm_and_adapters(plain: bool, vllm: list[dict[str, Any]], tmp_path: Path) -> None:
-    from instructft.inference.vllm import VllmGenerator
-    from tests.adapters.test_adapter_folder import make_adapter, make_base
-
-    base = make_base("llama", tmp_path / "base")
-    adapter, *_ = make_adapter(base, tmp_path / "adapter", use_dora=not plain)
-    if not plain:
-        with pytest.raises(UsageError, match="Merge it first: instructft merge"):
-            VllmGenerator(str(adapter))
-        assert vllm == []
-        return
-    VllmGenerator(str(adapter)).answers([[{"role": "user", "content": "Hi"}]], 5)
-    assert vllm[0] == {
-        "model": str(base), "skip_tokenizer_init": True, "trust_remote_code": False, "enable_lora": True,
-        "max_lora_rank": 8,
-    }  # fmt: skip
-    assert vllm[1]["lora"] == ("adapter", 1, str(adapter))
-
-
-def test_vllm_that_is_not_there(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    source = write(tmp_path / "in.jsonl", *ROWS)
-    with pytest.raises(UsageError, match="vLLM is not installed here"):
-        generate_file(folder, source, tmp_path / "out.jsonl", backend="vllm")
-    with pytest.raises(UsageError, match="expected transformers or vllm"):
-        generate_file(folder, source, tmp_path / "out.jsonl", backend="tgi")
-    with pytest.raises(UsageError, match="--base needs --backend transformers"):
-        generate_file(folder, source, tmp_path / "out.jsonl", backend="vllm", base="start")
-    assert not (tmp_path / "out.jsonl").exists()

@@ -1,116 +1,34 @@
-"""Answers: a batch equals one by one, the prompt is the trained one, and a conversation stays within the context."""
+"""Answers: a batch equals one by one, the prompt is the trained one, and a stream is what a batch says."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import instructft
 from instructft.errors import ModelError, UsageError
 from instructft.inference import generator as answer_module
-from instructft.inference.chat import Chat, generate, load_for_inference, locate
-from instructft.inference.continuous_batching import Batch, Row
+from instructft.inference.chat import Chat, generate
+from instructft.inference.continuous_batching import Batch
 from instructft.inference.generator import Generator, _Pieces
-from instructft.prompt.loss_mask import encode_conversation, encode_prompt, encoder
+from instructft.prompt.loss_mask import encode_conversation, encode_prompt
 from instructft.prompt.templates import TEMPLATES
-
-CAPITALS = {"France": "Paris.", "Japan": "東京 🗼!", "Peru": "Lima\nis it.", "Cuba": "La Habana, Cuba."}
-
-
-def ask(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
-
-
-def said(text: str) -> list[dict[str, Any]]:
-    return ask(f"Capital of {text}?")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: a second thread costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[Any, Any]:
-    """A GPT-2 of 64 positions that knows `CAPITALS` by heart, and its tokenizer."""
-    from instructft.data.quickstart import tokenizer as bundled
-
-    tokenizer = bundled()
-    tokenizer.chat_template = TEMPLATES["instruction"].text()
-    torch.manual_seed(0)
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 96}
-    config = GPT2Config(vocab_size=len(tokenizer), **shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    model = GPT2LMHeadModel(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    rows = [
-        encode_conversation([*said(country), {"role": "assistant", "content": city}], tokenizer)
-        for country, city in CAPITALS.items()
-    ]
-    for _ in range(80):
-        loss = sum(model(**{k: torch.tensor([v]) for k, v in row.items()}).loss for row in rows)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.1
-    return model.eval(), tokenizer
-
-
-@pytest.fixture
-def llama(tokenizer: Any) -> Any:
-    torch.manual_seed(1)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **shape)).eval()
-
-
-def sharpen(model: Any) -> Any:
-    """Random weights with clear choices, so that no greedy tie hangs on the last bit of a float."""
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.6)
-    return model
-
-
-def reference(model: Any, tokenizer: Any, messages: list[Any], max_new_tokens: int) -> list[int]:
-    """Greedy ids by the plainest loop there is: one row, no padding, no cache."""
-    ids = encode_prompt(messages, tokenizer)
-    start = len(ids)
-    with torch.no_grad():
-        while len(ids) - start < max_new_tokens and len(ids) < model.config.max_position_embeddings:
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-            if ids[-1] == tokenizer.eos_token_id:
-                break
-    return ids[start:]
-
-
-def record_calls(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What `model.generate` receives."""
-    calls: list[dict[str, Any]] = []
-    original = model.generate
-
-    def spy(**kwargs: Any) -> Any:
-        calls.append(kwargs)
-        return original(**kwargs)
-
-    monkeypatch.setattr(model, "generate", spy)
-    return calls
-
-
-# ------------------------------------------------------------------------------------------------------------ batches
+from tests.helpers.inference import (
+    CAPITALS,
+    ask,
+    forced,
+    record_calls,
+    reference,
+    said,
+    sharpen,
+)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -138,11 +56,6 @@ def test_order_and_done(batch_size: int | None, trained: tuple[Any, Any]) -> Non
     assert [a.text for a in answers] == [CAPITALS[c] for c in countries]
     assert [seen[i] for i in range(len(countries))] == [CAPITALS[c] for c in countries]
     assert {a.finish_reason for a in answers} == {"stop"}
-
-
-def test_no_prompts_no_answers(trained: tuple[Any, Any]) -> None:
-    assert Generator(*trained).answers([]) == []
-    assert generate(trained[0], [], tokenizer=trained[1]) == []
 
 
 def test_finish_reason_and_limit(trained: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,9 +148,6 @@ def test_sizes_by_length(trained: tuple[Any, Any], monkeypatch: pytest.MonkeyPat
     assert generator._auto_size(64) == answer_module.GPU_BATCH
     assert generator._auto_size(8192) == answer_module.GPU_TOKENS // 8192
     assert generator._auto_size(1 << 20) == 1
-
-
-# ----------------------------------------------------------------------------------------------------------- settings
 
 
 def test_leftovers_in_the_generation_config_change_nothing(
@@ -335,9 +245,6 @@ def test_training_goes_on_as_before(tokenizer: Any, tiny_model: Any) -> None:
     assert tiny_model.training
 
 
-# ------------------------------------------------------------------------------------------------------------- prompts
-
-
 @pytest.fixture(params=sorted(TEMPLATES))
 def trained_with(
     request: pytest.FixtureRequest, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
@@ -375,106 +282,20 @@ def test_the_model_is_given_the_prompt_that_was_trained(trained_with: tuple[Any,
 
 
 def test_evaluate_and_the_page_ask_what_was_trained(trained_with: tuple[Any, Any, list[Any]]) -> None:
-    from instructft.inference.web_sessions import Desk, Settings
+    from instructft.inference.web import Settings, reply
 
     tokenizer, model, calls = trained_with
     asked = [{"role": "system", "content": "Be brief."}, *ask("Name the capital of Cuba.")]
     conversation = [*asked, {"role": "assistant", "content": "La Habana"}]
     instructft.evaluate(model, [{"messages": conversation}], tokenizer=tokenizer, max_new_tokens=2)
-    talks = Desk(Generator(model, tokenizer))
-    list(talks.answer("tab", asked[1]["content"], Settings(system="Be brief.", max_new_tokens=2)))
+    settings = Settings(system="Be brief.", max_new_tokens=2)
+    list(reply(Generator(model, tokenizer), [], asked[1]["content"], settings))
     first_of_each = [calls[0], calls[-1]]  # a batch goes on in calls of its own, from what it has
     prompts = [call["input_ids"].tolist() for call in first_of_each]
     trained = encode_conversation(conversation, tokenizer)
     assert prompts == [[trained["input_ids"][: len(prompts[0][0])]]] * 2
     first = next(i for i, label in enumerate(trained["labels"]) if label != -100)
     assert len(prompts[0][0]) == first  # up to the first token that carries loss, and no further
-
-
-OWN = {  # templates that models bring along
-    "headers": (
-        "{% for m in messages %}<|h|>{{ m.role }}<|/h|>\n\n{{ m.content | trim }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}<|h|>assistant<|/h|>\n\n{% endif %}"
-    ),
-    "system by default": (
-        "{% if messages[0].role != 'system' %}You help.\n{% endif %}"
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
-        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    ),
-}
-
-
-@pytest.mark.parametrize("template", [*sorted(TEMPLATES), *OWN])
-def test_chat_goes_on_from_what_training_would_see(
-    template: str, tiny_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Several turns with a system prompt: the ids that chat feeds are a prefix of the trained row, turn by turn."""
-    tokenizer.chat_template = OWN.get(template) or TEMPLATES[template].text()
-    if template == "chatml":
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-        tiny_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    fed: list[list[int]] = []
-
-    def made(**given: Any) -> None:
-        fed.append(given["input_ids"][0].tolist())
-        answer = tokenizer(f" Answer {len(fed)}.", add_special_tokens=False)["input_ids"]
-        given["streamer"].put(given["input_ids"])
-        for token in [*answer, encoder(tokenizer).stop_token_id]:
-            given["streamer"].put(torch.tensor([token]))
-        given["streamer"].end()
-
-    monkeypatch.setattr(tiny_model, "generate", made)
-    chat = Chat(tiny_model, tokenizer, system="Be brief.", max_new_tokens=6)
-    chat.generator.context = 4096
-    for question in ("Hi", "And  \n now?", "日本 🗼"):
-        assert chat.send(question).startswith("Answer")
-        assert chat.finish_reason == "stop"
-    row = encode_conversation(chat.messages, tokenizer)["input_ids"]
-    assert len(fed) == 3
-    for ids, longer in zip(fed, [*fed[1:], row], strict=True):
-        assert row[: len(ids)] == ids
-        assert len(ids) < len(longer)
-    assert encode_prompt(chat.messages[:-1], tokenizer) == fed[-1]
-
-
-def test_rows_leave_and_join(tiny_model: Any, llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixty prompts through a batch of eight: rows come and go, and each answer is that of one alone."""
-    for model in (tiny_model, llama):
-        sharpen(model)
-        with torch.no_grad():  # answers end at random places
-            head = model.get_output_embeddings().weight
-            head[tokenizer.eos_token_id] *= 3
-        generator = Generator(model, tokenizer)
-        asked = [ask("7" * (i * 7 % 60) + f" {i}?") for i in range(60)]
-        alone = [generator.answers([one], 24)[0] for one in asked]
-        joined: list[int] = []
-        original = Batch.join
-        monkeypatch.setattr(
-            Batch,
-            "join",
-            lambda self, rows, o=original, joined=joined: (joined.append(len(self.rows)), o(self, rows))[1],
-        )
-        assert generator.answers(asked, 24, batch_size=8) == alone
-        monkeypatch.setattr(Batch, "join", original)
-        assert sum(n > 0 for n in joined) > 5  # most joined others that were on their way
-        assert {a.finish_reason for a in alone} == {"stop", "length"}
-
-
-def test_a_cache_that_cannot_be_cut_is_left_alone(tokenizer: Any) -> None:
-    """A window in the cache: its columns are no tokens' own, so a batch waits for its longest answer."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(3)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = MistralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, sliding_window=16, **shape)
-    model = sharpen(MistralForCausalLM(config).eval())
-    generator = Generator(model, tokenizer)
-    batch = Batch(generator, 0.0, 1.0)
-    batch.join([Row(0, encode_prompt(ask("Hi"), tokenizer), 4)])
-    assert not batch.rolls
-    asked = [ask("7" * (i * 5 % 40)) for i in range(1, 10)]
-    assert generator.answers(asked, 12, batch_size=4) == [generator.answers([one], 12)[0] for one in asked]
 
 
 def test_space_before_an_answer_is_no_part_of_it(trained: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,114 +311,6 @@ def test_space_before_an_answer_is_no_part_of_it(trained: tuple[Any, Any], monke
     assert generator.answers([said("France")])[0].text == "Paris."
     assert "".join(generator.stream(said("France"))).lstrip() == "Paris. "
     assert next(generator.stream(said("France"))).startswith("P")
-
-
-def forced(model: Any, prompt: list[int], answer: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `model` say exactly `answer` after `prompt`."""
-    original = model.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        out = original(*args, **kwargs)
-        position = int(kwargs["attention_mask"].shape[1]) - len(prompt)
-        out.logits = torch.full_like(out.logits, -100.0)
-        out.logits[:, -1, answer[min(position, len(answer) - 1)]] = 100.0
-        return out
-
-    monkeypatch.setattr(model, "forward", forward)
-
-
-def test_strings_and_messages(trained: tuple[Any, Any]) -> None:
-    model, tokenizer = trained
-    prompts = ["Capital of Cuba?", said("France"), "Capital of Japan?"]
-    assert instructft.generate(model, prompts, tokenizer=tokenizer) == ["La Habana, Cuba.", "Paris.", "東京 🗼!"]
-    with pytest.raises(UsageError, match="needs its tokenizer"):
-        instructft.generate(model, prompts)
-
-
-# -------------------------------------------------------------------------------------------------------------- loading
-
-
-def test_run_folder_checkpoint_and_missing_folders(
-    trained: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, tokenizer = trained
-    run = tmp_path / "run@1"
-    checkpoint = run / "checkpoint-5"
-    model.save_pretrained(checkpoint)
-    tokenizer.save_pretrained(checkpoint)
-    assert generate(str(checkpoint), [said("Peru")]) == [CAPITALS["Peru"]]
-    with pytest.raises(UsageError, match=r"no config.json in it\); its run is unfinished, but it holds checkpoint-5"):
-        load_for_inference(str(run))
-    model.save_pretrained(run)
-    tokenizer.save_pretrained(run)
-    assert generate(run, [said("Peru")]) == [CAPITALS["Peru"]]
-    assert "template" not in capsys.readouterr().err
-    for name in ("./none", "/none", "no-such-run", "a/b/c"):
-        with pytest.raises(UsageError, match=f"no model folder {name}"):
-            locate(name)
-
-
-def test_hub_id_with_revision(trained: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    import transformers
-
-    asked: list[tuple[str, str]] = []
-
-    def tokenizer(name: str, revision: str, **_: Any) -> Any:
-        asked.append((name, revision))
-        return trained[1]
-
-    def model(name: str, revision: str, **_: Any) -> Any:
-        asked.append((name, revision))
-        return trained[0], {"missing_keys": []}
-
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", tokenizer)
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", model)
-    assert generate("org/name@v1.2", [said("France")]) == ["Paris."]
-    assert generate("org/name", [said("France")]) == ["Paris."]
-    assert asked == [("org/name", "v1.2")] * 2 + [("org/name", "main")] * 2
-
-
-def test_no_chat_template_falls_back_and_says_so(
-    trained: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from copy import deepcopy
-
-    model, tokenizer = trained[0], deepcopy(trained[1])
-    tokenizer.chat_template = None
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert generate(tmp_path, [said("France"), said("Peru")]) == ["Paris.", CAPITALS["Peru"]]
-    err = capsys.readouterr().err
-    assert err.count("no chat template") == 1
-    assert f"{tmp_path} has no chat template; it is asked with the template instruction." in err
-
-
-def test_broken_models(trained: tuple[Any, Any], tmp_path: Path) -> None:
-    model, tokenizer = trained
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    whole = weights.read_bytes()
-
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match="could not be loaded"):
-        load_for_inference(str(tmp_path))
-
-    from safetensors.torch import load_file, save_file
-
-    weights.write_bytes(whole)
-    tensors = load_file(weights)
-    del tensors["transformer.h.1.mlp.c_fc.weight"]
-    save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"holds no weights for transformer.h.1.mlp.c_fc.weight \(1 in all\)"):
-        load_for_inference(str(tmp_path))
-
-    weights.unlink()
-    with pytest.raises(ModelError, match="could not be loaded"):
-        load_for_inference(str(tmp_path))
-
-
-# ------------------------------------------------------------------------------------------------------------ streaming
 
 
 @pytest.mark.parametrize("country", sorted(CAPITALS))
@@ -654,90 +367,6 @@ def test_an_error_in_the_model_reaches_the_reader(trained: tuple[Any, Any], monk
         list(Generator(*trained).stream(said("Peru")))
 
 
-# ----------------------------------------------------------------------------------------------------------------- chat
-
-
-def test_chat_sends_the_whole_conversation(trained: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = trained
-    calls = record_calls(model, monkeypatch)
-    chat = instructft.Chat(model, tokenizer, system="S", max_new_tokens=8)
-    history: list[dict[str, Any]] = [{"role": "system", "content": "S"}]
-    for turn, text in enumerate(["Hi", "Ho", "He"]):
-        history.append({"role": "user", "content": text})
-        answer = chat.send(text)
-        assert calls[turn]["input_ids"].tolist() == [encode_prompt(history, tokenizer)]
-        assert answer
-        history.append({"role": "assistant", "content": answer})
-        assert chat.messages == history
-    chat.reset()
-    assert chat.messages == [{"role": "system", "content": "S"}]
-    assert chat.left == 0
-    assert Chat(model, tokenizer).send("Capital of Peru?") == CAPITALS["Peru"]
-
-
-def test_the_oldest_turns_leave_a_full_context(trained: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = trained
-    calls = record_calls(model, monkeypatch)
-    chat = Chat(model, tokenizer, system="Be brief.", max_new_tokens=6)
-    sent = []
-    for turn in range(8):
-        chat.send(f"Turn {turn}: go on")
-        sent.append(calls[-1]["input_ids"][0].tolist())
-        kept = chat.messages[1:-1]
-        assert chat.messages[0] == {"role": "system", "content": "Be brief."}
-        assert sent[-1] == encode_prompt([chat.messages[0], *kept], tokenizer)
-        assert len(sent[-1]) + 6 <= 96
-        assert kept[0]["role"] == "user"
-        assert chat.left + len(chat.turns) == 2 * (turn + 1)
-    assert chat.left >= 2
-    assert chat.turns[0]["content"] == f"Turn {chat.left // 2}: go on"
-
-
-def test_no_more_turns_leave_than_must(trained: tuple[Any, Any]) -> None:
-    model, tokenizer = trained
-    chat = Chat(model, tokenizer, max_new_tokens=6)
-    answer = {"role": "assistant", "content": "fine"}
-    chat.turns = [m for i in range(5) for m in (*ask(f"Turn {i}: go on"), answer)]
-    before = list(chat.turns)
-    chat._make_room(ask("And now?")[0])
-    assert 0 < chat.left < 10
-    one_more = [*before[chat.left - 2 :], *ask("And now?")]
-    assert len(encode_prompt(one_more, tokenizer)) + 6 > 96
-
-
-def test_a_turn_that_is_too_long_harms_nothing(trained: tuple[Any, Any]) -> None:
-    model, tokenizer = trained
-    chat = Chat(model, tokenizer, system="S", max_new_tokens=6)
-    chat.send("Hi")
-    before = list(chat.turns)
-    assert before
-    with pytest.raises(UsageError, match=r"a prompt of \d+ tokens; of the model's context of 96"):
-        chat.stream("word " * 90)
-    assert (chat.turns, chat.left) == (before, 0)
-    assert chat.send("Ho")
-    assert chat.turns[:2] == before
-
-
-def test_an_answer_stopped_early_stays_as_far_as_it_got(trained: tuple[Any, Any]) -> None:
-    model, tokenizer = trained
-    chat, stopped = Chat(model, tokenizer), threading.Event()
-    pieces = chat.stream("Capital of Cuba?", stopped)
-    first = next(pieces)
-    stopped.set()
-    rest = "".join(pieces)
-    got = (first + rest).strip()
-    assert chat.turns == [*said("Cuba"), {"role": "assistant", "content": got}]
-    assert CAPITALS["Cuba"].startswith(got)
-
-    chat.reset()
-    pieces = chat.stream("Capital of Cuba?")
-    first = next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
-    assert chat.turns[-1]["content"] == first.strip()
-    assert threading.active_count() < 20
-    assert not stopped.clear()
-
-
 def test_stopping_really_ends_the_generation(tiny_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     original = tiny_model.forward
@@ -755,11 +384,3 @@ def test_stopping_really_ends_the_generation(tiny_model: Any, tokenizer: Any, mo
     stopped.set()
     list(pieces)
     assert len(steps) < 100
-
-
-def test_an_empty_answer_leaves_no_turn(trained: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = trained
-    forced(model, [], [tokenizer.eos_token_id], monkeypatch)
-    chat = Chat(model, tokenizer)
-    assert chat.send("Hi") == ""
-    assert chat.turns == []

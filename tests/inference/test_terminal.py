@@ -19,8 +19,8 @@ import torch
 
 from instructft.errors import UsageError
 from instructft.inference.chat import Chat
-from instructft.inference.terminal import converse
-from instructft.inference.terminal_commands import HELP, Commands
+from instructft.inference.terminal import HELP, Commands, converse
+from instructft.prompt.token_view import visible
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_save_is_a_row_to_train_on(
     talk: Any, tiny_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All turns are in it, also those that have left the context; read back by the loader of training data."""
-    from instructft.data.prepare import file_conversations
+    from instructft.data.load import file_conversations
 
     chat = Chat(tiny_model, tokenizer, system="S", max_new_tokens=6)
     echo(chat, monkeypatch)
@@ -211,7 +211,8 @@ def test_compare_asks_what_the_run_began_from(
     """The base's own answer, to the same conversation; of an adapter no second model is loaded."""
     import instructft
     from instructft.inference import reference_model as beside_module
-    from instructft.inference.chat import Generator, load_for_inference
+    from instructft.inference.generator import Generator
+    from instructft.models.load_for_inference import load_for_inference
     from tests.adapters.test_adapter_folder import make_adapter, make_base
 
     if kind == "full":
@@ -251,8 +252,8 @@ def test_compare_asks_what_the_run_began_from(
     history = [*chat.turns[:2], {"role": "user", "content": "And now?"}]
     first, second = ("".join(other.stream(asked, 8)) for asked in (history[:1], history))
     assert first.strip() != own
-    assert f"tuned:\n{own}\nbase:\n{first or '(no answer)'}\ntuned:\n" in said
-    assert said.endswith(f"base:\n{second or '(no answer)'}\n")
+    assert f"tuned:\n{visible(own)}\nbase:\n{visible(first) or '(no answer)'}\ntuned:\n" in said
+    assert said.endswith(f"base:\n{visible(second) or '(no answer)'}\n")
     assert loads == (["load_model"] if kind == "full" else [])
     assert "".join(chat.generator.stream(history[:1], 8)).strip() == own  # the tuned model is itself again
 
@@ -313,6 +314,19 @@ def test_no_answer_is_said(talk: Any, tiny_model: Any, tokenizer: Any, monkeypat
     assert talk("Hi", chat)[0] == ["(no answer)"]
 
 
+def test_control_characters_are_shown_and_not_obeyed(
+    talk: Any, tiny_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the model's answers and of what was typed, wherever they are printed."""
+    chat = Chat(tiny_model, tokenizer)
+    echo(chat, monkeypatch, "\x1b]0;title\x07 {} \u202e")
+    assert talk("a\x1b[2J\n/undo\n/\x1b[31mred\n", chat)[0] == [
+        "\\x1b]0;title\\x07 a\\x1b[2J \\u202e",
+        "(taken back: a\\x1b[2J)",
+        "(/\\x1b[31mred is unknown; /help lists the commands)",
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------ a real terminal
 
 
@@ -361,37 +375,22 @@ def _own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def one_letter(tokenizer: Any, letter: str, folder: Path) -> Path:
-    """A model that says the same letter at every position, and never stops."""
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_in_a_terminal(tokenizer: Any, tmp_path: Path) -> None:
+    """What needs a terminal: the prompt, its history, Ctrl-C and Ctrl-D. Only Ctrl-C ends the first answer in time."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
         vocab_size=len(tokenizer), n_layer=1, n_head=2, n_embd=8, n_positions=60_000, bos_token_id=0, eos_token_id=0
     )
     model = GPT2LMHeadModel(config)
-    with torch.no_grad():
+    with torch.no_grad():  # every position says the same letter, and never stops
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.fill_(1)
-        model.transformer.wte.weight[tokenizer(letter, add_special_tokens=False)["input_ids"][0]] = 5
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_in_a_terminal(tokenizer: Any, tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
-    """A model that never stops, in a context long enough that only Ctrl-C ends its answer in time."""
-    import instructft
-
-    run, base = one_letter(tokenizer, "z", tmp_path / "run"), one_letter(tokenizer, "y", tmp_path / "base")
-    data = tmp_path / "rows.jsonl"
-    data.write_text('{"prompt": "Hi", "completion": "z"}\n')
-    recipe = instructft.load_recipe(
-        write_recipe(f"model: {{name_or_path: {base}}}\ndata: {{datasets: [{{path: {data}}}]}}\n")
-    )
-    (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-
-    terminal = Terminal(sys.executable, "-m", "instructft", "chat", str(run), "--max-new-tokens", "50000")
+        model.transformer.wte.weight[tokenizer("z", add_special_tokens=False)["input_ids"][0]] = 5
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    terminal = Terminal(sys.executable, "-m", "instructft", "chat", str(tmp_path), "--max-new-tokens", "50000")
     try:
         terminal.wait_for("/help lists the commands, /quit leaves")
         terminal.wait_for(">")
@@ -403,33 +402,18 @@ def test_in_a_terminal(tokenizer: Any, tmp_path: Path, write_recipe: Callable[..
         terminal.type("\x03")  # at the prompt
         terminal.wait_for("(Ctrl-D or /quit leaves)")
         terminal.wait_for(">")
-        terminal.type("/help\r")
-        terminal.wait_for("Ctrl-C stops an answer")
+        terminal.type("/max 3\r")
+        terminal.wait_for("(at most 3 tokens in an answer)")
         terminal.wait_for(">")
         terminal.type("\x1b[A\x1b[A")  # the arrow up: earlier lines come back
         terminal.wait_for("Hello there")
         terminal.type("\x03")
         terminal.wait_for(">")
-        for command, answer in (
-            ("/temp 0.5", "(temperature 0.5)"),
-            ("/top_p 0.9", "(top_p 0.9)"),
-            ("/max 3", "(at most 3 tokens in an answer)"),
-            ("/retry", "zzz (cut off; /max allows more tokens)"),
-            ("/compare", "base:\r\nyyy"),
-            ("/compare And you?", "tuned:\r\nzzz"),
-            (f"/save {tmp_path / 'talk.jsonl'}", "(saved to "),
-            ("/undo", "(taken back: And you?)"),
-            ("/undo", "(taken back: Hello there)"),
-            ("Hi", "zzz"),
-            ("/system Be brief.", "(system prompt set; a new conversation)"),
-            ("/reset", "(a new conversation)"),
-            ("/nonsense", "(/nonsense is unknown; /help lists the commands)"),
-        ):
-            terminal.type(command + "\r")
-            terminal.wait_for(command.split()[0])
-            terminal.wait_for(answer)
-            terminal.wait_for(">")
-        assert json.loads((tmp_path / "talk.jsonl").read_text())["messages"][1]["weight"] == 0
+        terminal.type("/reset\r")
+        terminal.wait_for("(a new conversation)")
+        terminal.type("Hi\r")
+        terminal.wait_for("zzz (cut off; /max allows more tokens)")
+        terminal.wait_for(">")
         terminal.type("\x04")
         assert terminal.process.wait(timeout=30) == 0
         assert "Traceback" not in terminal.screen

@@ -1,4 +1,4 @@
-"""The chat page: every tab its own conversation, one answer at a time, stopped when asked to, and nobody else asked."""
+"""The chat page: prompts as in training, a conversation for every tab, one answer at a time, and nobody else asked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import http.client
 import socket
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ import torch
 import instructft
 from instructft import cli
 from instructft.errors import UsageError
-from instructft.inference.chat import Chat, Generator, load_for_inference
-from instructft.inference.reference_model import Beside
-from instructft.inference.web import free_port
-from instructft.inference.web_sessions import LEFT, Desk, Settings
+from instructft.inference.chat import Chat
+from instructft.inference.generator import Generator
+from instructft.inference.reference_model import ReferenceModel
+from instructft.inference.web import Settings, Turn, free_port, markdown, reply
+from instructft.models.load_for_inference import load_for_inference
 from tests.helpers.browser import Watched, browser
 
 EVIL = '<img src="http://evil.example/x.png"><script>alert(1)</script> ![p](http://evil.example/y.png) **b** \x1b[31m'
@@ -37,19 +40,16 @@ class Scripted(Generator):
 
     def stream(self, messages: Any, *settings: Any) -> Iterator[str]:
         self.asked.append(list(messages))
-        stopped = settings[-1]
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             for piece in self.pieces:
-                while self.go is not None and not self.go.acquire(timeout=0.02):
-                    if stopped.is_set():
-                        return
-                if stopped.is_set():
-                    return
+                if self.go is not None and not self.go.acquire(timeout=20):
+                    raise AssertionError("nobody let the answer go on")
                 yield piece
         finally:
             self.at_once -= 1
+        return "stop"
 
 
 @pytest.fixture
@@ -57,15 +57,21 @@ def scripted(tiny_model: Any, tokenizer: Any) -> Scripted:
     return Scripted(tiny_model, tokenizer)
 
 
-def ask(desk: Desk, tab: str, question: str, compare: bool = False, **settings: Any) -> Any:
-    return list(desk.answer(tab, question, Settings(**settings), compare))[-1]
+def ask(
+    generator: Generator, turns: list[Turn], question: str, reference: Any = None, **settings: Any
+) -> list[dict[str, Any]]:
+    """Ask, and put the turn behind `turns`; what the page shows at the end."""
+    shown, turn = list(reply(generator, turns, question, Settings(**settings), reference))[-1]
+    turns.append(turn)
+    return shown
 
 
-def texts(turns: list[Any]) -> list[str]:
-    return [turn["content"] for turn in turns]
+def said(shown: list[dict[str, Any]]) -> list[str]:
+    """Answers as they are, what else is said by its title."""
+    return [m["metadata"]["title"] if not m["content"] else m["content"][0]["text"] for m in shown]
 
 
-# Behind the page
+# Answers
 
 
 def test_answers_are_those_of_chat(tiny_model: Any, tokenizer: Any) -> None:
@@ -74,148 +80,81 @@ def test_answers_are_those_of_chat(tiny_model: Any, tokenizer: Any) -> None:
         tiny_model.transformer.wpe.weight.mul_(50)
     generator = Generator(tiny_model, tokenizer)
     prompts: list[list[int]] = []
-    desk, chat = Desk(generator), Chat(generator, system="Be brief.", max_new_tokens=6)
+    turns: list[Turn] = []
+    chat = Chat(generator, system="Be brief.", max_new_tokens=6)
     for question in ("Hi", "And you?", "Bye"):
-        seen = ask(desk, "a", question, system=" Be brief. ", max_new_tokens=6)
+        shown = ask(generator, turns, question, system=" Be brief. ", max_new_tokens=6)
         answer = chat.send(question)
-        assert texts(seen.tuned[-2:]) == [question, answer]
+        assert turns[-1] == Turn(question, answer)
+        assert said(shown)[0] == markdown(answer)
         prompts += generator.encoder.prompts([chat.messages])
         assert answer
     assert len(prompts[2]) > len(prompts[1]) > len(prompts[0])
-    assert desk.talk("a").tuned.chat.turns == chat.turns
-    assert len({tuple(texts(ask(desk, t, "Hi", temperature=2.0, max_new_tokens=9).tuned)) for t in "bcdef"}) > 1
+    sampled = {tuple(said(ask(generator, [], "Hi", temperature=2.0, max_new_tokens=9))) for _ in range(5)}
+    assert len(sampled) > 1
 
 
-def test_an_answer_grows_piece_by_piece(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("instructft.inference.web_sessions.PACE", 0)
-    seen = [texts(s.tuned) for s in Desk(scripted).answer("a", " Hi ", Settings())]
-    assert seen == [["Hi"], ["Hi", "Hello"], ["Hi", "Hello there"], ["Hi", "Hello there."], ["Hi", "Hello there."]]
-
-
-def test_tabs_do_not_mix_and_answer_one_after_the_other(scripted: Scripted) -> None:
-    desk = Desk(scripted)
-    threads = [
-        threading.Thread(target=lambda tab=tab: [ask(desk, tab, f"{tab} {n}") for n in range(3)]) for tab in "abcd"
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert scripted.most_at_once == 1
-    assert len(scripted.asked) == 12
-    for tab in "abcd":
-        assert texts(desk.talk(tab).seen().tuned)[::2] == [f"{tab} {n}" for n in range(3)]
-    assert all(len({m["content"][0] for m in asked if m["role"] == "user"}) == 1 for asked in scripted.asked)
-
-
-def wait_for(said: Callable[[], Any]) -> None:
-    for _ in range(1000):
-        if said():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("it did not come to that in 10 s")
-
-
-def under_way(desk: Desk, generator: Scripted, tab: str, question: str) -> tuple[threading.Thread, list[Any]]:
-    """An answer whose first piece has been given out, and which waits for the next."""
-    generator.go = threading.Semaphore(1)
-    seen: list[Any] = []
-
-    def run() -> None:
-        for one in desk.answer(tab, question, Settings()):
-            seen.append(one)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    wait_for(lambda: seen and "Hello" in texts(seen[-1].tuned))
-    return thread, seen
-
-
-def test_stopping_keeps_what_there_is(scripted: Scripted) -> None:
-    desk = Desk(scripted)
-    thread, seen = under_way(desk, scripted, "a", "Hi")
-    desk.stop("b")  # another tab's button
-    assert thread.is_alive()
-    desk.stop("a")
-    thread.join(10)
-    assert not thread.is_alive()
-    assert texts(seen[-1].tuned) == ["Hi", "Hello"]
-    assert seen[-1].notice == "Stopped."
-    scripted.go = None
-    assert texts(ask(desk, "a", "More").tuned) == ["Hi", "Hello", "More", "Hello there."]
-
-
-def test_while_one_is_answered_others_wait_and_may_leave(scripted: Scripted) -> None:
-    desk = Desk(scripted)
-    thread, _ = under_way(desk, scripted, "a", "Hi")
-    again = ask(desk, "a", "And?")  # the same tab
-    assert again.back == "And?"
-    assert "One question at a time" in again.notice
-    waiting: list[Any] = []
-    other = threading.Thread(
-        target=lambda: [waiting.append(s) for s in desk.answer("b", "Me", Settings())], daemon=True
-    )
-    other.start()
-    wait_for(lambda: waiting and "Waiting" in waiting[-1].notice)
-    desk.stop("b")
-    other.join(10)
-    assert (waiting[-1].back, waiting[-1].tuned) == ("Me", [])
-    assert thread.is_alive()
-    desk.forget("a")  # the tab was closed
-    thread.join(10)
-    assert not thread.is_alive()
-    assert len(scripted.asked) == 1
-    assert desk.talk("a").seen().tuned == []
-
-
-def test_a_new_conversation_in_the_middle_of_an_answer(scripted: Scripted) -> None:
-    desk = Desk(scripted)
-    thread, seen = under_way(desk, scripted, "a", "Hi")
-    desk.talk("a").reset()
-    thread.join(10)
-    assert (seen[-1].tuned, desk.talk("a").seen().tuned) == ([], [])
-    scripted.go = None
-    ask(desk, "a", "New")
-    assert texts(scripted.asked[-1]) == ["New"]
-
-
-def test_taking_back(scripted: Scripted) -> None:
-    desk = Desk(scripted)
-    ask(desk, "a", "One")
-    ask(desk, "a", "Two")
-    assert desk.talk("a").undo() == "Two"
-    assert texts(desk.talk("a").seen().tuned) == ["One", "Hello there."]
-    assert [desk.talk("a").undo(), desk.talk("a").undo()] == ["One", ""]
+def test_an_answer_grows_piece_by_piece_and_what_there_is_of_it_stays(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instructft.inference.web.PACE", 0)
+    answers = reply(scripted, [], "Hi", Settings())
+    grown = [next(answers), next(answers)]
+    assert [said(shown) for shown, _ in grown] == [["Hello"], ["Hello there"]]
+    answers.close()  # type: ignore[attr-defined]  # the stop button
+    assert scripted.at_once == 0  # the model's work has ended
+    scripted.pieces = ["Yes."]
+    assert said(ask(scripted, [grown[-1][1]], "More")) == ["Yes."]
+    assert [m["content"] for m in scripted.asked[-1]] == ["Hi", "Hello there", "More"]
 
 
 def test_a_full_context_drops_the_oldest_and_says_so(scripted: Scripted) -> None:
-    desk = Desk(scripted)  # a context of 128 tokens
+    turns: list[Turn] = []  # a context of 128 tokens
     questions = [f"{n} " + "1 2 3 4 5 6 7 8 9 " * 2 for n in range(4)]
-    notices = [(s := ask(desk, "a", q, max_new_tokens=32)).notice for q in questions]
-    assert notices[0] == ""
-    assert "The context is full: the oldest" in "".join(notices)
-    assert "turns have left it" in "".join(notices)
-    shown = texts(s.tuned)
-    assert LEFT in shown
-    assert [t.strip() for t in shown if t[:1].isdigit()] == [
-        q.strip() for q in questions
-    ]  # nothing that was read is gone
-    kept = shown[shown.index(LEFT) + 1 :]
-    assert texts(scripted.asked[-1]) == kept[:-1]
+    notices = [said(ask(scripted, turns, question, max_new_tokens=32))[:-1] for question in questions]
+    assert notices[0] == []
+    assert [n for ns in notices for n in ns] == [
+        f"The context is full: the oldest {left} turns have left it." for left in sorted({t.left for t in turns} - {0})
+    ]
+    kept = [t.question for t in turns[turns[-1].left // 2 :]]
+    assert [m["content"] for m in scripted.asked[-1] if m["role"] == "user"] == kept
+    assert turns[-1].left > 0
     assert len(scripted.encoder.prompts([scripted.asked[-1]])[0]) + 32 <= 128
-    long = ask(desk, "a", "1 2 3 " * 200)
-    assert "of the model's context of 128" in long.notice
-    assert long.back == ("1 2 3 " * 200).strip()
+    assert "of the model's context of 128" in said(ask(scripted, turns, "1 2 3 " * 200))[0]
+    assert turns[-1].answer == ""
+    ask(scripted, turns, "Hi")
+    assert not any("1 2 3 1" in m["content"] for m in scripted.asked[-1])  # it is no part of the conversation
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "named"),
     [({"temperature": 11.0}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"max_new_tokens": 0}, "max_new_tokens")],
 )
-def test_settings_that_do_not_work_are_told(settings: Any, said: str, scripted: Scripted) -> None:
-    seen = ask(Desk(scripted), "a", "Hi", **settings)
-    assert said in seen.notice
-    assert (seen.back, seen.tuned, scripted.asked) == ("Hi", [], [])
+def test_settings_that_do_not_work_are_told(settings: Any, named: str, scripted: Scripted) -> None:
+    assert named in said(ask(scripted, [], "Hi", **settings))[0]
+    assert scripted.asked == []
+
+
+def test_no_answer_is_no_part_of_the_conversation(scripted: Scripted) -> None:
+    turns: list[Turn] = []
+    scripted.pieces = [" "]
+    assert said(ask(scripted, turns, "Hi")) == ["No answer: it is no part of the conversation."]
+    ask(scripted, turns, "Ho")
+    assert [m["content"] for m in scripted.asked[-1]] == ["Ho"]
+
+
+@pytest.mark.parametrize(
+    ("text", "drawn"),
+    [
+        ("a <b>c</b> &lt; ![x](http://y)", "a &lt;b>c&lt;/b> &amp;lt; !\\[x](http://y)"),
+        ("`<b>` and ``a ` <i>`` <u>", "`<b>` and ``a ` <i>`` &lt;u>"),
+        ("```html\n<p>&amp;\n```\n<p>", "```html\n<p>&amp;\n```\n&lt;p>"),
+        ("~~~\n<p>", "~~~\n<p>"),  # still being written
+        ("bell \x07\tand\n    four", "bell \\x07\tand\n    four"),
+    ],
+)
+def test_markdown_draws_no_html(text: str, drawn: str) -> None:
+    assert markdown(text) == drawn
 
 
 def test_what_it_began_from_answers_beside_it(
@@ -239,15 +178,51 @@ output_dir: {tmp_path / "run"}
     run = str(instructft.train(instructft.load_recipe(write_recipe(text, "lora.yaml"))).output_dir)
     generator = Generator(*load_for_inference(run))
     base = Generator(*load_for_inference(str(tmp_path / "base")))
-    desk = Desk(generator, Beside.of(run, "start", generator))
-    tuned_alone, base_alone = Chat(generator, max_new_tokens=8), Chat(base, max_new_tokens=8)
+    reference = ReferenceModel.of(run, "start", generator)
+    turns: list[Turn] = []
+    tuned_alone = Chat(generator, max_new_tokens=8)
     for question in ("Hi", "What is the capital of Norway?"):
-        seen = ask(desk, "a", question, compare=True, max_new_tokens=8)
-        expected = tuned_alone.send(question), base_alone.send(question)
-        assert (seen.tuned[-1]["content"], seen.base[-1]["content"]) == expected
+        shown = [m for m in ask(generator, turns, question, reference, max_new_tokens=8) if m["content"]]
+        asked = [*tuned_alone.turns, {"role": "user", "content": question}]
+        expected = tuned_alone.send(question), "".join(base.stream(asked, 8)).strip()
+        assert said(shown) == [markdown(text) for text in expected]
+        assert shown[1]["metadata"] == {"title": "What it began from answers"}
         assert expected[0] != expected[1]
-    assert ask(desk, "b", "Hi", max_new_tokens=8).base == []
-    assert ask(desk, "b", "Hi", max_new_tokens=8).tuned[1] == tuned_alone.turns[1]  # the adapter is on again
+    assert turns[0].answer == tuned_alone.turns[1]["content"]
+    ask(generator, turns := [], "Hi", max_new_tokens=8)
+    assert turns[0].answer == tuned_alone.turns[1]["content"]  # the adapter is on again
+
+
+# The page
+
+
+@pytest.fixture
+def page(scripted: Scripted) -> Any:
+    pytest.importorskip("gradio", reason="no gradio: make venv installs it")
+    from instructft.inference.web import build
+
+    return build(scripted, EVIL, Settings(), samples=["A sample to try"])
+
+
+def test_the_model_reads_its_own_turns_not_what_the_page_shows(page: Any, scripted: Scripted) -> None:
+    """Retry, undo and an interrupted question shorten or lengthen the page's history; the exact turns follow."""
+
+    def asked_with(message: str, history: list[str], turns: list[Turn]) -> list[Turn]:
+        said = [{"role": "user" if i % 2 == 0 else "assistant", "content": one} for i, one in enumerate(history)]
+        return list(page.fn(message, said, "", 0, 1, 32, False, turns))[-1][1]
+
+    scripted.pieces = ["<b>\x07  x"]
+    turns = asked_with("  a\n    b  ", [], [])
+    turns = asked_with("Two", ["a\nb", "&lt;b>\\x07 x"], turns)
+    assert [m["content"] for m in scripted.asked[-1]] == ["a\n    b", "<b>\x07  x", "Two"]
+    assert [t.question for t in turns] == ["a\n    b", "Two"]
+    again = asked_with("Two", ["a\nb", "shown"], turns)  # retry
+    assert again == turns
+    assert asked_with("a\nb", [], turns)[0].question == "a\n    b"  # as it was written, after an undo too
+    assert [t.question for t in asked_with("New", [], turns)] == ["New"]
+    late = asked_with("Three", ["a", "shown", "Two", "shown", "stopped in the queue"], turns)
+    assert [t.question for t in late] == ["a\n    b", "Two", "", "Three"]
+    assert [m["content"] for m in scripted.asked[-1]][::2] == ["a\n    b", "Two", "Three"]
 
 
 # The server
@@ -292,22 +267,18 @@ def test_usage_errors_come_before_any_weight(
 
 
 @pytest.fixture
-def served(scripted: Scripted) -> Iterator[tuple[str, Desk]]:
-    pytest.importorskip("gradio", reason="no gradio: make venv installs it")
+def served(page: Any) -> Iterator[str]:
     from instructft.inference.web import start
-    from instructft.inference.web_page import build
 
-    desk = Desk(scripted)
-    page, url = start(build(desk, EVIL, Settings()), free_port(None))
+    url = start(page, free_port(None))
     try:
-        yield url, desk
+        yield url
     finally:
         page.close(verbose=False)
 
 
-def test_the_server_is_here_only_and_names_no_other(served: Any) -> None:
-    url, _ = served
-    host, port = url.removeprefix("http://").rstrip("/").split(":")
+def test_the_server_is_here_only_and_names_no_other(served: str) -> None:
+    host, port = served.removeprefix("http://").rstrip("/").split(":")
     assert host == "127.0.0.1"
     connection = http.client.HTTPConnection(host, int(port), timeout=20)
     connection.request("GET", "/")
@@ -319,6 +290,10 @@ def test_the_server_is_here_only_and_names_no_other(served: Any) -> None:
     assert "http" not in policy
     for outside in ("googleapis", "gstatic", "cdnjs", "jsdelivr", "unpkg"):
         assert outside not in text
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nsome\r\n--x--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    with pytest.raises(urllib.error.HTTPError, match="413"):  # no file is taken
+        urllib.request.urlopen(urllib.request.Request(f"{served}gradio_api/upload", form, kind), timeout=20)
     with socket.socket() as other:
         other.settimeout(2)
         assert other.connect_ex((_own_address(), int(port))) != 0
@@ -335,45 +310,59 @@ def _own_address() -> str:
     return address if not address.startswith("127.0.0.1") else "127.0.0.2"
 
 
-def test_in_a_browser(served: Any, scripted: Scripted) -> None:
-    url, _ = served
+def test_in_a_browser(served: str, scripted: Scripted) -> None:
     scripted.pieces, scripted.context = ["First ", "second ", "third."], 4096
     scripted.go = threading.Semaphore(0)
     with browser() as chromium:
         one, two = Watched(chromium), Watched(chromium, 380, 800, "dark")
         for seen in (one, two):
-            seen.page.goto(url)
+            seen.page.goto(served)
             seen.page.wait_for_selector("#box textarea")
-        one.page.fill("#box textarea", "Tell me " + EVIL)
+            assert "template: instruction · cpu, float32" in seen.page.inner_text("#head")
+            assert EVIL.replace("\x1b", "\\x1b") in seen.page.inner_text("#head")
+        one.page.fill("#box textarea", "Tell me")
         one.page.press("#box textarea", "Enter")
         scripted.go.release()
-        one.page.wait_for_selector("#tuned >> text=First")
-        assert "second" not in one.page.inner_text("#tuned")  # it is streamed
-        two.page.fill("#box textarea", "From the other tab")
-        two.page.click("#send")
-        two.page.wait_for_selector("#notice >> text=Waiting")
+        one.page.wait_for_selector("#chat >> text=First")
+        assert "second" not in one.page.inner_text("#chat")  # it is streamed
+        two.page.click("text=A sample to try")
+        two.page.wait_for_selector("text=queue:")  # one answer at a time
+        one.page.click("button.stop-button")
         scripted.pieces = [EVIL, " end"]
-        one.page.click("#stop")
-        one.page.wait_for_selector("#notice >> text=Stopped")
-        scripted.go = None
-        two.page.wait_for_selector("#tuned >> text=end")
+        scripted.go.release(9)
+        two.page.wait_for_selector("#chat >> text=end")
+        one.page.wait_for_selector("button.submit-button")
         for seen in (one, two):
-            seen.page.wait_for_selector("#send")
             assert not seen.scrolls_sideways
-        first, second = one.page.inner_text("#tuned"), two.page.inner_text("#tuned")
-        shown = EVIL.replace("\x1b", "\\x1b")
-        assert "Tell me " + shown in first
+        assert scripted.most_at_once == 1
+        first, second = one.page.inner_text("#chat"), two.page.inner_text("#chat")
         assert "First" in first
-        assert "end" not in first.split()
-        assert "From the other tab" in second
-        assert shown in second  # as it was written: no markup, no picture
+        assert "third" not in first
+        assert "A sample to try" in second
+        assert EVIL.replace("\x1b", "\\x1b").replace("**b**", "b") in second  # Markdown, but no markup and no picture
         assert "Tell me" not in second
-        two.page.click("#undo")
-        two.page.wait_for_function("!document.querySelector('#tuned').innerText.includes('other tab')")
-        assert two.page.input_value("#box textarea") == "From the other tab"
-        one.page.click("#reset")
-        one.page.wait_for_function("!document.querySelector('#tuned').innerText.includes('Tell')")
+        scripted.pieces = ["Another one"]
+        one.page.click("button[title=Retry], button[aria-label=Retry]")
+        one.page.wait_for_selector("#chat >> text=Another one")
+        assert [m["content"] for m in scripted.asked[-1]] == ["Tell me"]
+        one.page.wait_for_selector("button.submit-button")
+        one.page.click("button[title=Undo], button[aria-label=Undo]")
+        one.page.wait_for_function("!document.querySelector('#chat').innerText.includes('Another')")
+        assert one.page.input_value("#box textarea") == "Tell me"
+        scripted.go = threading.Semaphore(1)
+        scripted.pieces = ["Not", "for", "anybody"]
+        two.page.fill("#box textarea", "Never mind")
+        two.page.press("#box textarea", "Enter")
+        two.page.wait_for_selector("#chat >> text=Not")
+        two.page.close()  # the tab
+        threading.Event().wait(0.5)
+        scripted.go.release()
+        for _ in range(500):
+            if not scripted.at_once:
+                break
+            threading.Event().wait(0.01)
+        assert not scripted.at_once  # nothing is generated for nobody
         for seen in (one, two):
             assert len(seen.requests) > 10
-            assert [u for u in seen.requests if not u.startswith((url, "data:", "blob:" + url))] == []
+            assert [u for u in seen.requests if not u.startswith((served, "data:", "blob:" + served))] == []
             assert [c for c in seen.complaints if "favicon" not in c] == []

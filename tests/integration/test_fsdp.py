@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import instructft
 from instructft.checkpoints.manifest import read_manifest, verify
 from instructft.errors import UsageError
-from instructft.models.load_trained import load_for_inference
+from instructft.models.load_for_inference import load_for_inference
 from tests.conftest import OWN_PORT
 
 CONFIG = """compute_environment: LOCAL_MACHINE

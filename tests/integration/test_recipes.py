@@ -23,7 +23,8 @@ from rich.console import Console
 
 from instructft.data.sources import SOURCES
 from instructft.launch.command import launch
-from instructft.recipe.schema import Recipe, load_recipe, recipe_purpose, shipped_recipes
+from instructft.recipe.load import load_recipe, recipe_purpose, shipped_recipes
+from instructft.recipe.schema import Recipe
 from tests.helpers.families import MODELS, published
 
 ROWS = 600  # rows of each data set here: 0.002 of them is still one row
@@ -65,7 +66,7 @@ ADAPTERS = {"gpt2-lora-alpaca", "llama-3-70b-qlora-fsdp2", "mistral-7b-qlora", "
 
 @cache
 def rows() -> list[dict[str, str]]:
-    from instructft.data.quickstart import rows
+    from tests.helpers.quickstart import rows
 
     return rows()[:ROWS]
 
@@ -190,7 +191,7 @@ def test_it_runs_from_the_hub(name: str, hub: Any, book: None, tmp_path: Path) -
     from transformers import GenerationConfig
 
     from instructft import train
-    from instructft.models.load_trained import load_for_inference
+    from instructft.models.load_for_inference import load_for_inference
 
     run = tmp_path / "run"
     recipe = load_recipe(name, overrides(name, run))
@@ -266,7 +267,7 @@ def test_check_reads_it_from_the_hub(
 
 def test_a_gated_model_is_said_to_be_one(hub: Any, tmp_path: Path) -> None:
     from instructft.errors import UsageError
-    from instructft.models.load import load_tokenizer
+    from instructft.models.tokenizer import load_tokenizer
 
     recipe = load_recipe("llama-3.2-1b", overrides("llama-3.2-1b", tmp_path / "run"))
     stock(hub, recipe)

@@ -96,12 +96,12 @@ def test_the_loss_falls_and_the_reply_stops(run: Any) -> None:
     assert records[-1]["loss"] < 0.2 * records[0]["loss"]
     model = AutoModelForCausalLM.from_pretrained(result.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(result.output_dir)
-    row = instructft.data.prepare.conversations(recipe, "train")[0]["messages"]
+    row = instructft.data.load.conversations(recipe, "train")[0]["messages"]
     prompt = encode_prompt(row[:-1], tokenizer)
     out = model.generate(torch.tensor([prompt]), max_new_tokens=60)[0].tolist()
     assert out[-1] == tokenizer.eos_token_id == model.generation_config.eos_token_id
     assert tokenizer.decode(out[len(prompt) : -1]) == row[-1]["content"]
-    trained = [r["messages"] for r in instructft.data.prepare.conversations(recipe, "train")]
+    trained = [r["messages"] for r in instructft.data.load.conversations(recipe, "train")]
     answers = instructft.generate(result.output_dir, [messages[:-1] for messages in trained])
     assert sum(a == m[-1]["content"] for a, m in zip(answers, trained, strict=True)) >= 20  # of 24, by heart
 
@@ -263,7 +263,7 @@ output_dir: {tmp_path / "run"}
     facts = result.facts["data"]
     assert sum(facts["rows"].values()) + sum(facts["dropped"].values()) == 50
     model = AutoModelForCausalLM.from_pretrained(result.output_dir)
-    rows = instructft.data.prepare.conversations(instructft.load_recipe(path), "validation")
+    rows = instructft.data.load.conversations(instructft.load_recipe(path), "validation")
     again = instructft.evaluate(
         model, rows, tokenizer=AutoTokenizer.from_pretrained(result.output_dir), max_new_tokens=8
     )

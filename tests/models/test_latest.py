@@ -10,8 +10,7 @@ from rich.console import Console
 
 import instructft
 from instructft.errors import UsageError
-from instructft.models.hub_checkpoints import checkpoint_name, newest_checkpoint, progress
-from instructft.models.latest import look_anew, settled
+from instructft.models.latest import checkpoint_name, look_anew, newest_checkpoint, progress, settled
 from instructft.training.run import train
 from tests.helpers.stops import SignalAt, interrupt
 
@@ -134,15 +133,13 @@ def test_from_the_hub_and_pinned_to_the_commit(
         interrupt(patch, SignalAt("step", 1))
         with pytest.raises(instructft.errors.Stopped):
             train(asked, console=QUIET)
-    written = instructft.recipe.schema.load_run_recipe(tmp_path / "run")
+    written = instructft.recipe.load.load_run_recipe(tmp_path / "run")
     assert written.model.subfolder == "checkpoint_tokens_10k_loss_1.0"
     assert written.model.revision == commit
     hub.put("org/pre", {f"checkpoint_tokens_11k_loss_0.9/{name}": content for name, content in model(11).items()})
     result = train(asked, console=QUIET)
     assert result.facts["train"]["resumed"][0]["step"] == 2
-    assert (
-        instructft.recipe.schema.load_run_recipe(tmp_path / "run").model.subfolder == "checkpoint_tokens_10k_loss_1.0"
-    )
+    assert instructft.recipe.load.load_run_recipe(tmp_path / "run").model.subfolder == "checkpoint_tokens_10k_loss_1.0"
     fresh, why = settled(recipe(tmp_path, "org/pre", out="other"))
     assert (fresh.model.subfolder, why) == (
         "checkpoint_tokens_11k_loss_0.9",

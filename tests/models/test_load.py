@@ -11,7 +11,7 @@ import torch
 
 from instructft import load_model, load_recipe, load_tokenizer
 from instructft.errors import TemplateError, UsageError
-from instructft.models.load import load_config
+from instructft.models.starting_point import starting_point
 from instructft.prompt.loss_mask import encode_conversation, encode_prompt, render
 
 ONE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
@@ -140,7 +140,7 @@ def test_random_weights_depend_on_the_seed_alone(write_recipe: Any) -> None:
 def test_refusals(write_recipe: Any, base: Path, overrides: list[str], error: type, says: str) -> None:
     asked = recipe(write_recipe, base, *overrides)
     with pytest.raises(error, match=says):
-        load_config(asked, load_tokenizer(asked))
+        starting_point(asked, load_tokenizer(asked))
 
 
 def test_a_folder_without_a_model_lists_what_it_holds(write_recipe: Any, tmp_path: Path) -> None:

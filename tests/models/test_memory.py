@@ -21,11 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import instructft
 from instructft.data.prepare import prepare
 from instructft.errors import UsageError
-from instructft.models.fake_step import Batch, activation_bytes
-from instructft.models.ledger import Ledger
-from instructft.models.memory import largest_batch, memory, optimizer_bytes, resident
-from instructft.models.schedule import duration, last_speed, steps
-from instructft.recipe.schema import AdapterSection, load_recipe
+from instructft.models.fake_step import Batch, MemoryTracker, activation_bytes
+from instructft.models.memory import duration, largest_batch, last_speed, memory, optimizer_bytes, resident, steps
+from instructft.models.starting_point import starting_point
+from instructft.recipe.load import load_recipe
+from instructft.recipe.schema import AdapterSection
 
 REPO = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -49,20 +49,20 @@ def estimated(
     lora = load_recipe("quickstart", ["model={name_or_path: org/name}", f"adapter={adapter}"]).adapter
     recipe = recipe.model_copy(update={"adapter": lora})
     tokenizer = instructft.load_tokenizer(recipe)
-    return memory(recipe, tokenizer, batch, args, device, **rest), recipe, tokenizer
+    return memory(recipe, starting_point(recipe, tokenizer), batch, args, device, **rest), recipe, tokenizer
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_ledger() -> None:
-    with Ledger([]) as ledger:
+def test_the_tracker_sees_what_lives_at_once() -> None:
+    with MemoryTracker([]) as tracker:
         x = torch.ones(10)
         y = x + 1
         z = y.view(5, 2)  # no storage of its own
         del x
         y += 1
-    assert (ledger.peak(), ledger.peak(without=[z])) == (80, 40)
+    assert (tracker.peak(), tracker.peak(without=[z])) == (80, 40)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -75,10 +75,10 @@ def test_parameters_and_activations_are_those_of_a_real_step(kind: str, attentio
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     assert found["memory"]["weights"] == 4 * model.num_parameters() + buffers
     gc.collect()
-    with Ledger([*model.parameters(), *model.buffers()]) as ledger:
+    with MemoryTracker([*model.parameters(), *model.buffers()]) as tracker:
         out = model.base_model(input_ids=torch.zeros(3, 64, dtype=torch.long), use_cache=False).last_hidden_state
         out.backward(torch.ones_like(out))
-    real = ledger.peak(without=[p.grad for p in model.parameters() if p.grad is not None])
+    real = tracker.peak(without=[p.grad for p in model.parameters() if p.grad is not None])
     assert found["exact"] == {"activations": True, "optimizer": True}
     assert found["memory"]["activations"] == pytest.approx(real, rel=0.15)
 
@@ -124,7 +124,10 @@ def test_what_changes_the_memory() -> None:
     assert half["optimizer"] == plain["optimizer"] / 2
     lora, recipe, tokenizer = estimated("llama", batch, adapter="lora")
     quantized = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "4bit"})})
-    assert memory(quantized, tokenizer, batch, ARGS, "cpu")["memory"]["weights"] < lora["memory"]["weights"]  # type: ignore[arg-type]
+    assert (
+        memory(quantized, starting_point(recipe, tokenizer), batch, ARGS, "cpu")["memory"]["weights"]
+        < lora["memory"]["weights"]
+    )  # type: ignore[arg-type]
     again = estimated("gpt2", batch, accumulates=True)[0]["memory"]
     assert again["total"] - again["framework"] > plain["total"] - plain["framework"]
     for parts in (plain, half):
@@ -162,7 +165,9 @@ def test_the_formula_of_korthikanti() -> None:
 
 def test_an_architecture_that_cannot_be_traced_is_estimated_by_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     traced = estimated("gpt_neox", Batch(4, 128, 200))[0]
-    monkeypatch.setattr("instructft.models.ledger.Ledger.__enter__", lambda self: (_ for _ in ()).throw(RuntimeError))
+    monkeypatch.setattr(
+        "instructft.models.fake_step.MemoryTracker.__enter__", lambda self: (_ for _ in ()).throw(RuntimeError)
+    )
     formula = estimated("gpt_neox", Batch(4, 128, 200))[0]
     assert formula["exact"]["activations"] is False
     assert formula["memory"]["activations"] == pytest.approx(traced["memory"]["activations"], rel=0.5)
@@ -194,7 +199,8 @@ def test_a_model_of_seven_billion_is_estimated_without_its_memory() -> None:
     recipe = load_recipe("quickstart", [config])
     args = SimpleNamespace(**{**vars(ARGS), "bf16": True})
     before, began = resident(), time.perf_counter()
-    found = memory(recipe, instructft.load_tokenizer(recipe), Batch(1, 1024, 500), args, "cuda")
+    start = starting_point(recipe, instructft.load_tokenizer(recipe))
+    found = memory(recipe, start, Batch(1, 1024, 500), args, "cuda")  # type: ignore[arg-type]
     assert found["parameters"]["all"] == 6_738_415_616
     assert found["memory"]["optimizer"] == 8 * 6_738_415_616
     assert 90 < found["memory"]["total"] / (1 << 30) < 160  # 16 bytes a parameter are 100 GiB

@@ -59,7 +59,7 @@ def pins(python: str) -> dict[str, Version]:
 
 def requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"dev", "eval", "quant", "ui"}
+    assert set(extras) == {"dev", "docs", "eval", "quant", "ui"}
     return [Requirement(line) for group in [PROJECT["dependencies"], *extras.values()] for line in group]
 
 
@@ -118,6 +118,7 @@ def test_make_has_the_targets_and_lists_them() -> None:
         "test-latest",
         "lint",
         "types",
+        "docs",
         "battery",
         "bench-gpu",
         "venv",
@@ -354,7 +355,8 @@ def test_the_wheel_holds_all_that_the_package_reads(tmp_path: Path) -> None:
 
     code, recipes = files("instructft"), files("recipes")
     assert "instructft/prompt/jinja/instruction.jinja" in code
-    assert "instructft/sft_config_fields.json" in code
+    assert "instructft/recipe/sft_config_fields.json" in code
     assert "recipes/quickstart.yaml" in recipes
+    assert "instructft/py.typed" in names  # so that type checkers of other projects read our annotations
     assert code | {f"instructft/{name}" for name in recipes} <= names
     assert not any(name.startswith(("tests/", "benchmarks/", "recipes/")) for name in names)

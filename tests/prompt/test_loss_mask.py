@@ -8,11 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from instructft.data.collator import CompletionOnlyCollator
-from instructft.errors import DataError, TemplateError
-from instructft.prompt.loss_mask import Encoder, encode_conversation, encode_prompt, encoder, render
-from instructft.prompt.render import MANY, Renderer
+from instructft.errors import TemplateError
+from instructft.prompt.loss_mask import encode_conversation, encode_prompt, encoder, render
 from instructft.prompt.templates import TEMPLATES
+from tests.helpers.conversations import assistant, user, with_template
 
 PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -23,14 +22,6 @@ PREAMBLE_INPUT = (
 )
 
 
-def user(content: str, **extra: str) -> dict[str, str]:
-    return {"role": "user", "content": content, **extra}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
-
-
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
@@ -38,17 +29,6 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 def templated(request: Any, bare_tokenizer: Any) -> tuple[str, Any]:
     """(template name, GPT-2-like tokenizer with it), as `load_tokenizer` sets it up."""
     return request.param, with_template(bare_tokenizer(), request.param)
-
-
-def with_template(tokenizer: Any, name: str) -> Any:
-    from tokenizers import AddedToken
-
-    template = TEMPLATES[name]
-    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in template.tokens])
-    if template.stop:
-        tokenizer.eos_token = template.stop
-    tokenizer.chat_template = template.text()
-    return tokenizer
 
 
 # What each template must render, piece by piece; True marks what carries loss. Written out by hand, turn by turn.
@@ -113,19 +93,6 @@ def test_rendered_text_and_whole_id_lists(
     assert row == {"input_ids": ids, "labels": labels}
     # … and the whole text tokenized at once, as a server would, gives the same ids
     assert ids == tokenizer(render(messages, tokenizer), add_special_tokens=False)["input_ids"]
-
-
-def test_exact_strings(bare_tokenizer: Any) -> None:
-    tokenizer = with_template(bare_tokenizer(), "instruction")
-    eos = tokenizer.eos_token
-    one = [user("Say hi."), assistant("Hi.")]
-    assert render(one, tokenizer) == f"### Instruction:\nSay hi.\n\n### Response:\nHi.{eos}"
-    dolly = [user("Who?", context="Ada wrote it."), assistant("Ada.")]
-    assert render(dolly, tokenizer) == (
-        f"### Instruction:\nWho?\n\n### Context:\nAda wrote it.\n\n### Response:\nAda.{eos}"
-    )
-    alpaca = [user("Add.", input="1 2"), assistant("3")]
-    assert render(alpaca, tokenizer) == f"### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3{eos}"
 
 
 @pytest.mark.parametrize("train_on", ["responses", "last_response", "everything"])
@@ -287,17 +254,6 @@ def test_two_bos_tokens_are_refused(bare_tokenizer: Any) -> None:
         encoder(tokenizer)
 
 
-def test_a_tokenizer_without_template_says_what_to_do(bare_tokenizer: Any) -> None:
-    with pytest.raises(TemplateError, match=r"data\.template"):
-        encode_conversation([user("a"), assistant("b")], bare_tokenizer())
-
-
-def test_a_template_that_refuses_the_messages(bare_tokenizer: Any) -> None:
-    tokenizer = with_template(bare_tokenizer(), "instruction")
-    with pytest.raises(TemplateError, match="not tool"):
-        render([user("a"), {"role": "tool", "content": "b"}], tokenizer)
-
-
 def test_a_generation_prompt_whose_end_merges_with_the_answer(bare_tokenizer: Any) -> None:
     # "Assistant: " + "Paris" merges into "Assistant:" + " Paris" once it is history: fine for one answer, not for two
     template = (
@@ -352,64 +308,3 @@ def test_a_tokenizer_with_a_prefix_space(kind: str) -> None:
         assert row["input_ids"][: len(prompt)] == prompt
         assert row["labels"][len(prompt)] != -100
     assert kept(tokenizer, row).replace(" ", "") == "thesumistwo</s>Paris</s>"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Collator
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_collator_keeps_the_loss_on_an_eos_that_is_also_the_pad(bare_tokenizer: Any) -> None:
-    tokenizer = with_template(bare_tokenizer(), "instruction")
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    long = encode_conversation([user("Say it."), assistant("It is said at some length.")], tokenizer)
-    short = encode_conversation([user("Hi"), assistant("Hi")], tokenizer)
-    batch = CompletionOnlyCollator(tokenizer.pad_token_id)([long, short])
-    n, width = len(short["input_ids"]), len(long["input_ids"])
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (2, width)
-    assert batch["labels"][0].tolist() == long["labels"]
-    assert batch["labels"][0, -1] == tokenizer.eos_token_id  # the end of the answer is trained
-    assert batch["labels"][1].tolist() == short["labels"] + [-100] * (width - n)
-    assert batch["labels"][1, n - 1] == tokenizer.eos_token_id
-    assert batch["attention_mask"].tolist() == [[1] * width, [1] * n + [0] * (width - n)]
-    assert batch["input_ids"][1, n:].tolist() == [tokenizer.pad_token_id] * (width - n)
-
-
-def test_collator_pads_to_a_multiple() -> None:
-    batch = CompletionOnlyCollator(0, pad_to_multiple_of=8)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}])
-    assert batch["input_ids"].shape == (1, 8)
-
-
-@pytest.mark.parametrize("labels", [[-100, -100, -100], [1, -100, -100]])  # the first token is predicted by nothing
-def test_collator_refuses_a_row_without_loss(labels: list[int]) -> None:
-    good = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
-    with pytest.raises(DataError, match=r"row 1 .* no token that carries loss"):
-        CompletionOnlyCollator(0)([good, {"input_ids": [1, 2, 3], "labels": labels}])
-
-
-def test_collator_refuses_labels_of_another_length() -> None:
-    with pytest.raises(DataError, match="3 input_ids and 2 labels"):
-        CompletionOnlyCollator(0)([{"input_ids": [1, 2, 3], "labels": [1, 2]}])
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_many_conversations_are_rendered_as_few_are(bare_tokenizer: Any, template: str) -> None:
-    """The short way to the compiled template gives upstream's text, or is not taken."""
-    tokenizer = bare_tokenizer()
-    tokenizer.chat_template = TEMPLATES[template].text()
-    if template == "chatml":
-        tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
-    encoder = Encoder(tokenizer)
-    rows = [
-        [{"role": "user", "content": f" {i} <b>", "input": "x" * (i % 3)}, {"role": "assistant", "content": f" a{i}\n"}]
-        for i in range(MANY)
-    ]
-    assert encoder.renderer._compiled is not None
-    for asks in (True, False):
-        assert encoder.render(rows, asks) == [encoder.render([row], asks)[0] for row in rows]
-
-
-def test_another_text_by_the_short_way_is_not_taken(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    renderer = Renderer(tokenizer)
-    monkeypatch.setattr(Renderer, "_direct", lambda *_: ["another text"])
-    assert renderer._compiled is None

@@ -239,7 +239,9 @@ def test_a_step_keeps_its_rows(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp
         found = train(recipe(*step, "train.auto_find_batch_size=true"), console=console)
     rows = 4 * count
     said = [line for line in console.export_text().splitlines() if "do not fit" in line]
-    assert said == [f"step 2: 4 rows at a time do not fit into memory; going on with 2 (a step keeps its {rows} rows)"]
+    assert said == [
+        f"step 2: 4 rows at a time do not fit into memory; 2 are taken from now on (a step keeps its {rows} rows)"
+    ]
     # step 1, then one micro-batch of step 2 and one that did not fit, then parts of two rows
     assert tried == [4] * (count + 2) + [2] * (3 * 2 * count)
     assert found.facts["train"]["rows_at_once"] == 2

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import instructft
 from instructft.errors import Stopped
-from instructft.inference.chat import Generator
+from instructft.inference.generator import Generator
 from instructft.prompt.templates import TEMPLATES
 from instructft.training.run import train
 from instructft.training.run_warnings import at_zero, headings, overfits, probes, told

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from instructft.training.batches import LengthGrouped
+from instructft.data.row_order import LengthGrouped
 from instructft.training.trainer import _plain
 
 LENGTHS = np.random.default_rng(0).integers(5, 500, 1003)

@@ -14,7 +14,7 @@ from rich.console import Console
 import instructft
 from instructft.cli import main
 from instructft.errors import InstructftError, UsageError
-from instructft.models.load_trained import load_for_inference
+from instructft.models.load_for_inference import load_for_inference
 from instructft.training.run import train
 from instructft.weights import remote_code
 

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,11 @@ from instructft.extras.convert.layouts import ACTIVATIONS, Layout, read_layout
 from instructft.extras.convert.proof import prove
 from instructft.extras.convert.state_dict import Checkpoint, read_file
 from instructft.extras.convert.targets import GPT2_VOCABULARY, Target, choose_vocabulary, make_targets
+from instructft.formatting import first_line
 from instructft.version import __version__
-from instructft.weights.tensor_io import Planned, index_of, shards, write_shard, write_text
+from instructft.weights.tensor_io import write_text
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
@@ -84,13 +84,18 @@ def convert(
     tok = _tokenizer(tokenizer) if tokenizer else None
     vocabulary, cut = choose_vocabulary(layout, tok, keep_padding)
     targets = make_targets(layout, vocabulary)
+    # a folder by its name alone: no local path is published
+    named = Path(tokenizer).expanduser().resolve().name if tokenizer and _is_folder(tokenizer) else tokenizer
     facts = _account(source, layout, targets, vocabulary, cut)
-    facts |= {"n_head": heads, "activation": {"name": activation, "why": why}, "tokenizer": tokenizer_name(tokenizer)}
+    facts |= {"n_head": heads, "activation": {"name": activation, "why": why}, "tokenizer": named}
     _say_found(console, source, layout, facts)
 
     with partial_folder(output) as folder:
         _write_weights(folder, targets)
-        _write_tokenizer(folder, tok, layout.positions)
+        targets.clear()  # the model that is proved takes their memory
+        if tok is not None:
+            tok.model_max_length = min(tok.model_max_length, layout.positions)
+            tok.save_pretrained(folder)
         _write_configs(folder, source, layout, heads, activation, vocabulary, tok)
         facts["proof"] = prove(layout, folder, heads, activation, vocabulary)
         write_text(folder / "convert.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
@@ -157,15 +162,13 @@ def _account(
 
 
 def _write_weights(folder: Path, targets: Mapping[str, Target]) -> None:
-    files = shards((Planned(name, target.dtype, target.shape) for name, target in targets.items()), MAX_SHARD)
+    from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
 
-    def produce(name: str) -> Iterator[torch.Tensor]:
-        yield targets[name].make()
-
-    for file, group in files.items():
-        write_shard(folder / file, group, produce)
-    if index := index_of(files):
-        write_text(folder / "model.safetensors.index.json", index)
+    try:
+        save_torch_state_dict({name: made.tensor for name, made in targets.items()}, folder, max_shard_size=MAX_SHARD)
+    except SafetensorError as error:  # a full disk
+        raise OSError(first_line(error)) from error
 
 
 def _write_configs(
@@ -205,33 +208,22 @@ def _write_configs(
     config.save_pretrained(folder)
 
 
+def _is_folder(name: str) -> bool:
+    return Path(name).expanduser().is_dir()
+
+
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    from instructft.models.load import not_loaded
+    from instructft.models.tokenizer import not_loaded
 
-    place, _, revision = (name, "", "") if Path(name).expanduser().is_dir() else name.partition("@")
+    place, _, revision = (name, "", "") if _is_folder(name) else name.partition("@")
     try:
         return AutoTokenizer.from_pretrained(
             str(Path(place).expanduser()), revision=revision or "main", trust_remote_code=False
         )
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise UsageError(not_loaded("--tokenizer", name, "a tokenizer", error)) from error
-
-
-def tokenizer_name(name: str | None) -> str | None:
-    """How a tokenizer is called in `convert.json`: a folder by its name alone, so that no local path is published.
-
-    >>> tokenizer_name("openai-community/gpt2")
-    'openai-community/gpt2'
-    """
-    return Path(name).expanduser().resolve().name if name and Path(name).expanduser().is_dir() else name
-
-
-def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase | None, positions: int) -> None:
-    if tokenizer is not None:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-        tokenizer.save_pretrained(folder)
 
 
 # --------------------------------------------------------------------------------------------------------------------

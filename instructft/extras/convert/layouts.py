@@ -1,17 +1,24 @@
 """Finds GPT-2 in a state dict: which tensor is which, how its matrices lie, how many of everything there are.
+
+::
+
+    transformer.h.3.attn.c_attn.weight   ─►  h.3.attn.qkv.w       nanoGPT, and GPT-2 of transformers
+    trf_blocks.3.att.W_query.weight      ─►  h.3.attn.q.w         LLMs from scratch
+    blocks.3.attn.query.weight           ─►  h.3.attn.q.w         minGPT at first
+
 nanoGPT and transformers share their names, but not how a matrix lies: `nn.Linear` holds (out, in), `Conv1D` holds
 (in, out). The matrices that are not square tell which, for the square ones too, and all of them have to agree.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import UsageError
-from instructft.extras.convert.names import is_causal_mask, place_of
 from instructft.extras.convert.state_dict import Checkpoint
 
 if TYPE_CHECKING:
@@ -20,6 +27,31 @@ if TYPE_CHECKING:
 _DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("gelu", "gelu_new", "relu")
 SHOWN = 5  # names in a message
+
+# place -> its names, without prefix and without `.weight`
+_TOP = {
+    "wte": "wte|tok_emb|token_emb|token_embedding|token_embedding_table|tok_embedding|embed_tokens",
+    "wpe": "wpe|pos_emb|position_emb|position_embedding|position_embedding_table|pos_embedding|embed_positions",
+    "ln_f": "ln_f|final_norm|norm_f|ln_final|final_layer_norm|norm",
+    "head": "lm_head|out_head|head|output_head",
+}
+_BLOCKS = "h|blocks|layers|trf_blocks|transformer_blocks"
+_ATTENTION, _MLP = "attn|att|attention|self_attn|sa|mha", "mlp|ff|ffn|feed_forward|ffwd"
+_BLOCK = {
+    "ln_1": "ln_1|ln1|norm1|norm_1|attn_norm|ln_attn|input_layernorm",
+    "ln_2": "ln_2|ln2|norm2|norm_2|mlp_norm|ln_mlp|ffn_norm|ff_norm|post_attention_layernorm",
+    "attn.qkv": rf"(?:{_ATTENTION})\.(?:c_attn|qkv|qkv_proj|W_qkv|in_proj)",
+    "attn.q": rf"(?:{_ATTENTION})\.(?:W_query|W_q|wq|q|query|q_proj|q_attn)",
+    "attn.k": rf"(?:{_ATTENTION})\.(?:W_key|W_k|wk|k|key|k_proj|k_attn)",
+    "attn.v": rf"(?:{_ATTENTION})\.(?:W_value|W_v|wv|v|value|v_proj|v_attn)",
+    "attn.proj": rf"(?:{_ATTENTION})\.(?:c_proj|out_proj|proj|o_proj|W_o|wo)",
+    "mlp.fc": rf"(?:{_MLP})\.(?:c_fc|fc1|fc_in|layers\.0|net\.0|0|up_proj|linear1)",
+    "mlp.proj": rf"(?:{_MLP})\.(?:c_proj|fc2|fc_out|layers\.2|net\.2|2|down_proj|linear2)",
+}
+_LEAF = {"weight": "w", "scale": "w", "gamma": "w", "bias": "b", "shift": "b", "beta": "b"}
+_PREFIX = re.compile(r"^(?:module|transformer|model|gpt)\.")  # of a wrapper or of an outer module
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_MASK = re.compile(r"(?:^|\.)(?:bias|masked_bias|mask|causal_mask|attn_mask|tril)$")
 
 
 @dataclass(frozen=True)
@@ -63,6 +95,8 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
         UsageError: tensors are unknown, missing, of a wrong shape or not finite, or the file contradicts itself; all
             of one kind are named together.
     """
+    import torch
+
     file = checkpoint.file
     tensors, sources, dropped = _places(checkpoint)
     layers = 1 + max((int(place.split(".")[1]) for place in tensors if place.startswith("h.")), default=-1)
@@ -70,9 +104,10 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
     _refuse_unusable(file, tensors, sources)
     n_embd, linear = tensors["wte.w"].shape[-1], _orientation(file, tensors, sources)
     n_inner = tensors["h.0.mlp.fc.w"].shape[0 if linear else 1]
-    tensors = {place: _flat_positions(tensor) if place == "wpe.w" else tensor for place, tensor in tensors.items()}
+    if tensors["wpe.w"].dim() == 3 and len(tensors["wpe.w"]) == 1:  # (1, T, C) in minGPT's first layout
+        tensors["wpe.w"] = tensors["wpe.w"][0]
     _refuse_shapes(file, tensors, sources, linear, n_embd, n_inner)
-    tied = _is_tied(tensors)
+    tied = "head.w" not in tensors or torch.equal(tensors["head.w"], tensors["wte.w"])
     if tied and "head.w" in tensors:
         dropped[sources["head.w"]] = "equal to the token embedding, to which it is tied"
     if "head.b" in tensors:
@@ -100,7 +135,7 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
         n_inner=n_inner,
         activation=activation,
         activation_why=why,
-        dtype=_widest(tensors),
+        dtype=functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values())),
     )
 
 
@@ -110,9 +145,9 @@ def _places(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, 
     dropped: dict[str, str] = {}
     unknown = []
     for name, tensor in checkpoint.tensors.items():
-        place = place_of(name)
+        place = _place_of(name)
         if place is None:
-            if is_causal_mask(name, tensor):
+            if _is_causal_mask(name, tensor):
                 dropped[name] = "a mask, which GPT-2 of transformers makes itself"
             else:
                 unknown.append(f"{name} {tuple(tensor.shape)}")
@@ -126,6 +161,44 @@ def _places(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, 
             "nanoGPT, minGPT, LLMs from scratch and GPT-2 of transformers"
         )
     return tensors, sources, dropped
+
+
+def _place_of(name: str) -> str | None:
+    """The place of a tensor by its name, or None where it is unknown.
+
+    >>> _place_of("_orig_mod.transformer.h.3.attn.c_attn.weight"), _place_of("trf_blocks.3.norm1.scale")
+    ('h.3.attn.qkv.w', 'h.3.ln_1.w')
+    """
+    bare = _WRAPPER.sub("", name)
+    while _PREFIX.match(bare):
+        bare = _PREFIX.sub("", bare)
+    stem, _, leaf = bare.rpartition(".")
+    if bare in _TOP["wpe"].split("|"):  # minGPT once held its positions as a bare parameter
+        return "wpe.w"
+    if leaf not in _LEAF:
+        return None
+    for place, names in _TOP.items():
+        if re.fullmatch(names, stem):
+            return f"{place}.{_LEAF[leaf]}"
+    if inside := re.fullmatch(rf"(?:{_BLOCKS})\.(\d+)\.(.+)", stem):
+        for place, names in _BLOCK.items():
+            if re.fullmatch(names, inside[2]):
+                return f"h.{int(inside[1])}.{place}.{_LEAF[leaf]}"
+    return None
+
+
+def _is_causal_mask(name: str, tensor: torch.Tensor) -> bool:
+    """A plain causal mask, or the number that once filled it; one with a window would make another model."""
+    import torch
+
+    if not _MASK.search(name):
+        return False
+    if tensor.numel() == 1:
+        return name.endswith("masked_bias")
+    if tensor.dim() < 2 or tensor.shape[-1] != tensor.shape[-2] or tensor.numel() != tensor.shape[-1] ** 2:
+        return False
+    seen, lower = tensor.reshape(tensor.shape[-2:]) != 0, torch.ones(tensor.shape[-2:], dtype=torch.bool).tril()
+    return torch.equal(seen, lower) or torch.equal(seen, ~lower)  # what may be seen, or what may not
 
 
 def _some(names: list[str]) -> str:
@@ -205,25 +278,6 @@ def _refuse_unusable(file: Any, tensors: Mapping[str, torch.Tensor], sources: Ma
             raise UsageError(f"{file}: {sources[place]} is {tensor.dtype}, expected {', '.join(_DTYPES)}")
     if bad := [sources[place] for place, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         raise UsageError(f"{file} is broken: infinite values or NaN in {_some(bad)}")
-
-
-def _flat_positions(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor[0] if tensor.dim() == 3 and tensor.shape[0] == 1 else tensor  # (1, T, C) in minGPT's first layout
-
-
-def _is_tied(tensors: Mapping[str, torch.Tensor]) -> bool:
-    import torch
-
-    return "head.w" not in tensors or torch.equal(tensors["head.w"], tensors["wte.w"])
-
-
-def _widest(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
-    import torch
-
-    dtype = tensors["wte.w"].dtype
-    for tensor in tensors.values():
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 def _refuse_contradiction(

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import UsageError
+from instructft.formatting import first_line, short
 
 if TYPE_CHECKING:
     import torch
@@ -166,8 +167,7 @@ def _holds_code(file: Path, names: str) -> UsageError:
 
 
 def _unreadable(file: Path, error: Exception) -> UsageError:
-    said = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {said[0][:200]}" if said else type(error).__name__
+    reason = f"{type(error).__name__}: {short(first_line(error), 200)}"
     return UsageError(f"{file} is no file of torch.save, or is cut short; expected {_KINDS}\n  {reason}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from instructft.errors import UsageError
@@ -17,13 +16,11 @@ PADDING = 128  # rows: vocabularies are padded to a multiple of this at most
 
 
 class Target(NamedTuple):
-    """A tensor of the converted model: the places that it is made from (none: zeros), how, and the means to make it."""
+    """A tensor of the converted model: the places that it is made from (none: zeros), and how."""
 
     places: tuple[str, ...]
     how: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
+    tensor: torch.Tensor
 
 
 def choose_vocabulary(layout: Layout, tokenizer: PreTrainedTokenizerBase | None, keep: bool) -> tuple[int, str]:
@@ -54,63 +51,42 @@ def make_targets(layout: Layout, vocabulary: int) -> dict[str, Target]:
 
     found: dict[str, Target] = {}
 
-    def plain(name: str, place: str, rows: int | None = None) -> None:
+    def copy(name: str, place: str, rows: int | None = None) -> None:
         tensor = layout.tensors[place]
-        made = tensor if rows is None else tensor[:rows]
-        how = "copied" if made.shape == tensor.shape else f"its first {rows} rows"
-        found[name] = Target((place,), how, tuple(made.shape), made.dtype, lambda: made)
-
-    def zeros(name: str, size: int) -> None:
-        dtype = layout.dtype
-        found[name] = Target(
-            (), "zeros: the source has no such bias", (size,), dtype, lambda: torch.zeros(size, dtype=dtype)
-        )
+        how = "copied" if rows in (None, len(tensor)) else f"its first {rows} rows"
+        found[name] = Target((place,), how, tensor[:rows].clone())
 
     def bias(name: str, places: tuple[str, ...], size: int) -> None:
-        tensors = [layout.tensors.get(place) for place in places]
-        if all(tensor is None for tensor in tensors):
-            zeros(name, size)
-            return
-        width = size // len(places)  # where only some of q, k and v have a bias, the others' is zero
-        parts = [torch.zeros(width, dtype=layout.dtype) if tensor is None else tensor for tensor in tensors]
-        made = torch.cat(parts)
-        there = tuple(place for place, tensor in zip(places, tensors, strict=True) if tensor is not None)
-        found[name] = Target(there, "copied" if len(parts) == 1 else "joined", (size,), made.dtype, lambda: made)
+        zeros = torch.zeros(size // len(places), dtype=layout.dtype)  # where only some of q, k and v have a bias
+        there = tuple(place for place in places if place in layout.tensors)
+        how = "zeros: the source has no such bias" if not there else "copied" if len(places) == 1 else "joined"
+        found[name] = Target(there, how, torch.cat([layout.tensors.get(place, zeros) for place in places]))
 
-    def matrix(name: str, places: tuple[str, ...], into: int, out: int) -> None:
-        tensors = [layout.tensors[place] for place in places]
-        dtype = tensors[0].dtype
-        for tensor in tensors:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        how = "joined" if len(places) > 1 else ""
-        how += (" and " if how else "") + "transposed" if layout.linear else "" if how else "copied"
-
-        def make() -> torch.Tensor:  # (in, out), as Conv1D holds it
-            parts = [tensor.T if layout.linear else tensor for tensor in tensors]
-            return torch.cat([part.to(dtype) for part in parts], dim=1).contiguous()
-
-        found[name] = Target(places, how, (into, out), dtype, make)
+    def matrix(name: str, places: tuple[str, ...]) -> None:
+        parts = [layout.tensors[place].T if layout.linear else layout.tensors[place] for place in places]
+        done = ["joined"] * (len(places) > 1) + ["transposed"] * layout.linear
+        found[name] = Target(places, " and ".join(done) or "copied", torch.cat(parts, dim=1))  # (in, out), as in Conv1D
 
     width, inner = layout.n_embd, layout.n_inner
-    plain("transformer.wte.weight", "wte.w", vocabulary)
-    plain("transformer.wpe.weight", "wpe.w")
+    copy("transformer.wte.weight", "wte.w", vocabulary)
+    copy("transformer.wpe.weight", "wpe.w")
     for i in range(layout.n_layer):
         to, at = f"transformer.h.{i}", f"h.{i}"
         joined = ("qkv",) if f"{at}.attn.qkv.w" in layout.tensors else ("q", "k", "v")
         qkv = tuple(f"{at}.attn.{part}" for part in joined)
         for norm in ("ln_1", "ln_2"):
-            plain(f"{to}.{norm}.weight", f"{at}.{norm}.w")
+            copy(f"{to}.{norm}.weight", f"{at}.{norm}.w")
             bias(f"{to}.{norm}.bias", (f"{at}.{norm}.b",), width)
-        for name, places, into, out in (
-            ("attn.c_attn", qkv, width, 3 * width),
-            ("attn.c_proj", (f"{at}.attn.proj",), width, width),
-            ("mlp.c_fc", (f"{at}.mlp.fc",), width, inner),
-            ("mlp.c_proj", (f"{at}.mlp.proj",), inner, width),
+        for name, places, out in (
+            ("attn.c_attn", qkv, 3 * width),
+            ("attn.c_proj", (f"{at}.attn.proj",), width),
+            ("mlp.c_fc", (f"{at}.mlp.fc",), inner),
+            ("mlp.c_proj", (f"{at}.mlp.proj",), width),
         ):
-            matrix(f"{to}.{name}.weight", tuple(f"{place}.w" for place in places), into, out)
+            matrix(f"{to}.{name}.weight", tuple(f"{place}.w" for place in places))
             bias(f"{to}.{name}.bias", tuple(f"{place}.b" for place in places), out)
-    plain("transformer.ln_f.weight", "ln_f.w")
+    copy("transformer.ln_f.weight", "ln_f.w")
     bias("transformer.ln_f.bias", ("ln_f.b",), width)
     if not layout.tied:
-        plain("lm_head.weight", "head.w", vocabulary)
+        copy("lm_head.weight", "head.w", vocabulary)
     return found

@@ -1,0 +1,175 @@
+"""Loads a recipe's tokenizer, with the chat template that the run trains and the tokens that this needs."""
+
+from __future__ import annotations
+
+import json
+import re
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from instructft.data.sources import QUICKSTART
+from instructft.errors import TemplateError, UsageError
+from instructft.formatting import first_line
+from instructft.models.latest import settled
+from instructft.prompt.templates import BOS, TEMPLATES
+from instructft.weights import remote_code
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from instructft.recipe.schema import Recipe
+
+# Tokens that vocabularies hold in reserve; the first one found pads, so that no vocabulary grows for padding.
+_SPARE_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>", "[UNK]")
+# What a template added to a tokenizer that was loaded here.
+_ADDED: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, list[str]] = weakref.WeakKeyDictionary()
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Load the recipe's tokenizer, with the chat template that this run trains in place.
+
+    The template's own tokens are added when they are missing, its stop token becomes `eos_token`, and a tokenizer
+    without a pad token gets one that its vocabulary already holds.
+
+    >>> tok = load_tokenizer(load_recipe("quickstart"))
+    >>> tok.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    '### Instruction:\\nHi\\n\\n### Response:\\n'
+
+    Raises:
+        UsageError: it cannot be found or loaded; the message says which key named it.
+        TemplateError: the template cannot be used with it.
+    """
+    from instructft.prompt.loss_mask import encoder
+
+    tokenizer = _bare_tokenizer(recipe)
+    if tokenizer.eos_token is None and recipe.data.template != "chatml":
+        raise UsageError(
+            f"model.tokenizer: {tokenizer.name_or_path} has no EOS token, so no answer could end; "
+            "use data.template=chatml, which brings one"
+        )
+    _set_template(tokenizer, recipe)
+    if tokenizer.pad_token is None:
+        vocabulary = tokenizer.get_vocab()
+        tokenizer.pad_token = next((t for t in _SPARE_PAD_TOKENS if t in vocabulary), tokenizer.eos_token)
+    encoder(tokenizer)  # studies the template; raises when it cannot be trained
+    return tokenizer
+
+
+def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    recipe, _ = settled(recipe)
+    from transformers import AutoTokenizer
+
+    key = "model.tokenizer" if recipe.model.tokenizer else "model.name_or_path"
+    name = recipe.model.tokenizer or recipe.model.name_or_path
+    if recipe.model.tokenizer == "quickstart":
+        name = str(QUICKSTART)
+    own = recipe.model.tokenizer is None
+    revision = (recipe.model.revision if own else None) or "main"
+    trust = remote_code.pinned(str(name), revision) if own else {"trust_remote_code": False}
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, subfolder=(recipe.model.subfolder if own else None) or "", **trust
+        )
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
+        raise UsageError(not_loaded(key, str(name), "a tokenizer", error)) from error
+
+
+def new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
+    """Ids that have no trained embedding in the base: what the template added, and all beyond its `rows` rows.
+
+    Some vocabularies hold empty rows in reserve, so that a new token need not lie beyond them.
+    """
+    added = _ADDED.get(tokenizer)
+    if added is None:  # one that was saved: the model's own knows which tokens are new in it
+        template = TEMPLATES.get(recipe.data.template)
+        known = _bare_tokenizer(recipe).get_vocab() if template and template.tokens else {}
+        added = [token for token in (template.tokens if template else ()) if token not in known]
+    return sorted({*tokenizer.convert_tokens_to_ids(added), *range(rows, len(tokenizer))})
+
+
+def not_loaded(key: str, name: str, what: str, error: Exception) -> str:
+    """The message for a model or tokenizer that could not be loaded: which key named it, why, and the way out."""
+    reason = first_line(error)
+    folder = Path(name).expanduser()
+    if hint := remote_code.wanted(error):
+        return f"{key}: {name} could not be loaded as {what}: {hint}."
+    if folder.is_dir():
+        holds = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+        hint = f"the folder {name} holds {holds}"
+    else:
+        hint = (
+            f"there is no folder {name} here, and the Hugging Face Hub did not give it: check the spelling and the "
+            "network; a private or gated model needs `hf auth login` or HF_TOKEN"
+        )
+    return f"{key}: {name} could not be loaded as {what}; {hint}.\n  {reason}"
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Put the recipe's chat template into the tokenizer, with the tokens that it needs."""
+    from tokenizers import AddedToken
+
+    name = recipe.data.template
+    own = tokenizer.chat_template
+    if isinstance(own, dict):  # some models carry several; the one for chatting is called default
+        own = own.get("default")
+    if name == "tokenizer" and not own:
+        raise TemplateError(
+            f"data.template: tokenizer, but {tokenizer.name_or_path} has no chat template of its own; "
+            f"choose one of {', '.join(TEMPLATES)} or a .jinja file"
+        )
+    if name == "auto":
+        name = "tokenizer" if own else "instruction"
+
+    if name == "tokenizer":
+        text = str(own)
+    elif name in TEMPLATES:
+        template = TEMPLATES[name]
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in template.tokens if token not in vocabulary]
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+        _ADDED[tokenizer] = missing
+        if template.stop:
+            tokenizer.eos_token = template.stop
+        text = template.text()
+        if adds_bos(tokenizer):
+            text = BOS + text
+    else:
+        text = _template_file(name)
+    if recipe.data.system_prompt:
+        text = _default_system(recipe.data.system_prompt) + text
+    tokenizer.chat_template = text
+
+
+def _template_file(name: str) -> str:
+    import jinja2
+
+    try:
+        text = Path(name).expanduser().read_text(encoding="utf-8")
+        # {% generation %} is an extension of transformers; its tags stand alone, so they can be left out here
+        plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        return text
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"data.template: {name} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise TemplateError(f"data.template: {name} could not be read: {error.strerror}") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"data.template: {name}, line {error.lineno}: not a Jinja template: {error}") from error
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model was trained with a BOS in front: a template replaces what the tokenizer would have added."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _default_system(prompt: str) -> str:
+    """Jinja that puts a system prompt before conversations that bring none.
+
+    It goes into the saved template, so that every server asks the model with the prompt that it was trained with.
+    """
+    return (
+        "{%- if not messages or messages[0]['role'] != 'system' -%}\n"
+        "  {%- set messages = [{'role': 'system', 'content': " + json.dumps(prompt) + "}] + messages -%}\n"
+        "{%- endif -%}\n"
+    )

@@ -1,0 +1,64 @@
+"""A batch: padded by length, packs with positions of their own, and no row without loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from instructft.data.collator import CompletionOnlyCollator
+from instructft.errors import DataError
+from instructft.prompt.loss_mask import encode_conversation
+from tests.helpers.conversations import assistant, user, with_template
+
+
+def test_collator_keeps_the_loss_on_an_eos_that_is_also_the_pad(bare_tokenizer: Any) -> None:
+    tokenizer = with_template(bare_tokenizer(), "instruction")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    long = encode_conversation([user("Say it."), assistant("It is said at some length.")], tokenizer)
+    short = encode_conversation([user("Hi"), assistant("Hi")], tokenizer)
+    batch = CompletionOnlyCollator(tokenizer.pad_token_id)([long, short])
+    n, width = len(short["input_ids"]), len(long["input_ids"])
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (2, width)
+    assert batch["labels"][0].tolist() == long["labels"]
+    assert batch["labels"][0, -1] == tokenizer.eos_token_id  # the end of the answer is trained
+    assert batch["labels"][1].tolist() == short["labels"] + [-100] * (width - n)
+    assert batch["labels"][1, n - 1] == tokenizer.eos_token_id
+    assert batch["attention_mask"].tolist() == [[1] * width, [1] * n + [0] * (width - n)]
+    assert batch["input_ids"][1, n:].tolist() == [tokenizer.pad_token_id] * (width - n)
+
+
+def test_collator_pads_to_a_multiple() -> None:
+    batch = CompletionOnlyCollator(0, pad_to_multiple_of=8)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}])
+    assert batch["input_ids"].shape == (1, 8)
+
+
+@pytest.mark.parametrize("labels", [[-100, -100, -100], [1, -100, -100]])  # the first token is predicted by nothing
+def test_collator_refuses_a_row_without_loss(labels: list[int]) -> None:
+    good = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
+    with pytest.raises(DataError, match=r"row 1 .* no token that carries loss"):
+        CompletionOnlyCollator(0)([good, {"input_ids": [1, 2, 3], "labels": labels}])
+
+
+def test_collator_refuses_labels_of_another_length() -> None:
+    with pytest.raises(DataError, match="3 input_ids and 2 labels"):
+        CompletionOnlyCollator(0)([{"input_ids": [1, 2, 3], "labels": [1, 2]}])
+
+
+def test_a_batch_of_packs() -> None:
+    rows = [
+        {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "seq_lengths": [3, 2]},
+        {"input_ids": [6, 7], "labels": [-100, 7], "seq_lengths": [2]},
+    ]
+    batch = CompletionOnlyCollator(0)(rows)
+    assert set(batch) == {"input_ids", "labels", "position_ids"}
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5], [-100, 7, -100, -100, -100]]
+    flat = CompletionOnlyCollator(0, flatten=True)(rows)
+    assert flat["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert flat["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+    assert flat["labels"].tolist() == [[-100, 2, 3, -100, 5, -100, 7]]
+    assert flat["cu_seq_lens_q"].tolist() == flat["cu_seq_lens_k"].tolist() == [0, 3, 5, 7]
+    assert flat["cu_seq_lens_q"].dtype == torch.int32
+    assert (flat["max_length_q"], flat["max_length_k"]) == (3, 3)

@@ -1,0 +1,103 @@
+"""Questions with their answers, rows of a file, and a look at what a model is asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from instructft.prompt.loss_mask import encode_prompt
+
+CAPITALS = {"France": "Paris.", "Japan": "東京 🗼!", "Peru": "Lima\nis it.", "Cuba": "La Habana, Cuba."}
+
+
+def ask(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+def said(text: str) -> list[dict[str, Any]]:
+    return ask(f"Capital of {text}?")
+
+
+def sharpen(model: Any) -> Any:
+    """Random weights with clear choices, so that no greedy tie hangs on the last bit of a float."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.6)
+    return model
+
+
+def reference(model: Any, tokenizer: Any, messages: list[Any], max_new_tokens: int) -> list[int]:
+    """Greedy ids by the plainest loop there is: one row, no padding, no cache."""
+    ids = encode_prompt(messages, tokenizer)
+    start = len(ids)
+    with torch.no_grad():
+        while len(ids) - start < max_new_tokens and len(ids) < model.config.max_position_embeddings:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+    return ids[start:]
+
+
+def record_calls(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What `model.generate` receives."""
+    calls: list[dict[str, Any]] = []
+    original = model.generate
+
+    def spy(**kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return original(**kwargs)
+
+    monkeypatch.setattr(model, "generate", spy)
+    return calls
+
+
+def forced(model: Any, prompt: list[int], answer: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `model` say exactly `answer` after `prompt`."""
+    original = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        position = int(kwargs["attention_mask"].shape[1]) - len(prompt)
+        out.logits = torch.full_like(out.logits, -100.0)
+        out.logits[:, -1, answer[min(position, len(answer) - 1)]] = 100.0
+        return out
+
+    monkeypatch.setattr(model, "forward", forward)
+
+
+def write(path: Path, *rows: Any) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "Hi", "id": 7, "nested": {"a": [1, 2.5, None, True]}},
+    {"instruction": "Add.", "input": "3 and 4"},
+    {"instruction": "Who?", "context": "Ada wrote it.", "category": "qa"},
+    {"prompt": "日本の首都は？ 🗼\u2028 next line\u0085"},
+    {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "prompt": 3},
+    {"messages": [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]},
+    {"instruction": "Name a city. " * 4, "input": "", "output": "Paris"},
+]  # fmt: skip
+
+
+ASKED: list[list[dict[str, str]]] = [
+    [{"role": "user", "content": "Hi"}],
+    [{"role": "user", "content": "Add.", "input": "3 and 4"}],
+    [{"role": "user", "content": "Who?", "context": "Ada wrote it."}],
+    [{"role": "user", "content": ROWS[3]["prompt"]}],
+    ROWS[4]["messages"],
+    ROWS[5]["messages"],
+    [{"role": "user", "content": ROWS[6]["instruction"]}],
+]

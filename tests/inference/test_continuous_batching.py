@@ -1,0 +1,55 @@
+"""Rows leave a batch and join it, and every answer is as if it were alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from instructft.inference.continuous_batching import Batch, Row
+from instructft.inference.generator import Generator
+from instructft.prompt.loss_mask import encode_prompt
+from tests.helpers.inference import (
+    ask,
+    sharpen,
+)
+
+
+def test_rows_leave_and_join(tiny_model: Any, llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty prompts through a batch of eight: rows come and go, and each answer is that of one alone."""
+    for model in (tiny_model, llama):
+        sharpen(model)
+        with torch.no_grad():  # answers end at random places
+            head = model.get_output_embeddings().weight
+            head[tokenizer.eos_token_id] *= 3
+        generator = Generator(model, tokenizer)
+        asked = [ask("7" * (i * 7 % 60) + f" {i}?") for i in range(60)]
+        alone = [generator.answers([one], 24)[0] for one in asked]
+        joined: list[int] = []
+        original = Batch.join
+        monkeypatch.setattr(
+            Batch,
+            "join",
+            lambda self, rows, o=original, joined=joined: (joined.append(len(self.rows)), o(self, rows))[1],
+        )
+        assert generator.answers(asked, 24, batch_size=8) == alone
+        monkeypatch.setattr(Batch, "join", original)
+        assert sum(n > 0 for n in joined) > 5  # most joined others that were on their way
+        assert {a.finish_reason for a in alone} == {"stop", "length"}
+
+
+def test_a_cache_that_cannot_be_cut_is_left_alone(tokenizer: Any) -> None:
+    """A window in the cache: its columns are no tokens' own, so a batch waits for its longest answer."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(3)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, sliding_window=16, **shape)
+    model = sharpen(MistralForCausalLM(config).eval())
+    generator = Generator(model, tokenizer)
+    batch = Batch(generator, 0.0, 1.0)
+    batch.join([Row(0, encode_prompt(ask("Hi"), tokenizer), 4)])
+    assert not batch.rolls
+    asked = [ask("7" * (i * 5 % 40)) for i in range(1, 10)]
+    assert generator.answers(asked, 12, batch_size=4) == [generator.answers([one], 12)[0] for one in asked]

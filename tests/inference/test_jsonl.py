@@ -1,0 +1,34 @@
+"""Rows of a JSONL file: read whatever wrote them, and what is none is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from instructft.errors import DataError
+from instructft.inference.jsonl import read_rows
+from tests.helpers.inference import (
+    write,
+)
+
+
+def test_nothing_but_bad_lines(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", *["{"] * 13)
+    with pytest.raises(DataError, match=r"no rows that can be asked\n  line 1, (.|\n)*\n  line 10, .*\n  and 3 more$"):
+        read_rows(source)
+    with pytest.raises(DataError, match="holds no rows"):
+        read_rows(write(source, "", " "))
+    with pytest.raises(DataError, match="there is no file"):
+        read_rows(tmp_path / "none.jsonl")
+    source.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n' + b'{"prompt": "b", "x": ' + b"[" * 200_000)
+    rows, bad = read_rows(source)
+    assert len(rows) == 1
+    assert str(bad[0]) == "line 2: not UTF-8 at byte 13"
+    assert bad[1].line == 3
+
+
+def test_windows_files_are_read(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes('\ufeff{"prompt": "a"}\r\n{"prompt": "é"}\r\n'.encode())
+    assert [row.row["prompt"] for row in read_rows(source)[0]] == ["a", "é"]

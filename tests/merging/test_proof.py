@@ -1,0 +1,156 @@
+"""A right merge is proved, and a wrong one is not kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instructft import merge_adapter
+from instructft.errors import ModelError
+from instructft.merging import arithmetic, merge, proof
+from instructft.merging.plan import Machine
+from tests.helpers.merging import (
+    CONFIGS,
+    QUIET,
+    files_in,
+    make_adapter,
+    make_base,
+    with_tokenizer,
+)
+
+
+@pytest.mark.usefixtures("short_answers")
+@pytest.mark.parametrize(("kind", "dtype"), [("gpt2", "float32"), ("llama", "bfloat16"), ("llama", "float16")])
+def test_a_right_merge_is_proved(kind: str, dtype: str, tmp_path: Path, tokenizer: Any) -> None:
+    base = make_base(tmp_path / "base", kind, dtype, tied=kind == "gpt2")
+    adapter = with_tokenizer(make_adapter(tmp_path / "adapter", base, use_dora=kind == "llama"), tokenizer)
+    facts = merge_adapter(adapter, tmp_path / "out", console=QUIET).facts
+    found = facts["proof"]
+    assert facts["dtype"] == dtype
+    assert found["difference"] <= found["tolerance"] < found["effect"] / 5
+    assert found["weights"] == {"tensors": 8 if kind == "gpt2" else 14}
+    assert found["tokens"] == 3 * 4
+    if dtype == "float32":
+        assert found["difference"] < 1e-5
+        assert found["equal_tokens"] == found["tokens"]
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["merge"] == json.loads(json.dumps(facts))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{found['difference']:.2e}" in card
+    assert f"{found['equal_tokens']} of {found['tokens']}" in card
+
+
+WRONG: dict[str, Callable[[Any, Any], Any]] = {
+    "the delta is forgotten": lambda weight, right: weight.source.read().float(),
+    "the scale is twice too large": lambda weight, right: 2 * right - weight.source.read().float(),
+    "the delta has the wrong sign": lambda weight, right: 2 * weight.source.read().float() - right,
+    "a twentieth of the delta is missing": lambda weight, right: right - (right - weight.source.read().float()) / 20,
+}
+
+
+@pytest.mark.usefixtures("short_answers")
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("by", ["weights", "logits"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_wrong_merge_is_refused(
+    wrong: str, by: str, whole: bool, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    dtype = "float32" if "twentieth" in wrong and by == "logits" else "bfloat16"
+    base = make_base(tmp_path / "base", "llama", dtype, tied=False)
+    adapter = with_tokenizer(make_adapter(tmp_path / "adapter", base), tokenizer)
+    read = arithmetic._Weight.read
+
+    def miscalculated(self: Any, start: int, stop: int) -> Any:
+        return WRONG[wrong](self, read(self, 0, self.rows))[start:stop]
+
+    monkeypatch.setattr(arithmetic._Weight, "read", miscalculated)
+    if not whole:
+        machine = Machine("cpu", getattr(torch, dtype), whole=False)
+        monkeypatch.setattr(merge, "choose_machine", lambda *_: machine)
+    if by == "logits":
+        monkeypatch.setattr(proof, "compare_weights", lambda *_: {"tensors": 0})
+    with pytest.raises(ModelError, match="not merged as PEFT" if by == "weights" else "is not the adapted one"):
+        merge_adapter(adapter, tmp_path / "out", console=QUIET)
+    assert files_in(tmp_path) == {"base", "adapter"}
+
+
+@pytest.mark.usefixtures("short_answers")
+@pytest.mark.parametrize(
+    ("kind", "dtype", "options"),
+    [
+        ("gpt2", "float32", "lora"),
+        ("gpt2", "float32", "tokens"),
+        ("llama", "bfloat16", "dora"),
+        ("llama", "float16", "saved"),
+    ],
+)
+def test_a_model_larger_than_the_memory_is_proved_alike(
+    kind: str, dtype: str, options: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same figures, or nearly so where rounding is drawn anew, from files that are mapped."""
+    import torch
+
+    base = make_base(tmp_path / "base", kind, dtype, tied=kind == "gpt2")
+    adapter = with_tokenizer(make_adapter(tmp_path / "adapter", base, **CONFIGS[options]), tokenizer)
+    found = []
+    for is_whole in (True, False):
+        machine = Machine("cpu", getattr(torch, dtype), is_whole)
+        monkeypatch.setattr(merge, "choose_machine", lambda *_, machine=machine: machine)
+        found.append(merge_adapter(adapter, tmp_path / str(is_whole), console=QUIET).facts["proof"])
+    whole, mapped = found
+    assert mapped["compared"] == "most likely next tokens"
+    assert mapped["tokens"] > whole["tokens"]
+    assert mapped["weights"] == whole["weights"]
+    for figure in ("scale", "effect", "rounding"):
+        assert mapped[figure] == pytest.approx(whole[figure], rel=0.5), figure
+    assert mapped["difference"] <= mapped["tolerance"] < mapped["effect"] / 5
+
+
+@pytest.mark.usefixtures("short_answers")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_model_larger_than_the_memory_stays_in_its_files(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever a model is looked at, its weights are the files' own pages, which the system can let go."""
+    import torch
+
+    base = make_base(tmp_path / "base", "llama", "bfloat16", tied=False, shards="100KB")
+    adapter = with_tokenizer(make_adapter(tmp_path / "adapter", base), tokenizer)
+    looks, held, look_once = [], [], proof.look_once
+
+    def spy(model: Any, *arguments: Any, **more: Any) -> Any:
+        mapped = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+        places = [[int(end, 16) for end in m[0].split("-")] for m in mapped if m[-1].endswith(".safetensors")]
+        weights = [p for name, p in model.named_parameters() if "lora" not in name]
+        looks.append([any(start <= p.data_ptr() < end for start, end in places) for p in weights])
+        held.append([p.detach().clone() for p in weights])
+        return look_once(model, *arguments, **more)
+
+    machine = Machine("cpu", torch.bfloat16, whole=False)
+    monkeypatch.setattr(merge, "choose_machine", lambda *_: machine)
+    monkeypatch.setattr(proof, "look_once", spy)
+    merge_adapter(adapter, tmp_path / "out", console=QUIET)
+    assert len(looks) == 4  # the adapter, its base, rounded, merged
+    assert all(len(weights) > 20 and all(weights) for weights in looks)
+    # a page that is written to is the process's own: after PEFT merged each layer no bit may be another
+    assert all(torch.equal(before, after) for before, after in zip(held[0], held[2], strict=True))
+
+
+@pytest.mark.usefixtures("short_answers", "cpu")
+def test_a_quantized_run_merges_into_the_plain_base(tmp_path: Path, tokenizer: Any) -> None:
+    base = make_base(tmp_path / "base", "llama", "bfloat16", tied=False, width=128)
+    adapter = with_tokenizer(make_adapter(tmp_path / "adapter", base), tokenizer)
+    record = json.loads((adapter / "base.json").read_text())
+    (adapter / "base.json").write_text(json.dumps({**record, "quantization": "4bit"}))
+    facts = merge_adapter(adapter, tmp_path / "out", measure_quantized=True, console=QUIET).facts
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert facts["quantized"]["quantization"] == "4bit"
+    # four bits are far coarser than the rounding of the merge, and nearer to it than no adapter at all
+    assert facts["proof"]["difference"] < facts["quantized"]["difference"] < facts["proof"]["effect"]
+    assert "4bit base" in (tmp_path / "out" / "README.md").read_text()

@@ -1,0 +1,71 @@
+"""What a run begins with is found once: an adapter is read, its base hashed, the tokenizer loaded one time each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import instructft
+from instructft.adapters import adapter_folder
+from instructft.weights import weight_files
+
+QUIET = Console(quiet=True)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each thing is done from now on, wherever its function is imported."""
+    calls: Counter[str] = Counter()
+
+    def watch(owner: Any, name: str, what: str) -> None:
+        original = getattr(owner, name)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            if what != "adapter" or Path(args[0]).name == "adapter_config.json":
+                calls[what] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    watch(adapter_folder, "_read_object", "adapter")
+    watch(weight_files, "_safetensors", "fingerprint")
+    watch(AutoTokenizer, "from_pretrained", "tokenizer")
+    watch(AutoModelForCausalLM, "from_pretrained", "weights")
+    watch(AutoModelForCausalLM, "from_config", "on meta")
+    return calls
+
+
+def test_one_look_at_where_a_run_begins(
+    tmp_path: Path, tokenizer: Any, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+
+    def run(begin: Path, out: str, template: str, steps: int) -> Any:
+        text = (
+            f"model: {{name_or_path: {begin}}}\nadapter: {{type: lora, r: 2}}\noutput_dir: {tmp_path / out}\n"
+            f"data: {{datasets: [{{name: quickstart, rows: 12}}], template: {template}, splits: {{validation: 0}}}}\n"
+            f"train: {{max_steps: {steps}, save_steps: 1, lr_scheduler_type: constant, warmup_steps: 0, use_cpu: true}}"
+        )
+        return instructft.train(instructft.load_recipe(write_recipe(text, f"{out}{steps}.yaml")), console=QUIET)
+
+    calls = counted(monkeypatch)
+    first = run(tmp_path / "base", "first", "chatml", 1)
+    assert calls == {"fingerprint": 1, "tokenizer": 1, "weights": 1, "on meta": 1}
+    record = adapter_folder.read_adapter(first.output_dir).base
+
+    once = {"adapter": 1, "fingerprint": 1, "tokenizer": 1, "weights": 1}
+    for steps in (1, 2):  # the second goes on from the checkpoint of the first
+        calls.clear()
+        further = run(first.output_dir, "further", "tokenizer", steps)
+        assert calls == once
+    assert len(further.facts["train"]["resumed"]) == 1
+    assert adapter_folder.read_adapter(further.output_dir).base == record
+    assert further.facts["base"] == first.facts["base"]

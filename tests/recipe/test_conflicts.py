@@ -1,0 +1,72 @@
+"""Keys that are right one by one, and contradict each other."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.recipes import DATA, GOOD, MODEL
+
+# text of the recipe, how its one problem begins (place and key path), what else that must hold
+BAD = {
+    "two models": (
+        "model:\n  name_or_path: a\n  config: {model_type: gpt2}\n  tokenizer: gpt2\n" + DATA,
+        "line 3: model.config: found name_or_path and config",
+        "keep one",
+    ),
+    "quantized, no adapter": (
+        "model: {name_or_path: a, quantization: 4bit}\n" + DATA,
+        "line 1: model.quantization:",
+        "lora",
+    ),
+    "adapter, random weights": (
+        "model:\n  config: {model_type: gpt2}\n  tokenizer: gpt2\nadapter: lora\n" + DATA,
+        "line 4: adapter.type:",
+        "random weights (model.config)",
+    ),
+    "rank, no adapter": (GOOD + "adapter: {r: 4}\n", "line 3: adapter.r:", "write adapter.type: lora"),
+    "two sources": (
+        MODEL + "data: {datasets: [{name: alpaca, hub: a/b}]}\n",
+        "line 2: data.datasets.0:",
+        "name and hub",
+    ),
+    "splits": (
+        MODEL + "data: {datasets: alpaca, splits: {validation: 0.5, test: 0.5}}\n",
+        "line 2: data.splits:",
+        "below 1",
+    ),
+    "accumulation": (
+        GOOD + "train:\n  tokens_per_step: 9999\n  gradient_accumulation_steps: 2\n",
+        "line 5: train.gradient_accumulation_steps: contradicts train.tokens_per_step",
+        "keep one",
+    ),
+    "precision": (GOOD + "train: {bf16: true, fp16: true}\n", "line 3: train.bf16: contradicts train.fp16", "keep one"),
+    "nothing to evaluate": (
+        MODEL + "data: {datasets: alpaca, splits: {validation: 0}}\ntrain: {eval_strategy: epoch}\n",
+        "line 3: train.eval_strategy: epoch, but there is nothing to evaluate on",
+        "data.splits.validation",
+    ),
+    "best without evaluation": (
+        GOOD + "train: {load_best_model_at_end: true, eval_strategy: 'no'}\n",
+        "line 3: train.load_best_model_at_end:",
+        "eval_strategy no",
+    ),
+    "best between evaluations": (
+        GOOD + "train: {load_best_model_at_end: true, save_steps: 100, eval_steps: 30}\n",
+        "line 3: train.load_best_model_at_end:",
+        "found 100 and 30",
+    ),
+    "two names of one thing": (
+        GOOD + "train: {activation_checkpointing: true, gradient_checkpointing: false}\n",
+        "line 3: train.gradient_checkpointing: contradicts train.activation_checkpointing",
+        "",
+    ),
+    "prefetch": (GOOD + "train: {dataloader_prefetch_factor: 2}\n", "line 3: train.dataloader_prefetch", "num_workers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_contradiction_is_said_at_the_key_that_was_written(problems, case):
+    text, start, fragment = BAD[case]
+    (found,) = problems(text)
+    assert found.startswith(start)
+    assert fragment in found
