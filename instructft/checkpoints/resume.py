@@ -23,11 +23,16 @@ if TYPE_CHECKING:
 _FREE = (
     *("logging_", "eval_", "save_", "log_", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "debug"),
     *("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "include_", "batch_eval_metrics"),
-    *("per_device_eval_batch_size", "prediction_loss_only", "do_", "dataloader_", "torch_empty", "skip_memory_metrics"),
+    *("per_device_eval_batch_size", "prediction_loss_only", "do_", "torch_empty", "skip_memory_metrics"),
+    # how rows are loaded, not which: `dataloader_drop_last` is fixed
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    "dataloader_multiprocessing_context",
     *("ddp_", "use_cpu", "fp16_full_eval", "bf16_full_eval", "enable_jit_checkpoint"),
 )
 # Fields that may change on purpose; a change is recorded.
 _OPEN = ("train.loss_spike_limit", "train.on_loss_spike", "train.early_stopping_patience")
+# Fields that older checkpoints do not hold, with what they were then unless someone set them.
+_LATER = {"train.dataloader_drop_last": False}
 _LENGTH = ("train.max_steps", "train.num_train_epochs")
 # Schedules whose learning rate at a step does not depend on how many steps follow.
 _OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
@@ -129,7 +134,7 @@ def refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> dict[str, 
     Raises:
         ResumeError: names every field that must not change, with what it was.
     """
-    then = checkpoint.identity
+    then, now = {**_LATER, **checkpoint.identity}, {**_LATER, **now}
     changed = {key: [then.get(key), now.get(key)] for key in sorted({*then, *now}) if then.get(key) != now.get(key)}
     # the rows follow from these keys; told apart, they would only be said twice
     if any(key.startswith("data.") for key in changed):

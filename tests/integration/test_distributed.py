@@ -38,7 +38,7 @@ DDP = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_mach
 # The command, with a note of each process that encodes rows; STOP=RANK:STEP sends one process SIGTERM in a step.
 DRIVER = """
 import os, signal, sys, time
-from instructft import data
+from instructft.data.tokenize import Batches
 from instructft.training.trainer import Trainer
 step = Trainer.training_step
 def watched(self, *args, **kwargs):
@@ -48,12 +48,12 @@ def watched(self, *args, **kwargs):
     time.sleep(float(os.environ.get("SLOW", "0")))
     return step(self, *args, **kwargs)
 Trainer.training_step = watched
-encode = data._Batches.__call__
+encode = Batches.__call__
 def noted(self, table, numbers):
     with open({log!r}, "a") as file:
         file.write(f"{{os.environ['RANK']}} {{len(numbers)}}\\n")
     return encode(self, table, numbers)
-data._Batches.__call__ = noted
+Batches.__call__ = noted
 sys.argv = ["instructft", "train", {recipe!r}]
 from instructft.cli import main
 main()

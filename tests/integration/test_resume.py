@@ -236,6 +236,10 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("data.template=human-assistant", "data.template"),
         ("model.config.n_layer=1", "model.config"),
         ("train.optim=sgd", "train.optim"),
+        (
+            "train.dataloader_drop_last=true",
+            "train.dataloader_drop_last: false when checkpoint-6 was written, now true",
+        ),
         ("train.lr_scheduler_type=constant", "train.lr_scheduler_type"),
         ("train.max_steps=24", "train.max_steps: 12 when checkpoint-6 was written, now 24; it may only grow"),
     ],
@@ -255,6 +259,7 @@ def test_what_is_free_may_change(half: Path, tmp_path: Path, uninterrupted: Path
     run = tmp_path / "run"
     shutil.copytree(half.parent / "run", run)
     free = ["train.logging_steps=1", "train.eval_steps=6", "train.save_steps=5", "samples=[Hello]", f"output_dir={run}"]
+    free += ["train.dataloader_num_workers=1", "train.dataloader_prefetch_factor=1"]
     train(instructft.load_recipe(half, free), console=QUIET)
     assert weights(run) == weights(uninterrupted)
 

@@ -1,0 +1,36 @@
+"""Which keys of a recipe are fixed for the life of a run, and which may change when it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import instructft
+from instructft.checkpoints.manifest import Checkpoint
+from instructft.checkpoints.resume import fixed_keys, refuse_changes
+from instructft.errors import ResumeError
+
+
+def test_of_the_data_loader_only_speed_may_change(write_recipe: Callable[..., Path]) -> None:
+    """Each field by name, so that one that comes with an upgrade is fixed until somebody has looked at it."""
+    from trl import SFTConfig
+
+    free = {"num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context"}
+    names = {f.name.removeprefix("dataloader_") for f in fields(SFTConfig) if f.name.startswith("dataloader_")}
+    assert {*free, "drop_last"} <= names
+    values = {"num_workers": 1, "prefetch_factor": 2, "multiprocessing_context": "spawn"}
+    overrides = [f"train.dataloader_{name}={str(values.get(name, True)).lower()}" for name in names]
+    recipe = instructft.load_recipe(write_recipe(), overrides)
+    fixed = {key.removeprefix("train.dataloader_") for key in fixed_keys(recipe) if "dataloader_" in key}
+    assert fixed == names - free
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed() -> None:
+    """It does not hold `dataloader_drop_last`, which was free then, and false unless someone had set it."""
+    old = Checkpoint(Path("run/checkpoint-3"), 3, {"train.seed": 42}, {})
+    assert refuse_changes(old, {"train.seed": 42, "train.dataloader_drop_last": False}) == {}
+    with pytest.raises(ResumeError, match=r"train.dataloader_drop_last: false when checkpoint-3 was written, now true"):
+        refuse_changes(old, {"train.seed": 42, "train.dataloader_drop_last": True})
