@@ -1,4 +1,4 @@
-"""Where a run goes on from, and what must be as it was: a resumed run is the run that was never stopped, or refused."""
+"""Where a run resumes from, and what must be as it was: a resumed run is the run that was never stopped, or refused."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
 @dataclass(frozen=True)
-class GoingOn:
-    """How a run begins: anew, or from a checkpoint. Use `going_on`.
+class RunStart:
+    """How a run begins: anew, or from a checkpoint. Use `run_start`.
 
     Args:
         identity: what the run is made of now.
-        checkpoint: where it goes on from; None begins anew.
+        checkpoint: what it resumes from; None begins anew.
         passed: why newer checkpoints were passed over.
         changed: fields that differ from the checkpoint's and may: key -> [then, now].
     """
@@ -75,7 +75,7 @@ class GoingOn:
         """What a person should know, line by line."""
         lines = [f"passed over: {reason}" for reason in self.passed]
         if self.checkpoint:
-            lines.append(f"going on from {self.folder}, {self.step:,} steps done; every byte of it verified")
+            lines.append(f"resuming from {self.folder}, {self.step:,} steps done; every byte of it verified")
             lines += [f"changed: {key}, {_short(then)} to {_short(now)}" for key, (then, now) in self.changed.items()]
         return lines
 
@@ -88,10 +88,10 @@ class GoingOn:
         return [{"step": self.step, "passed_over": self.passed, "changed": dict(self.changed), "versions": others}]
 
 
-def going_on(checkpoint: Checkpoint | None, passed: list[str], identity: Mapping[str, Any]) -> GoingOn:
+def run_start(checkpoint: Checkpoint | None, passed: list[str], identity: Mapping[str, Any]) -> RunStart:
     """Begin anew, or from a checkpoint if what the run is made of is as it was; raises `ResumeError`."""
     changed = refuse_changes(checkpoint, identity) if checkpoint else {}
-    return GoingOn(identity, checkpoint, passed, changed)
+    return RunStart(identity, checkpoint, passed, changed)
 
 
 def identity(
@@ -110,7 +110,7 @@ def identity(
     if start.name:
         made["model (its weights)"] = start.fingerprint
     plain: dict[str, Any] = json.loads(json.dumps({**flat, **made}, default=str))
-    # of a path the last name: rows and weights are known by their content, and a run may go on on another machine
+    # of a path the last name: rows and weights are known by their content, and a run may be resumed on another machine
     run = Path(recipe.output_dir)
     return {key: without_places(value, [run], key.rpartition(".")[2]) for key, value in plain.items()}
 
@@ -127,7 +127,7 @@ def fixed_keys(recipe: Recipe) -> dict[str, Any]:
 
 
 def refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Compare a checkpoint's identity with that of the run that would go on from it.
+    """Compare a checkpoint's identity with that of the run that would resume from it.
 
     Returns the changes that are allowed: key -> [then, now].
 
@@ -146,7 +146,7 @@ def refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> dict[str, 
         lines = [f"  {key}: {_short(a)} when {checkpoint.folder.name} was written, now {_short(b)}{_why(key)}"
                  for key, (a, b) in refused.items()]  # fmt: skip
         raise ResumeError(
-            f"{checkpoint.folder.parent} cannot go on with these changes:\n" + "\n".join(lines) + "\n"
+            f"{checkpoint.folder.parent} cannot be resumed with these changes:\n" + "\n".join(lines) + "\n"
             "Set them back, or begin another run with output_dir=…"
         )
     return allowed
@@ -173,14 +173,14 @@ def _short(value: Any) -> str:
 
 
 def find(run: Path, asked: str) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint that a run goes on from, and the newer ones that were passed over, each with its reason.
+    """The checkpoint that a run resumes from, and the newer ones that were passed over, each with its reason.
 
     Args:
         asked: `auto` (the newest that verifies), `never`, or a checkpoint's folder.
 
     Raises:
         ResumeError: the one that was asked for is not whole, or there are some and none verifies: a run never starts
-            over by itself. (One that was stopped while its first checkpoint was written has nothing to go on from.)
+            over by itself. (One that was stopped while its first checkpoint was written has nothing to resume from.)
     """
     if asked == "never":
         return None, []
@@ -190,7 +190,7 @@ def find(run: Path, asked: str) -> tuple[Checkpoint | None, list[str]]:
         if not folder.is_dir():
             raise ResumeError(f"--resume {asked}: there is no such folder; {_there(run)}")
         if folder.resolve().parent != run.resolve():
-            raise ResumeError(f"--resume {asked}: it is no checkpoint of {run}; a run goes on in its own folder")
+            raise ResumeError(f"--resume {asked}: it is no checkpoint of {run}; a run is resumed in its own folder")
         try:
             return verify(folder), []
         except CheckpointError as error:

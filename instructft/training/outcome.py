@@ -99,7 +99,7 @@ def library_versions(recipe: Recipe) -> dict[str, str]:
 
 @contextlib.contextmanager
 def kept_unproved(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, console: Console) -> Iterator[None]:
-    """Whatever fails inside, what was trained is kept in `unproved/`, and the error goes on.
+    """Whatever fails inside, what was trained is kept in `unproved/`, and the error is raised again.
 
     Not where processes share the weights among them: each would have to take part, and others may not have failed.
     """
@@ -147,7 +147,7 @@ def save(
         return
     require_whole(model, run / PARTIAL)
     shutil.rmtree(run / UNPROVED, ignore_errors=True)  # of an attempt before this one, which is proved
-    (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one goes on from there
+    (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one was resumed from there
     _give_names(run / PARTIAL, run)
     plot_loss(run, recipe.name)
     write_card(run, recipe, facts)

@@ -13,7 +13,7 @@ from instructft.adapters import quantization
 from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import count_parameters, is_peft
 from instructft.checkpoints.manifest import full_disk_explained
-from instructft.checkpoints.resume import GoingOn, find, going_on, identity
+from instructft.checkpoints.resume import RunStart, find, identity, run_start
 from instructft.checkpoints.run_folder import make_folder, refuse_used_folder
 from instructft.data.prepare import Prepared, prepare
 from instructft.data.streaming import Streamed, prepare_stream
@@ -58,8 +58,8 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     """Train the recipe's model and leave a complete run folder.
 
     Args:
-        resume: `auto` goes on from the newest checkpoint in the run folder that verifies, where there is one; `never`
-            refuses a run folder that is not empty; else the checkpoint to go on from.
+        resume: `auto` resumes from the newest checkpoint in the run folder that verifies, where there is one; `never`
+            refuses a run folder that is not empty; else the checkpoint to resume from.
 
     >>> result = train(load_recipe("quickstart", overrides=["train.max_steps=10"]))
     >>> sorted(p.name for p in result.output_dir.glob("*.json*"))
@@ -67,7 +67,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
 
     Raises:
         UsageError: recipe, data or run folder are not right; raised before any weight is loaded.
-        ResumeError: the run cannot go on from where it was.
+        ResumeError: the run cannot be resumed.
         Stopped: a signal ended the run; its last step is saved.
         InstructftError: the run failed.
     """
@@ -94,9 +94,9 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
         data = prepare_stream(recipe, tokenizer) if recipe.data.datasets[0].streaming else prepare(recipe, tokenizer)
     args, precision = training_arguments(recipe, data, state)
     made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, state.num_processes))
-    start = going_on(checkpoint, passed, made_of)
+    start = run_start(checkpoint, passed, made_of)
     if facts := start.finished(run):
-        console.print(f"{run} is finished, {facts['train']['steps']:,} steps: there is nothing to go on with")
+        console.print(f"{run} is finished, {facts['train']['steps']:,} steps: there is nothing to resume")
         return Result(run, facts)
 
     model = load_model(recipe, tokenizer, start=origin)
@@ -204,7 +204,7 @@ def build_trainer(
     model: PreTrainedModel,
     args: SFTConfig,
     origin: StartingPoint,
-    start: GoingOn,
+    start: RunStart,
     console: Console,
 ) -> Trainer:
     """The trainer with its collator and with what watches it."""
@@ -305,7 +305,7 @@ def uploads(recipe: Recipe, run: Path, first: bool, console: Console) -> Iterato
         raise
 
 
-def _run(trainer: Trainer, start: GoingOn, console: Console) -> None:
+def _run(trainer: Trainer, start: RunStart, console: Console) -> None:
     from instructft.training.callbacks import ProgressLine
 
     trainer.progress.resumes = start.record(trainer.versions)

@@ -1,11 +1,11 @@
 """Looks at a step ahead of the optimizer: stops the run at one that is not a number, and tells of a loss that leaps.
 
-A NaN in one gradient makes every weight NaN at the next step, and a run that goes on is lost without a word: its loss
+A NaN in one gradient makes every weight NaN at the next step, and a run that continues is lost without a word: its loss
 is logged as NaN for a day, and the checkpoints that follow are worthless. Here the step is not taken.
 
 A loss that leaps far above what it was comes from rows that are not what they seem, or from a learning rate that is too
 high; PaLM's authors went back and left such batches out (arXiv:2204.02311, section 5.1). Here the step can be left out
-before it is taken: the weights and the optimizer stay as they are, the schedule goes on.
+before it is taken: the weights and the optimizer stay as they are, the schedule proceeds.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class StepChecks(TrainerCallback):
         trainer: whose steps these are; it calls `begin` and `add`.
         spike_limit: times the median loss of the last 50 steps; None looks for no spike.
         skip_spikes: leave such a step out. Its loss counts as recent all the same, so that a level that stays is taken
-            for what is usual after some steps, and training goes on.
+            for what is usual after some steps, and training proceeds.
         say: told in one line of each.
 
     `spikes` lists them: step, loss, median, skipped.

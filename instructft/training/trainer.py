@@ -91,7 +91,7 @@ class Trainer(SFTTrainer):
         self.versions = versions or {}
         self._sealing = Sealing(self, identity or {}, self.versions)
         self.last_checkpoint: str | None = None
-        self.publisher: Publisher | None = None  # uploads what is sealed while training goes on
+        self.publisher: Publisher | None = None  # uploads what is sealed while training continues
 
     # -- training ---------------------------------------------------------------------------------------------------
 

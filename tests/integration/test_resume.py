@@ -246,7 +246,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_changed_field_is_refused_by_name(half: Path, override: str, said: str) -> None:
     before = sorted((half.parent / "run").rglob("*"))
-    with pytest.raises(ResumeError, match="cannot go on with these changes") as error:
+    with pytest.raises(ResumeError, match="cannot be resumed with these changes") as error:
         train(instructft.load_recipe(half, [override]), console=QUIET)
     assert said in str(error.value)
     assert error.value.exit_code == 2
@@ -280,7 +280,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(half: Path, tmp_path: Pat
     result = train(recipe, console=console)
     said = " ".join(console.export_text().split())
     assert "checkpoint-6: optimizer.pt is not what was written (its SHA-256 differs)" in said
-    assert "going on from" in said
+    assert "resuming from" in said
     assert "checkpoint-3, 3 steps done" in said
     assert weights(run) == weights(uninterrupted)
     assert result.facts["train"]["resumed"][0]["passed_over"]
