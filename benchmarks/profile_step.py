@@ -24,7 +24,6 @@ PARTS = {
     "get_batch_samples": "data: rows to batches",
     "compute_loss": "forward: body, head and the head's gradient",
     "_clip_grad_norm": "clipping",
-    "_get_grad_norm": "checks: finite, no spike",
     "log": "logging",
 }
 

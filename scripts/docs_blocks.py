@@ -54,7 +54,7 @@ QUESTIONS = {
     "How do I see one training row with its mask?": "`instructft inspect RECIPE`: {inspect_rows}, {RowView}",
     "Which order do rows have, and what decides it?": "{LengthGrouped} within a run, {prepare_dataset} before it",
     "What writes `metrics.jsonl`?": "{MetricsFile}",
-    "What happens when a loss is NaN?": "{StepChecks} stops the run before the optimizer takes the step, and names the rows",
+    "What happens when a loss is NaN?": "{StepChecks} stops the run before the optimizer takes the step",
     "What happens at SIGTERM?": "{EvaluationLeft}: one signal finishes and saves the step, two stop now",
     "How does a run resume from the Hub?": "{newest_on_hub}",
 }

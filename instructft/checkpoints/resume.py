@@ -1,4 +1,4 @@
-"""Where a run goes on from, and what must be as it was: a resumed run is the run that was never stopped, or refused."""
+"""Where a run resumes from, and what must be as it was: a resumed run is the run that was never stopped, or refused."""
 
 from __future__ import annotations
 
@@ -24,24 +24,27 @@ _FREE = (
     *("logging_", "eval_", "save_", "log_", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "debug"),
     *("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "include_", "batch_eval_metrics"),
     *("per_device_eval_batch_size", "prediction_loss_only", "do_", "torch_empty", "skip_memory_metrics"),
+    # how rows are loaded, not which: `dataloader_drop_last` is fixed
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     "dataloader_multiprocessing_context",
     *("ddp_", "use_cpu", "fp16_full_eval", "bf16_full_eval", "enable_jit_checkpoint"),
 )
 # Fields that may change on purpose; a change is recorded.
 _OPEN = ("train.loss_spike_limit", "train.on_loss_spike", "train.early_stopping_patience")
+# Fields that older checkpoints do not hold, with what they were then unless someone set them.
+_LATER = {"train.dataloader_drop_last": False}
 _LENGTH = ("train.max_steps", "train.num_train_epochs")
 # Schedules whose learning rate at a step does not depend on how many steps follow.
 _OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
 @dataclass(frozen=True)
-class GoingOn:
-    """How a run begins: anew, or from a checkpoint. Use `going_on`.
+class RunStart:
+    """How a run begins: anew, or from a checkpoint. Use `run_start`.
 
     Args:
         identity: what the run is made of now.
-        checkpoint: where it goes on from; None begins anew.
+        checkpoint: what it resumes from; None begins anew.
         passed: why newer checkpoints were passed over.
         changed: fields that differ from the checkpoint's and may: key -> [then, now].
     """
@@ -72,7 +75,7 @@ class GoingOn:
         """What a person should know, line by line."""
         lines = [f"passed over: {reason}" for reason in self.passed]
         if self.checkpoint:
-            lines.append(f"going on from {self.folder}, {self.step:,} steps done; every byte of it verified")
+            lines.append(f"resuming from {self.folder}, {self.step:,} steps done; every byte of it verified")
             lines += [f"changed: {key}, {_short(then)} to {_short(now)}" for key, (then, now) in self.changed.items()]
         return lines
 
@@ -85,10 +88,10 @@ class GoingOn:
         return [{"step": self.step, "passed_over": self.passed, "changed": dict(self.changed), "versions": others}]
 
 
-def going_on(checkpoint: Checkpoint | None, passed: list[str], identity: Mapping[str, Any]) -> GoingOn:
+def run_start(checkpoint: Checkpoint | None, passed: list[str], identity: Mapping[str, Any]) -> RunStart:
     """Begin anew, or from a checkpoint if what the run is made of is as it was; raises `ResumeError`."""
     changed = refuse_changes(checkpoint, identity) if checkpoint else {}
-    return GoingOn(identity, checkpoint, passed, changed)
+    return RunStart(identity, checkpoint, passed, changed)
 
 
 def identity(
@@ -107,7 +110,7 @@ def identity(
     if start.name:
         made["model (its weights)"] = start.fingerprint
     plain: dict[str, Any] = json.loads(json.dumps({**flat, **made}, default=str))
-    # of a path the last name: rows and weights are known by their content, and a run may go on on another machine
+    # of a path the last name: rows and weights are known by their content, and a run may be resumed on another machine
     run = Path(recipe.output_dir)
     return {key: without_places(value, [run], key.rpartition(".")[2]) for key, value in plain.items()}
 
@@ -124,14 +127,14 @@ def fixed_keys(recipe: Recipe) -> dict[str, Any]:
 
 
 def refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Compare a checkpoint's identity with that of the run that would go on from it.
+    """Compare a checkpoint's identity with that of the run that would resume from it.
 
     Returns the changes that are allowed: key -> [then, now].
 
     Raises:
         ResumeError: names every field that must not change, with what it was.
     """
-    then = checkpoint.identity
+    then, now = {**_LATER, **checkpoint.identity}, {**_LATER, **now}
     changed = {key: [then.get(key), now.get(key)] for key in sorted({*then, *now}) if then.get(key) != now.get(key)}
     # the rows follow from these keys; told apart, they would only be said twice
     if any(key.startswith("data.") for key in changed):
@@ -143,7 +146,7 @@ def refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> dict[str, 
         lines = [f"  {key}: {_short(a)} when {checkpoint.folder.name} was written, now {_short(b)}{_why(key)}"
                  for key, (a, b) in refused.items()]  # fmt: skip
         raise ResumeError(
-            f"{checkpoint.folder.parent} cannot go on with these changes:\n" + "\n".join(lines) + "\n"
+            f"{checkpoint.folder.parent} cannot be resumed with these changes:\n" + "\n".join(lines) + "\n"
             "Set them back, or begin another run with output_dir=…"
         )
     return allowed
@@ -170,14 +173,14 @@ def _short(value: Any) -> str:
 
 
 def find(run: Path, asked: str) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint that a run goes on from, and the newer ones that were passed over, each with its reason.
+    """The checkpoint that a run resumes from, and the newer ones that were passed over, each with its reason.
 
     Args:
         asked: `auto` (the newest that verifies), `never`, or a checkpoint's folder.
 
     Raises:
         ResumeError: the one that was asked for is not whole, or there are some and none verifies: a run never starts
-            over by itself. (One that was stopped while its first checkpoint was written has nothing to go on from.)
+            over by itself. (One that was stopped while its first checkpoint was written has nothing to resume from.)
     """
     if asked == "never":
         return None, []
@@ -187,7 +190,7 @@ def find(run: Path, asked: str) -> tuple[Checkpoint | None, list[str]]:
         if not folder.is_dir():
             raise ResumeError(f"--resume {asked}: there is no such folder; {_there(run)}")
         if folder.resolve().parent != run.resolve():
-            raise ResumeError(f"--resume {asked}: it is no checkpoint of {run}; a run goes on in its own folder")
+            raise ResumeError(f"--resume {asked}: it is no checkpoint of {run}; a run is resumed in its own folder")
         try:
             return verify(folder), []
         except CheckpointError as error:

@@ -13,18 +13,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from instructft.checkpoints.manifest import NOT_FINITE, SPIKE, folders, kind
 from instructft.errors import ModelError, UsageError
 
-if TYPE_CHECKING:
-    pass
-
 PARTIAL = "final.partial"  # the final model while it is written
 # What a run that was stopped before its first checkpoint leaves.
-_LOGS = {"metrics.jsonl", "samples.jsonl", "warnings.jsonl", "tensorboard", "recipe.yaml", ".upload", ".fetch"}
-_LOGS |= {PARTIAL}
+_LOGS = {"metrics.jsonl", "samples.jsonl", "warnings.jsonl", "tensorboard", "recipe.yaml", ".upload", ".fetch", PARTIAL}
 
 
 def refuse_used_folder(run: Path) -> None:
@@ -41,7 +36,7 @@ def refuse_used_folder(run: Path) -> None:
 
 
 def make_folder(run: Path, fresh: bool) -> None:
-    """Make the folder, without what an unfinished attempt left; one that is gone on with keeps its logs."""
+    """Make the folder, without what an unfinished attempt left; one that is resumed keeps its logs."""
     run.mkdir(parents=True, exist_ok=True)
     old = [*(run / name for name in _LOGS), *_rows_of_steps(run)] if fresh else [run / PARTIAL]
     for path in old:

@@ -1,9 +1,11 @@
-"""The `train` section as `trl.SFTConfig`, with what depends on the machine decided: precision, accumulation."""
+"""The `train` section as `trl.SFTConfig`, with what depends on the machine decided or refused."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+from instructft.errors import UsageError
 from instructft.models.load import weights_dtype
 
 if TYPE_CHECKING:
@@ -21,11 +23,9 @@ def training_arguments(recipe: Recipe, data: Prepared | Streamed, state: Partial
 
     fields = recipe.sft_kwargs()
     tokens_per_step = recipe.train.get("tokens_per_step")
-    fields.pop(
-        "auto_find_batch_size", None
-    )  # `instructft.training.batch_size` does it; upstream changes the rows of a step
+    fields.pop("auto_find_batch_size", None)  # done in `batch_size`; upstream changes the rows of a step
     fields["bf16"], fields["fp16"], precision = decide_precision(recipe)
-    # TensorBoard is attached in `instructft.train`, so that its files lie in the run folder under a plain name
+    # TensorBoard is attached in `run`, so that its files lie in the run folder under a plain name
     fields["report_to"] = [name for name in reporters(recipe) if name != "tensorboard"]
     if "validation" not in data.splits:
         fields["eval_strategy"] = "no"
@@ -37,7 +37,7 @@ def training_arguments(recipe: Recipe, data: Prepared | Streamed, state: Partial
     )
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every parameter takes part in every step; looking costs time
-    args.disable_tqdm = True  # `watch.ProgressLine` shows progress
+    args.disable_tqdm = True  # `callbacks.ProgressLine` shows progress
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
     if tokens_per_step:
@@ -74,3 +74,29 @@ def decide_precision(recipe: Recipe) -> tuple[bool, bool, str]:
             return True, False, f"bfloat16 autocast over {base}"
         return False, False, "float32 (this GPU has no bfloat16; train.fp16=true is faster, with a loss scale)"
     return False, False, recipe.model.dtype if recipe.model.dtype != "auto" else "float32"
+
+
+def refuse_what_cannot_run(recipe: Recipe, state: PartialState) -> None:
+    """What cannot be carried out in these processes is refused, never ignored."""
+    if recipe.train.get("auto_find_batch_size") and state.num_processes > 1:
+        raise UsageError(
+            f"train.auto_find_batch_size: found {state.num_processes} processes, and memory that runs out in one of "
+            "them leaves the others waiting; set train.per_device_train_batch_size, or use one process"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and state.num_processes == 1:
+        raise UsageError(
+            f"a launcher started {os.environ['WORLD_SIZE']} processes, and accelerate counts one in each: all would "
+            "write into one run folder. Without a GPU write train.use_cpu=true, and launch with instructft launch"
+        )
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if deepspeed and recipe.train["on_loss_spike"] == "skip":
+        raise UsageError(
+            "train.on_loss_spike: skip has no effect under DeepSpeed, which takes each step by itself; write warn, or "
+            "divide the model with --strategy fsdp2"
+        )
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded and state.num_processes > 1 and state.distributed_type.value == "MULTI_CPU":
+        raise UsageError(
+            "the launcher asks for FSDP, and accelerate leaves it out on CPUs: every process would hold the whole "
+            "model. Launch with distributed_type: MULTI_GPU in place of FSDP to train on CPUs"
+        )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,62 +23,67 @@ from accelerate.utils.memory import clear_device_cache
 from instructft.training.out_of_memory import ran_out
 
 
-class RowsAtOnce:
-    """Finds out how many rows at a time fit, when asked to. In one process only.
+class MicroBatches:
+    """Trains the micro-batches of a step, in parts where they do not fit as a whole. In one process only.
 
     Args:
-        find: do so; else an error of memory passes through.
-        one: trains one batch: model, inputs, tokens of the step -> loss.
+        trainer: whose step it is.
+        find: find out how many rows at a time fit; else an error of memory passes through.
         say: told in one line when the number of rows changes.
 
-    `found` is what was found; None as long as whole batches fit. `under_way` says what was begun last.
+    `rows_at_once` is what was found; None as long as whole batches fit. `under_way` says what was begun last.
     """
 
-    def __init__(self, find: bool, one: Callable[[Any, dict[str, Any], Any], torch.Tensor], say: Callable[[str], Any]):
-        self.find, self.one, self.say = find, one, say
-        self.found: int | None = None
+    def __init__(self, trainer: Any, find: bool, say: Callable[[str], Any]):
+        self.trainer, self.find, self.say = trainer, find, say
+        self.rows_at_once: int | None = None
         self.under_way: tuple[str, tuple[int, ...]] = ("before the first step", ())  # what, and its batch (B, T)
-        self._random: Any = None  # states as they were when the step under way began
-        self._done = 0  # its micro-batches whose gradients are there
+        self.begin(())
 
-    def begin(self) -> None:
-        """A step begins."""
-        self._random, self._done = None, 0
+    def begin(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        """The micro-batches of the next step."""
+        self.batches = tuple(batches)
+        self.done = 0  # those whose gradients are there
+        self._random: Any = None  # states as they were when the step began
 
-    def train(self, trainer: Any, model: Any, inputs: dict[str, Any], items: Any) -> torch.Tensor:
-        """Loss and gradient of one micro-batch, in parts where it does not fit as a whole."""
+    def train(self, step: Callable[..., torch.Tensor], model: Any, inputs: dict[str, Any], items: Any) -> torch.Tensor:
+        """The loss of one micro-batch, with its gradient added; `step` is upstream's `training_step`."""
         if not self.find:
-            return self._in_parts(trainer, model, inputs, items)
+            return self._in_parts(step, model, inputs, items)
         if self._random is None:  # not sooner: a resumed run has its random states back only now
-            self._random = _random_states(trainer.args.device)
-        counted, again = trainer.counted(), False
+            self._random = _random_states(self.trainer.args.device)
+        counted, again = self._counted(), False
         while True:
             try:
                 if again:
-                    for batch in trainer.checks.batches[: self._done]:
-                        self._in_parts(trainer, model, batch, items)
-                    trainer.restore_counted(counted)
-                loss = self._in_parts(trainer, model, inputs, items)
+                    for batch in self.batches[: self.done]:
+                        self._in_parts(step, model, batch, items)
+                    self._put_back(counted)
+                loss = self._in_parts(step, model, inputs, items)
                 break
             except (RuntimeError, MemoryError) as error:
-                if not ran_out(error) or not self._take_fewer(trainer):
+                if not ran_out(error) or not self._take_fewer():
                     raise
                 error.__traceback__ = None  # its frames hold the activations
                 again = True
             model.zero_grad()
             clear_device_cache(garbage_collection=True)
-            trainer.restore_counted(counted)
-            _put_back_random_states(self._random, trainer.args.device)
-        self._done += 1
+            self._put_back(counted)
+            _put_back_random_states(self._random, self.trainer.args.device)
+        self.done += 1
         return loss
 
-    def _in_parts(self, trainer: Any, model: Any, inputs: dict[str, Any], items: Any) -> torch.Tensor:
-        """Train a micro-batch, `found` rows after the other; the sum of their losses."""
+    def _in_parts(
+        self, step: Callable[..., torch.Tensor], model: Any, inputs: dict[str, Any], items: Any
+    ) -> torch.Tensor:
+        """Train a micro-batch, `rows_at_once` rows after the other; the sum of their losses."""
+        trainer = self.trainer
         rows = inputs["input_ids"].shape[0]
-        size = min(self.found or rows, rows)
+        size = min(self.rows_at_once or rows, rows)
         parts = math.ceil(rows / size)
-        steps = trainer.current_gradient_accumulation_steps
-        trainer.current_gradient_accumulation_steps = steps * parts  # for averages over micro-batches
+        accumulated = trainer.current_gradient_accumulation_steps
+        # what is averaged over micro-batches is told of parts
+        trainer.current_gradient_accumulation_steps = accumulated * parts
         losses = []
         try:
             for start in range(0, rows, size):
@@ -86,23 +91,33 @@ class RowsAtOnce:
                 if parts > 1:
                     part = {name: _rows(value, start, start + size, rows) for name, value in inputs.items()}
                 self.under_way = (f"step {trainer.state.global_step + 1}", tuple(part["input_ids"].shape))
-                losses.append(self.one(model, part, items))
+                losses.append(step(model, part, items))
         finally:
-            trainer.current_gradient_accumulation_steps = steps
+            trainer.current_gradient_accumulation_steps = accumulated
         return torch.stack(losses).sum() if parts > 1 else losses[0]
 
-    def _take_fewer(self, trainer: Any) -> bool:
+    def _take_fewer(self) -> bool:
         """Half of the rows that did not fit; False where it was one."""
         what, shape = self.under_way
         if shape[0] < 2:
             return False
-        self.found = math.ceil(shape[0] / 2)
-        step = sum(batch["input_ids"].shape[0] for batch in trainer.checks.batches)
+        self.rows_at_once = math.ceil(shape[0] / 2)
+        step = sum(batch["input_ids"].shape[0] for batch in self.batches)
         self.say(
-            f"{what}: {shape[0]} rows at a time do not fit into memory; {self.found} are taken from now on "
+            f"{what}: {shape[0]} rows at a time do not fit into memory; {self.rows_at_once} are taken from now on "
             f"(a step keeps its {step} rows)"
         )
         return True
+
+    def _counted(self) -> Any:
+        metrics = {name: list(values) for name, values in self.trainer._metrics["train"].items()}
+        return self.trainer.counts.clone(), metrics, self.trainer._total_train_tokens
+
+    def _put_back(self, counted: Any) -> None:
+        counts, metrics, self.trainer._total_train_tokens = counted
+        self.trainer.counts = counts.clone()
+        self.trainer._metrics["train"].clear()
+        self.trainer._metrics["train"].update({name: list(values) for name, values in metrics.items()})
 
 
 def _rows(value: Any, start: int, stop: int, rows: int) -> Any:

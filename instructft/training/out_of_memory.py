@@ -84,7 +84,7 @@ def message(recipe: Recipe, trainer: Any, error: BaseException) -> str:
         #   train.per_device_train_batch_size=4 train.gradient_accumulation_steps=4  (about 33.2 GiB; …)
         #   …
     """
-    what, shape = trainer.rows.under_way
+    what, shape = trainer.micro_batches.under_way
     held = measure(trainer.accelerator.unwrap_model(trainer.model), trainer.optimizer, trainer.args.device)
     batch = f", with a batch of {shape[0]} × {shape[1]:,} tokens" if shape else ""
     asked = f" ({memory_size(more)} more were asked for)" if (more := _asked_for(str(error))) else ""
@@ -177,7 +177,7 @@ def advice(recipe: Recipe, trainer: Any, held: Held) -> list[tuple[str, str]]:
 
 def _smaller_batches(recipe: Recipe, trainer: Any, held: Held) -> Iterator[tuple[float, str, str]]:
     args, train = trainer.args, recipe.train
-    what, shape = trainer.rows.under_way
+    what, shape = trainer.micro_batches.under_way
     if not shape:
         return
     now, recomputed = activations(trainer, shape)
@@ -191,7 +191,7 @@ def _smaller_batches(recipe: Recipe, trainer: Any, held: Held) -> Iterator[tuple
             yield now * (1 - (rows // 2) / rows), key, "the same validation loss"
     else:
         rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        if rows > 1 and trainer.rows.found is None:
+        if rows > 1 and trainer.micro_batches.rows_at_once is None:
             fewer = next(n for n in range(rows // 2, 0, -1) if rows % n == 0)  # the step keeps its rows
             key = f"train.per_device_train_batch_size={fewer}"
             if not train.get("tokens_per_step"):

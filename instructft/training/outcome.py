@@ -35,10 +35,11 @@ def collect_facts(
     """The contents of `run.json`."""
     import torch
 
-    from instructft.training.callbacks import ending
     from instructft.training.run_warnings import told
+    from instructft.training.stopping import ending
 
-    seen, seconds = trainer.seen, trainer.seconds
+    seen, seconds = trainer.seen, trainer.progress.seconds
+    spikes, rows_at_once = trainer.step_checks.spikes, trainer.micro_batches.rows_at_once
     device = trainer.args.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
@@ -61,10 +62,10 @@ def collect_facts(
             "tokens": seen["tokens"],
             "supervised_tokens": seen["supervised_tokens"],
             "tokens_per_second": seen["tokens"] / seconds,
-            "resumed": trainer.resumes,
-            **({"loss_spikes": trainer.checks.spikes} if trainer.checks.spikes else {}),
+            "resumed": trainer.progress.resumes,
+            **({"loss_spikes": spikes} if spikes else {}),
             **ending(trainer),
-            **({"rows_at_once": trainer.rows.found} if trainer.rows.found else {}),
+            **({"rows_at_once": rows_at_once} if rows_at_once else {}),
         },
         "metrics": metrics,
         "warnings": told(Path(trainer.args.output_dir)),
@@ -98,7 +99,7 @@ def library_versions(recipe: Recipe) -> dict[str, str]:
 
 @contextlib.contextmanager
 def kept_unproved(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, console: Console) -> Iterator[None]:
-    """Whatever fails inside, what was trained is kept in `unproved/`, and the error goes on.
+    """Whatever fails inside, what was trained is kept in `unproved/`, and the error is raised again.
 
     Not where processes share the weights among them: each would have to take part, and others may not have failed.
     """
@@ -146,7 +147,7 @@ def save(
         return
     require_whole(model, run / PARTIAL)
     shutil.rmtree(run / UNPROVED, ignore_errors=True)  # of an attempt before this one, which is proved
-    (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one goes on from there
+    (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one was resumed from there
     _give_names(run / PARTIAL, run)
     plot_loss(run, recipe.name)
     write_card(run, recipe, facts)
@@ -154,3 +155,20 @@ def save(
     partial = run / "run.json.partial"  # last, and whole or not there: by it a run is known to be finished
     partial.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
     partial.replace(run / "run.json")
+
+
+def final_metrics(trainer: Trainer) -> dict[str, Any]:
+    """The last value of every metric; validates once more if the last validation was before the last step."""
+    from instructft.training.stopping import restored
+
+    history = trainer.state.log_history
+    evaluated = max((entry["step"] for entry in history if "eval_loss" in entry), default=-1)
+    best = restored(trainer)
+    if trainer.eval_dataset is not None and evaluated != trainer.state.global_step and best is None:
+        trainer.evaluate()
+    metrics: dict[str, Any] = {}
+    # the final model is that of the best checkpoint, and so are its figures
+    at_best = [entry for entry in trainer.state.log_history if entry["step"] == best and "eval_loss" in entry]
+    for entry in [*trainer.state.log_history, *at_best]:
+        metrics.update(entry)
+    return {key: value for key, value in metrics.items() if key not in ("step", "epoch", "total_flos")}

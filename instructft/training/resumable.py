@@ -1,20 +1,22 @@
-"""What a resumed run must know, and checkpoints that are sealed: the parts of saving that upstream leaves out.
+"""What makes a run resumable: checkpoints that are sealed, and all that a resumed run must know.
 
-Upstream's checkpoint holds weights, optimizer, schedule, random states and the trainer's state. What a resumed run
-would lose: the losses since the last log, the tokens counted so far, the time spent, and an evaluation that was due.
-They go into `progress_<rank>.json`, so that a resumed run logs what it would have logged.
+Upstream's checkpoint holds weights, optimizer, schedule, random states and the trainer's state. What it leaves out, and
+what a resumed run would lose: the losses since the last log, the tokens counted so far, the time spent, and an
+evaluation that was due. They go into `progress_<rank>.json`, so that a resumed run logs what it would have logged.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import TrainerCallback
 
 from instructft.checkpoints import manifest
 from instructft.errors import CheckpointError
@@ -26,91 +28,127 @@ if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
 
 
-def save_sealed(trainer: Trainer, write: Callable[[], Any], keep: int | None) -> str:
-    """Write a checkpoint whose manifest comes last, remove old ones beyond `keep`, and hand it to the uploads.
+class Progress(TrainerCallback):
+    """The state of a run beyond upstream's checkpoints; read back when training begins.
 
-    Every process must call. Returns the folder's name.
+    It must be the last callback that hears of the beginning: an evaluation that is due is made up for then.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.seconds = 0.0  # of training, the part before a resume included
+        self.loss_before = 0.0  # summed over the steps before a resume
+        self.resumes: list[dict[str, Any]] = []  # each resume of the run: from where, what had changed
+        self._folder: Path | None = None
+
+    @contextlib.contextmanager
+    def training(self, checkpoint: str | None) -> Iterator[None]:
+        """Count the seconds; inside, training begins from the checkpoint where there is one."""
+        self._folder = Path(checkpoint) if checkpoint else None
+        self._began = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - self._began
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Read back what the checkpoint holds, and evaluate if it was left before an evaluation that was due."""
+        if self._folder is None:
+            return
+        trainer = self.trainer
+        known = json.loads((self._folder / f"progress_{args.process_index}.json").read_text(encoding="utf-8"))
+        trainer._tr_loss += known["loss_since_log"]
+        trainer._globalstep_last_logged = known["last_logged"]
+        self.loss_before = known["loss"]
+        self.seconds = known["seconds"]
+        if step := state.best_global_step:  # upstream forgets it where the run's folder has another path now
+            best = Path(args.output_dir) / f"checkpoint-{step}"
+            state.best_model_checkpoint = str(best) if best.is_dir() else state.best_model_checkpoint
+        self.resumes = [*known["resumes"], *self.resumes]
+        trainer.counts = torch.tensor(known["counts"], dtype=torch.int64, device=args.device)
+        trainer.micro_batches.rows_at_once = known.get("rows_at_once")
+        trainer.step_checks.recent_losses, trainer.step_checks.spikes = known["recent_losses"], known["spikes"]
+        for mode, metrics in known["metrics"].items():
+            for name, values in metrics.items():
+                trainer._metrics[mode][name] = list(values)
+        if known["evaluation_is_due"]:  # random states are restored after this, so it changes nothing that is trained
+            trainer._determine_best_metric(trainer._evaluate(None, None), None)
+
+    def write(self, folder: Path) -> None:
+        """Add this process's file to a checkpoint."""
+        trainer = self.trainer
+        metrics = {mode: {name: list(map(float, values)) for name, values in found.items()}
+                   for mode, found in trainer._metrics.items()}  # fmt: skip
+        known = {
+            "loss_since_log": float(trainer._tr_loss),
+            "last_logged": trainer._globalstep_last_logged,
+            "loss": self.loss_before + trainer._total_loss_scalar,
+            "seconds": self.seconds + time.perf_counter() - self._began,
+            "resumes": self.resumes,
+            "counts": trainer.counts.tolist(),
+            "rows_at_once": trainer.micro_batches.rows_at_once,
+            "recent_losses": trainer.step_checks.recent_losses,
+            "spikes": trainer.step_checks.spikes,
+            "metrics": metrics,
+            "evaluation_is_due": trainer.stop.left_evaluation,
+        }
+        path = folder / f"progress_{trainer.args.process_index}.json"
+        path.write_text(json.dumps(known), encoding="utf-8")
+
+
+class Sealing:
+    """Makes what is saved a checkpoint that verifies, and deletes those that need not be kept.
 
     Args:
-        write: writes upstream's part.
-
-    Raises:
-        CheckpointError: it could not be written; the one before it stands.
+        trainer: it saves.
+        identity: what the run is made of (`instructft.checkpoints.resume.identity`); written into every checkpoint.
+        versions: of the libraries.
     """
-    run, first = Path(trainer.args.output_dir), trainer.args.process_index == 0
-    folder = run / f"checkpoint-{trainer.state.global_step}"
-    try:
-        if first:
-            manifest.require_space(run, _bytes(trainer))
-            manifest.begin(folder)
+
+    def __init__(self, trainer: Trainer, identity: Mapping[str, Any], versions: Mapping[str, str]):
+        self.trainer, self.identity, self.versions = trainer, identity, versions
+        self.keep, trainer.args.save_total_limit = trainer.args.save_total_limit, None  # upstream deletes others' too
+
+    @contextlib.contextmanager
+    def checkpoint(self, folder: Path) -> Iterator[None]:
+        """Inside, every process writes its files into the folder; afterwards it is whole on the disk, and sealed.
+
+        Raises:
+            CheckpointError: it could not be written; with the checkpoint that stands.
+        """
+        trainer, run = self.trainer, folder.parent
+        first = trainer.args.process_index == 0
+        try:
+            if first:
+                manifest.require_space(run, self._bytes())
+                manifest.begin(folder)
+            trainer.accelerator.wait_for_everyone()
+            yield
+            trainer.accelerator.wait_for_everyone()
+            if first:
+                manifest.seal(folder, self.identity, self.versions)
+                manifest.retain(run, self.keep, trainer.state.best_model_checkpoint)
+                self._upload(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if ran_out(error):
+                raise
+            why = "the disk is full" if manifest.out_of_space(error, run) else first_line(error)
+            raise CheckpointError(f"{folder} could not be written: {why}; {manifest.standing(run)}") from error
         trainer.accelerator.wait_for_everyone()
-        write()
-        path = folder / f"progress_{trainer.args.process_index}.json"
-        path.write_text(json.dumps(_progress(trainer)), encoding="utf-8")
-        trainer.accelerator.wait_for_everyone()  # every process has written its files
-        if first:
-            manifest.seal(folder, trainer.identity, trainer.versions)
-            manifest.retain(run, keep, trainer.state.best_model_checkpoint)
-            if trainer.publisher is not None:
-                tokens, loss = progress_of(folder)
-                kept = [path.name for path in manifest.folders(run) if manifest.kind(path) == "sealed"]
-                trainer.publisher.checkpoint_sealed(folder, trainer.state.global_step, tokens, loss, kept)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if ran_out(error):
-            raise
-        why = "the disk is full" if manifest.out_of_space(error, run) else first_line(error)
-        raise CheckpointError(f"{folder} could not be written: {why}; {manifest.standing(run)}") from error
-    trainer.accelerator.wait_for_everyone()
-    return folder.name
 
+    def _upload(self, folder: Path) -> None:
+        if self.trainer.publisher is not None:
+            tokens, loss = progress_of(folder)
+            kept = [path.name for path in manifest.folders(folder.parent) if manifest.kind(path) == "sealed"]
+            self.trainer.publisher.checkpoint_sealed(folder, self.trainer.state.global_step, tokens, loss, kept)
 
-def _progress(trainer: Trainer) -> dict[str, Any]:
-    metrics = {mode: {name: list(map(float, values)) for name, values in found.items()}
-               for mode, found in trainer._metrics.items()}  # fmt: skip
-    return {
-        "loss_since_log": float(trainer._tr_loss),
-        "last_logged": trainer._globalstep_last_logged,
-        "loss": trainer.loss_before + trainer._total_loss_scalar,
-        "seconds": trainer.seconds + time.perf_counter() - trainer.began,
-        "resumes": trainer.resumes,
-        "counts": trainer.counts(),
-        "rows_at_once": trainer.rows.found,
-        "recent_losses": trainer.checks.recent_losses,
-        "spikes": trainer.checks.spikes,
-        "metrics": metrics,
-        "evaluation_is_due": trainer.stop.left_evaluation,
-    }
-
-
-def restore(trainer: Trainer, folder: Path) -> bool:
-    """Put back what `save_sealed` wrote; whether an evaluation is due, which the run that was stopped left out."""
-    known = json.loads((folder / f"progress_{trainer.args.process_index}.json").read_text(encoding="utf-8"))
-    trainer._tr_loss += known["loss_since_log"]
-    trainer._globalstep_last_logged = known["last_logged"]
-    trainer.loss_before = known["loss"]
-    trainer.seconds = known["seconds"]
-    state = trainer.state
-    if step := state.best_global_step:  # upstream forgets it where the run's folder has another path now
-        best = Path(trainer.args.output_dir) / f"checkpoint-{step}"
-        state.best_model_checkpoint = str(best) if best.is_dir() else state.best_model_checkpoint
-    trainer.resumes = [*known["resumes"], *trainer.resumes]
-    trainer.restore_counts(known["counts"])
-    trainer.rows.found = known.get("rows_at_once")
-    trainer.checks.recent_losses, trainer.checks.spikes = known["recent_losses"], known["spikes"]
-    for mode, metrics in known["metrics"].items():
-        for name, values in metrics.items():
-            trainer._metrics[mode][name] = list(values)
-    return bool(known["evaluation_is_due"])
-
-
-def _bytes(trainer: Trainer) -> int:
-    """About what a checkpoint takes on the disk, the parts of all processes together."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    saved = [p for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config")]
-    saved *= 2 if trainer.is_fsdp_enabled else 1  # accelerate's own files, and the one for `from_pretrained`
-    states = getattr(trainer.optimizer, "state", {}) if trainer.optimizer is not None else {}
-    tensors = [t for state in states.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    return sum(t.numel() * t.element_size() for t in [*saved, *tensors]) + (1 << 20)
+    def _bytes(self) -> int:
+        """About what a checkpoint takes on the disk, the parts of all processes together."""
+        trainer = self.trainer
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        saved = [p for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config")]
+        saved *= 2 if trainer.is_fsdp_enabled else 1  # accelerate's own files, and the one for `from_pretrained`
+        states = getattr(trainer.optimizer, "state", {}) if trainer.optimizer is not None else {}
+        tensors = [t for state in states.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        return sum(t.numel() * t.element_size() for t in [*saved, *tensors]) + (1 << 20)
 
 
 def gathered(model: Any) -> dict[str, torch.Tensor]:
@@ -119,10 +157,10 @@ def gathered(model: Any) -> dict[str, torch.Tensor]:
 
     adapter = hasattr(model, "peft_config")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
-    gathered: dict[str, torch.Tensor] = get_model_state_dict(model, options=options)
+    found: dict[str, torch.Tensor] = get_model_state_dict(model, options=options)
     if not adapter:  # once gathered, tied weights no longer look like one
         names: dict[int, str] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             if names.setdefault(id(tensor), name) != name:
-                gathered.pop(name, None)
-    return gathered
+                found.pop(name, None)
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,10 @@ from instructft.adapters import quantization
 from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import count_parameters, is_peft
 from instructft.checkpoints.manifest import full_disk_explained
-from instructft.checkpoints.resume import GoingOn, find, going_on, identity
+from instructft.checkpoints.resume import RunStart, find, identity, run_start
 from instructft.checkpoints.run_folder import make_folder, refuse_used_folder
 from instructft.data.prepare import Prepared, prepare
 from instructft.data.streaming import Streamed, prepare_stream
-from instructft.errors import UsageError
 from instructft.launch.workers import first_process
 from instructft.models.latest import asks_for_latest, forget_newest, resolve_latest
 from instructft.models.load import load_model
@@ -26,9 +24,9 @@ from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import load_tokenizer
 from instructft.recipe.load import check_against_installed
 from instructft.recipe.schema import Recipe
-from instructft.training.arguments import reporters, training_arguments
+from instructft.training.arguments import refuse_what_cannot_run, reporters, training_arguments
 from instructft.training.out_of_memory import explained
-from instructft.training.outcome import collect_facts, kept_unproved, library_versions, save
+from instructft.training.outcome import collect_facts, final_metrics, kept_unproved, library_versions, save
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -60,8 +58,8 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     """Train the recipe's model and leave a complete run folder.
 
     Args:
-        resume: `auto` goes on from the newest checkpoint in the run folder that verifies, where there is one; `never`
-            refuses a run folder that is not empty; else the checkpoint to go on from.
+        resume: `auto` resumes from the newest checkpoint in the run folder that verifies, where there is one; `never`
+            refuses a run folder that is not empty; else the checkpoint to resume from.
 
     Example::
 
@@ -71,7 +69,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
 
     Raises:
         UsageError: recipe, data or run folder are not right; raised before any weight is loaded.
-        ResumeError: the run cannot go on from where it was.
+        ResumeError: the run cannot be resumed.
         Stopped: a signal ended the run; its last step is saved.
         InstructftError: the run failed.
     """
@@ -81,7 +79,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     console = console or _console(state)
     run = Path(recipe.output_dir)
     check_against_installed(recipe)
-    _refuse_what_is_not_here(recipe, state)
+    refuse_what_cannot_run(recipe, state)
     checkpoint, passed = first_process(state, lambda: _where_from(recipe, run, resume))
     if checkpoint is None:
         refuse_used_folder(run)
@@ -98,9 +96,9 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
         data = prepare_stream(recipe, tokenizer) if recipe.data.datasets[0].streaming else prepare(recipe, tokenizer)
     args, precision = training_arguments(recipe, data, state)
     made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, state.num_processes))
-    start = going_on(checkpoint, passed, made_of)
+    start = run_start(checkpoint, passed, made_of)
     if facts := start.finished(run):
-        console.print(f"{run} is finished, {facts['train']['steps']:,} steps: there is nothing to go on with")
+        console.print(f"{run} is finished, {facts['train']['steps']:,} steps: there is nothing to resume")
         return Result(run, facts)
 
     model = load_model(recipe, tokenizer, start=origin)
@@ -147,32 +145,6 @@ def _console(state: PartialState) -> Console:
     from rich.console import Console
 
     return Console(quiet=not state.is_main_process, soft_wrap=True)
-
-
-def _refuse_what_is_not_here(recipe: Recipe, state: PartialState) -> None:
-    """What cannot be carried out in these processes is refused, never ignored."""
-    if recipe.train.get("auto_find_batch_size") and state.num_processes > 1:
-        raise UsageError(
-            f"train.auto_find_batch_size: found {state.num_processes} processes, and memory that runs out in one of "
-            "them leaves the others waiting; set train.per_device_train_batch_size, or use one process"
-        )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and state.num_processes == 1:
-        raise UsageError(
-            f"a launcher started {os.environ['WORLD_SIZE']} processes, and accelerate counts one in each: all would "
-            "write into one run folder. Without a GPU write train.use_cpu=true, and launch with instructft launch"
-        )
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if deepspeed and recipe.train["on_loss_spike"] == "skip":
-        raise UsageError(
-            "train.on_loss_spike: skip has no effect under DeepSpeed, which takes each step by itself; write warn, or "
-            "divide the model with --strategy fsdp2"
-        )
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if sharded and state.num_processes > 1 and state.distributed_type.value == "MULTI_CPU":
-        raise UsageError(
-            "the launcher asks for FSDP, and accelerate leaves it out on CPUs: every process would hold the whole "
-            "model. Launch with distributed_type: MULTI_GPU in place of FSDP to train on CPUs"
-        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -234,7 +206,7 @@ def build_trainer(
     model: PreTrainedModel,
     args: SFTConfig,
     origin: StartingPoint,
-    start: GoingOn,
+    start: RunStart,
     console: Console,
 ) -> Trainer:
     """The trainer with its collator and with what watches it."""
@@ -243,8 +215,9 @@ def build_trainer(
 
     from instructft.data.collator import CompletionOnlyCollator
     from instructft.inference.generator import Generator
-    from instructft.training.callbacks import EarlyStopping, MetricsFile, ProgressLine, Samples
+    from instructft.training.callbacks import MetricsFile, ProgressLine, Samples
     from instructft.training.run_warnings import RunWarnings
+    from instructft.training.stopping import EarlyStopping
     from instructft.training.trainer import Trainer
 
     run = Path(args.output_dir)
@@ -334,10 +307,10 @@ def uploads(recipe: Recipe, run: Path, first: bool, console: Console) -> Iterato
         raise
 
 
-def _run(trainer: Trainer, start: GoingOn, console: Console) -> None:
+def _run(trainer: Trainer, start: RunStart, console: Console) -> None:
     from instructft.training.callbacks import ProgressLine
 
-    trainer.resumes = start.record(trainer.versions)
+    trainer.progress.resumes = start.record(trainer.versions)
     try:
         trainer.train(resume_from_checkpoint=start.folder)
     finally:
@@ -345,20 +318,3 @@ def _run(trainer: Trainer, start: GoingOn, console: Console) -> None:
             if isinstance(callback, ProgressLine):
                 callback.close()
     trainer.stop.raise_if_stopped(trainer.last_checkpoint)
-
-
-def final_metrics(trainer: Trainer) -> dict[str, Any]:
-    """The last value of every metric; validates once more if the last validation was before the last step."""
-    from instructft.training.callbacks import restored
-
-    history = trainer.state.log_history
-    evaluated = max((entry["step"] for entry in history if "eval_loss" in entry), default=-1)
-    best = restored(trainer)
-    if trainer.eval_dataset is not None and evaluated != trainer.state.global_step and best is None:
-        trainer.evaluate()
-    metrics: dict[str, Any] = {}
-    # the final model is that of the best checkpoint, and so are its figures
-    at_best = [entry for entry in trainer.state.log_history if entry["step"] == best and "eval_loss" in entry]
-    for entry in [*trainer.state.log_history, *at_best]:
-        metrics.update(entry)
-    return {key: value for key, value in metrics.items() if key not in ("step", "epoch", "total_flos")}

@@ -150,7 +150,7 @@ class RunWarnings(TrainerCallback):
         self.generator, self.folder, self.console = generator, folder, console
         self.probes = probes(rows, generator.stop_ids)
         self.headings = headings(generator)
-        self.stop: Any = None  # `instructft.training.signals.Stop`: after a signal nothing more is asked
+        self.stop: Any = None  # `instructft.training.stopping.Stop`: after a signal nothing more is asked
         self._told: set[str] = set()
         self._asked = False
 

@@ -1,8 +1,7 @@
-"""Looks at a step before the optimizer takes it: its numbers are finite, and its loss does not leap.
+"""Looks at a step ahead of the optimizer: stops the run at one that is not a number, and tells of a loss that leaps.
 
 A NaN in one gradient makes every weight NaN at the next step, and a run that continues is lost without a word: its loss
-is logged as NaN for a day, and the checkpoints that follow are worthless. Such a step is never taken, and the run stops
-with the rows that it came from.
+is logged as NaN for a day, and the checkpoints that follow are worthless. Here the step is not taken.
 
 A loss that leaps far above what it was comes from rows that are not what they seem, or from a learning rate that is too
 high; PaLM's authors went back and left such batches out (arXiv:2204.02311, section 5.1). Here the step can be left out
@@ -12,12 +11,16 @@ before it is taken: the weights and the optimizer stay as they are, the schedule
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from instructft.checkpoints.manifest import NOT_FINITE, SPIKE
 from instructft.errors import NotFiniteError
@@ -40,114 +43,113 @@ def usual_loss(recent: list[float], loss: float, limit: float | None) -> float |
     return median if loss > limit * median and loss > median + LEAST else None
 
 
-class StepChecks:
-    """What is known of the step under way, and the checks that it must pass.
+class StepChecks(TrainerCallback):
+    """Asked before every optimizer step, when gradients are summed over processes, unscaled and clipped.
 
     Args:
-        limit: times the median loss of the last 50 steps above which a loss is a spike; None looks for nothing.
-        skip: leave such a step out. Its loss counts as recent all the same, so that a level that stays is taken for
-            what is usual after some steps, and training proceeds.
-        say: told in one line of each spike.
+        trainer: whose steps these are; it calls `begin` and `add`.
+        spike_limit: times the median loss of the last 50 steps; None looks for no spike.
+        skip_spikes: leave such a step out. Its loss counts as recent all the same, so that a level that stays is taken
+            for what is usual after some steps, and training proceeds.
+        say: told in one line of each.
 
     `spikes` lists them: step, loss, median, skipped.
     """
 
-    def __init__(self, limit: float | None, skip: bool, say: Callable[[str], Any]):
-        self.limit, self.skip, self.say = limit, skip, say
+    def __init__(self, trainer: Any, spike_limit: float | None, skip_spikes: bool, say: Callable[[str], Any]):
+        self.trainer, self.spike_limit, self.skip_spikes, self.say = trainer, spike_limit, skip_spikes, say
         self.recent_losses: list[float] = []
         self.spikes: list[dict[str, Any]] = []
-        self.loss: torch.Tensor | None = None  # summed over the micro-batches so far
-        self.batches: tuple[dict[str, torch.Tensor], ...] = ()  # kept in case their rows have to be named
+        self.begin(())
 
-    def begin(self, batches: Any) -> None:
-        """A step begins with these micro-batches."""
-        self.loss, self.batches = None, tuple(batches)
+    def begin(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        """Keep the micro-batches of a step until it is taken, in case its rows have to be named."""
+        self.batches = tuple(batches)
+        self.loss: torch.Tensor | None = None  # summed over the micro-batches so far
 
     def add(self, loss: torch.Tensor) -> None:
-        """A micro-batch is done."""
+        """Count the loss of one micro-batch."""
         self.loss = loss if self.loss is None else self.loss + loss
 
-    def check(self, trainer: Any, model: Any, norm: Any) -> None:
-        """Judge the step by its loss and the norm of its gradient, which the optimizer has not seen yet.
-
-        The gradient is gone afterwards where the step is left out. Every process must call.
-
-        Raises:
-            NotFiniteError: the loss or the gradient is not a finite number.
-        """
-        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
-        # with float16 a gradient that overflows is expected: the scaler skips the step and lowers its scale
-        scaled = getattr(trainer.accelerator, "scaler", None) is not None
-        known = [value for value in (self.loss, None if scaled else whole) if value is not None]
-        device = trainer.args.device
-        finite = torch.stack([torch.as_tensor(value, device=device).isfinite().all() for value in known]).all().long()
-        if trainer.args.world_size > 1:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the run at what is not a number; at a spike, take the gradients away where the step is left out."""
+        found = [torch.as_tensor(value, device=args.device).isfinite().all()
+                 for value in (self.loss, self._gradient_norm()) if value is not None]  # fmt: skip
+        finite = torch.stack(found).all().long()
+        if args.world_size > 1:
             torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
         if not finite:
-            self._stop_before_it(trainer)
-        if self.limit is not None and self.loss is not None:
-            self._look_for_a_spike(trainer, model, self.loss, self.limit)
+            self._refuse(state.global_step + 1)
+        if self.spike_limit is not None and self.loss is not None:
+            self._look_for_spike(state.global_step + 1, self.loss)
 
-    def _look_for_a_spike(self, trainer: Any, model: Any, own: torch.Tensor, limit: float) -> None:
-        whole = own.detach().clone().float()
-        if trainer.args.world_size > 1:
-            torch.distributed.all_reduce(whole)
-            whole /= trainer.args.world_size
-        loss = float(whole)
-        usual = usual_loss(self.recent_losses, loss, limit)
-        self.recent_losses = [*self.recent_losses, loss][-WINDOW:]
-        if usual is None:
-            return
-        step = trainer.state.global_step + 1
-        self.spikes.append({"step": step, "loss": loss, "median": usual, "skipped": self.skip})
-        done = "the step is left out" if self.skip else "the step is taken (train.on_loss_spike: warn)"
-        where = ""
-        if len(self.spikes) <= FILES:
-            path = self._write(trainer, SPIKE, [_text_of(trainer, one) for one in self._single_rows()])
-            where = f". Its rows are in {path}"
-        self.say(f"step {step}: a loss of {loss:.4f}, where {usual:.4f} was usual; {done}{where}")
-        if self.skip:
-            model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
+    def _gradient_norm(self) -> Any:
+        """The norm of the part of the gradient that this process holds; None where it says nothing.
 
-    def _stop_before_it(self, trainer: Any) -> None:
-        trainer.model.zero_grad()
-        rows = []  # each row (pack) of the step with its loss, those first whose loss is not finite
-        for one in self._single_rows():
-            with torch.no_grad(), trainer.compute_loss_context_manager():
-                loss = float(trainer.model(**trainer._prepare_inputs(one), use_cache=False).loss)
-            rows.append({"loss": loss, **_text_of(trainer, one)})
-        rows.sort(key=lambda row: _is_finite(row["loss"]))
-        bad = sum(not _is_finite(row["loss"]) for row in rows)
-        told = [{**row, "loss": row["loss"] if _is_finite(row["loss"]) else str(row["loss"])} for row in rows]
-        path = self._write(trainer, NOT_FINITE, told)
+        Clipping has multiplied every gradient by a number that is NaN itself if one of them was: none is missed.
+        """
+        if self.trainer.is_deepspeed_enabled:  # its parameters show no gradients
+            return self.trainer.model_wrapped.get_global_grad_norm()
+        if getattr(self.trainer.accelerator, "scaler", None) is not None:
+            return None  # with float16 a gradient that overflows is expected: the scaler skips the step
+        gradients = [p.grad for p in self.trainer.model_wrapped.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm([g.to_local() if isinstance(g, DTensor) else g for g in gradients])
+
+    def _refuse(self, step: int) -> None:
+        self.trainer.model.zero_grad()
+        rows = [{"loss": self._loss_of(one), **self._text_of(one)} for one in self._rows()]
+        rows.sort(key=lambda row: math.isfinite(row["loss"]))
+        bad = sum(not math.isfinite(row["loss"]) for row in rows)
+        path = self._write(NOT_FINITE, step, [
+            {**row, "loss": row["loss"] if math.isfinite(row["loss"]) else str(row["loss"])} for row in rows
+        ])  # fmt: skip
         what = f"the loss of {bad} of its {len(rows)} rows" if bad else "a gradient"
         raise NotFiniteError(
-            f"step {trainer.state.global_step + 1}: {what} is not a finite number; the step was not taken. Its rows "
-            f"are in {path}. Look at them first; if they are sound, a lower train.learning_rate, more "
-            "train.warmup_steps, or train.bf16 in place of train.fp16 help most often"
+            f"step {step}: {what} is not a finite number; the step was not taken. Its rows are in {path}. "
+            "Look at them first; if they are sound, a lower train.learning_rate, more train.warmup_steps, or "
+            "train.bf16 in place of train.fp16 help most often"
         )
 
-    def _write(self, trainer: Any, name: str, rows: list[dict[str, Any]]) -> Path:
-        step = trainer.state.global_step + 1
-        path = Path(trainer.args.output_dir) / f"{name}{step}-{trainer.args.process_index}.jsonl"
+    def _look_for_spike(self, step: int, loss: torch.Tensor) -> None:
+        mean = loss.detach().clone().float()
+        if self.trainer.args.world_size > 1:
+            torch.distributed.all_reduce(mean)
+            mean /= self.trainer.args.world_size
+        value = float(mean)
+        usual = usual_loss(self.recent_losses, value, self.spike_limit)
+        self.recent_losses = [*self.recent_losses, value][-WINDOW:]
+        if usual is None:
+            return
+        self.spikes.append({"step": step, "loss": value, "median": usual, "skipped": self.skip_spikes})
+        done = "the step is left out" if self.skip_spikes else "the step is taken (train.on_loss_spike: warn)"
+        where = ""
+        if len(self.spikes) <= FILES:
+            where = f". Its rows are in {self._write(SPIKE, step, map(self._text_of, self._rows()))}"
+        self.say(f"step {step}: a loss of {value:.4f}, where {usual:.4f} was usual; {done}{where}")
+        if self.skip_spikes:  # an optimizer passes over parameters without a gradient
+            self.trainer.model_wrapped.zero_grad(set_to_none=True)
+
+    def _write(self, name: str, step: int, rows: Iterable[dict[str, Any]]) -> Path:
+        args = self.trainer.args
+        path = Path(args.output_dir) / f"{name}{step}-{args.process_index}.jsonl"
         path.write_text("".join(json.dumps({"step": step, **row}) + "\n" for row in rows), encoding="utf-8")
         return path
 
-    def _single_rows(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The rows of the step, each as a batch of one."""
+    def _rows(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The rows (packs) of the step, each as a batch of one."""
         for batch in self.batches:
             count = batch["input_ids"].shape[0]
             for i in range(count):
                 yield {name: value[i : i + 1] if value.shape[:1] == (count,) else value
                        for name, value in batch.items()}  # fmt: skip
 
+    def _loss_of(self, one: dict[str, torch.Tensor]) -> float:
+        trainer = self.trainer
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            return float(trainer.model(**send_to_device(one, trainer.args.device), use_cache=False).loss)
 
-def _text_of(trainer: Any, one: dict[str, torch.Tensor]) -> dict[str, Any]:
-    ids = one["input_ids"][0]
-    if (mask := one.get("attention_mask")) is not None:
-        ids = ids[mask[0].bool()]
-    return {"text": trainer.processing_class.decode(ids), "input_ids": ids.tolist()}
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0
+    def _text_of(self, one: dict[str, torch.Tensor]) -> dict[str, Any]:
+        ids = one["input_ids"][0]
+        if (mask := one.get("attention_mask")) is not None:
+            ids = ids[mask[0].bool()]
+        return {"text": self.trainer.processing_class.decode(ids), "input_ids": ids.tolist()}

@@ -1,20 +1,16 @@
-"""TRL's `SFTTrainer` on ready rows: losses, counts and order put right, steps that are checked, runs that resume.
-
-What it overrides is here, in the order in which a run comes to it; what an override does at length is a collaborator's:
-`StepChecks` judges a step before it is taken, `RowsAtOnce` finds the batch that fits, `resumable` seals checkpoints.
-"""
+"""TRL's `SFTTrainer` on ready rows: what it counts, averages, orders and saves is put right here, in one class."""
 
 from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
@@ -23,18 +19,18 @@ from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import token_rows
 from instructft.data.packing import flat
 from instructft.data.row_order import LengthGrouped
-from instructft.training.batch_size import RowsAtOnce
+from instructft.training.batch_size import MicroBatches
 from instructft.training.fused_loss import add_supervised_head, scores
-from instructft.training.resumable import gathered, restore, save_sealed
-from instructft.training.signals import EvaluationLeft, Stop
+from instructft.training.resumable import Progress, Sealing, gathered
 from instructft.training.step_checks import StepChecks
+from instructft.training.stopping import EvaluationLeft, Stop
 
 if TYPE_CHECKING:
     from instructft.hub.background import Publisher
 
 
 class Trainer(SFTTrainer):
-    """`SFTTrainer` for rows that are tokenized and masked already, whose checkpoints verify and whose runs resume.
+    """`SFTTrainer` for rows that are tokenized and masked already, whose runs can be resumed bit for bit.
 
     - `eval_loss` is the mean over all supervised tokens of the validation rows. Upstream averages the means of
       batches, so that a token in a batch of short answers weighs more than one in a batch of long answers, and the
@@ -43,17 +39,15 @@ class Trainer(SFTTrainer):
       `num_tokens` counts a batch of packs as if it were one row (trl 1.16, `compute_loss`).
     - `train_sampling_strategy: group_by_length` forms steps of rows of like length (`LengthGrouped`).
     - The model card is written by `instructft.report.model_card`, not at every checkpoint.
-    - An adapter is trained in float32 over a quantized base too, and each folder that holds one gets its `metadata`.
+    - An adapter is trained in float32 over a quantized base too, and each folder that holds one gets its metadata.
 
     Args:
-        eval_groups: data set -> rows in the order of the validation set; each gets an `eval_<name>_loss` of its own.
+        eval_groups: data set -> rows, in the order of the validation set; each gets an `eval_<name>_loss` of its own.
         metadata: written into each folder that holds the adapter.
-        find_batch: find how many rows at a time fit into memory (`RowsAtOnce`).
-        spike_limit, skip_spikes: see `StepChecks`.
-        say: told, line by line, what happens on the way.
-        identity: what the run is made of (`instructft.checkpoints.resume.identity`); written into every checkpoint.
-        versions: of the libraries.
-        stop: the signals to listen to.
+        find_batch: `auto_find_batch_size`, see `batch_size`.
+        spike_limit, skip_spikes: what is done about a loss that leaps, see `step_checks`.
+        say: told in one line what a person should know.
+        identity, versions: what every checkpoint says of the run, see `resumable`.
     """
 
     current_gradient_accumulation_steps: int  # of upstream: micro-batches in the step under way
@@ -69,7 +63,6 @@ class Trainer(SFTTrainer):
         say: Callable[[str], Any] = print,
         identity: Mapping[str, Any] | None = None,
         versions: Mapping[str, str] | None = None,
-        stop: Stop | None = None,
         **kwargs: Any,
     ):
         trained = {name: p.data for name, p in kwargs["model"].named_parameters() if p.requires_grad}
@@ -79,88 +72,59 @@ class Trainer(SFTTrainer):
                 # upstream rounds the adapter of a quantized base to bfloat16 (trl 1.16), which AdamW's updates of late
                 # steps are too small for
                 parameter.data = trained[name].to(parameter.device)
-        self.checks = StepChecks(spike_limit, skip_spikes, say)
-        self.rows = RowsAtOnce(find_batch, self._one_batch, say)
-        self.identity, self.versions = identity or {}, versions or {}
-        self.stop = stop or Stop()
-        self.add_callback(self.stop)
-        self._keep, self.args.save_total_limit = self.args.save_total_limit, None  # upstream deletes folders of others
-        self.seconds = 0.0  # of training, the part before a resume included
-        self.loss_before = 0.0  # summed over the steps before a resume
-        self.last_checkpoint: str | None = None
-        self.publisher: Publisher | None = None  # uploads what is sealed, while training continues
-        self.resumes: list[dict[str, Any]] = []  # each time that the run was resumed: from where, what had changed
-        self._resumes_from: Path | None = None
-        self._metadata = metadata
-        self._eval_groups = eval_groups or {}
         bare = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_supervised_head(bare)
         if token_rows(bare.get_output_embeddings()) is not None:
             bare.base_model.register_forward_pre_hook(functools.partial(_gather_head, bare))
-        self._seen = torch.zeros(3, dtype=torch.int64, device=self.args.device)
+        self._metadata = metadata
+        self._eval_groups = eval_groups or {}
         self._eval_sums: list[torch.Tensor] = []
         self._eval_order = np.arange(0)
+        # tokens, supervised tokens and slots (tokens with padding) that this process has trained
+        self.counts = torch.zeros(3, dtype=torch.int64, device=self.args.device)
+        self.micro_batches = MicroBatches(self, find_batch, say)
+        self.step_checks = StepChecks(self, spike_limit, skip_spikes, say)
+        self.stop = Stop()
+        self.progress = Progress(self)
+        for callback in (self.step_checks, self.stop, self.progress):
+            self.add_callback(callback)
+        self.versions = versions or {}
+        self._sealing = Sealing(self, identity or {}, self.versions)
+        self.last_checkpoint: str | None = None
+        self.publisher: Publisher | None = None  # uploads what is sealed while training continues
 
-    @property
-    def is_fsdp2(self) -> bool:
-        """Whether each process holds a part of every weight only (FSDP, version 2)."""
-        return bool(self.is_fsdp_enabled and self.accelerator.is_fsdp2)
-
-    # -- a run ------------------------------------------------------------------------------------------------------
+    # -- training ---------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train to the end or to a signal; from a checkpoint's folder where one is given."""
-        self._resumes_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        self.began = time.perf_counter()
-        with self.stop:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self.seconds += time.perf_counter() - self.began
-        return output
+        with self.progress.training(resume_from_checkpoint), self.stop:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        if self._resumes_from is not None:
-            folder, self._resumes_from = self._resumes_from, None
-            self._restore(folder)
-        ended = self.control.should_training_stop and not self.stop.agreed  # by patience, before the resume
+        ended = self.control.should_training_stop and not self.stop.agreed  # early, before the resume
         if ended or self.state.global_step >= self.state.max_steps:  # upstream would train one step more
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self._resumes_from is not None:  # no epoch was left to train
-            self._restore(self._resumes_from)
-        return super()._finalize_training(*args, **kwargs)
-
-    def _restore(self, folder: Path) -> None:
-        if restore(self, folder):  # random states are restored after this, so it changes nothing that is trained
-            self._determine_best_metric(self._evaluate(None, None), None)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
-            return super()._get_train_sampler(train_dataset)
-        args = self.args
-        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGrouped(flat(dataset)[2], step, args.seed if args.data_seed is None else args.data_seed)
-
-    # -- a step -----------------------------------------------------------------------------------------------------
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of a step."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        self.checks.begin(batches)
-        self.rows.begin()
+        self.micro_batches.begin(batches)
+        self.step_checks.begin(batches)
         return batches, items
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Loss and gradient of one micro-batch, in parts where it does not fit as a whole."""
-        return self.rows.train(self, model, inputs, num_items_in_batch)
-
-    def _one_batch(self, model: Any, inputs: dict[str, Any], items: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(model, inputs, items)
-        self.checks.add(loss)
+        """Loss and gradient of one micro-batch, in parts where it does not fit into memory as a whole."""
+        loss = self.micro_batches.train(super().training_step, model, inputs, num_items_in_batch)
+        self.step_checks.add(loss)
         return loss
+
+    @property
+    def seen(self) -> dict[str, int]:
+        """Tokens, supervised tokens and slots (tokens with padding) of the batches trained so far."""
+        tokens, supervised, slots = self.accelerator.reduce(self.counts, "sum").tolist()
+        return {"tokens": tokens, "supervised_tokens": supervised, "slots": slots}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a batch: the sum over its supervised tokens, divided by those of the whole step."""
@@ -175,56 +139,61 @@ class Trainer(SFTTrainer):
             following = torch.nn.functional.pad(positions[:, 1:], (0, 1))
             tokens = ((positions != 0) | (following != 0)).sum()
         counts = [tokens, (labels[:, 1:] != -100).sum(), labels.new_tensor(labels.numel())]
-        self._seen += torch.stack([count.to(self._seen.device) for count in counts])
+        self.counts += torch.stack([count.to(self.counts.device) for count in counts])
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self._metrics["train"]["num_tokens"] = [self.seen["tokens"]]
         return loss
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm of the step's gradient, judged before the optimizer sees it.
-
-        Here, and not in the callback before the optimizer's step: that one is not told the norm, and would pass over
-        all gradients once more for it.
-        """
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.checks.check(self, model, norm)
-        return norm
-
-    def counts(self) -> list[int]:
-        """Tokens, supervised tokens and slots that this process has trained."""
-        found: list[int] = self._seen.tolist()
-        return found
-
-    def restore_counts(self, counts: list[int]) -> None:
-        """Count on from a checkpoint."""
-        self._seen = torch.tensor(counts, dtype=torch.int64, device=self.args.device)
-
-    def counted(self) -> Any:
-        """What a step that is done again would count twice."""
-        metrics = {name: list(values) for name, values in self._metrics["train"].items()}
-        return self.counts(), metrics, self.checks.loss, self._total_train_tokens
-
-    def restore_counted(self, counted: Any) -> None:
-        """Put back what `counted` gave."""
-        counts, metrics, self.checks.loss, self._total_train_tokens = counted
-        self.restore_counts(counts)
-        self._metrics["train"].clear()
-        self._metrics["train"].update({name: list(values) for name, values in metrics.items()})
-
-    @property
-    def seen(self) -> dict[str, int]:
-        """Tokens, supervised tokens and slots (tokens with padding) of the batches trained so far."""
-        tokens, supervised, slots = self.accelerator.reduce(self._seen, "sum").tolist()
-        return {"tokens": tokens, "supervised_tokens": supervised, "slots": slots}
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGrouped(flat(dataset)[2], step, args.seed if args.data_seed is None else args.data_seed)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; random states stay as they are, so that how often one looks changes nothing that is trained."""
+        device = self.args.device  # merely to iterate over a data loader draws a number
+        kind = device.type if device.type != "cpu" else "cuda"  # the CPU's own state is always kept
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=kind):
+            try:
+                found: dict[str, float] = super().evaluate(*args, **kwargs)
+            finally:
+                self._reshard()
+        return found
+
+    def _reshard(self) -> None:
+        """Leave each process its part of the weights; FSDP2 keeps some gathered after a pass that has no backward.
+
+        They take memory, and a checkpoint would put them back: the steps after it would differ in their last bits from
+        those of a run that made none there.
+        """
+        if self.is_fsdp2:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        try:
+            found: dict[str, float] = super()._evaluate(*args, **kwargs)
+            return found
+        except EvaluationLeft:
+            self.stop.left_evaluation = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return bool(metrics) and bool(super()._determine_best_metric(metrics=metrics, trial=trial))
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         """Loss of one validation batch; its sums are kept, row by row, for the mean over all tokens."""
-        self.rows.under_way = ("validation", tuple(inputs["input_ids"].shape))
-        inputs = self._prepare_inputs(inputs)
+        self.micro_batches.under_way = ("validation", tuple(inputs["input_ids"].shape))
+        inputs = send_to_device(inputs, self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             out = scores(model, inputs)
         per_row = [-out.log_probs, out.label_mask, out.entropy, out.is_top1]  # each (B, T - 1), zero where no loss
@@ -268,38 +237,7 @@ class Trainer(SFTTrainer):
         self._eval_order = np.argsort(-flat(eval_dataset)[2], kind="stable")
         return self._eval_order.tolist()
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; random states stay as they are, so that how often one looks changes nothing that is trained."""
-        device = self.args.device  # merely to iterate over a data loader draws a number
-        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=_kind(device)):
-            try:
-                found: dict[str, float] = super().evaluate(*args, **kwargs)
-            finally:
-                self._reshard()
-        return found
-
-    def _reshard(self) -> None:
-        """Leave each process its part of the weights; FSDP2 keeps some gathered after a pass that has no backward.
-
-        They take memory, and a checkpoint would put them back: the steps after it would differ in their last bits from
-        those of a run that made none there.
-        """
-        if self.is_fsdp2:
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        try:
-            found: dict[str, float] = super()._evaluate(*args, **kwargs)
-            return found
-        except EvaluationLeft:
-            self.stop.left_evaluation = True
-            self.control.should_save = self.control.should_training_stop = True
-            return {}
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        return bool(metrics) and bool(super()._determine_best_metric(metrics=metrics, trial=trial))
+    # -- logging and saving -----------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log; the mean loss of a run counts the steps before a resume too, and is told at its end only."""
@@ -307,14 +245,15 @@ class Trainer(SFTTrainer):
             if self.stop.agreed:
                 return
             steps = max(self.state.global_step, 1)
-            logs["train_loss"] = (self.loss_before + self._total_loss_scalar) / steps
+            logs["train_loss"] = (self.progress.loss_before + self._total_loss_scalar) / steps
         super().log(logs, *args, **kwargs)
 
-    # -- saving -----------------------------------------------------------------------------------------------------
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        write = functools.partial(super()._save_checkpoint, model, trial)
-        self.last_checkpoint = save_sealed(self, write, self._keep)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with self._sealing.checkpoint(folder):
+            super()._save_checkpoint(model, trial)
+            self.progress.write(folder)
+        self.last_checkpoint = folder.name
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as `from_pretrained` wants it. Every process must call; the first one writes."""
@@ -324,6 +263,11 @@ class Trainer(SFTTrainer):
         # upstream saves nothing where checkpoints are in shards (transformers 5.23), and of an adapter gathers the base
         self._save(output_dir or self.args.output_dir, state_dict=gathered(self.model))
 
+    @property
+    def is_fsdp2(self) -> bool:
+        """Whether each process holds a part of every weight only (FSDP, version 2)."""
+        return bool(self.is_fsdp_enabled and self.accelerator.is_fsdp2)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self._metadata is not None and self.args.should_save:
@@ -331,10 +275,6 @@ class Trainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Upstream writes its own card at every checkpoint; ours is written once, when the run is done."""
-
-
-def _kind(device: torch.device) -> str:
-    return device.type if device.type != "cpu" else "cuda"  # the CPU's own state is always kept
 
 
 def _gather_head(model: Any, *_: Any) -> None:

@@ -48,11 +48,12 @@ samples: [Hello]
 LORA = "adapter: {type: lora, r: 4, dropout: 0.0}"
 # model, adapter, template (chatml brings tokens of its own, whose rows are trained), how checkpoints are written
 CASES = {
-    "gpt2": ("gpt2", "", "instruction", "FULL_STATE_DICT"),
-    "llama": ("llama", "", "chatml", "SHARDED_STATE_DICT"),
+    "gpt2": ("gpt2", "", "instruction", "SHARDED_STATE_DICT"),
+    "llama": ("llama", "", "chatml", "FULL_STATE_DICT"),
     "gpt2-lora": ("gpt2", LORA, "instruction", "SHARDED_STATE_DICT"),
     "llama-lora": ("llama", LORA, "chatml", "FULL_STATE_DICT"),
 }
+ALWAYS = ("gpt2", "llama-lora")  # all weights and an adapter, a tied head and rows of new tokens, parts and whole
 
 
 def trained(folder: Path, name: str) -> list[list[dict[str, Any]]]:
@@ -102,7 +103,9 @@ def logged(run: Path, *names: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(600)  # two processes start, and train three times
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.battery) for name in CASES]
+)
 def test_two_processes_that_share_the_weights(tmp_path: Path, name: str) -> None:
     """One launch a case, since its start takes longer than its runs: all that a case promises is looked at here."""
     notes = trained(tmp_path, name)
@@ -192,11 +195,11 @@ def test_fsdp_that_accelerate_would_leave_out_is_refused(
 
     from accelerate.state import DistributedType
 
-    from instructft.training.run import _refuse_what_is_not_here
+    from instructft.training.arguments import refuse_what_cannot_run
 
     recipe = instructft.load_recipe(write_recipe())
     state: Any = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU)
-    _refuse_what_is_not_here(recipe, state)
+    refuse_what_cannot_run(recipe, state)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UsageError, match="the launcher asks for FSDP"):
-        _refuse_what_is_not_here(recipe, state)
+        refuse_what_cannot_run(recipe, state)

@@ -236,13 +236,17 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("data.template=human-assistant", "data.template"),
         ("model.config.n_layer=1", "model.config"),
         ("train.optim=sgd", "train.optim"),
+        (
+            "train.dataloader_drop_last=true",
+            "train.dataloader_drop_last: false when checkpoint-6 was written, now true",
+        ),
         ("train.lr_scheduler_type=constant", "train.lr_scheduler_type"),
         ("train.max_steps=24", "train.max_steps: 12 when checkpoint-6 was written, now 24; it may only grow"),
     ],
 )
 def test_a_changed_field_is_refused_by_name(half: Path, override: str, said: str) -> None:
     before = sorted((half.parent / "run").rglob("*"))
-    with pytest.raises(ResumeError, match="cannot go on with these changes") as error:
+    with pytest.raises(ResumeError, match="cannot be resumed with these changes") as error:
         train(instructft.load_recipe(half, [override]), console=QUIET)
     assert said in str(error.value)
     assert error.value.exit_code == 2
@@ -255,6 +259,7 @@ def test_what_is_free_may_change(half: Path, tmp_path: Path, uninterrupted: Path
     run = tmp_path / "run"
     shutil.copytree(half.parent / "run", run)
     free = ["train.logging_steps=1", "train.eval_steps=6", "train.save_steps=5", "samples=[Hello]", f"output_dir={run}"]
+    free += ["train.dataloader_num_workers=1", "train.dataloader_prefetch_factor=1"]
     train(instructft.load_recipe(half, free), console=QUIET)
     assert weights(run) == weights(uninterrupted)
 
@@ -275,7 +280,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(half: Path, tmp_path: Pat
     result = train(recipe, console=console)
     said = " ".join(console.export_text().split())
     assert "checkpoint-6: optimizer.pt is not what was written (its SHA-256 differs)" in said
-    assert "going on from" in said
+    assert "resuming from" in said
     assert "checkpoint-3, 3 steps done" in said
     assert weights(run) == weights(uninterrupted)
     assert result.facts["train"]["resumed"][0]["passed_over"]

@@ -275,7 +275,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(write_recipe, monk
     """accelerate counts one process in each of two, on a machine without a GPU that was not told to use the CPU."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    refuse = import_module("instructft.training.run")._refuse_what_is_not_here
+    refuse = import_module("instructft.training.arguments").refuse_what_cannot_run
     state = SimpleNamespace(num_processes=1, distributed_type=SimpleNamespace(value="NO"))
     with pytest.raises(UsageError, match="a launcher started 2 processes, and accelerate counts one in each"):
         refuse(instructft.load_recipe(write_recipe()), state)

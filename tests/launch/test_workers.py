@@ -175,7 +175,7 @@ def test_one_exit_code_for_all() -> None:
 
 def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduler sends it to every process of a job, and the launcher passes it on to the workers."""
-    from instructft.training import signals
+    from instructft.training import stopping as signals
 
     ends: list[int] = []
     monkeypatch.setattr(os, "_exit", ends.append)

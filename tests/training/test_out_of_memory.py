@@ -1,14 +1,11 @@
-"""Memory that runs out: one message with keys that help, and `auto_find_batch_size`, whose steps keep their rows."""
+"""Memory that runs out: one message with keys that help, in the order of what they save."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,66 +13,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
-from trl import SFTTrainer
 
-import instructft
-from instructft.errors import OutOfMemoryError, RecipeError, Stopped, UsageError
+from instructft.errors import OutOfMemoryError
 from instructft.training.out_of_memory import ran_out
 from instructft.training.run import train
+from tests.helpers.out_of_memory import CUDA, out_of_memory, proposed
 
 QUIET = Console(quiet=True)
-CUDA = (
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.00 GiB is free."
-)
-RECIPE = """
-model:
-  config: {model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 32, n_positions: 192, resid_pdrop: 0.0, embd_pdrop: 0.0,
-           attn_pdrop: 0.0}
-  tokenizer: quickstart
-data: {datasets: [{name: quickstart, rows: 160}], template: instruction, max_length: 160, splits: {validation: 0.1}}
-train: {max_steps: 4, per_device_train_batch_size: 4, gradient_accumulation_steps: 2, logging_steps: 1, eval_steps: 4,
-        save_steps: 2, use_cpu: true, learning_rate: 1e-2, adam_epsilon: 1e-3, report_to: none}
-"""
-Fails = Callable[[Any, int], bool]  # (trainer, rows) -> whether memory runs out now
-
-
-@pytest.fixture
-def recipe(write_recipe: Callable[..., Path]) -> Callable[..., Any]:
-    path = write_recipe(RECIPE)
-
-    def load(*overrides: str) -> Any:
-        if any("tokens_per_step" in override for override in overrides):  # it sets the accumulation
-            path.write_text(path.read_text().replace("gradient_accumulation_steps: 2, ", ""))
-        return instructft.load_recipe(path, list(overrides))
-
-    return load
-
-
-def out_of_memory(patch: pytest.MonkeyPatch, fails: Fails, error: Any = None, after: bool = False) -> list[int]:
-    """Let memory run out where `fails` says so, `after` the gradient is there or before; the rows that were tried."""
-    real, tried = SFTTrainer.training_step, []
-
-    def step(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
-        rows = inputs["input_ids"].shape[0]
-        tried.append(rows)
-        failing = fails(self, rows)
-        if failing and not after:
-            raise error or torch.OutOfMemoryError(CUDA)
-        loss = real(self, model, inputs, *args)
-        if failing:
-            raise error or torch.OutOfMemoryError(CUDA)
-        return loss
-
-    patch.setattr(SFTTrainer, "training_step", step)
-    return tried
-
-
-def proposed(error: OutOfMemoryError) -> list[str]:
-    """The overrides that a message names, line by line."""
-    lines = str(error).split("What would help most:\n")[1].splitlines()
-    return [line.split("  (")[0].strip() for line in lines]
-
 
 # The message
 
@@ -180,7 +124,7 @@ def test_a_model_that_is_too_large_gets_other_advice(recipe: Any, monkeypatch: p
     assert not any(key.startswith("adapter") for key, _ in adapted)
     assert adapted[0][0] == "model.quantization=4bit"
     assert "about 3.4 GiB" in adapted[0][1]
-    trainer.rows.under_way = ("validation", (4, 160))
+    trainer.micro_batches.under_way = ("validation", (4, 160))
     assert advice(asked, trainer, held)[0][0] == "train.per_device_eval_batch_size=2"
 
 
@@ -209,119 +153,3 @@ main()
     assert "step 1: memory ran out on cpu, with a batch of 32 × " in done.stderr
     assert "train.per_device_train_batch_size=16 train.gradient_accumulation_steps=4" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-# auto_find_batch_size
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model.safetensors")
-
-
-def logged(run: Path, *names: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in ("step", *names) if name in line} for line in lines]
-
-
-@pytest.mark.parametrize("how", [pytest.param("rows", marks=pytest.mark.battery), "tokens"])
-def test_a_step_keeps_its_rows(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str) -> None:
-    """Memory for two rows of four runs out in the middle of step 2: the run is the one that never ran out."""
-    step = ("train.tokens_per_step=600",) if how == "tokens" else ()
-    with monkeypatch.context() as patch:
-        tried = out_of_memory(patch, lambda *_: False)
-        whole = train(recipe(*step, f"output_dir={tmp_path / 'whole'}"), console=QUIET)
-    count = len(tried) // 4  # micro-batches in a step
-    assert set(tried) == {4}
-    assert count > 1
-    with monkeypatch.context() as patch:
-        tried = out_of_memory(patch, runs_out_in_step_2, after=True)
-        console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
-        found = train(recipe(*step, "train.auto_find_batch_size=true"), console=console)
-    rows = 4 * count
-    said = [line for line in console.export_text().splitlines() if "do not fit" in line]
-    assert said == [
-        f"step 2: 4 rows at a time do not fit into memory; 2 are taken from now on (a step keeps its {rows} rows)"
-    ]
-    # step 1, then one micro-batch of step 2 and one that did not fit, then parts of two rows
-    assert tried == [4] * (count + 2) + [2] * (3 * 2 * count)
-    assert found.facts["train"]["rows_at_once"] == 2
-    for name in ("tokens", "supervised_tokens", "steps"):
-        assert found.facts["train"][name] == whole.facts["train"][name]
-    assert found.facts["data"]["padding_share"] == whole.facts["data"]["padding_share"]
-    kept = ("loss", "eval_loss", "grad_norm", "num_tokens", "learning_rate")
-    for mine, other in zip(logged(found.output_dir, *kept), logged(whole.output_dir, *kept), strict=True):
-        assert mine == pytest.approx(other, abs=1e-5)
-    others = weights(whole.output_dir)
-    for name, tensor in weights(found.output_dir).items():
-        torch.testing.assert_close(tensor, others[name], atol=1e-5, rtol=0)
-
-
-def runs_out_in_step_2(trainer: Any, rows: int) -> bool:
-    """Where one micro-batch of the step has its gradient already."""
-    return bool(trainer.state.global_step >= 1 and trainer.rows._done >= 1 and rows > 2)
-
-
-DROPOUT = "model.config.resid_pdrop=0.3"
-
-
-def test_a_step_that_is_done_again_leaves_no_trace(
-    recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """With dropout: whether memory ran out before the gradient was there or after, the weights are the same bits."""
-    runs = []
-    for after in (False, True):
-        with monkeypatch.context() as patch:
-            out_of_memory(patch, runs_out_in_step_2, after=after)
-            asked = recipe(DROPOUT, "train.auto_find_batch_size=true", f"output_dir={tmp_path / str(after)}")
-            runs.append(train(asked, console=QUIET).output_dir)
-    before, after_it = map(weights, runs)
-    assert all(torch.equal(tensor, after_it[name]) for name, tensor in before.items())
-    kept = ("loss", "eval_loss", "grad_norm", "num_tokens", "mean_token_accuracy", "entropy")
-    assert logged(runs[0], *kept) == logged(runs[1], *kept)
-
-
-def test_a_resumed_run_uses_what_was_found(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    find = (DROPOUT, "train.auto_find_batch_size=true", "train.per_device_train_batch_size=5")
-    with monkeypatch.context() as patch:
-        tried = out_of_memory(patch, lambda trainer, rows: rows > 2)
-        whole = train(recipe(*find, f"output_dir={tmp_path / 'whole'}"), console=QUIET)
-    assert tried[:3] == [5, 3, 2]  # 5 rows are 3 and 2; 3 are too many
-    assert tried[3:9] == [2, 1, 2, 2, 1, 2]
-    assert whole.facts["train"]["rows_at_once"] == 2
-
-    def stop(trainer: Any, rows: int) -> bool:
-        if trainer.state.global_step == 2 and not trainer.stop.signal:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return rows > 2
-
-    with monkeypatch.context() as patch:
-        out_of_memory(patch, stop)
-        with pytest.raises(Stopped):
-            train(recipe(*find), console=QUIET)
-    with monkeypatch.context() as patch:
-        tried = out_of_memory(patch, lambda trainer, rows: rows > 2)
-        on = train(recipe(*find), console=QUIET)
-    assert on.facts["train"]["resumed"][0]["step"] == 3
-    assert tried == [2, 2, 1, 2, 2, 1]  # nothing that is known not to fit is tried
-    others = weights(whole.output_dir)
-    assert all(torch.equal(tensor, others[name]) for name, tensor in weights(on.output_dir).items())
-
-
-def test_one_row_that_does_not_fit_ends_the_run(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = out_of_memory(monkeypatch, lambda *_: True)
-    with pytest.raises(OutOfMemoryError) as caught:
-        train(recipe("train.auto_find_batch_size=true"), console=QUIET)
-    assert tried == [4, 2, 1]
-    assert "with a batch of 1 × " in str(caught.value)
-    assert not any("batch_size" in line for line in proposed(caught.value))
-
-
-def test_what_it_cannot_work_with_is_refused(recipe: Any) -> None:
-    from instructft.training.run import _refuse_what_is_not_here
-
-    state: Any = SimpleNamespace(num_processes=2, distributed_type=None)
-    with pytest.raises(UsageError, match=r"train.auto_find_batch_size: found 2 processes"):
-        _refuse_what_is_not_here(recipe("train.auto_find_batch_size=true"), state)
-    _refuse_what_is_not_here(recipe(), state)
-    with pytest.raises(RecipeError, match=r"train.auto_find_batch_size: flash-attention gets packs as one row"):
-        recipe("train.auto_find_batch_size=true", "data.packing=true", "model.attn_implementation=flash_attention_2")
