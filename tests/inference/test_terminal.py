@@ -213,7 +213,7 @@ def test_compare_asks_what_the_run_began_from(
     from instructft.inference import reference_model as beside_module
     from instructft.inference.generator import Generator
     from instructft.models.load_for_inference import load_for_inference
-    from tests.adapters.test_adapter_folder import make_adapter, make_base
+    from tests.helpers.adapters import make_adapter, make_base
 
     if kind == "full":
         recipe = instructft.load_recipe(write_recipe())

@@ -75,7 +75,7 @@ def test_vllm_is_given_our_ids(folder: str, vllm: list[dict[str, Any]], tmp_path
 @pytest.mark.parametrize("plain", [True, False])
 def test_vllm_and_adapters(plain: bool, vllm: list[dict[str, Any]], tmp_path: Path) -> None:
     from instructft.inference.vllm import VllmGenerator
-    from tests.adapters.test_adapter_folder import make_adapter, make_base
+    from tests.helpers.adapters import make_adapter, make_base
 
     base = make_base("llama", tmp_path / "base")
     adapter, *_ = make_adapter(base, tmp_path / "adapter", use_dora=not plain)
