@@ -1,4 +1,4 @@
-"""Uploads beside training: a thread that takes the newest sealed checkpoint, and at the end the model.
+"""Uploads during training: a thread that takes the newest sealed checkpoint, and at the end the model.
 
 ::
 
@@ -7,6 +7,9 @@
     the thread    └─ uploading ─────────────────► next: ─┴─ uploading ──►
 
 Nothing that happens here ends a run: what could not be pushed is said, with the command that would push it.
+
+`HfApi.run_as_future` does not serve: Python waits for the threads of its pool at exit (a run that was told to end was
+held 8.6 s by a job of 8 s), and its queue keeps every checkpoint in place of the newest. This thread is a daemon.
 """
 
 from __future__ import annotations
@@ -33,8 +36,8 @@ from instructft.redaction import without_places
 if TYPE_CHECKING:
     from instructft.recipe.schema import Recipe
 
-ASIDE = ".upload"  # in the run folder: links to the files of checkpoints that wait or are on their way
-PATIENCE = 20.0  # seconds that a run which was told to stop waits for an upload
+UPLOADS = ".upload"  # in the run folder: links to the files of checkpoints that wait or are on their way
+STOP_LIMIT = 20.0  # seconds that a run which was told to stop waits for an upload
 _LENGTH = ("train.max_steps", "train.num_train_epochs")  # of a run these may grow
 
 
@@ -70,7 +73,7 @@ class _Waiting:
     keep: frozenset[str]
 
 
-class _GivenUp(BaseException):
+class _Stopped(BaseException):
     """Ends an upload between two requests; no `except Exception` on its way takes it for a fault of the Hub."""
 
 
@@ -93,12 +96,12 @@ class Publisher:
         self._hub, self._run, self._say = recipe.hub, run, say
         self._changed = threading.Condition()
         self._next: _Waiting | None = None
-        self._busy = self._ending = self._given_up = False
+        self._busy = self._ending = self._stop = False
         self._thread: threading.Thread | None = None
         self._last: Pushed | None = None
         self._failed: tuple[Path, str] | None = None  # the newest checkpoint, if it could not be pushed
         self._known: dict[tuple[str, str], Any] = {}  # manifests on the Hub, by path and content
-        shutil.rmtree(run / ASIDE, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(run / UPLOADS, ignore_errors=True)  # of a process that was killed
 
     # -- called by training -------------------------------------------------------------------------------------------
 
@@ -113,7 +116,7 @@ class Publisher:
         if self._hub.push != "checkpoints":
             return
         try:
-            aside = self._run / ASIDE / f"{time.monotonic_ns()}" / folder.name
+            aside = self._run / UPLOADS / f"{time.monotonic_ns()}" / folder.name
             _link(folder, aside)
             waiting = _Waiting(aside, folder, tokens, loss, frozenset({*keep, folder.name}))
             with self._changed:
@@ -127,20 +130,20 @@ class Publisher:
         except Exception as error:
             self._fail(folder, f"{type(error).__name__}: {error}")
 
-    def wait(self, patience: float | None = None) -> bool:
-        """Wait until nothing is left to upload; False if that took longer than `patience` seconds."""
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is left to upload; False if that took longer than `timeout` seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._next and not self._busy, patience)
+            return self._changed.wait_for(lambda: not self._next and not self._busy, timeout)
 
     def finish(self, final: bool) -> Status:
         """Wait for what is under way; push the final model, if the run has reached its end. Never raises.
 
         Args:
             final: the run folder holds its final model. Otherwise the run was stopped or failed, and the process is
-                held for `PATIENCE` seconds at most.
+                held for `STOP_LIMIT` seconds at most.
         """
         try:
-            late = not self._join(None if final else PATIENCE)
+            late = not self._join(None if final else STOP_LIMIT)
             if not final:
                 return self._stopped(late)
             if self._hub.push == "never":
@@ -155,7 +158,7 @@ class Publisher:
             return Status(False, self._last.url if self._last else None, _reason(error), self._command(self._run))
         finally:
             if not (self._thread and self._thread.is_alive()):
-                shutil.rmtree(self._run / ASIDE, ignore_errors=True)
+                shutil.rmtree(self._run / UPLOADS, ignore_errors=True)
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -165,7 +168,7 @@ class Publisher:
                 self._last = self._push(waiting)
                 self._failed = None
                 self._say(f"{waiting.original.name}: {self._last}")
-            except _GivenUp:
+            except _Stopped:
                 return
             except Exception as error:
                 self._fail(waiting.original, _reason(error))
@@ -179,7 +182,7 @@ class Publisher:
         """The checkpoint to upload next, waited for; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._next or self._ending)
-            waiting, self._next = (None if self._given_up else self._next), None
+            waiting, self._next = (None if self._stop else self._next), None
             self._busy = waiting is not None
             return waiting
 
@@ -230,24 +233,24 @@ class Publisher:
 
     def _pause(self, seconds: float) -> None:
         with self._changed:
-            if self._changed.wait_for(lambda: self._given_up, seconds):
-                raise _GivenUp
+            if self._changed.wait_for(lambda: self._stop, seconds):
+                raise _Stopped
 
     def _fail(self, folder: Path, reason: str) -> None:
         if self._failed is None or self._failed[1] != reason:  # the same trouble again is no news
-            self._say(f"{folder.name} not pushed: {reason}. Training goes on; the next checkpoint is tried again")
+            self._say(f"{folder.name} not pushed: {reason}. Training continues; the next checkpoint is tried again")
         self._failed = (folder, reason)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    def _join(self, patience: float | None) -> bool:
+    def _join(self, timeout: float | None) -> bool:
         """`wait`, and let the thread end."""
         if self._thread is None:
             return True
-        done = self.wait(patience)
+        done = self.wait(timeout)
         with self._changed:
             self._ending = True
-            self._given_up = not done
+            self._stop = not done
             self._changed.notify_all()
         self._thread.join(None if done else 1.0)
         return done
@@ -274,7 +277,7 @@ class Publisher:
 
 
 def _made_of(identity: Any, run: Path) -> dict[str, Any]:
-    """What makes two checkpoints those of one run, wherever it was gone on with."""
+    """What makes two checkpoints those of one run, wherever it was resumed."""
     told = {key: without_places(value, [run], key.rpartition(".")[2]) for key, value in identity.items()}
     return {key: value for key, value in told.items() if key not in _LENGTH}
 
@@ -295,6 +298,4 @@ def _remove(aside: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, InstructftError):
-        return str(error)
-    return reason_of(error)
+    return str(error) if isinstance(error, InstructftError) else reason_of(error)

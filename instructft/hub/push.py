@@ -4,7 +4,7 @@
 
     REPO/
       config.json, *.safetensors, tokenizer.json, README.md, …   the final model, here or in `path_in_repo`
-      checkpoint_tokens_500k_loss_1.2345/                        a checkpoint that a run can go on from
+      checkpoint_tokens_500k_loss_1.2345/                        a checkpoint to resume from
 """
 
 from __future__ import annotations

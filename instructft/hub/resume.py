@@ -66,7 +66,7 @@ def newest_on_hub(hub: HubSection, run: Path) -> tuple[Checkpoint | None, list[s
         reasons = "\n".join(f"  {reason}" for reason in passed)
         raise ResumeError(
             f"none of the checkpoints in {repo_id} is whole:\n{reasons}\n"
-            "To begin anew: --resume never, or another hub.repo_id or hub.path_in_repo"
+            "To start over: --resume never, or another hub.repo_id or hub.path_in_repo"
         )
     return None, []
 
@@ -94,8 +94,8 @@ def _look(hub: HubSection) -> tuple[HfApi, str, str, Tree] | None:
 
 def _unreached(hub: HubSection, why: str) -> ResumeError:
     return ResumeError(
-        f"hub.repo_id: whether {hub.repo_id} holds a checkpoint to go on from is not known: {why}.\n"
-        "To begin anew without it: --resume never"
+        f"hub.repo_id: whether {hub.repo_id} holds a checkpoint to resume from is not known: {why}.\n"
+        "To start over without it: --resume never"
     )
 
 
@@ -139,7 +139,7 @@ def _fetch(api: HfApi, repo_id: str, head: str, tree: Tree, folder: str, run: Pa
     (aside / folder).rename(named)
     verified = verify(named)
     target = run / named.name
-    if target.exists():  # cut short, or it would have been gone on from
+    if target.exists():  # cut short, or it would have been resumed
         shutil.rmtree(target)
     named.rename(target)
     return Checkpoint(target, verified.step, verified.identity, verified.versions)

@@ -125,7 +125,7 @@ def plot_loss(run: Path, title: str) -> list[Path]:
     with matplotlib.rc_context(_STYLE):
         fig, ax = _axes(7.2, 4.2)
         _draw(ax, series)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
         ax.set_title(title, loc="left", fontsize=11, parse_math=False)
         ax.set_ylabel("loss (nats per supervised token)")
         ax.legend(frameon=False)
@@ -149,7 +149,7 @@ def chart(title: str, series: Sequence[Series], unit: str = "") -> Chart | None:
         _draw(ax, series)
         low, high = min(values), max(values)
         if 0 <= low < 0.5 * high or low == high >= 0 or any(line.from_zero for line in series):
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
         svg = _svg(fig, title, said)
     at = [dict(line.points) for line in series]
     steps = sorted({step for line in series for step, _ in thinned(line.points, MOST_ROWS)})

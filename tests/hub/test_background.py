@@ -34,7 +34,7 @@ def folders_there(hub: LocalHub) -> set[str]:
     return {name.rpartition("/")[0] for name in own(hub.files(REPO_ID)) if name.endswith("manifest.json")}
 
 
-def test_checkpoints_and_the_model_are_pushed_beside_training(begin: Any, hub: LocalHub) -> None:
+def test_checkpoints_and_the_model_are_pushed_during_training(begin: Any, hub: LocalHub) -> None:
     publisher, run, said = begin(path_in_repo="instruct")
     names = ["checkpoint-1", "checkpoint-2"]
     publisher.checkpoint_sealed(run / names[0], 1, 1_000, 2.5, names[:1])
@@ -95,7 +95,7 @@ def test_a_dead_hub_ends_no_run(kind: str, begin: Any, hub: LocalHub) -> None:
 
 
 def test_a_stopped_run_is_not_held(begin: Any, hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "PATIENCE", 0.3)
+    monkeypatch.setattr(background, "STOP_LIMIT", 0.3)
     one, run, _ = begin()
     held = threading.Event()  # the Hub answers nothing until this is set
     hub.before = lambda request: held.wait(10)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import doctest
 import re
+from pathlib import Path
 
 import pytest
 
 from instructft.report import curves
-from instructft.report.curves import Series, bars, chart, thinned
-from tests.helpers.report import Read
+from instructft.report.curves import Series, bars, chart, plot_loss, thinned
+from tests.helpers.report import LINES, Read, fill
 
 
 def test_the_examples_in_the_docstrings() -> None:
@@ -35,3 +36,15 @@ def test_a_line_goes_through_its_values() -> None:
     with pytest.raises(ValueError, match="2 bars need 3 edges"):
         bars("x", [0, 1], [1, 2])
     assert len(thinned([(i, float(i % 7)) for i in range(10_000)], 100)) <= 100
+
+
+def test_the_loss_is_drawn_for_papers_under_any_name(tmp_path: Path) -> None:
+    run = fill(tmp_path / "run", LINES, [])
+    png, pdf = plot_loss(run, "costs $5_0 and $\\frac$")  # a name is no formula
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert b"/CIDFontType2" in pdf.read_bytes()  # TrueType
+    assert b"/Type3" not in pdf.read_bytes()
+    first = pdf.read_bytes()
+    plot_loss(run, "costs $5_0 and $\\frac$")
+    assert pdf.read_bytes() == first
+    assert plot_loss(fill(tmp_path / "none", [], []), "x") == []
