@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from instructft.checkpoints.manifest import NOT_FINITE, SPIKE
@@ -66,6 +65,7 @@ class StepChecks(TrainerCallback):
         """Keep the micro-batches of a step until it is taken, in case its rows have to be named."""
         self.batches = tuple(batches)
         self.loss: torch.Tensor | None = None  # summed over the micro-batches so far
+        self.norm: Any = None  # of the step's gradient, before it was clipped
 
     def add(self, loss: torch.Tensor) -> None:
         """Count the loss of one micro-batch."""
@@ -73,8 +73,11 @@ class StepChecks(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the run at what is not a number; at a spike, take the gradients away where the step is left out."""
+        norm = self.norm.full_tensor() if hasattr(self.norm, "full_tensor") else self.norm  # FSDP2
+        if getattr(self.trainer.accelerator, "scaler", None) is not None:
+            norm = None  # with float16 a gradient that overflows is expected: the scaler skips the step
         found = [torch.as_tensor(value, device=args.device).isfinite().all()
-                 for value in (self.loss, self._gradient_norm()) if value is not None]  # fmt: skip
+                 for value in (self.loss, norm) if value is not None]  # fmt: skip
         finite = torch.stack(found).all().long()
         if args.world_size > 1:
             torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
@@ -82,18 +85,6 @@ class StepChecks(TrainerCallback):
             self._refuse(state.global_step + 1)
         if self.spike_limit is not None and self.loss is not None:
             self._look_for_spike(state.global_step + 1, self.loss)
-
-    def _gradient_norm(self) -> Any:
-        """The norm of the part of the gradient that this process holds; None where it says nothing.
-
-        Clipping has multiplied every gradient by a number that is NaN itself if one of them was: none is missed.
-        """
-        if self.trainer.is_deepspeed_enabled:  # its parameters show no gradients
-            return self.trainer.model_wrapped.get_global_grad_norm()
-        if getattr(self.trainer.accelerator, "scaler", None) is not None:
-            return None  # with float16 a gradient that overflows is expected: the scaler skips the step
-        gradients = [p.grad for p in self.trainer.model_wrapped.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm([g.to_local() if isinstance(g, DTensor) else g for g in gradients])
 
     def _refuse(self, step: int) -> None:
         self.trainer.model.zero_grad()

@@ -120,6 +120,14 @@ class Trainer(SFTTrainer):
         self.step_checks.add(loss)
         return loss
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of the step's gradient before it was clipped, kept for `StepChecks`, which no callback is told.
+
+        What is left of it after clipping would not do: where a norm overflows, zeros are left, which look sound.
+        """
+        self.step_checks.norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.step_checks.norm
+
     @property
     def seen(self) -> dict[str, int]:
         """Tokens, supervised tokens and slots (tokens with padding) of the batches trained so far."""

@@ -329,7 +329,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(write: Any, monkeypatch: pytes
 
 
 class Poison(TrainerCallback):
-    """Puts NaN where it can come from: into what the model computes (`loss`), or into a gradient."""
+    """Puts what is no number where it can come from: what the model computes (`loss`), a gradient, its norm alone."""
 
     def __init__(self, what: str, step: int):
         self.what, self.step = what, step
@@ -338,11 +338,12 @@ class Poison(TrainerCallback):
         if state.global_step + 1 == self.step:
             if self.what == "loss":
                 model.transformer.ln_f.register_forward_hook(lambda *a: a[-1] * float("nan"))
-            else:
-                model.transformer.wte.weight.register_hook(lambda grad: grad * float("inf"))
+            else:  # every element of 1e30 is finite, and the norm is not: clipped, such a gradient is zero
+                by = {"gradient": float("inf"), "norm": 1e30}[self.what]
+                model.transformer.wte.weight.register_hook(lambda grad: grad.sign() * by)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["loss", "gradient", "norm"])
 def test_a_step_that_is_not_a_number_is_not_taken(write: Any, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     recipe = instructft.load_recipe(write())
     run = Path(recipe.output_dir)

@@ -37,6 +37,7 @@ TABLE = (
     Private("_run_epoch", TRAINER, "training/trainer", "a resumed run that is at its end trains one step more"),
     Private("_evaluate", TRAINER, "training/trainer", "a signal in an evaluation ends the run with an error"),
     Private("_determine_best_metric", TRAINER, "training/trainer", "an evaluation that a signal left has no metrics"),
+    Private("_get_grad_norm", TRAINER, "training/trainer", "steps are judged without their gradient"),
     Private("_save_checkpoint", TRAINER, "training/trainer", "checkpoints are not sealed: none is resumed from"),
     Private("_save", TRAINER, "training/trainer", "adapters of checkpoints have no metadata; FSDP2 saves no model"),
     Private("_get_train_sampler", TRAINER, "training/trainer", "group_by_length follows the micro-batch size"),
