@@ -188,6 +188,9 @@ def _jsonl(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 def _json(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str]]:
     text = file.read().decode("utf-8-sig")
+    if found := _objects(text):
+        yield from found
+        return
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -200,6 +203,31 @@ def _json(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str]]:
         raise DataError(f"{name} holds a JSON {_kind(content)}, expected a list of rows: [{{…}}, {{…}}]")
     for number, row in enumerate(content, 1):
         yield _object(row, f"{name}: row {number}"), ""
+
+
+def _objects(text: str) -> list[tuple[dict[str, Any], str]]:
+    """The rows of a list of objects, each with the text it stands in; none where it is anything else."""
+    found = []
+    decode = json.JSONDecoder().raw_decode
+    at, between = _behind_space(text, 0), "["
+    while text[at : at + 1] == between:
+        start = _behind_space(text, at + 1)
+        try:
+            row, end = decode(text, start)
+        except json.JSONDecodeError:
+            return []
+        if not isinstance(row, dict):
+            return []
+        found.append((row, text[start:end]))
+        at, between = _behind_space(text, end), ","
+    return found if text[at : at + 1] == "]" and _behind_space(text, at + 1) == len(text) else []
+
+
+def _behind_space(text: str, at: int) -> int:
+    """The next position in `text`, from `at` on, that JSON does not take for white space."""
+    while text[at : at + 1] in (" ", "\n", "\r", "\t"):
+        at += 1
+    return at
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:

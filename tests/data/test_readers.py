@@ -183,12 +183,14 @@ def test_suffix_of(location, expected):
         '[{"a": 1e400}]',
     ],
 )
-def test_a_row_of_a_list_keeps_what_it_says(tmp_path: Path, text: str) -> None:
+def test_the_text_of_a_row_is_kept_as_it_stands(tmp_path: Path, text: str) -> None:
+    """Rows of a list are not written anew; what they say is the same."""
     path = tmp_path / "rows.json"
     path.write_text(text, encoding="utf-8")
     kept = read_file(path, ".json", path.name)[COLUMN]
     whole = json.loads(text.removeprefix("\ufeff"))
     assert repr([json.loads(row) for row in kept]) == repr(whole) == repr(list(rows(path, ".json", path.name)))
+    assert all(row in text for row in kept)
 
 
 @pytest.mark.parametrize(

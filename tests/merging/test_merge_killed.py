@@ -26,7 +26,7 @@ from tests.helpers.merging import (
     make_base,
 )
 
-POINTS = 50 if BATTERY else 4  # the first call, the last, and some between
+POINTS = 50 if BATTERY else 10  # the first call, the last, and some between
 
 
 @contextlib.contextmanager
