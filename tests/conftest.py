@@ -28,6 +28,7 @@ os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
 for _mine in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
     os.environ.pop(_mine, None)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it brings
 os.environ["COLUMNS"] = "120"
 os.environ.pop("INSTRUCTFT_TRACEBACK", None)
 

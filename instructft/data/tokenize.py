@@ -114,6 +114,11 @@ class Batches:
 
 
 def drop_reasons(dropped: Counter[str]) -> str:
+    """How many rows were dropped for which reason, the most frequent first.
+
+    >>> drop_reasons(Counter(empty_answer=2, not_text=1200))
+    '1,200 not text, 2 empty answer'
+    """
     return ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.most_common()) or "none given"
 
 

@@ -75,7 +75,7 @@ def generate_file(
         console.print(f"{target} holds all {output.done} answers already.")
         return
     if kept := output.done + len(output.ahead):
-        console.print(f"{target} holds {kept} of {len(output.rows)} answers already; going on behind them.")
+        console.print(f"{target} holds {kept} of {len(output.rows)} answers already; continuing after them.")
     generator = _load(model, backend)
     reference = ReferenceModel.of(model, base, generator) if base else None
     too_long = _too_long(generator, output.rows[output.done :])

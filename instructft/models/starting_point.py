@@ -152,7 +152,7 @@ def adapter_to_train_further(recipe: Recipe) -> AdapterFolder | None:
         return None
     if recipe.adapter.type == "none":
         raise UsageError(
-            f"model.name_or_path: {name} is a LoRA adapter. To go on training it write adapter.type: lora; to train "
+            f"model.name_or_path: {name} is a LoRA adapter. To train it further write adapter.type: lora; to train "
             f"all weights merge it first: instructft merge {name} FOLDER"
         )
     adapter = read_adapter(folder)

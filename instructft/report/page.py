@@ -166,9 +166,9 @@ def notes(facts: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> lis
     found = []
     if resumed := train.get("resumed"):
         steps = " and ".join(f"{entry['step']:,}" for entry in resumed)
-        found.append(f"The run was interrupted and went on from step {steps}.")
+        found.append(f"The run was interrupted and resumed from step {steps}.")
         changed = sorted({key for entry in resumed for key in (*entry["changed"], *entry["versions"])})
-        found += [f"Changed when it went on: {', '.join(changed)}."] if changed else []
+        found += [f"Changed when it was resumed: {', '.join(changed)}."] if changed else []
     for spike in (train.get("loss_spikes") or [])[:5]:
         done = "the step was left out" if spike["skipped"] else "the step was taken"
         usual = f"where {number(spike['median'])} was usual"

@@ -232,8 +232,8 @@ def build_trainer(
         path, trackers = run / "samples.jsonl", args.report_to or ()
         callbacks.append(Samples(recipe.samples, Generator(model, tokenizer), path, console, writer, trackers))
     asked = data.splits.get("validation", data.for_training)
-    signs = RunWarnings(Generator(model, tokenizer), asked, run, console)
-    callbacks.append(signs)
+    warnings = RunWarnings(Generator(model, tokenizer), asked, run, console)
+    callbacks.append(warnings)
     say = functools.partial(console.print, markup=False, highlight=False)
     if patience := recipe.train["early_stopping_patience"]:
         callbacks.append(EarlyStopping(patience, say))
@@ -259,7 +259,7 @@ def build_trainer(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    signs.stop = trainer.stop
+    warnings.stop = trainer.stop
     return trainer
 
 

@@ -2,7 +2,7 @@
 
     overfitting     the validation loss rises over several evaluations while the training loss falls
     loss_at_zero    the training loss is zero: nothing carries loss, or the rows are known by heart
-    template        answers go on with the template's own headings, such as `### Instruction:`
+    template        answers continue with the template's own headings, such as `### Instruction:`
     never_stops     answers run on until they are cut off
 
 The first two are read from the trainer's history. For the other two some held-out questions are answered at the
@@ -208,9 +208,9 @@ class RunWarnings(TrainerCallback):
         if len(found) < max(2, REPEATING * len(made)):
             return ""
         return (
-            f"{len(found)} of {len(made)} answers go on with the template's own {found[0]}: the model writes the next "
-            "turn itself. Look for answers that hold it (instructft inspect RECIPE): pasted transcripts, or rows that "
-            "were rendered with a template before; take it out of them"
+            f"{len(found)} of {len(made)} answers continue with the template's own {found[0]}: the model writes the "
+            "next turn itself. Look for answers that hold it (instructft inspect RECIPE): pasted transcripts, or rows "
+            "that were rendered with a template before; take it out of them"
         )
 
     def _runs_on(self, made: Sequence[Sequence[int]], limit: int) -> str:

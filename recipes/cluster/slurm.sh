@@ -1,11 +1,11 @@
 #!/bin/bash
-# A training on several nodes under Slurm, which goes on after preemption and after the time limit.
+# A training on several nodes under Slurm, which resumes after preemption and after the time limit.
 #
 # Launch:    sbatch recipes/cluster/slurm.sh RECIPE [KEY=VALUE …] [--strategy fsdp2]
 # Hardware:  as asked for below; change it there, or on the command line: sbatch --nodes=4 …
 # Needs:     one file system for all nodes, with this folder, the environment, the run folder and the caches
 # Stopping:  before the time limit Slurm sends SIGTERM, the step that is running is saved, and the job is queued again;
-#            the same command goes on from there. `scancel` saves too, where its grace (KillWait, 30 s) is enough
+#            the same command resumes from there. `scancel` saves too, where its grace (KillWait, 30 s) is enough
 # Tried:     bash -n and shellcheck; not on a cluster
 #SBATCH --job-name=instructft
 #SBATCH --nodes=2

@@ -41,7 +41,7 @@ def test_the_page_says_what_the_files_say(recipe: Any, tmp_path: Path) -> None:
         assert said in " ".join(read.text.split()), said
     assert read.tags.count("svg") == 3  # loss, learning rate, speed; nobody measured what was guessed right
     assert text.index("blub blub") < text.index("Hello to you")
-    assert "went on" not in text
+    assert "resumed from" not in text
     assert "Evaluation" not in text
 
 
@@ -124,7 +124,7 @@ def test_a_long_run_is_a_page_of_bounded_size(recipe: Any, tmp_path: Path) -> No
     ("changes", "said"),
     [
         ({"train__resumed": [{"step": 20, "changed": {"train.logging_steps": [1, 2]}, "versions": {}}]},
-         "interrupted and went on from step 20.|Changed when it went on: train.logging_steps"),
+         "interrupted and resumed from step 20.|Changed when it was resumed: train.logging_steps"),
         ({"train__loss_spikes": [{"step": 7, "loss": 9.0, "median": 2.0, "skipped": True}]},
          "Step 7 had a loss of 9, where 2 was usual; the step was left out."),
         ({"train__rows_at_once": 2}, "smaller batches were taken: 2 rows at once"),

@@ -92,7 +92,7 @@ def test_overfitting(run: Any) -> None:
 def test_a_model_that_repeats_the_template(run: Any) -> None:
     result, said = run(echoes(200, "\n\n### Instruction:\nAnd now?\n\n### Response:\nDone."))
     assert kinds(result) == ["template"]
-    assert "8 of 8 answers go on with the template's own ### Instruction:" in said
+    assert "8 of 8 answers continue with the template's own ### Instruction:" in said
 
 
 def test_a_model_that_never_stops(run: Any) -> None:
