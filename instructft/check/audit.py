@@ -23,7 +23,7 @@ from instructft.data.sources import FORMATS, Unusable, to_conversation
 from instructft.data.tokenize import encode_part
 from instructft.formatting import quantiles
 from instructft.prompt.loss_mask import IGNORE_INDEX
-from instructft.prompt.render import Message
+from instructft.prompt.conversation import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from instructft.data.readers import ROW, SUFFIXES, columns_of, download, read_fi
 from instructft.data.sources import FORMATS, SOURCES, Unusable, detect_format, to_conversation
 from instructft.errors import DataError
 from instructft.formatting import first_line
-from instructft.prompt.render import Message
+from instructft.prompt.conversation import Message
 
 if TYPE_CHECKING:
     from datasets import Dataset

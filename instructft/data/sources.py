@@ -2,7 +2,7 @@
 
 To add a data set: one entry in `SOURCES`, three of its rows in `tests/data/test_sources.py`, one recipe.
 
-A conversation is a list of `instructft.prompt.render.Message`s, the last one an assistant's; a row that cannot be one
+A conversation is a list of `instructft.prompt.conversation.Message`s, the last one an assistant's; a row that cannot be one
 is `Unusable`, for a reason.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from instructft.errors import DataError
-from instructft.prompt.render import Message
+from instructft.prompt.conversation import Message
 
 
 class Unusable(Exception):

@@ -19,7 +19,7 @@ from instructft.data.load import Part
 from instructft.data.sources import Unusable
 from instructft.errors import DataError, TemplateError
 from instructft.prompt.loss_mask import IGNORE_INDEX, encoder
-from instructft.prompt.render import Message
+from instructft.prompt.conversation import Message
 
 if TYPE_CHECKING:
     import pyarrow as pa

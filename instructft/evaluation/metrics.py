@@ -15,7 +15,7 @@ from instructft.evaluation.confidence import intervals, measures
 from instructft.inference.chat import as_generator
 from instructft.inference.generator import MAX_NEW_TOKENS, Answer, Generator
 from instructft.prompt.loss_mask import IGNORE_INDEX, encode_conversation
-from instructft.prompt.render import Message
+from instructft.prompt.conversation import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

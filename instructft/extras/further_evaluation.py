@@ -18,7 +18,7 @@ from instructft.evaluation.compare import ask_both, check_json, check_models, pl
 from instructft.evaluation.metrics import answers_to
 from instructft.formatting import first_line
 from instructft.inference.generator import Generator
-from instructft.prompt.render import Message
+from instructft.prompt.conversation import Message
 
 
 def run_tasks(

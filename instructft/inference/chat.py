@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from instructft.errors import UsageError
 from instructft.inference.generator import MAX_NEW_TOKENS, Generator, check_settings
 from instructft.models.load_for_inference import load_for_inference
-from instructft.prompt.render import Message
+from instructft.prompt.conversation import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

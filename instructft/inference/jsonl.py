@@ -19,7 +19,7 @@ from typing import Any
 
 from instructft.errors import DataError, UsageError
 from instructft.formatting import short
-from instructft.prompt.render import Message
+from instructft.prompt.conversation import Message
 
 Columns = dict[str, str]  # what the output adds to a row: `response`, `finish_reason`, …
 ADDED = ("response", "finish_reason")

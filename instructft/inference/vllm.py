@@ -12,7 +12,7 @@ from instructft.adapters.attach import locate_base
 from instructft.errors import ModelError, UsageError
 from instructft.inference.generator import MAX_NEW_TOKENS, Answer, Generator, check_settings
 from instructft.models.load_for_inference import find_adapter, load_tokenizer_of, locate
-from instructft.prompt.render import Message
+from instructft.prompt.conversation import Message
 from instructft.weights import remote_code
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA adapters that vLLM makes room for

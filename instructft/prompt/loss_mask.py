@@ -27,7 +27,8 @@ import numpy as np
 
 from instructft.errors import TemplateError
 from instructft.prompt.fast_bpe import FastBPE, fast_bpe
-from instructft.prompt.render import Message, Renderer
+from instructft.prompt.conversation import Message
+from instructft.prompt.render import Renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,16 +12,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import TemplateError
+from instructft.prompt.conversation import Message
 from instructft.prompt.sandbox import SECONDS, at_most, breaks
 from instructft.prompt.templates import is_built_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# One turn of a conversation: `{"role": "system" | "user" | "assistant", "content": str}`. A user's may carry `input`
-# (Alpaca) or `context` (Dolly): a template with a heading for it shows it there, for all others `Renderer.normal` puts
-# it below the content. An assistant's with `"weight": 0` is read and carries no loss.
-Message = dict[str, Any]
 
 MANY = 100  # conversations; for fewer it does not matter how fast they are rendered
 
