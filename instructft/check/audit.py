@@ -22,8 +22,8 @@ from instructft.data.packing import flat
 from instructft.data.sources import FORMATS, Unusable, to_conversation
 from instructft.data.tokenize import encode_part
 from instructft.formatting import quantiles
-from instructft.prompt.loss_mask import IGNORE_INDEX
 from instructft.prompt.conversation import Message
+from instructft.prompt.loss_mask import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -2,8 +2,8 @@
 
 To add a data set: one entry in `SOURCES`, three of its rows in `tests/data/test_sources.py`, one recipe.
 
-A conversation is a list of `instructft.prompt.conversation.Message`s, the last one an assistant's; a row that cannot be one
-is `Unusable`, for a reason.
+A conversation is a list of `instructft.prompt.conversation.Message`s, the last one an assistant's; a row that cannot be
+one is `Unusable`, for a reason.
 """
 
 from __future__ import annotations

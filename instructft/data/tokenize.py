@@ -18,8 +18,8 @@ import numpy as np
 from instructft.data.load import Part
 from instructft.data.sources import Unusable
 from instructft.errors import DataError, TemplateError
-from instructft.prompt.loss_mask import IGNORE_INDEX, encoder
 from instructft.prompt.conversation import Message
+from instructft.prompt.loss_mask import IGNORE_INDEX, encoder
 
 if TYPE_CHECKING:
     import pyarrow as pa

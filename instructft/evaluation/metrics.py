@@ -14,8 +14,8 @@ from instructft.errors import DataError
 from instructft.evaluation.confidence import intervals, measures
 from instructft.inference.chat import as_generator
 from instructft.inference.generator import MAX_NEW_TOKENS, Answer, Generator
-from instructft.prompt.loss_mask import IGNORE_INDEX, encode_conversation
 from instructft.prompt.conversation import Message
+from instructft.prompt.loss_mask import IGNORE_INDEX, encode_conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.errors import ModelError, UsageError
 from instructft.inference.continuous_batching import Batch, Row
-from instructft.prompt.loss_mask import encoder
 from instructft.prompt.conversation import Message
+from instructft.prompt.loss_mask import encoder
 
 if TYPE_CHECKING:
     import torch

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from instructft.errors import TemplateError
-from instructft.prompt.fast_bpe import FastBPE, fast_bpe
 from instructft.prompt.conversation import Message
+from instructft.prompt.fast_bpe import FastBPE, fast_bpe
 from instructft.prompt.render import Renderer
 
 if TYPE_CHECKING:
