@@ -349,6 +349,9 @@ def merge(
         bool, typer.Option("--verify/--no-verify", help="Prove that the merged model answers as the adapter does.")
     ] = True,
     dtype: Annotated[str, typer.Option(help="auto (the base's), float32, bfloat16 or float16.")] = "auto",
+    rounding: Annotated[
+        str, typer.Option(help="To bfloat16: nearest, stochastic, or auto, which takes what loses less.")
+    ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Of one weight file.")] = "5GB",
     measure_quantized: Annotated[
         bool, typer.Option("--measure-quantized", help="Also compare with the adapter on its quantized base.")
@@ -359,7 +362,13 @@ def merge(
     from instructft.merging.merge import merge_adapter
 
     merge_adapter(
-        model, output, verify=verify, dtype=dtype, max_shard_size=max_shard_size, measure_quantized=measure_quantized
+        model,
+        output,
+        verify=verify,
+        dtype=dtype,
+        rounding=rounding,
+        max_shard_size=max_shard_size,
+        measure_quantized=measure_quantized,
     )
 
 

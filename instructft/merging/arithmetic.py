@@ -1,4 +1,4 @@
-"""The arithmetic of a merge: what an adapter does to one weight, piece by piece, in float32, rounded once.
+"""The arithmetic of a merge: what an adapter does to one weight, piece by piece, in float64, rounded once.
 
 ::
 
@@ -8,7 +8,7 @@
     tokens   W with some rows replaced     `trainable_token_indices`
 
 The arithmetic is PEFT's `get_delta_weight` and `merge`. PEFT rounds the delta to its dtype and then the sum to the
-weight's; here the sum alone is rounded, so that in bfloat16 each merged value is the nearest there is.
+weight's; here the sum alone is rounded (`instructft.weights.rounding`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from instructft.errors import ModelError
+from instructft.weights.rounding import NEAREST, Rounder
 from instructft.weights.tensor_io import Stored, pieces
 
 if TYPE_CHECKING:
@@ -53,28 +54,43 @@ class Edit:
         return [name for name in [*lora, *rest] if name]
 
 
-def merged(base: Stored, edit: Edit, adapter: Mapping[str, Stored], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def merged(
+    base: Stored, edit: Edit, adapter: Mapping[str, Stored], dtype: torch.dtype, rounding: str = NEAREST
+) -> Iterator[torch.Tensor]:
     """The rows of a parameter after the merge, in order, piece by piece, as `dtype`.
+
+    Args:
+        rounding: of a parameter that the adapter changes; one that only changes its dtype goes to the nearest value.
 
     Raises:
         ModelError: a merged value is not finite, or too large for `dtype`.
     """
     import torch
 
-    source = adapter[edit.replaced] if edit.replaced else base
-    if not edit.names and edit.rows is None and source.dtype == dtype:  # as it stands: NaN or not is the base's matter
-        for start, stop in pieces(source.rows, source.width):
-            yield source.read(start, stop)
-        return
-    weight = _Weight(source, edit, adapter)
-    for start, stop in pieces(weight.rows, source.width):
-        piece = weight.read(start, stop).to(dtype)
+    round_ = Rounder(base.name, dtype, rounding if edit.names else NEAREST)
+    for piece in unrounded(base, edit, adapter):
+        if piece.dtype == dtype:  # as it stands: NaN or not is the base's matter
+            yield piece
+            continue
+        piece = round_(piece)
         if piece.numel() and not torch.isfinite(torch.stack(piece.aminmax())).all():  # the extremes of NaN are NaN
             raise ModelError(
                 f"{base.name}: a merged value is infinite or not a number in {str(dtype).removeprefix('torch.')}; "
                 "train again, or merge with --dtype float32"
             )
-        yield piece.reshape(stop - start, *source.shape[1:])
+        yield piece
+
+
+def unrounded(base: Stored, edit: Edit, adapter: Mapping[str, Stored]) -> Iterator[torch.Tensor]:
+    """The rows of a parameter after the merge in float64; in its own dtype where the adapter leaves it as it is."""
+    source = adapter[edit.replaced] if edit.replaced else base
+    if not edit.names and edit.rows is None:
+        for start, stop in pieces(source.rows, source.width):
+            yield source.read(start, stop)
+        return
+    weight = _Weight(source, edit, adapter)
+    for start, stop in pieces(weight.rows, source.width):
+        yield weight.read(start, stop).reshape(stop - start, *source.shape[1:])
 
 
 class _Weight:
@@ -84,7 +100,7 @@ class _Weight:
         import torch
 
         self.source, self.edit = source, edit
-        self.dtype = torch.promote_types(torch.float32, source.dtype)
+        self.dtype = torch.float64
         self.rows = edit.rows or source.rows
 
         def load(name: str) -> torch.Tensor:

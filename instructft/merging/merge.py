@@ -5,7 +5,8 @@
     read_adapter, locate_base ─► make_plan ─► OUTPUT.partial-…/ ─► prove ─► OUTPUT/
       exit 2, nothing written                  weights, then config   exit 1, removed
 
-Only a few megabytes of weights are in memory while it merges. The folder has its final name once it is complete, on
+Only a few megabytes of weights are in memory while it merges. Where the proof finds that another rounding loses less of
+what was learned, the weights are written again with that one. The folder has its final name once it is complete, on
 disk and proved; a merge that was killed leaves a `.partial-` folder, which the next merge to the same place removes.
 """
 
@@ -25,10 +26,15 @@ from instructft.checkpoints.run_folder import partial_folder, refuse_used
 from instructft.errors import AdapterError, ModelError, UsageError
 from instructft.formatting import size
 from instructft.merging.arithmetic import merged
+from instructft.merging.comparison import Texts, choose_texts
 from instructft.merging.edits import refuse_unproved
 from instructft.merging.metadata import config_text, copy_metadata, run_recipe, write_metadata
 from instructft.merging.plan import Machine, Plan, choose_machine, make_plan
+from instructft.merging.proof import Merge, better_rounding, costly, prove
+from instructft.merging.proof import measure_quantized as compare_quantized
+from instructft.report.model_card import COSTS, cost_cells
 from instructft.weights import remote_code
+from instructft.weights.rounding import NEAREST, ROUNDINGS, STOCHASTIC
 from instructft.weights.tensor_io import (
     Planned,
     Stored,
@@ -64,6 +70,7 @@ def merge_adapter(
     *,
     verify: bool = True,
     dtype: str = "auto",
+    rounding: str = "auto",
     max_shard_size: str = "5GB",
     measure_quantized: bool = False,
     console: Console | None = None,
@@ -75,14 +82,16 @@ def merge_adapter(
         output: a folder that is not there yet, or empty.
         verify: run the adapter and the merged model on the same texts, and keep the merge only if they agree.
         dtype: of the merged weights; `auto` keeps that of the base, tensor by tensor.
+        rounding: of the weights that change, to bfloat16: `nearest`, `stochastic`, or `auto`, which takes the one that
+            is measured to lose less (without a proof: stochastic).
         max_shard_size: of one weight file, as `5GB` or `200MiB`.
         measure_quantized: also measure how far the merged model is from the adapter on the quantized base that it was
             trained on.
 
     Example::
 
-        merge_adapter("runs/tinyllama-lora", "merged").facts["proof"]["difference"]
-        # 1.9e-06
+        merge_adapter("runs/tinyllama-lora", "merged").facts["proof"]["kl"]
+        # 0.0002
 
     Raises:
         UsageError: the output is not free, the disk is full, or an option has no proved merge; nothing is written.
@@ -97,6 +106,8 @@ def merge_adapter(
     most = _bytes(max_shard_size)
     if dtype not in DTYPES:
         raise UsageError(f"--dtype: found {dtype}, expected {', '.join(DTYPES)}")
+    if rounding not in ("auto", *ROUNDINGS):
+        raise UsageError(f"--rounding: found {rounding}, expected auto, {', '.join(ROUNDINGS)}")
     refuse_used(output)
     began = time.perf_counter()
     adapter = _read(Path(run).expanduser())
@@ -114,6 +125,7 @@ def merge_adapter(
     console.print(f"base    {base}, not quantized", markup=False, highlight=False)
     console.print(f"adapter {adapter.folder}, {len(plan.changed)} of {len(plan.outputs)} tensors change", markup=False)
     name = str(plan.dtype).removeprefix("torch.")
+    written = STOCHASTIC if rounding == "auto" else rounding
     facts: dict[str, Any] = {
         "base": adapter.base.name_or_path,
         "base_fingerprint": adapter.base.fingerprint or None,
@@ -124,13 +136,27 @@ def merge_adapter(
         "bytes": total,
     }
     with partial_folder(output) as folder:
-        _write_weights(folder, plan, tensors, files, console)
+        _write_weights(folder, plan, tensors, files, written, console)
         copy_metadata(adapter.folder, base, folder)
         # last: without it no library takes the folder for a model
         write_text(folder / "config.json", config_text(base, folder, plan.model, name, plan.untied))
-        facts["seconds"] = time.perf_counter() - began
         if machine:
-            facts |= _prove(adapter, base, folder, plan, machine, measure_quantized, console)
+            began_proof = time.perf_counter()
+            texts = _texts(adapter, folder, plan, machine, console)
+
+            def proved(rounding: str) -> dict[str, Any]:
+                merge = Merge(base, adapter, tensors, folder, read_checkpoint(folder), plan, rounding)
+                return prove(merge, texts, machine)
+
+            proof = proved(written)
+            if rounding == "auto" and (better := better_rounding(proof, name, written)) != written:
+                written = better
+                _write_weights(folder, plan, tensors, files, written, console)
+                proof = proved(written)
+            facts["proof"] = {**proof, "seconds": time.perf_counter() - began_proof}
+            if measure_quantized:
+                facts["quantized"] = compare_quantized(adapter, base, folder, texts, machine)
+        facts |= {"rounding": written if name == "bfloat16" else NEAREST, "seconds": time.perf_counter() - began}
         write_metadata(folder, adapter, facts)
     _report(console, output, facts)
     return Merged(output, facts)
@@ -144,7 +170,12 @@ def _plan(adapter: AdapterFolder, base: Path, dtype: torch.dtype | None) -> Plan
 
 
 def _write_weights(
-    folder: Path, plan: Plan, tensors: Mapping[str, Stored], files: Mapping[str, list[Planned]], console: Console
+    folder: Path,
+    plan: Plan,
+    tensors: Mapping[str, Stored],
+    files: Mapping[str, list[Planned]],
+    rounding: str,
+    console: Console,
 ) -> None:
     """Merge piece by piece, with a bar on a terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -156,7 +187,7 @@ def _write_weights(
 
         def produce(name: str) -> Iterator[torch.Tensor]:
             out = plan.outputs[name]
-            for piece in merged(out.base, out.edit, tensors, out.planned.dtype):
+            for piece in merged(out.base, out.edit, tensors, out.planned.dtype, rounding):
                 yield piece
                 progress.advance(task, piece.nbytes)
 
@@ -166,14 +197,9 @@ def _write_weights(
         write_text(folder / "model.safetensors.index.json", index)
 
 
-def _prove(
-    adapter: AdapterFolder, base: Path, folder: Path, plan: Plan, machine: Machine, quantized: bool, console: Console
-) -> dict[str, Any]:
+def _texts(adapter: AdapterFolder, folder: Path, plan: Plan, machine: Machine, console: Console) -> Texts:
     from transformers import AutoTokenizer
 
-    from instructft.merging.proof import choose_texts, measure_quantized, prove
-
-    began = time.perf_counter()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **remote_code.flag())
     except (OSError, ValueError):  # neither the adapter nor its base has one
@@ -184,33 +210,58 @@ def _prove(
     precision = str(machine.dtype).removeprefix("torch.")
     where = machine.device if machine.whole else "cpu, read from the disk since it does not fit in memory"
     console.print(f"proof   {len(texts.rows)} × {texts.source}, in {precision} on {where}", highlight=False)
-    proof = prove(base, adapter, folder, read_checkpoint(folder), plan, texts, machine)
-    found = {"proof": {**proof, "seconds": time.perf_counter() - began}}
-    if quantized:
-        found["quantized"] = measure_quantized(adapter, base, folder, texts, machine)
-    return found
+    return texts
 
 
 def _report(console: Console, output: Path, facts: Mapping[str, Any]) -> None:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)
 
-    proof = facts.get("proof")
-    if proof is None:
-        say("proof   none: not verified (--no-verify)")
+    if proof := facts.get("proof"):
+        _report_proof(console, proof)
+        if costly(proof) and facts["dtype"] != "float32":
+            say(
+                f"        {facts['dtype']} costs {proof['kl'] / proof['effect_kl']:.1%} of what the adapter does; "
+                f"--dtype {costly(proof)[0]} would not"
+            )
     else:
-        say(
-            f"        largest difference of a logit {proof['difference']:.2e}, allowed {proof['tolerance']:.2e}; "
-            f"the adapter changes logits by {proof['effect']:.2e}\n"
-            f"        {proof['compared']}: {proof['equal_tokens']} of {proof['tokens']} tokens equal"
-        )
+        say("proof   none: not verified (--no-verify)")
     if quantized := facts.get("quantized"):
         say(
-            f"        against the adapter on its {quantized['quantization']} base: largest difference of a logit "
-            f"{quantized['difference']:.2e}, {quantized['equal_tokens']} of {quantized['tokens']} tokens equal"
+            f"        against the adapter on its {quantized['quantization']} base: KL {quantized['kl']:.1e}, "
+            f"largest difference of a logit {quantized['difference']:.2e}, "
+            f"{quantized['equal_tokens']} of {quantized['tokens']} tokens equal"
         )
-    say(f"Merged into {output}, {size(facts['bytes'])} in {facts['dtype']}. Talk to it:")
+    rounded = "" if facts["dtype"] != "bfloat16" else f", {facts['rounding']} rounding"
+    say(f"Merged into {output}, {size(facts['bytes'])} in {facts['dtype']}{rounded}. Talk to it:")
     say(f"\n  instructft chat {output}\n")
+
+
+def _report_proof(console: Console, proof: Mapping[str, Any]) -> None:
+    from rich.padding import Padding
+    from rich.table import Table
+
+    def say(text: str) -> None:
+        console.print(f"        {text}", markup=False, highlight=False)
+
+    weights = proof["weights"]
+    say(
+        f"{weights['tensors']} tensors equal PEFT's merge in float64 (to {weights['deviation']:.0e}); "
+        f"{weights['applied']:.1%} of the change is in the file"
+    )
+    if proof["exact"] is not None:
+        say(
+            f"loaded, its rounding undone: a logit differs by {proof['exact']:.2e} at most, allowed "
+            f"{proof['tolerance']:.2e}; the adapter changes them by {proof['effect']:.2e}, KL {proof['effect_kl']:.2g}"
+        )
+    say(f"{proof['compared']}: {proof['equal_tokens']} of {proof['tokens']} tokens equal")
+    if not proof["costs"]:
+        say(f"as it is stored: KL {proof['kl']:.1e}, {proof['top1']:.1%} of the most likely tokens equal")
+        return
+    table = Table("stored as", *COSTS, box=None, padding=(0, 2, 0, 0))
+    for row in proof["costs"]:
+        table.add_row(f"{row['dtype']}, {row['rounding']}", *cost_cells(row))
+    console.print(Padding.indent(table, 8))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,149 +1,217 @@
-"""Proves a merge: the adapter on its base and the merged model, on the same texts, one after the other.
+"""Proves a merge, and measures what storing it costs: two questions, two answers.
 
-Three things are compared. **Weights**: each merged tensor with what PEFT's own merge makes of it in memory, within
-half a unit in the last place of its dtype. **Logits**: the largest difference must stay within a tolerance. **Greedy
-answers**, token by token, are counted.
+**Is the arithmetic right?** Only here is a merge refused. Each tensor is held against PEFT's own merge in float64
+(`instructft.merging.weight_proof`). Then the merged folder is loaded as anybody loads it, its rounding is undone in
+memory, and its logits must be those of the adapter on its base to a ten-thousandth of the largest one, which is
+float32's share: names, ties, configuration and embeddings are what they were. Where float32 does not fit in memory, the
+loaded weights are held against the files instead.
 
-The tolerance is derived, not chosen: storing weights in bfloat16 moves every merged weight by up to half a unit in
-the last place, and how far that moves the logits depends on the model. So the adapted model's merged weights are moved
-by random amounts of just that size, and a merge may differ by four times what this did to the logits, or by a
-ten-thousandth of the largest logit, which is float32's share.
+**What does the dtype cost?** The merged model as it is stored, and as it would be in other dtypes and roundings, beside
+the adapter on its base: KL, most likely tokens, loss of held-out rows. Of the roundings the one that loses least is
+taken.
 
-One model is in memory at a time: the base with its adapter is let go before the merged one is loaded. A model that
-does not fit is mapped from its files: the system brings in what a layer computes with, and lets it go again. All texts
-then go through in one batch, and the most likely next tokens are counted in place of those of answers.
+One model is in memory at a time: the base with its adapter is let go before the merged one is loaded. A model that does
+not fit is mapped from its files: the system brings in what a layer computes with, and lets it go again; only what is
+stored is measured then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instructft.errors import InstructftError, ModelError
+from instructft.errors import ModelError
 from instructft.formatting import first_line
+from instructft.merging.arithmetic import merged as merged_pieces
+from instructft.merging.arithmetic import unrounded
+from instructft.merging.comparison import Seen, Texts, agreement, apart, look, look_once
 from instructft.merging.plan import Machine, Plan
-from instructft.merging.weight_proof import compare_weights, jittered
+from instructft.merging.weight_proof import Changed, compare_weights
 from instructft.weights import remote_code
+from instructft.weights.rounding import NEAREST, STOCHASTIC
+from instructft.weights.tensor_io import Stored, pieces
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from instructft.adapters.adapter_folder import AdapterFolder
-    from instructft.recipe.schema import Recipe
-    from instructft.weights.tensor_io import Stored
 
-LOGITS = 64 << 20  # bytes of logits that are kept for one model
 _COMPARED = {True: "greedy answers", False: "most likely next tokens"}  # of a model that fits in memory, and not
-MARGIN = 4  # the tolerance is this many times what simulated rounding does
 FLOOR = 1e-4  # of the largest logit: what float32 arithmetic in another order may do
-ROWS = 8  # texts
-LENGTH = 256  # tokens of a text
-ANSWER = 32  # tokens of an answer, at most
-
-FIXED = (
-    "What is the capital of France?",
-    "Explain in one sentence why the sky is blue.",
-    "Write a short poem about the sea.",
-    "Translate to German: The weather is fine today.",
-    "Give three tips for staying healthy.",
-    "What is 17 times 23?",
-    "Summarize: A fox saw grapes on a high vine, could not reach them, and said that they were sour.",
-    "def fibonacci(n):",
-)
+WORTH = 0.01  # of the adapter's own effect: a dtype that costs more is named
 
 
 @dataclass(frozen=True)
-class Texts:
-    """What both models are shown."""
+class Merge:
+    """What is to be proved: an adapter, its base, and the folder that was written."""
 
-    rows: list[list[int]]  # token ids, for the logits
-    prompts: list[list[int]]  # token ids that are answered
-    source: str  # where they come from, in words
-    stop_ids: list[int]
-    pad_id: int
-    answer: int  # tokens of an answer, at most
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What one model made of them."""
-
-    logits: list[torch.Tensor]  # a text each, (positions kept, V), float32 on the CPU
-    answers: list[list[int]]
+    base: Path
+    adapter: AdapterFolder
+    tensors: Mapping[str, Stored]  # the adapter's
+    folder: Path
+    files: Mapping[str, Stored]  # the merged tensors as they lie on disk
+    plan: Plan
+    rounding: str  # that they were written with
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The proof
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def prove(
-    base: Path,
-    adapter: AdapterFolder,
-    merged: Path,
-    files: Mapping[str, Stored],
-    plan: Plan,
-    texts: Texts,
-    machine: Machine,
-) -> dict[str, Any]:
-    """Compare the merged model in `merged` with the adapter on its base.
-
-    Args:
-        files: the merged tensors as they lie on disk.
+def prove(merge: Merge, texts: Texts, machine: Machine) -> dict[str, Any]:
+    """Compare a merged model with the adapter on its base.
 
     Returns:
-        `difference`, `tolerance`, `rounding`, `effect` and `scale`, in logits; `tokens` and `equal_tokens` of the
-        greedy answers, or of what `compared` says; `weights`; `texts`, `source`, `precision`, `device`.
+        `weights`, as `compare_weights` gives them; of the model as it is stored `kl`, `top1`, `loss`, `difference` (of
+        a logit), and `tokens` and `equal_tokens` of the greedy answers, or of what `compared` says; `exact`, the
+        largest difference of a logit with the rounding undone, within `tolerance` (None where it was not asked);
+        `effect`, `effect_kl`, `effect_loss`: what the adapter does to its base; `costs`, a row for each dtype and
+        rounding; `scale`, `texts`, `source`, `precision`, `device`.
 
     Raises:
         ModelError: the merged model is not the adapted one.
     """
     from accelerate.utils.memory import clear_device_cache
 
-    live, unexpected = _adapted(base, adapter, machine)
+    live, unexpected = _adapted(merge.base, merge.adapter, machine)
     see = look if machine.whole else look_once
     seen = see(live, texts)
     with live.disable_adapter():
-        effect = difference(seen.logits, see(live, texts, answers=False).logits)
-    mergeable = not plan.untied  # PEFT's merge changes both of two tied weights where only one was adapted
-    weights = compare_weights(live, plan, files) if mergeable else None
-    with jittered(live, plan, mergeable, machine.whole):
-        rounding = difference(seen.logits, see(live, texts, answers=False).logits)
+        effect = apart(seen, see(live, texts, answers=False))
+    weights = compare_weights(live, merge.plan, merge.tensors, merge.files, merge.rounding)
     del live
     clear_device_cache(garbage_collection=True)
 
-    model = _merged(merged, plan, unexpected, machine)
+    model = _merged(merge.folder, merge.plan, unexpected, machine)
+    _refuse_other_weights(model, merge)
     now = see(model, texts)
+    found = apart(seen, now)
+    scale = max(float(logits.abs().max()) for logits in seen.logits)
+    tolerance = exact = None
+    costs: list[dict[str, Any]] = []
+    if machine.whole and str(machine.dtype) == "torch.float32":
+        costs = _costs(model, merge, texts, seen)
+        exact, tolerance = costs[-1]["difference"], FLOOR * scale  # the last one is float32, which rounds nothing
+    elif not _rounds(merge.plan):
+        exact, tolerance = found["difference"], FLOOR * scale
     del model
     clear_device_cache(garbage_collection=True)
-    scale = max(float(logits.abs().max()) for logits in seen.logits)
-    found = difference(seen.logits, now.logits)
-    tolerance = max(MARGIN * rounding, FLOOR * scale)
-    tokens, equal = agreement(seen.answers, now.answers)
-    if not found <= tolerance:  # not a number is no proof either
+    if exact is not None and tolerance is not None and not exact <= tolerance:  # not a number is no proof either
         raise ModelError(
-            f"the merged model is not the adapted one: a logit differs by {found:.3g}, allowed is {tolerance:.3g} "
-            f"(the adapter itself changes logits by {effect:.3g}); of {_COMPARED[machine.whole]} {equal} of {tokens} "
-            "tokens are equal. Nothing was kept"
+            f"the merged model is not the adapted one: with its rounding undone a logit differs by {exact:.3g}, "
+            f"allowed is {tolerance:.3g} (the adapter itself changes logits by {effect['difference']:.3g}). "
+            "Nothing was kept"
         )
+    tokens, equal = agreement(seen.answers, now.answers)
     return {
-        "difference": found,
+        **found,
+        "exact": exact,
         "tolerance": tolerance,
-        "rounding": rounding,
-        "effect": effect,
+        "effect": effect["difference"],
+        "effect_kl": effect["kl"],
+        "effect_top1": effect["top1"],
+        "effect_loss": None if seen.loss is None else {"base": effect["loss"], "adapter": seen.loss},
         "scale": scale,
         "tokens": tokens,
         "equal_tokens": equal,
         "weights": weights,
+        "costs": costs,
         "texts": len(texts.rows),
         "source": texts.source,
         "precision": str(machine.dtype).removeprefix("torch."),
         "device": machine.device,
         "compared": _COMPARED[machine.whole],
     }
+
+
+def better_rounding(proof: Mapping[str, Any], dtype: str, rounding: str) -> str:
+    """The rounding of this dtype that loses least, unless the present one loses next to nothing more."""
+    of_dtype = {row["rounding"]: row["kl"] for row in proof["costs"] if row["dtype"] == dtype and row["kl"] is not None}
+    if not of_dtype:
+        return rounding
+    best = min(of_dtype, key=lambda name: of_dtype[name])
+    return best if of_dtype[best] < 0.9 * of_dtype.get(rounding, float("inf")) else rounding
+
+
+def costly(proof: Mapping[str, Any]) -> list[str]:
+    """Where storing the model costs more than a hundredth of what the adapter does: the dtypes that would not."""
+    limit = WORTH * proof["effect_kl"]
+    if proof["kl"] <= limit:
+        return []
+    return [row["dtype"] for row in proof["costs"] if row["kl"] is not None and row["kl"] <= limit]
+
+
+def _rounds(plan: Plan) -> bool:
+    """Whether any weight is stored in less than it was computed in."""
+    return any(
+        out.planned.dtype.itemsize < (4 if out.edit.names else out.base.dtype.itemsize)
+        for out in plan.outputs.values()
+        if out.planned.dtype.is_floating_point
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a dtype costs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _costs(model: PreTrainedModel, merge: Merge, texts: Texts, seen: Seen) -> list[dict[str, Any]]:
+    """What each dtype and rounding costs, the last of them float32, which rounds nothing."""
+    import torch
+
+    own = merge.plan.dtype
+    wanted = [(torch.float16, NEAREST), (torch.float32, NEAREST)]
+    if own == torch.bfloat16:
+        wanted = [(own, NEAREST), (own, STOCHASTIC), *wanted]
+    rows = []
+    for dtype, rounding in wanted[-1:] if own == torch.float32 else wanted:
+        row: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "rounding": rounding}
+        try:
+            changed = _put(model, merge, dtype, rounding)
+        except ModelError:  # float16 ends at 65,504
+            rows.append({**row, "kl": None, "top1": None, "difference": None, "loss": None, "vanished": None})
+            continue
+        found = apart(seen, look(model, texts, answers=False))
+        rows.append({**row, **found, "vanished": changed.figures()["vanished"]})
+    return rows
+
+
+def _put(model: PreTrainedModel, merge: Merge, dtype: torch.dtype, rounding: str) -> Changed:
+    """Give a loaded model the merged weights as a dtype and rounding would store them."""
+    import torch
+
+    places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    changed = Changed()
+    with torch.no_grad():
+        for name, place in merge.plan.names.items():
+            out = merge.plan.outputs[place]
+            if not out.planned.dtype.is_floating_point:
+                continue
+            start = 0
+            exact = unrounded(out.base, out.edit, merge.tensors)
+            for piece in merged_pieces(out.base, out.edit, merge.tensors, dtype, rounding):
+                stop = start + len(piece)
+                places[name].view(-1, *piece.shape[1:])[start:stop] = piece.to(places[name].dtype)
+                if name in merge.plan.changed:
+                    changed.count(piece.double(), next(exact).double(), out, start, stop)
+                start = stop
+    return changed
+
+
+def _refuse_other_weights(model: PreTrainedModel, merge: Merge) -> None:
+    """Each weight of the loaded model is the one in its file."""
+    import torch
+
+    places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for name, place in merge.plan.names.items():
+        stored = merge.files[place]
+        for start, stop in pieces(stored.rows, stored.width):
+            found = stored.read(start, stop)
+            held = places[name].view(-1, *found.shape[1:])[start:stop].cpu()
+            if not torch.equal(held, found.to(held.dtype)) and not bool(found.isnan().any()):
+                raise ModelError(
+                    f"the merged model does not load as it was written: {name} is not {place} of its file. "
+                    "Nothing was kept"
+                )
 
 
 def measure_quantized(
@@ -171,8 +239,12 @@ def measure_quantized(
     del model
     clear_device_cache(garbage_collection=True)
     tokens, equal = agreement(seen.answers, now.answers)
-    found = difference(seen.logits, now.logits)
-    return {"quantization": kind, "difference": found, "tokens": tokens, "equal_tokens": equal}
+    return {"quantization": kind, **apart(seen, now), "tokens": tokens, "equal_tokens": equal}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loading both
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -207,133 +279,3 @@ def _merged(folder: Path, plan: Plan, unexpected: set[str], machine: Machine) ->
     if rows != plan.model.get_input_embeddings().weight.shape[0] or rows != model.config.get_text_config().vocab_size:
         raise ModelError(f"the merged model has {rows} embedding rows, and its config.json says otherwise")
     return model.to(machine.device)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What both models are shown, and what they make of it
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def choose_texts(
-    recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase | None, context: int, vocabulary: int
-) -> Texts:
-    """Rows that the recipe holds out, where it holds any out and its data is here; else fixed texts, or token ids.
-
-    Args:
-        tokenizer: that of the merged model; None when it has none.
-        context: tokens that the model takes at most.
-        vocabulary: rows of its embedding.
-    """
-    from instructft.prompt.loss_mask import encode_conversation, encoder
-
-    limit = min(LENGTH, context)
-    room = max(1, limit - ANSWER)
-    if tokenizer is None:
-        import torch
-
-        draw = torch.Generator().manual_seed(0)
-        rows = torch.randint(vocabulary, (len(FIXED), min(32, room)), generator=draw).tolist()
-        return Texts(rows, rows, "random token ids", [], 0, ANSWER)
-    if not isinstance(tokenizer.chat_template, str):
-        rows = prompts = [tokenizer(text)["input_ids"] for text in FIXED]
-        source, stop = "fixed texts", tokenizer.eos_token_id
-    else:
-        stop = encoder(tokenizer).stop_token_id
-        if conversations := _held_out(recipe):
-            prompts = encoder(tokenizer).prompts([messages[:-1] for messages in conversations])
-            rows = [encode_conversation(messages, tokenizer)["input_ids"] for messages in conversations]
-            source = "the recipe's held-out rows"
-        else:
-            rows = prompts = encoder(tokenizer).prompts([[{"role": "user", "content": text}] for text in FIXED])
-            source = "fixed texts"
-    return Texts(
-        rows=[ids[:limit] for ids in rows if ids],
-        prompts=[ids[-room:] for ids in prompts if ids],
-        source=source,
-        stop_ids=[] if stop is None else [stop],
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop or 0,
-        answer=ANSWER,
-    )
-
-
-def _held_out(recipe: Recipe | None) -> list[Any]:
-    from instructft.data.load import conversations
-
-    if recipe is None or any(entry.streaming for entry in recipe.data.datasets):
-        return []
-    for split in ("test", "validation"):
-        if getattr(recipe.data.splits, split):
-            try:
-                return [row["messages"] for row in conversations(recipe, split, ROWS)]
-            except (InstructftError, OSError, ValueError):  # the data has moved: another text proves as much
-                return []
-    return []
-
-
-def look(model: Any, texts: Texts, answers: bool = True) -> Seen:
-    """Logits and greedy answers of a model, one text at a time: no padding takes part."""
-    import torch
-    from transformers import GenerationConfig
-
-    greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=texts.answer, eos_token_id=texts.stop_ids or None, pad_token_id=texts.pad_id
-    )
-    logits, made = [], []
-    with torch.inference_mode():
-        for ids in texts.rows:
-            batch = torch.tensor([ids], device=model.device)  # (1, T)
-            found = model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False).logits[0]  # (T, V)
-            logits.append(_kept(found, len(ids), len(texts.rows)))
-        for ids in texts.prompts if answers else []:
-            batch = torch.tensor([ids], device=model.device)
-            out = model.generate(input_ids=batch, attention_mask=torch.ones_like(batch), generation_config=greedy)
-            made.append(out[0, len(ids) :].tolist())
-    return Seen(logits, made)
-
-
-def look_once(model: Any, texts: Texts, answers: bool = True) -> Seen:
-    """As `look`, with every weight used once: all texts in one batch; for answers the most likely next tokens."""
-    import torch
-
-    lengths = [len(ids) for ids in texts.rows]
-    batch = torch.full((len(lengths), max(lengths)), texts.pad_id)  # (B, T)
-    mask = torch.zeros_like(batch)
-    for i, ids in enumerate(texts.rows):
-        batch[i, : len(ids)], mask[i, : len(ids)] = torch.tensor(ids), 1
-    with torch.inference_mode():
-        found = model(input_ids=batch, attention_mask=mask, use_cache=False).logits  # (B, T, V)
-    logits = [_kept(row, length, len(lengths)) for row, length in zip(found, lengths, strict=True)]
-    return Seen(logits, [row[:n].argmax(-1).tolist() for row, n in zip(found, lengths, strict=True)] if answers else [])
-
-
-def _kept(logits: torch.Tensor, length: int, texts: int) -> torch.Tensor:
-    """Logits of some positions, evenly over a text of `length` tokens: (positions, V), float32 on the CPU."""
-    import torch
-
-    keep = max(1, LOGITS // (texts * logits.shape[-1] * 4))
-    places = torch.linspace(0, length - 1, min(keep, length), device=logits.device).round().long()
-    return logits[places].float().cpu()
-
-
-def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
-    """The largest difference of a logit.
-
-    Example::
-
-        difference([torch.tensor([[1.0, 2.0]])], [torch.tensor([[1.0, 2.5]])])
-        # 0.5
-    """
-    import torch
-
-    return float(torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max())
-
-
-def agreement(one: Iterable[list[int]], other: Iterable[list[int]]) -> tuple[int, int]:
-    """Tokens of all answers, and how many of them are equal at their place.
-
-    >>> agreement([[5, 6, 7]], [[5, 6, 8, 9]])
-    (4, 2)
-    """
-    pairs = list(zip(one, other, strict=True))
-    total = sum(max(len(a), len(b)) for a, b in pairs)
-    return total, sum(x == y for a, b in pairs for x, y in zip(a, b, strict=False))

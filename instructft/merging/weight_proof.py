@@ -1,4 +1,11 @@
-"""Merged weights against PEFT's own merge, value by value, and the size of the rounding that storing them costs.
+"""Is the arithmetic right? Each merged tensor against PEFT's own merge in float64, and its file against that.
+
+Three questions, a tensor at a time, none of which depends on what the model makes of it:
+
+1. The change before it is rounded is PEFT's: `B·A·scale` and all that is like it, at float64's precision.
+2. Each number in the file is that value rounded to the file's dtype: one of its two neighbours, or the nearest.
+3. The change is in the file: how much of it is (`applied`, 1 where rounding loses nothing), and of how many entries
+   nothing is left (`vanished`).
 
 PEFT merges one layer at a time, in copies that are let go again: where the weights are a file that is mapped into
 memory, no more than a layer is ever held.
@@ -6,142 +13,134 @@ memory, no more than a layer is ever held.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, KeysView, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import ModelError
-from instructft.weights.tensor_io import Stored, pieces
+from instructft.merging.arithmetic import unrounded
+from instructft.weights.rounding import STOCHASTIC, unit_in_last_place
+from instructft.weights.tensor_io import Stored
 
 if TYPE_CHECKING:
     import torch
 
-    from instructft.merging.plan import Plan
+    from instructft.merging.plan import Output, Plan
 
-FLOOR = 1e-5  # of a tensor's largest weight: what float32 arithmetic in another order may do
+PRECISION = 1e-9  # of a tensor's largest weight: float64 in another order of the same sums
 
 
-def compare_weights(live: Any, plan: Plan, files: Mapping[str, Stored]) -> dict[str, Any]:
-    """Hold each merged tensor on disk against what PEFT's merge makes of it in `live`, which stays as it is.
+def compare_weights(
+    live: Any, plan: Plan, adapter: Mapping[str, Stored], files: Mapping[str, Stored], rounding: str
+) -> dict[str, Any]:
+    """Hold each merged tensor against what PEFT's merge makes of it in `live`, which stays as it is.
+
+    Args:
+        live: the adapter on its base.
+        adapter: the adapter's tensors.
+        files: the merged tensors as they lie on disk, written with `rounding`.
+
+    Returns:
+        `tensors` compared, `applied` and `vanished` as above, over all of them, and `deviation`, the largest of a
+        change before rounding, relative to the largest weight of its tensor.
 
     Raises:
-        ModelError: a value is further away than rounding to its dtype explains.
+        ModelError: a change is another one, or a value in a file is not its rounding.
     """
-    import torch
-
-    compared = 0
-    for name, weight in _as_merged(live):
-        if name not in plan.changed:
-            continue
-        stored = files[plan.changed[name]]
-        largest = float(weight.abs().max())
-        # in a low precision PEFT rounds the delta and the sum
-        units = 0.51 if weight.dtype == torch.float32 else 2.0
-        for start, stop in pieces(stored.rows, stored.width):
-            ours = stored.read(start, stop).float()
-            theirs = weight[start:stop].float().cpu()
-            allowed = units * unit_in_last_place(theirs, stored.dtype) + FLOOR * largest
-            if not bool(((ours - theirs).abs() <= allowed).all()):
-                raise ModelError(
-                    f"{stored.name} is not merged as PEFT merges it: a value differs by "
-                    f"{float((ours - theirs).abs().max()):.3g}, and the largest weight in it is {largest:.3g}. "
-                    "Nothing was kept"
-                )
+    compared, deviation, sums = 0, 0.0, Changed()
+    for name, dtype, weight in _as_merged(live, plan.changed.keys()):
+        out = plan.outputs[plan.changed[name]]
+        deviation = max(deviation, _compare(out, dtype, weight, adapter))
+        sums.add(out, adapter, files[plan.changed[name]], rounding)
         compared += 1
     if compared < len(plan.changed):
         raise ModelError(f"{len(plan.changed) - compared} merged tensors were not found in PEFT's model")
-    return {"tensors": compared}
+    return {"tensors": compared, "deviation": deviation, **sums.figures()}
 
 
-def unit_in_last_place(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The distance of neighbouring numbers of `dtype` at each value.
+def _compare(out: Output, held: torch.dtype, theirs: torch.Tensor, adapter: Mapping[str, Stored]) -> float:
+    """How far our change of a weight is from PEFT's, relative to its largest weight; refuse another one.
 
-    Example::
-
-        unit_in_last_place(torch.tensor([1.0, 3.0]), torch.bfloat16)
-        # tensor([0.0078, 0.0156])
+    Args:
+        held: the dtype that PEFT's model holds the weight in; one that is narrower than the file's has rounded it.
     """
-    import torch
-
-    info = torch.finfo(dtype)
-    _, exponent = torch.frexp(values.abs().clamp(min=info.tiny))
-    return torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
-
-
-@contextmanager
-def jittered(live: Any, plan: Plan, merge: bool, whole: bool) -> Iterator[None]:
-    """Compute with weights that are merged (if asked for) and moved by up to half a unit in their last place.
-
-    Each weight that the merge rounded moves by a random amount. A model that is `whole` in memory stays so afterwards;
-    another one is as it was: each of its layers computes in copies.
-    """
-    rounded = _rounded(plan)
-    if whole:
-        if merge:
-            live.merge_adapter()
-        for seed, (name, weight) in enumerate(_weights(live)):
-            if name in rounded:
-                _move(weight, rounded[name], seed)
-        yield
-        return
-    moved = {  # tied weights are one memory, and are moved alike
-        weight.data_ptr(): (rounded[name], seed)
-        for seed, (name, weight) in enumerate(_weights(live))
-        if name in rounded
-    }
-    open_: dict[Any, ExitStack] = {}
-
-    def enter(module: Any, *_: Any) -> None:
-        places = [(p, moved[p.data_ptr()]) for p in _own(module) if p.data_ptr() in moved]
-        open_[module] = stack = ExitStack()
-        stack.enter_context(_in_copies(module, merge))
-        for parameter, (dtype, seed) in places:
-            _move(parameter.data, dtype, seed)
-
-    def leave(module: Any, *_: Any) -> None:
-        open_.pop(module).close()
-
-    handles = []
-    for _, module in _units(live.get_base_model()):
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    largest = float(theirs.abs().max())
+    source = adapter[out.edit.replaced] if out.edit.replaced else out.base
+    coarse = held.itemsize < source.dtype.itemsize
+    off, start = 0.0, 0
+    for ours in unrounded(out.base, out.edit, adapter):
+        value = theirs[start : start + len(ours)].cpu()
+        allowed = PRECISION * largest + (unit_in_last_place(value, held) if coarse else 0)
+        difference = (ours.double() - value).abs()
+        if not bool((difference <= allowed).all()):  # not a number is no proof either
+            raise ModelError(
+                f"{out.planned.name} is not merged as PEFT merges it: a value differs by "
+                f"{float(difference.max()):.3g}, and the largest weight in it is {largest:.3g}. Nothing was kept"
+            )
+        off, start = max(off, float(difference.max())), start + len(ours)
+    return off / max(largest, 1e-300)
 
 
-def _rounded(plan: Plan) -> dict[str, torch.dtype]:
-    """Parameter -> the dtype that it was rounded to."""
-    found = {}
-    for name, place in plan.names.items():
-        out = plan.outputs[place]
-        dtype = out.planned.dtype
-        if dtype.is_floating_point and out.planned.shape and (name in plan.changed or dtype != out.base.dtype):
-            found[name] = dtype
-    return found
+class Changed:
+    """What is left in a file of the changes that an adapter made, summed over tensors."""
+
+    def __init__(self) -> None:
+        self.entries = self.vanished = 0
+        self.kept = self.wanted = 0.0
+
+    def add(self, out: Output, adapter: Mapping[str, Stored], stored: Stored, rounding: str) -> None:
+        """Count one tensor.
+
+        Raises:
+            ModelError: a value in the file is not the rounding of the merged one.
+        """
+        units = 1.001 if rounding == STOCHASTIC else 0.501
+        start = 0
+        for value in unrounded(out.base, out.edit, adapter):
+            stop = start + len(value)
+            found = stored.read(start, stop).double()
+            unit = unit_in_last_place(value.double(), stored.dtype)
+            if not bool(((found - value).abs() <= units * unit).all()):
+                raise ModelError(f"{stored.name} in the merged file is not the rounding of its merged value")
+            self.count(found, value.double(), out, start, stop)
+            start = stop
+
+    def count(self, found: torch.Tensor, value: torch.Tensor, out: Output, start: int, stop: int) -> None:
+        """Count some rows of it."""
+        import torch
+
+        known = min(stop, out.base.rows)
+        if known <= start:  # rows of new tokens: the base has none
+            return
+        was = out.base.read(start, known).double()
+        found, value = found[: known - start].reshape(was.shape), value[: known - start].reshape(was.shape)
+        change, left = value - was, found - was
+        self.wanted += float((change * change).sum())
+        self.kept += float((change * left).sum())
+        self.entries += int(torch.count_nonzero(change))
+        self.vanished += int(((change != 0) & (left == 0)).sum())
+
+    def figures(self) -> dict[str, float]:
+        """`applied` and `vanished`, as shares."""
+        return {
+            "applied": self.kept / self.wanted if self.wanted else 1.0,
+            "vanished": self.vanished / self.entries if self.entries else 0.0,
+        }
 
 
-def _move(weight: torch.Tensor, dtype: torch.dtype, seed: int) -> None:
-    import torch
-
-    source = torch.Generator().manual_seed(seed)
-    for start, stop in pieces(weight.shape[0], weight[0].numel()):
-        rows = weight[start:stop]
-        noise = torch.rand(rows.shape, generator=source, dtype=torch.float32) - 0.5
-        rows += (noise.to(rows.device) * unit_in_last_place(rows.float(), dtype)).to(rows.dtype)
-
-
-def _as_merged(live: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name in the base, and the weight after PEFT's merge; valid until the next one is asked for."""
+def _as_merged(live: Any, wanted: KeysView[str]) -> Iterator[tuple[str, torch.dtype, torch.Tensor]]:
+    """Name in the base, its dtype, and the weight after PEFT's merge in float64; valid until the next is asked for."""
     seen: set[tuple[str, int]] = set()
     for place, module in _units(live.get_base_model()):
-        before = {id(p): p.data_ptr() for p in _own(module)}
-        with _in_copies(module, merge=True):
+        if wanted.isdisjoint(name for name, _ in _named(module, place)):
+            continue
+        before = {id(p): p.data for p in _own(module)}
+        with _merged_in_copies(module):
             for name, parameter in _named(module, place):
-                if (name, before[id(parameter)]) not in seen:
-                    seen.add((name, before[id(parameter)]))
-                    yield name, parameter.data
+                was = before[id(parameter)]
+                if name in wanted and (name, was.data_ptr()) not in seen:
+                    seen.add((name, was.data_ptr()))
+                    yield name, was.dtype, parameter.data
 
 
 def _units(base: Any) -> Iterator[tuple[str, Any]]:
@@ -165,15 +164,15 @@ def _is_wrapper(module: Any) -> bool:
 
 
 @contextmanager
-def _in_copies(module: Any, merge: bool) -> Iterator[None]:
-    """A unit with its weights in copies, merged by PEFT if asked for; afterwards it is what it was, to the bit."""
+def _merged_in_copies(module: Any) -> Iterator[None]:
+    """A unit with its weights in copies of float64, merged by PEFT; afterwards it is what it was, to the bit."""
+    import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    modules: list[Any] = list(module.modules()) if merge else []
-    layers = [layer for layer in modules if isinstance(layer, BaseTunerLayer)]
-    kept = [(parameter, parameter.data) for parameter in _own(module)]
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    kept = [(parameter, parameter.data) for parameter in module.parameters(recurse=_is_wrapper(module))]
     for parameter, data in kept:
-        parameter.data = data.clone()
+        parameter.data = data.to(torch.float64, copy=True)
     try:
         for layer in layers:
             layer.merge()
@@ -199,13 +198,3 @@ def _named(module: Any, place: str) -> Iterator[tuple[str, Any]]:
         for wrapper in (".base_layer", ".token_adapter", ".modules_to_save.default"):
             name = name.replace(wrapper, "")
         yield name.lstrip("."), parameter
-
-
-def _weights(live: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name in the base, and the weight that a PEFT model uses for it, each memory once."""
-    seen: set[tuple[str, int]] = set()
-    for place, module in _units(live.get_base_model()):
-        for name, parameter in _named(module, place):
-            if (name, parameter.data_ptr()) not in seen:
-                seen.add((name, parameter.data_ptr()))
-                yield name, parameter.data

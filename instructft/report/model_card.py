@@ -31,6 +31,8 @@ _METRICS = {
 
 EVALUATION = "evaluation.json"  # in the run folder, as `instructft evaluate --json` writes it
 
+COSTS = ("KL, nats a token", "top-1 equal", "held-out loss", "changes gone")  # of a dtype that a merge is stored in
+
 TEMPLATE = Path(__file__).parent / "html" / "card.md.jinja"
 
 
@@ -104,7 +106,21 @@ def _render(metadata: Mapping[str, Any], **values: Any) -> str:
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(metadata=yaml_text(dict(metadata)).strip(), version=__version__, **values)
+    return template.render(
+        metadata=yaml_text(dict(metadata)).strip(), version=__version__, costs=COSTS, cost_cells=cost_cells, **values
+    )
+
+
+def cost_cells(row: Mapping[str, Any]) -> list[str]:
+    """What a dtype and rounding cost a merge, as the cells of `COSTS`.
+
+    >>> cost_cells({"kl": 2e-4, "top1": 0.991, "loss": 1.0182, "vanished": 0.5})
+    ['2.0e-04', '99.1%', '1.0182', '50%']
+    """
+    if row["kl"] is None:
+        return ["values do not fit", "", "", ""]
+    loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
+    return [f"{row['kl']:.1e}", f"{row['top1']:.1%}", loss, f"{row['vanished']:.0%}"]
 
 
 def for_the_hub(text: str, repo_id: str, place: str, run: Path) -> str:

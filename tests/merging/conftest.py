@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from instructft.merging import proof
+from instructft.merging import comparison
 from instructft.weights import tensor_io
 from tests.helpers.merging import make_adapter, make_base
 
@@ -20,9 +20,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A proof shows three texts and asks for four tokens."""
-    monkeypatch.setattr(proof, "ANSWER", 4)
-    monkeypatch.setattr(proof, "FIXED", proof.FIXED[:3])
-    monkeypatch.setattr(proof, "ROWS", 3)
+    monkeypatch.setattr(comparison, "ANSWER", 4)
+    monkeypatch.setattr(comparison, "FIXED", comparison.FIXED[:3])
+    monkeypatch.setattr(comparison, "ROWS", 3)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from instructft import merge_adapter
 from instructft.errors import ModelError
-from instructft.merging.weight_proof import unit_in_last_place
+from instructft.weights.rounding import unit_in_last_place
 from tests.helpers.merging import (
     CONFIGS,
     QUIET,
@@ -20,7 +20,7 @@ from tests.helpers.merging import (
 
 
 @pytest.mark.parametrize("options", ["lora", "dora"])
-def test_a_bfloat16_merge_is_the_nearest_there_is(options: str, tmp_path: Path) -> None:
+def test_a_bfloat16_merge_to_the_nearest_is_the_nearest_there_is(options: str, tmp_path: Path) -> None:
     """Each merged value is the exact one rounded once; PEFT, which rounds twice, is further away."""
     import torch
     from peft import PeftModel
@@ -28,7 +28,7 @@ def test_a_bfloat16_merge_is_the_nearest_there_is(options: str, tmp_path: Path) 
 
     base = make_base(tmp_path / "base", "llama", "bfloat16", tied=False)
     adapter = make_adapter(tmp_path / "adapter", base, **CONFIGS[options])
-    merge_adapter(adapter, tmp_path / "out", verify=False, console=QUIET)
+    merge_adapter(adapter, tmp_path / "out", verify=False, rounding="nearest", console=QUIET)
     exact = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), adapter, autocast_adapter_dtype=False
     )

@@ -16,8 +16,15 @@ from tests.helpers.report import facts_of
 MERGE = {
     "base": "org/base",
     "dtype": "bfloat16",
-    "proof": {"texts": 8, "source": "the recipe's held-out rows", "difference": 1e-3, "tolerance": 2e-2, "effect": 0.5,
-              "compared": "greedy answers", "equal_tokens": 256, "tokens": 256, "weights": {"tensors": 4}},
+    "rounding": "stochastic",
+    "proof": {"texts": 8, "source": "the recipe's held-out rows", "difference": 1e-3, "exact": 2e-5, "tolerance": 2e-2,
+              "kl": 2e-4, "top1": 0.99, "effect": 0.5, "effect_kl": 0.17,
+              "compared": "greedy answers", "equal_tokens": 256, "tokens": 256,
+              "weights": {"tensors": 4, "deviation": 1e-16, "applied": 1.0, "vanished": 0.7},
+              "costs": [{"dtype": "bfloat16", "rounding": "nearest", "kl": 8e-3, "top1": 0.96, "loss": 0.89,
+                         "vanished": 0.77},
+                        {"dtype": "float16", "rounding": "nearest", "kl": None, "top1": None, "loss": None,
+                         "vanished": None}]},
     "quantized": {"quantization": "4bit", "difference": 0.25},
 }  # fmt: skip
 
@@ -43,7 +50,9 @@ def test_the_licence_of_a_base_with_a_card_is_told(lora: Any, tmp_path: Path) ->
 
 def test_a_merged_model_has_the_card_of_its_run_and_how_it_was_merged(lora: Any) -> None:
     before, after = card(lora, facts_of()), card(lora, facts_of(), merge=MERGE)
-    for said in ("| merged weights compared with PEFT's merge | 4 tensors", "| shown to both | 8 × the recipe's",
+    for said in ("| merged weights compared with PEFT's merge in float64 | 4 tensors",
+                 "in bfloat16, stochastic rounding", "| bfloat16, nearest | 8.0e-03 | 96.0% | 0.8900 | 77% |", "| float16, nearest | values do not fit |",
+                 "| shown to both | 8 × the recipe's",
                  "on its 4bit base | 2.50e-01 |", "greedy answers, tokens equal | 256 of 256 |", 
                  "into org/base"):  # fmt: skip
         assert said in after
