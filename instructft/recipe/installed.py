@@ -154,6 +154,9 @@ def _settings(recipe: Recipe, device: str, known: list[str]) -> Iterator[str]:
     fields = {key: value for key, value in recipe.sft_kwargs().items() if key not in {*about_known, *on_cpu}}
     for key in ("report_to", "ddp_backend", "auto_find_batch_size"):
         fields.pop(key, None)
+    for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if isinstance(fields.get(key), str) and not fields[key].startswith("{"):
+            yield f"train.{key}: found {show(fields.pop(key))}, expected a mapping such as {{use_reentrant: false}}"
     try:
         args = _make_settings(fields)
     except _REFUSALS as error:

@@ -48,8 +48,10 @@ def attempt(key: str, value: Any, write_recipe: Callable[..., Path], tmp_path: P
         check_against_installed(recipe, "cpu")
     except UsageError as error:
         return "refused" if key in str(error) else f"refused without its name: {error}"
-    run.mkdir(parents=True)
-    instructft.train(recipe, console=Console(quiet=True))
+    try:  # a refusal by the architecture comes later, and still before any weight
+        instructft.train(recipe, console=Console(quiet=True))
+    except UsageError as error:
+        return "refused" if key in str(error) else f"refused without its name: {error}"
     return "trains"
 
 
