@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,16 @@ def add_lora(model: Any, recipe: Recipe, new_tokens: Sequence[int] = (), *, only
     from peft import get_peft_model
 
     config = lora_config(recipe, model, new_tokens)
+    said = _without_dropout(config, model)
+    if str(recipe.adapter.target_modules).lower() == "all-linear" and (left := _left_out(model)):
+        said.append(
+            f"adapter.target_modules: all-linear leaves out {', '.join(left)}, which PEFT refuses to adapt here"
+        )
     if not only_shapes:
         from transformers import set_seed
+
+        for line in said:
+            print(line, file=sys.stderr)
 
         set_seed(recipe.train["seed"])  # A is random; it shall not depend on what was drawn before
     try:
@@ -128,6 +137,34 @@ def lora_config(recipe: Recipe, model: Any, new_tokens: Sequence[int] = ()) -> L
     return config
 
 
+def _without_dropout(config: LoraConfig, model: Any) -> list[str]:
+    """Take the dropout out of an adapter over single parameters, where PEFT has none (0.21); what to say about it.
+
+    Experts of a mixture are such parameters since transformers 5, and PEFT finds them by their old names.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    meant = copy.deepcopy(config)
+    convert_peft_config_for_transformers(meant, model, None)
+    if not meant.target_parameters or not config.lora_dropout:
+        return []
+    config.lora_dropout = 0.0
+    return ["adapter.dropout: 0 in this run; PEFT has no dropout for the weights of experts that this adapter reaches"]
+
+
+# What PEFT refuses to adapt in models of these types, since their kernels read the weight past any adapter (0.21).
+_MAMBA_KIN = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_PAST_ADAPTERS = ("out_proj",)
+
+
+def _left_out(model: Any) -> list[str]:
+    """Last parts of the names of layers that no adapter can be put on in this architecture."""
+    if getattr(model.config, "model_type", None) not in _MAMBA_KIN:
+        return []
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return sorted(names.intersection(_PAST_ADAPTERS))
+
+
 def _linear_layers(model: Any) -> list[str]:
     """Names of the backbone's linear layers: last parts where these say it all, else whole names."""
     import torch
@@ -135,10 +172,14 @@ def _linear_layers(model: Any) -> list[str]:
 
     head = model.get_output_embeddings()
     on_the_way = {id(module) for module in model.base_model.modules()}  # what the loss is computed through
+    left_out = _left_out(model)
     whole = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and id(module) in on_the_way and module is not head
+        if name.rpartition(".")[2] not in left_out
+        and isinstance(module, torch.nn.Linear | Conv1D)
+        and id(module) in on_the_way
+        and module is not head
     }
     if not whole:
         raise UsageError(f"adapter.target_modules: all-linear, but {type(model).__name__} has no linear layer to adapt")

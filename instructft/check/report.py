@@ -49,17 +49,23 @@ def check(
         UsageError: recipe or data are not right, as `instructft.train` would say.
     """
     import instructft.training.trainer  # noqa: F401 - what training imports counts in its memory
+    from instructft.adapters import quantization
     from instructft.check.audit import audit
     from instructft.data.prepare import prepare
     from instructft.models.memory import estimate, resident
-    from instructft.models.starting_point import starting_point
+    from instructft.models.starting_point import check_attention, starting_point
     from instructft.models.tokenizer import load_tokenizer
-    from instructft.recipe.load import check_against_installed
+    from instructft.recipe.installed import check_against_installed
     from instructft.training.arguments import training_arguments
 
-    check_against_installed(recipe)
+    here = device is None or device == quantization.device(recipe).partition(":")[0]
+    check_against_installed(recipe, quantization.device(recipe) if here else None)
+    if here:
+        quantization.check(recipe)
     tokenizer = load_tokenizer(recipe)
     start = starting_point(recipe, tokenizer)
+    if here:
+        check_attention(recipe, start.config)
     base = resident()  # before the audit reads all rows, which training does not keep
     report: dict[str, Any] = {"schema": SCHEMA, "recipe": recipe.name, "data": audit(recipe, tokenizer)}
     report |= {"training": None, "estimate": None, "limits": [], "problems": []}

@@ -197,6 +197,15 @@ def existing(location: str, key: str) -> Path:
 
 def not_read(entry: DatasetEntry, label: str, key: str, error: Exception) -> str:
     """Say in words why a data set could not be read or fetched, and what to try."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    cause = error.__cause__ or error
+    named = getattr(cause, "filename", None)
+    if named and Path(HF_DATASETS_CACHE).is_relative_to(str(named)):  # the cache itself, or a folder above it
+        return (
+            f"the cache folder {HF_DATASETS_CACHE} cannot be made: {named}: {getattr(cause, 'strerror', cause)}; set "
+            "HF_HOME (or HF_DATASETS_CACHE) to a folder that can be written"
+        )
     if entry.path:
         return f"{key}: {label} could not be read: {first_line(error.__cause__ or error)}"
     where = "the Hugging Face Hub" if hub_id(entry) else "its URL"

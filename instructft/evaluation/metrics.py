@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from instructft.data.sources import Unusable, detect_format, to_conversation
 from instructft.errors import DataError
 from instructft.evaluation.confidence import intervals, measures
+from instructft.evaluation.words import rouge_l
 from instructft.inference.chat import as_generator
 from instructft.inference.generator import MAX_NEW_TOKENS, Answer, Generator
 from instructft.prompt.conversation import Message
@@ -64,8 +65,6 @@ def evaluate(
     Raises:
         DataError: no rows, one without an answer, or none whose answer lies within the context.
     """
-    from rouge_score.rouge_scorer import RougeScorer
-
     conversations = [_conversation(i, row) for i, row in enumerate(rows, 1)]
     if not conversations:
         raise DataError("there are no rows to evaluate on")
@@ -73,7 +72,6 @@ def evaluate(
     scored = negative_log_likelihood(generator, conversations, train_on, batch_size)
     answers = answers_to(generator, [c[:-1] for c in conversations], max_new_tokens, batch_size)
     references = [str(c[-1]["content"]).strip() for c in conversations]
-    rouge = RougeScorer(["rougeL"])  # its F1: Lin, 2004, https://aclanthology.org/W04-1013
     found = []
     for row, asked, answer, reference, (nll, tokens) in zip(
         rows, conversations, answers, references, scored.rows, strict=True
@@ -84,7 +82,7 @@ def evaluate(
             | {"prompt": _asked(asked), "prediction": answer.text, "reference": reference}
             | {"finish_reason": answer.finish_reason, "answer_tokens": len(ids), "repeated": repeated(ids)}
             | {"reference_tokens": len(_ids(generator, reference)), "nll": nll, "supervised_tokens": tokens}
-            | {"rougeL": float(rouge.score(reference, answer.text)["rougeL"].fmeasure)}
+            | {"rougeL": rouge_l(answer.text, reference)}
         )
     return {**_figures(found), "cut": scored.cut, "groups": _groups(found), "rows": found}
 

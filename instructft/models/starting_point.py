@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from instructft.adapters import lora
 from instructft.adapters.adapter_folder import AdapterFolder, is_adapter, read_adapter
 from instructft.adapters.attach import locate_base
 from instructft.errors import UsageError
+from instructft.formatting import first_line
 from instructft.models.latest import resolve_latest
 from instructft.models.tokenizer import new_tokens, not_loaded
 from instructft.weights import remote_code
@@ -132,11 +134,39 @@ def starting_point(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Starti
             f"data.max_length: {recipe.data.max_length} tokens are more than the {positions} positions of "
             f"{model.name_or_path or 'model.config'}; set data.max_length to {positions} or less"
         )
+    coefficient = recipe.train.get("router_aux_loss_coef")
+    if coefficient and not hasattr(config.get_text_config(), "output_router_logits"):
+        raise UsageError(
+            f"train.router_aux_loss_coef: found {coefficient:g}, but {named['name_or_path'] or 'model.config'} "
+            f"({config.model_type}) is no mixture of experts with a loss of its router; take it out"
+        )
     added: list[int] = []
     if recipe.adapter.type != "none" and adapter is None:
         added = new_tokens(recipe, tokenizer, config.get_text_config().vocab_size)
         lora.check(recipe, config, added)
     return StartingPoint(*where, named, adapter, config, added, len(tokenizer))
+
+
+def check_attention(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Refuse an attention that this machine or this architecture does not have; done on shapes alone.
+
+    Raises:
+        UsageError: what is missing, and what to write instead.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    asked = recipe.model.attn_implementation
+    if asked == "auto" or "/" in asked:  # a kernel on the Hub is fetched when it is used
+        return
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=asked, **remote_code.flag())
+    except (ImportError, ValueError) as error:
+        raise UsageError(
+            f"model.attn_implementation: {asked} cannot be used here: {first_line(error).rstrip('.')}; or write "
+            "model.attn_implementation=auto"
+        ) from error
 
 
 def adapter_to_train_further(recipe: Recipe) -> AdapterFolder | None:

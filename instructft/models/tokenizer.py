@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,6 +74,28 @@ def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise UsageError(not_loaded(key, str(name), "a tokenizer", error)) from error
+
+
+def hand_on(recipe: Recipe, folder: Path) -> None:
+    """Give a folder that holds a saved tokenizer what converters read, and take out what is of this machine.
+
+    `tokenizer.model`, SentencePiece's own file, is not written by transformers; llama.cpp and others read it. How a
+    tokenizer was found (`is_local`, `local_files_only`) says nothing where it is read.
+    """
+    from transformers.utils.hub import cached_file
+
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in held.items() if key not in ("is_local", "local_files_only")}
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    name, own = recipe.model.tokenizer or recipe.model.name_or_path, recipe.model.tokenizer is None
+    if not name or name == "quickstart" or (folder / "tokenizer.model").exists():
+        return
+    where = {"revision": recipe.model.revision, "subfolder": recipe.model.subfolder or ""} if own else {}
+    quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
+    if found := cached_file(name, "tokenizer.model", **where, **quiet, _raise_exceptions_for_gated_repo=False):
+        shutil.copyfile(found, folder / "tokenizer.model")
 
 
 def new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:

@@ -195,6 +195,8 @@ ADAPTER_HOMES: dict[str, str] = {
     "inference_mode": "take it out: an adapter is trained here",
     "auto_mapping": "take it out: PEFT fills it in",
     "peft_version": "take it out: PEFT fills it in",
+    "alora_invocation_tokens": "take it out: such an adapter works only behind its own tokens, and cannot be merged",
+    "arrow_config": "take it out: it routes among adapters that are trained already",
     "runtime_config": "take it out: PEFT does not save it, so a resumed run would differ",
 }
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from instructft.data.readers import suffix_of
 from instructft.data.sources import SOURCES
+from instructft.recipe.schema import Recipe, metric_name
 from instructft.recipe.yaml_reader import Document, KeyPath
 
-if TYPE_CHECKING:
-    from instructft.recipe.schema import Recipe
-
+# What an evaluation measures, and a best checkpoint can be chosen by; each data set's loss where there are several.
+EVALUATED = ("loss", "perplexity", "entropy", "mean_token_accuracy")
 Contradiction = tuple[tuple[KeyPath, ...], str]  # the keys it is about, the one to be named first; what is wrong
 
 
@@ -175,8 +175,14 @@ def _train(recipe: Recipe) -> Iterator[Contradiction]:
             found = f"{train['save_steps']} and {train['eval_steps']}"
             say = f"needs save_steps to be a multiple of eval_steps; found {found}"
             yield at("load_best_model_at_end"), say
-    if train.get("dataloader_prefetch_factor") is not None and not on("dataloader_num_workers"):
-        yield at("dataloader_prefetch_factor"), "needs train.dataloader_num_workers above 0"
+    metric, several = metric_name(train), len(recipe.data.datasets) > 1
+    if metric not in EVALUATED and not (several and metric.endswith("_loss")):
+        more = ", and eval_<data set>_loss of each data set" if several else ""
+        say = f"eval_{metric} is not measured; expected one of {', '.join(f'eval_{name}' for name in EVALUATED)}{more}"
+        yield at("metric_for_best_model"), say
+    for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if train.get(key) not in (None, False) and not on("dataloader_num_workers"):
+            yield at(key), "needs train.dataloader_num_workers above 0"
     if recipe.hub.push == "checkpoints" and saves == "no":
         yield at("save_strategy"), "no, but hub.push: checkpoints uploads checkpoints"
 
@@ -191,7 +197,7 @@ def _early_stopping(recipe: Recipe) -> str:
         return "follows the evaluations; set train.eval_strategy"
     if not train.get("load_best_model_at_end"):
         return "goes back to the best checkpoint; take train.load_best_model_at_end: false out"
-    metric = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    metric = metric_name(train)
     if metric != "loss" or train.get("greater_is_better"):
         found = f"metric_for_best_model {metric}" if metric != "loss" else "greater_is_better: true"
         return f"stops by the validation loss, the lower the better; found {found}: take it out"

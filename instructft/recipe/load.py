@@ -92,23 +92,6 @@ def _build(document: Document, name: str, path: Path, *, shown: str, strict: boo
     return recipe
 
 
-def check_against_installed(recipe: Recipe) -> None:
-    """Compare the fields of `train:` with the `trl.SFTConfig` that is installed. Imports torch.
-
-    Raises:
-        RecipeError: for each field that the installed version does not know.
-    """
-    import dataclasses
-
-    import trl
-
-    known = {field.name for field in dataclasses.fields(trl.SFTConfig)}
-    unknown = sorted(set(recipe.sft_kwargs()) - known)
-    if unknown:
-        say = f"trl {trl.__version__}, which is installed, has no such field; take it out, or install another trl"
-        raise RecipeError(recipe.source or recipe.name, [f"train.{name}: {say}" for name in unknown])
-
-
 def shipped_recipes() -> dict[str, Path]:
     """Name -> file of each recipe that comes with instructft.
 

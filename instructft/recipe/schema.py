@@ -28,6 +28,15 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 }
 
 
+def metric_name(train: Mapping[str, Any]) -> str:
+    """What the best checkpoint is judged by, without `eval_`.
+
+    >>> metric_name({"metric_for_best_model": "eval_perplexity"}), metric_name({})
+    ('perplexity', 'loss')
+    """
+    return str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
+
+
 def train_defaults(written: Mapping[str, Any], validation: float) -> dict[str, Any]:
     """`TRAIN_DEFAULTS` and the defaults that follow from other keys.
 
@@ -51,6 +60,8 @@ def train_defaults(written: Mapping[str, Any], validation: float) -> dict[str, A
         defaults["eval_steps"] = chosen["save_steps"] if best else 0.1  # share of all steps
     if "per_device_train_batch_size" in written:  # what fits in training fits in evaluation
         defaults["per_device_eval_batch_size"] = written["per_device_train_batch_size"]
+    if metric_name(written) in ("perplexity", "entropy"):
+        defaults["greater_is_better"] = False  # upstream knows it of names that end in `loss` alone
     if written.get("activation_checkpointing") is not None:  # its newer name, which wins in transformers
         defaults["gradient_checkpointing"] = written["activation_checkpointing"]
     return defaults
@@ -259,7 +270,11 @@ class Recipe(_Section):
         >>> load_recipe("quickstart", ["train.max_steps=10"]).sft_kwargs()["max_steps"]
         10
         """
-        return {key: thaw(value) for key, value in self.train.items() if key not in OWN_TRAIN_FIELDS}
+        fields = {key: thaw(value) for key, value in self.train.items() if key not in OWN_TRAIN_FIELDS}
+        for key, row in legal_train_fields().items():  # upstream refuses 0 where it wants 0.0; steps are counted
+            if "float" in row["kinds"] and type(fields.get(key)) is int and not key.endswith("_steps"):
+                fields[key] = float(fields[key])
+        return fields
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain dicts and lists: every key, every default."""

@@ -24,6 +24,8 @@ def training_arguments(recipe: Recipe, data: Prepared | Streamed, state: Partial
     fields = recipe.sft_kwargs()
     tokens_per_step = recipe.train.get("tokens_per_step")
     fields.pop("auto_find_batch_size", None)  # done in `batch_size`; upstream changes the rows of a step
+    if state.num_processes == 1:
+        fields.pop("ddp_backend", None)  # there is nobody to talk to, and torch would wait for a group of processes
     fields["bf16"], fields["fp16"], precision = decide_precision(recipe)
     # TensorBoard is attached in `run`, so that its files lie in the run folder under a plain name
     fields["report_to"] = [name for name in reporters(recipe) if name != "tensorboard"]

@@ -134,6 +134,7 @@ def save(
 ) -> None:
     """Write the final model, its tokenizer and the metadata of the run."""
     from instructft.models.load import fit_special_tokens
+    from instructft.models.tokenizer import hand_on
     from instructft.report.curves import plot_loss
     from instructft.report.model_card import write_card
     from instructft.report.page import draw_report
@@ -146,6 +147,8 @@ def save(
     if not trainer.is_world_process_zero():
         return
     require_whole(model, run / PARTIAL)
+    hand_on(recipe, run / PARTIAL)
+    for_older_readers(run / PARTIAL / "config.json")
     shutil.rmtree(run / UNPROVED, ignore_errors=True)  # of an attempt before this one, which is proved
     (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one was resumed from there
     _give_names(run / PARTIAL, run)
@@ -155,6 +158,24 @@ def save(
     partial = run / "run.json.partial"  # last, and whole or not there: by it a run is known to be finished
     partial.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
     partial.replace(run / "run.json")
+
+
+def for_older_readers(path: Path) -> None:
+    """Write the base of rotary positions where transformers 4 reads it too; it takes 10,000 where it finds none.
+
+    transformers 5 keeps it in `rope_parameters` alone, which version 4 does not know.
+    """
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for section in (config, config.get("text_config")):
+        rope = section.get("rope_parameters") if isinstance(section, dict) else None
+        if not isinstance(rope, dict) or not isinstance(rope.get("rope_theta"), int | float):
+            continue  # some models have other positions in each kind of layer, which version 4 cannot say
+        section.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            section.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def final_metrics(trainer: Trainer) -> dict[str, Any]:

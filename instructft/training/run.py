@@ -20,9 +20,9 @@ from instructft.data.streaming import Streamed, prepare_stream
 from instructft.launch.workers import first_process
 from instructft.models.latest import asks_for_latest, forget_newest, resolve_latest
 from instructft.models.load import load_model
-from instructft.models.starting_point import StartingPoint, starting_point
+from instructft.models.starting_point import StartingPoint, check_attention, starting_point
 from instructft.models.tokenizer import load_tokenizer
-from instructft.recipe.load import check_against_installed
+from instructft.recipe.installed import check_against_installed
 from instructft.recipe.schema import Recipe
 from instructft.training.arguments import refuse_what_cannot_run, reporters, training_arguments
 from instructft.training.out_of_memory import explained
@@ -78,7 +78,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     state = PartialState(cpu=bool(recipe.train.get("use_cpu")))
     console = console or _console(state)
     run = Path(recipe.output_dir)
-    check_against_installed(recipe)
+    check_against_installed(recipe, quantization.device(recipe))
     refuse_what_cannot_run(recipe, state)
     checkpoint, passed = first_process(state, lambda: _where_from(recipe, run, resume))
     if checkpoint is None:
@@ -91,6 +91,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
 
     tokenizer = load_tokenizer(recipe)
     origin = starting_point(recipe, tokenizer)  # a model that does not fit is refused before the data is read
+    check_attention(recipe, origin.config)
     quantization.check(recipe)
     with state.main_process_first():
         data = prepare_stream(recipe, tokenizer) if recipe.data.datasets[0].streaming else prepare(recipe, tokenizer)

@@ -348,3 +348,24 @@ def test_all_linear_never_reaches_the_head(kind: str, base: Any, tmp_path: Path)
     adapted = lora_module.add_lora(model, asked)
     assert not hasattr(adapted.get_base_model().get_output_embeddings(), "lora_A")
     assert fused_loss._head(adapted.get_base_model())[1:] == (None, None)
+
+
+def test_all_linear_leaves_out_what_peft_refuses_and_says_so(tmp_path: Any, capsys: Any) -> None:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1}
+    model = Mamba2ForCausalLM(Mamba2Config(vocab_size=99, chunk_size=8, **sizes))
+    adapted = lora_module.add_lora(model, recipe("base", tmp_path))
+    assert adapted.peft_config["default"].target_modules == {"in_proj"}
+    assert "all-linear leaves out out_proj, which PEFT refuses" in capsys.readouterr().err
+
+
+def test_an_adapter_over_single_parameters_has_no_dropout_and_says_so(tmp_path: Any, capsys: Any) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=99, **sizes, num_key_value_heads=2, num_local_experts=2)
+    asked = recipe("base", tmp_path, "adapter.target_parameters=[mlp.experts.down_proj]", "adapter.dropout=0.05")
+    adapted = lora_module.add_lora(MixtralForCausalLM(config), asked)
+    assert adapted.peft_config["default"].lora_dropout == 0.0
+    assert "adapter.dropout: 0 in this run" in capsys.readouterr().err

@@ -214,3 +214,17 @@ def test_file_conversations_reads_a_file_whole_and_says_when_nothing_is_in_it(tm
         file_conversations(str(tmp_path / "broken.json"))
     with pytest.raises(DataError, match=r"--data: there is no file nowhere\.json"):
         file_conversations("nowhere.json")
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named_and_not_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    from instructft.data.load import not_read
+    from instructft.recipe.schema import DatasetEntry
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("/gone/home/.cache/huggingface/datasets"))
+    entry = DatasetEntry(path="rows.jsonl")
+    error = FileNotFoundError(2, "No such file or directory", "/gone/home")
+    said = not_read(entry, "rows.jsonl", "data.datasets[0]", error)
+    assert said.startswith("the cache folder /gone/home/.cache/huggingface/datasets cannot be made: /gone/home")
+    assert "HF_HOME" in said
+    other = not_read(entry, "rows.jsonl", "data.datasets[0]", FileNotFoundError(2, "gone", "/elsewhere/rows.jsonl"))
+    assert other.startswith("data.datasets[0]: rows.jsonl could not be read")

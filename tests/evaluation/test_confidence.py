@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from instructft.evaluation.confidence import _draws, _middle, differences, intervals, measures
+from instructft.evaluation.confidence import _draws, differences, intervals, measures
 from tests.helpers.evaluation import row
 
 
@@ -53,14 +53,36 @@ def test_intervals_equal_a_plain_bootstrap() -> None:
     assert set(intervals(rows[:9]).values()) == {None}
 
 
-def test_an_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+@pytest.mark.parametrize("truth", [0.01, 0.3, 0.95, 0.99])
+def test_an_interval_holds_the_truth_about_as_often_as_it_says(truth: float) -> None:
     rng = np.random.default_rng(0)
-    held = 0
+    held = dict.fromkeys(("exact_match", "rougeL", "stopped"), 0)
     for _ in range(200):
-        hits = rng.random(60) < 0.3
-        low, high = _middle(measures([row(prediction="a" if hit else "b") for hit in hits])["exact_match"].drawn())
-        held += low <= 0.3 <= high
-    assert 0.88 <= held / 200 <= 0.99
+        hits = rng.random(60) < truth
+        scores = np.where(hits, 1.0, rng.random(60))  # a ROUGE-L that is mostly 1
+        rows = [
+            row(prediction="a" if hit else "b", rougeL=score, finish_reason="stop" if hit else "length")
+            for hit, score in zip(hits, scores, strict=True)
+        ]
+        known = measures(rows)
+        for name, expected in {"exact_match": truth, "rougeL": (1 + truth) / 2, "stopped": truth}.items():
+            low, high = known[name].interval()
+            held[name] += low <= expected <= high
+    assert min(held.values()) / 200 >= 0.93
+
+
+def test_figures_at_their_ends_have_an_interval_with_a_width() -> None:
+    right, wrong = [row() for _ in range(50)], [row(prediction="b", rougeL=0.0, finish_reason="length")] * 50
+    for name in ("exact_match", "rougeL", "stopped", "bleu"):
+        low, high = intervals(right)[name]
+        assert low < 0.95 * high == pytest.approx(95.0 if name == "bleu" else 0.95)
+        low, high = intervals(wrong)[name]
+        assert 0 == low < high < (10 if name == "bleu" else 0.1)
+        same, better = differences(right, right)[name], differences(right, wrong)[name]
+        assert same["noise"] is True
+        assert same["interval"][0] < 0 < same["interval"][1]
+        assert better["noise"] is False
+        assert better["interval"][0] < better["value"] <= better["interval"][1] * 1.1
 
 
 def test_a_difference_is_paired_over_rows() -> None:

@@ -69,3 +69,29 @@ def test_one_look_at_where_a_run_begins(
     assert len(further.facts["train"]["resumed"]) == 1
     assert adapter_folder.read_adapter(further.output_dir).base == record
     assert further.facts["base"] == first.facts["base"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.router_aux_loss_coef=0.1", r"train\.router_aux_loss_coef: found 0\.1, .* is no mixture of experts"),
+        ("model.attn_implementation=flash_attention_2", "flash_attention_2 cannot be used here: .* write model.attn"),
+    ],
+)
+def test_what_the_architecture_or_the_machine_lacks_is_refused_before_weights_in_check_and_in_training(
+    override: str, words: str, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from instructft.check.report import check
+    from instructft.errors import UsageError
+
+    monkeypatch.setattr("instructft.training.run.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    recipe = instructft.load_recipe(write_recipe(), [override])
+    with pytest.raises(UsageError, match=words):
+        check(recipe)
+    with pytest.raises(UsageError, match=words):
+        instructft.train(recipe, console=QUIET)
+
+
+def test_no_weight_of_a_routers_loss_is_taken_for_a_model_without_router(write_recipe: Any) -> None:
+    recipe = instructft.load_recipe(write_recipe(), ["train.router_aux_loss_coef=0", "train.max_steps=1"])
+    instructft.train(recipe, console=QUIET)

@@ -1,0 +1,236 @@
+"""What a recipe asks of the libraries and the machine that are here, tried on one weight before anything is loaded.
+
+Optimizers, schedules and trackers have conditions of their own: a package, an argument, a kind of GPU. Each is made
+here as the trainer will make it, so that what it says after minutes of loading is said at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from instructft.errors import RecipeError, UsageError
+from instructft.formatting import first_line, nearest
+from instructft.recipe.fields import show
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+    from instructft.recipe.schema import Recipe
+
+# How libraries fail that were asked for something they cannot do. An error of another kind is a bug of theirs or ours.
+_REFUSALS = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError, RuntimeError, OSError)
+
+
+def check_against_installed(recipe: Recipe, device: str | None = None) -> None:
+    """Refuse what the installed libraries, or with `device` this machine, cannot do. Imports torch.
+
+    Args:
+        device: where training will take place on this machine; None where it takes place on another one, of which
+            only the recipe's own mistakes can be told.
+
+    Raises:
+        RecipeError: for each field that the installed version of trl does not know.
+        UsageError: all settings that cannot be carried out, a line each.
+    """
+    import dataclasses
+
+    import trl
+
+    known = {field.name for field in dataclasses.fields(trl.SFTConfig)}
+    unknown = sorted(set(recipe.sft_kwargs()) - known)
+    if unknown:
+        say = f"trl {trl.__version__}, which is installed, has no such field; take it out, or install another trl"
+        raise RecipeError(recipe.source or recipe.name, [f"train.{name}: {say}" for name in unknown])
+    problems = [*_schedule(recipe), *_optimizer_arguments(recipe)]
+    if device is not None:
+        problems += [*_precision_and_kernels(recipe, device), *_trackers(recipe), *_settings(recipe, device, problems)]
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def _schedule(recipe: Recipe) -> Iterator[str]:
+    """What the learning-rate schedule lacks, does not know, or refuses."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+    from transformers.trainer_utils import SchedulerType
+
+    name = recipe.train.get("lr_scheduler_type", "linear")
+    given = recipe.sft_kwargs().get("lr_scheduler_kwargs") or {}
+    if isinstance(given, str):  # transformers takes JSON too
+        try:
+            given = json.loads(given)
+        except ValueError:
+            given = None
+    if not isinstance(given, dict):
+        yield f"train.lr_scheduler_kwargs: found {show(given)}, expected a mapping such as {{min_lr_rate: 0.1}}"
+        return
+    function = TYPE_TO_SCHEDULER_FUNCTION.get(SchedulerType(name))
+    if function is None:
+        return
+    set_by_run = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs")
+    takes = {key: p for key, p in inspect.signature(function).parameters.items() if key not in set_by_run}
+    listed = f"it takes {', '.join(takes)}" if takes else "it takes none"
+    for key in given:
+        if key not in takes:
+            yield f"train.lr_scheduler_kwargs: {name} has no argument {key}; {listed}"
+            return
+    lacks = [key for key, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    for key in lacks:
+        if key not in given:
+            example = f"train.lr_scheduler_kwargs={{{key}: {100 if key.endswith('steps') else 0.1}}}"
+            yield f"train.lr_scheduler_type: {name} needs {key}, such as {example}; {listed}"
+            return
+    try:
+        schedule = _make_schedule(recipe, given)
+        for _ in range(12):  # past its warmup: some look at their arguments only then
+            schedule.optimizer.step()
+            schedule.step(*([1.0] if "metrics" in inspect.signature(schedule.step).parameters else []))
+    except _REFUSALS as error:
+        way_out = f"; {listed}" if takes else ""
+        yield f"train.lr_scheduler_type: {name} cannot be made: {first_line(error)}{way_out}"
+
+
+def _make_schedule(recipe: Recipe, given: dict[str, Any]) -> Any:
+    import torch
+    from transformers import get_scheduler
+
+    rate = float(recipe.train.get("learning_rate", 2e-5))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    return get_scheduler(
+        recipe.train.get("lr_scheduler_type", "linear"), optimizer, 2, 1000, scheduler_specific_kwargs=given
+    )
+
+
+def _optimizer_arguments(recipe: Recipe) -> Iterator[str]:
+    text = recipe.train.get("optim_args")
+    if text and any(part.count("=") != 1 for part in text.replace(" ", "").split(",")):
+        yield (
+            f"train.optim_args: found {show(text)}, expected NAME=NUMBER and commas between, such as eps=1e-8,rho=0.1 "
+            "(betas are train.adam_beta1 and train.adam_beta2)"
+        )
+
+
+def _precision_and_kernels(recipe: Recipe, device: str) -> Iterator[str]:
+    """What a CPU does not have."""
+    if device != "cpu":
+        return
+    here = "this run is on the CPU" + (" (train.use_cpu)" if recipe.train.get("use_cpu") else "")
+    if recipe.train.get("fp16"):
+        yield (
+            f"train.fp16: {here}, where float16 would be left out without a word; take it out, or write train.bf16=true"
+        )
+    if recipe.train.get("tf32"):
+        yield f"train.tf32: {here}, and tf32 is a way of NVIDIA's GPUs to multiply; take it out"
+    if recipe.train.get("activation_offloading"):
+        yield f"train.activation_offloading: {here}, and there is no GPU to offload from; take it out"
+    if recipe.train.get("use_liger_kernel"):
+        yield f"train.use_liger_kernel: {here}, and these kernels are for GPUs; take it out"
+
+
+# Tracker -> its package on PyPI, and its part in transformers' `is_…_available`, where these are named otherwise.
+_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit"}
+_KNOWN_AS = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
+
+
+def _trackers(recipe: Recipe) -> Iterator[str]:
+    """Trackers that are named and not installed. TensorBoard is attached by the run itself."""
+    from transformers import integrations
+
+    named = recipe.train.get("report_to") or []
+    for name in [named] if isinstance(named, str) else named:
+        available = getattr(integrations, f"is_{_KNOWN_AS.get(name, name)}_available", None)
+        if name != "tensorboard" and available is not None and not available():
+            yield (f"train.report_to: {name} is not installed; pip install {_PACKAGES.get(name, name)}, or take it out")
+
+
+def _settings(recipe: Recipe, device: str, known: list[str]) -> Iterator[str]:
+    """What `trl.SFTConfig` refuses of the values of a recipe, and its optimizer of one weight."""
+    about_known = {problem.partition(":")[0].removeprefix("train.") for problem in known}
+    on_cpu = ("fp16", "tf32", "activation_offloading", "use_liger_kernel") if device == "cpu" else ()
+    fields = {key: value for key, value in recipe.sft_kwargs().items() if key not in {*about_known, *on_cpu}}
+    for key in ("report_to", "ddp_backend", "auto_find_batch_size"):
+        fields.pop(key, None)
+    for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if isinstance(fields.get(key), str) and not fields[key].startswith("{"):
+            yield f"train.{key}: found {show(fields.pop(key))}, expected a mapping such as {{use_reentrant: false}}"
+    try:
+        args = _make_settings(fields)
+    except _REFUSALS as error:
+        yield _of_which(fields, recipe, error)
+        return
+    yield from _compiler(args)
+    if "optim_args" not in about_known:
+        try:
+            _make_optimizer(args, device)
+        except _REFUSALS as error:
+            say = first_line(error).rstrip(".")
+            yield f"train.optim: {args.optim.value} cannot be used here: {say}; or write train.optim=adamw_torch"
+
+
+def _make_settings(fields: dict[str, Any]) -> SFTConfig:
+    from transformers.utils import logging
+    from trl import SFTConfig
+
+    before, verbosity = dict(os.environ), logging.get_verbosity()
+    logging.set_verbosity_error()  # the settings of the run will say the same
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return SFTConfig(**{"bf16": False, **fields, "output_dir": folder, "report_to": [], "max_length": None})
+    finally:  # settings for accelerate, which those of the run will make anew
+        os.environ.clear()
+        os.environ.update(before)
+        logging.set_verbosity(verbosity)
+
+
+def _compiler(args: SFTConfig) -> Iterator[str]:
+    """A backend or a mode that torch.compile does not know."""
+    import torch
+    from accelerate.utils import DynamoBackend
+
+    if not args.torch_compile:
+        return
+    known = [backend.value.lower() for backend in DynamoBackend if backend.value != "NO"]
+    if args.torch_compile_backend not in known:
+        yield (
+            f"train.torch_compile_backend: found {show(args.torch_compile_backend)}, expected one of "
+            f"{', '.join(known)}{nearest(str(args.torch_compile_backend), known)}"
+        )
+        return
+    try:
+        torch.compile(torch.nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    except _REFUSALS as error:
+        key = "torch_compile_mode" if args.torch_compile_mode else "torch_compile_backend"
+        yield f"train.{key}: found {show(getattr(args, key))}, which cannot be used here: {first_line(error)}"
+
+
+def _of_which(fields: dict[str, Any], recipe: Recipe, error: Exception) -> str:
+    """The key without which the settings can be made; an error rarely names it."""
+    for key in sorted(fields, key=lambda key: (key not in recipe.train_written, key)):
+        try:
+            _make_settings({name: value for name, value in fields.items() if name != key})
+        except _REFUSALS:
+            continue
+        return f"train.{key}: found {show(fields[key])}, which cannot be used here: {first_line(error)}"
+    return f"train: {first_line(error)}"
+
+
+def _make_optimizer(args: SFTConfig, device: str) -> None:
+    """Make the optimizer for one small layer, and on a CPU take a step with it."""
+    import torch
+    from transformers import Trainer
+    from transformers.trainer_optimizer import is_optimizer_factory
+
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, layer)
+    if is_optimizer_factory(kind):
+        kind()(layer, **options)
+        return
+    parameters = options.pop("params", options.pop("model", layer.parameters()))
+    optimizer = kind(parameters, **options)
+    if device == "cpu" and hasattr(optimizer, "param_groups"):
+        layer(torch.zeros(1, 4)).sum().backward()
+        optimizer.step()
