@@ -18,7 +18,7 @@ from trl import SFTTrainer
 from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import token_rows
 from instructft.data.packing import flat
-from instructft.data.row_order import LengthGrouped
+from instructft.data.row_order import LengthGrouped, set_epoch
 from instructft.training.batch_size import MicroBatches
 from instructft.training.fused_loss import add_supervised_head, scores
 from instructft.training.resumable import Progress, Sealing, gathered
@@ -105,6 +105,7 @@ class Trainer(SFTTrainer):
         if ended or self.state.global_step >= self.state.max_steps:  # upstream would train one step more
             self.control.should_training_stop = True
             return
+        set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
         super()._run_epoch(**kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
