@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from instructft.checkpoints.lineage import set_aside
 from instructft.checkpoints.manifest import Checkpoint, folders, kind, newest, verify
 from instructft.errors import CheckpointError, ResumeError
 from instructft.redaction import without_places
@@ -78,6 +79,14 @@ class RunStart:
             lines.append(f"resuming from {self.folder}, {self.step:,} steps done; every byte of it verified")
             lines += [f"changed: {key}, {_short(then)} to {_short(now)}" for key, (then, now) in self.changed.items()]
         return lines
+
+    def set_aside(self, run: Path) -> list[str]:
+        """Leave the run one line of checkpoints, which ends with the one that it resumes from; say what was moved."""
+        place, names = set_aside(run, self.step) if self.checkpoint else (None, [])
+        if place is None:
+            return []
+        what = f"{', '.join(names)} now in {place}" if names else f"run.json of the finished run now in {place}"
+        return [f"set aside: {what}; the run continues from checkpoint-{self.step}, and these stay as they are"]
 
     def record(self, versions: Mapping[str, str]) -> list[dict[str, Any]]:
         """What `run.json` keeps of it; a library of another version is no reason to stop, but to be known."""

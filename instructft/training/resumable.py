@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from instructft.checkpoints import manifest
+from instructft.checkpoints.lineage import retain
 from instructft.errors import CheckpointError
 from instructft.formatting import first_line
 from instructft.hub.push import progress_of
@@ -125,7 +126,7 @@ class Sealing:
             trainer.accelerator.wait_for_everyone()
             if first:
                 manifest.seal(folder, self.identity, self.versions)
-                manifest.retain(run, self.keep, trainer.state.best_model_checkpoint)
+                retain(run, self.keep, trainer.state.best_model_checkpoint, newest=trainer.state.global_step)
                 self._upload(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             if ran_out(error):

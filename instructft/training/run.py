@@ -109,6 +109,8 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     with full_disk_explained(run), uploads(recipe, run, state.is_main_process, console) as publisher:
         if state.is_main_process:
             make_folder(run, fresh=checkpoint is None)
+            for line in start.set_aside(run):
+                console.print(line, markup=False, highlight=False)
             (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         state.wait_for_everyone()
         trainer = build_trainer(recipe, tokenizer, data, model, args, origin, start, console)

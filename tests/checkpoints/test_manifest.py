@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 
 from instructft.checkpoints import manifest
-from instructft.checkpoints.manifest import MANIFEST, begin, folders, newest, require_space, retain, seal, verify
+from instructft.checkpoints.lineage import retain
+from instructft.checkpoints.manifest import MANIFEST, begin, folders, newest, require_space, seal, verify
 from instructft.checkpoints.resume import find, refuse_changes
 from instructft.errors import CheckpointError, ResumeError
 
-FILES = {"model.safetensors": b"w" * 3000, "optimizer.pt": b"o" * 100, "rng_state.pth": b"r", "inner/scaler.pt": b"s"}
+FILES = {
+    "model.safetensors": b"w" * 3000, "optimizer.pt": b"o" * 100, "scheduler.pt": b"l", "rng_state.pth": b"r",
+    "trainer_state.json": b"{}", "progress_0.json": b"{}", "inner/scaler.pt": b"s",
+}  # fmt: skip
 
 
 def make(run: Path, step: int, sealed: bool = True, **identity: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Two processes that are stopped in every epoch, at seeded steps, end with the bits of those that were never stopped."""
+"""Two processes that are stopped in every epoch, at seeded steps, end with the bits of those that never were."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KINDS = {
 }
 if BATTERY:
     KINDS |= {
-        "dispatched": {"more": ", accelerator_config: {dispatch_batches: true}"},
+        "dispatched": {"more": ", accelerator_config: {dispatch_batches: true, split_batches: true}"},
         "split": {"more": ", accelerator_config: {split_batches: true}"},
         "uneven": {"more": ", dataloader_drop_last: true"},
         "workers": {"more": ", dataloader_num_workers: 1"},
