@@ -244,6 +244,10 @@ _ACCELERATOR: dict[str, tuple[bool, str]] = {
         False,
         "draws the order of rows from a random state that has moved on when a run is resumed; take it out",
     ),
+    "even_batches": (
+        False,
+        "leaves a process without a batch at the end of an epoch, for which the others wait; take it out",
+    ),
     "use_stateful_dataloader": (
         True,
         "keeps the place in the data twice, and a resumed run would pass over rows; take it out",

@@ -203,12 +203,11 @@ class Trainer(SFTTrainer):
         """Loss of one validation batch; its sums are kept, row by row, for the mean over all tokens."""
         self.micro_batches.under_way = ("validation", tuple(inputs["input_ids"].shape))
         inputs = send_to_device(inputs, self.args.device)
+        lengths = inputs.pop("row_lengths")
         with torch.no_grad(), self.compute_loss_context_manager():
             out = scores(model, inputs)
-        per_row = [-out.log_probs, out.label_mask, out.entropy, out.is_top1]  # each (B, T - 1), zero where no loss
-        sums = torch.stack(
-            [x.to(torch.float64 if x.device.type == "cpu" else torch.float32).sum(1) for x in per_row], 1
-        )
+        values = torch.stack([-out.log_probs, out.label_mask, out.entropy, out.is_top1])  # (4, B, T - 1), 0: no loss
+        sums = _sums_of_rows(values.to(torch.float64 if values.device.type == "cpu" else torch.float32), lengths)
         # (B, 4) of every process; rows that only fill up the last batch of a distributed evaluation are left out
         self._eval_sums.append(self.accelerator.gather_for_metrics(sums).cpu())
         total = sums.sum(0)
@@ -238,6 +237,15 @@ class Trainer(SFTTrainer):
         metrics[f"{metric_key_prefix}_entropy"] = entropy / tokens
         metrics[f"{metric_key_prefix}_mean_token_accuracy"] = top1 / tokens
         return output
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Every held-out row once, whatever becomes of the last rows in training; batches say how long their rows are."""
+        collate, drop = self.data_collator, self.args.dataloader_drop_last
+        self.data_collator, self.args.dataloader_drop_last = _WithRowLengths(collate), False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator, self.args.dataloader_drop_last = collate, drop
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """The longest rows first: little padding is computed, and memory that does not suffice shows at once."""
@@ -284,6 +292,32 @@ class Trainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Upstream writes its own card at every checkpoint; ours is written once, when the run is done."""
+
+
+class _WithRowLengths:
+    """A collator that says with each batch how long its rows are: (B,), where packs become one row of the batch too."""
+
+    def __init__(self, collate: Any):
+        self.collate = collate
+
+    def __call__(self, rows: Any) -> dict[str, torch.Tensor]:
+        return {**self.collate(rows), "row_lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
+
+
+def _sums_of_rows(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Sums over each row of a batch; flattened packs, of which the batch has one row, are taken apart.
+
+    Args:
+        values: (4, B, T - 1), or (4, 1, T - 1) of packs end to end; of the token that each position predicts.
+        lengths: (B,), tokens of each row.
+
+    Returns:
+        (B, 4).
+    """
+    if values.shape[1] == len(lengths):
+        return values.sum(2).T
+    whole = torch.nn.functional.pad(values[:, 0], (0, 1))  # (4, T): nothing is predicted across a border
+    return torch.stack([part.sum(1) for part in whole.split(lengths.tolist(), dim=1)])
 
 
 def _gather_head(model: Any, *_: Any) -> None:

@@ -107,9 +107,9 @@ def test_two_processes_stopped_in_every_epoch_go_on_bit_for_bit(
     assert different == []
 
 
-def launched(folder: Path, runs: list[tuple[str, list[int]]]) -> subprocess.CompletedProcess[str]:
+def launched(folder: Path, runs: list[tuple[str, list[int]]], text: str = DRIVER) -> subprocess.CompletedProcess[str]:
     driver, config = folder / "driver.py", folder / "ddp.yaml"
-    driver.write_text(DRIVER)
+    driver.write_text(text)
     config.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
     )

@@ -90,6 +90,11 @@ BAD = {
         "line 5: train.accelerator_config.use_stateful_dataloader: true keeps",
         "take it out",
     ),
+    "a process without a batch": (
+        GOOD + "train:\n  accelerator_config:\n    even_batches: false\n",
+        "line 5: train.accelerator_config.even_batches: false leaves",
+        "take it out",
+    ),
     "batches of unequal width": (
         GOOD + "train:\n  accelerator_config:\n    dispatch_batches: true\n",
         "line 5: train.accelerator_config.dispatch_batches: true joins",
