@@ -95,7 +95,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     with state.main_process_first():
         data = prepare_stream(recipe, tokenizer) if recipe.data.datasets[0].streaming else prepare(recipe, tokenizer)
     args, precision = training_arguments(recipe, data, state)
-    made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, state.num_processes))
+    made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, args))
     start = run_start(checkpoint, passed, made_of)
     if facts := start.finished(run):
         console.print(f"{run} is finished, {facts['train']['steps']:,} steps: there is nothing to resume")

@@ -50,6 +50,7 @@ class Trainer(SFTTrainer):
         identity, versions: what every checkpoint says of the run, see `resumable`.
     """
 
+    data_collator: Any
     current_gradient_accumulation_steps: int  # of upstream: micro-batches in the step under way
 
     def __init__(
@@ -239,8 +240,9 @@ class Trainer(SFTTrainer):
         return output
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Every held-out row once, whatever becomes of the last rows in training; batches say how long their rows are."""
-        collate, drop = self.data_collator, self.args.dataloader_drop_last
+        """Every held-out row once, whatever becomes of the last rows in training; batches say how long rows are."""
+        collate: Any = self.data_collator
+        drop = self.args.dataloader_drop_last
         self.data_collator, self.args.dataloader_drop_last = _WithRowLengths(collate), False
         try:
             return super().get_eval_dataloader(eval_dataset)

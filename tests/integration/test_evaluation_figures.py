@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ Collator.__init__ = flattening
 """
 
 
+def _flattening(self: Any, made: Any, flatten: bool, pad: int, multiple: int | None = None, _: bool = False) -> None:
+    made(self, pad, multiple, flatten)
+
+
 def figures(run: Path) -> dict[str, float]:
     found: dict[str, Any] = json.loads((run / "run.json").read_text())["metrics"]
     return {name: found[name] for name in FIGURES}
@@ -67,8 +72,8 @@ def test_the_figures_are_the_same_on_every_road(tmp_path: Path, monkeypatch: pyt
     for kind in KINDS:
         flatten = "flattened" in kind
         with monkeypatch.context() as patch:
-            made_flat = lambda self, pad, by=None, _=False, flat=flatten: made(self, pad, by, flat)  # noqa: E731
-            patch.setattr(CompletionOnlyCollator, "__init__", made_flat)
+            flattening = functools.partialmethod(_flattening, made, flatten)
+            patch.setattr(CompletionOnlyCollator, "__init__", flattening)
             run = instructft.train(recipe_of(tmp_path, kind, 1), console=Console(quiet=True)).output_dir
         found[kind] = figures(run)
     several = []
