@@ -21,7 +21,7 @@ from instructft.data.packing import flat
 from instructft.data.row_order import LengthGrouped, set_epoch
 from instructft.training.batch_size import MicroBatches
 from instructft.training.fused_loss import add_supervised_head, scores
-from instructft.training.resumable import Progress, Sealing, gathered
+from instructft.training.resumable import Progress, Sealing, gathered, random_states_kept
 from instructft.training.step_checks import StepChecks
 from instructft.training.stopping import EvaluationLeft, Stop
 
@@ -166,9 +166,7 @@ class Trainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; random states stay as they are, so that how often one looks changes nothing that is trained."""
-        device = self.args.device  # merely to iterate over a data loader draws a number
-        kind = device.type if device.type != "cpu" else "cuda"  # the CPU's own state is always kept
-        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=kind):
+        with random_states_kept(self.args.device):  # merely to iterate over a data loader draws a number
             try:
                 found: dict[str, float] = super().evaluate(*args, **kwargs)
             finally:
@@ -187,6 +185,8 @@ class Trainer(SFTTrainer):
                     module.reshard()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if kwargs.get("skip_scheduler") and self.state.global_step:  # `eval_on_start`, which the run has had
+            return {}
         try:
             found: dict[str, float] = super()._evaluate(*args, **kwargs)
             return found
@@ -266,6 +266,11 @@ class Trainer(SFTTrainer):
             steps = max(self.state.global_step, 1)
             logs["train_loss"] = (self.progress.loss_before + self._total_loss_scalar) / steps
         super().log(logs, *args, **kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            self.progress.restore_random_states(Path(checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

@@ -64,7 +64,7 @@ def recipe_of(folder: Path, kind: str, processes: int) -> Any:
 
 @pytest.mark.timeout(400)
 def test_the_figures_are_the_same_on_every_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To 1e-6 of each other; and to 1e-5 of `evaluate`, and of the mean that a plain loop makes of the model's logits."""
+    """To 1e-6 of each other; and to 1e-5 of `evaluate`, and of a plain loop over the model's logits."""
     monkeypatch.chdir(tmp_path)
     rows(tmp_path / "rows.jsonl")
     made = CompletionOnlyCollator.__init__

@@ -398,3 +398,15 @@ def test_an_older_checkpoint_begins_a_line_of_its_own(
     assert [resume["step"] for resume in result.facts["train"]["resumed"]] == [9, 11]
     assert weights(run) == weights(uninterrupted)
     assert logged(run) == logged(uninterrupted)
+
+
+def test_an_evaluation_before_the_first_step_is_not_made_again(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = instructft.load_recipe(write(), ["train.eval_on_start=true", "train.max_steps=6"])
+    whole = train(recipe, console=QUIET).output_dir.rename(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, SignalAt("step", 1))
+        with pytest.raises(Stopped):
+            train(recipe, console=QUIET)
+    assert logged(train(recipe, console=QUIET).output_dir) == logged(whole)
