@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: a manifest written last, verification by size and SHA-256, and retention.
+"""Checkpoints that can be trusted: a manifest written last, and verification by size and SHA-256.
 
     checkpoint-40/
       model.safetensors, optimizer.pt, scheduler.pt, rng_state*.pth, trainer_state.json, …   as the Trainer writes them
@@ -24,6 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from instructft.checkpoints.required import missing
 from instructft.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -82,12 +83,16 @@ def seal(folder: Path, identity: Mapping[str, Any], versions: Mapping[str, str])
 
     Every process must have written its files before. A power cut at any moment leaves the folder with a manifest and
     whole, or without.
+
+    Raises:
+        CheckpointError: something is not there without which no run could resume from it.
     """
     files = {}
     for path in _files(folder):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(file)}
+    _require(folder, files, identity)
     for inner in {path.parent for path in _files(folder)}:
         _sync(inner)
     manifest = {
@@ -179,28 +184,13 @@ def full_disk_explained(run: Path) -> Iterator[None]:
         ) from error
 
 
-def retain(run: Path, keep: int | None, best: str | None = None) -> list[str]:
-    """Delete all but the newest `keep` checkpoints and the best one; folders without our manifest stay.
-
-    Returns the names of what was deleted.
-    """
-    if not keep:
-        return []
-    ours = [path for path in folders(run) if kind(path) == "sealed"]
-    gone = [path for path in ours[keep:] if best is None or path.name != Path(best).name]
-    for path in gone:
-        (path / MANIFEST).unlink()  # first: half of a checkpoint must not look like one
-        shutil.rmtree(path)
-    return [path.name for path in gone]
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Reading
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def verify(folder: Path) -> Checkpoint:
-    """Read a checkpoint's manifest, and every byte of its files.
+    """Read a checkpoint's manifest, and every byte of its files; all that a resumed run needs must be among them.
 
     Raises:
         CheckpointError: what is missing or differs.
@@ -216,7 +206,16 @@ def verify(folder: Path) -> Checkpoint:
         with path.open("rb") as file:
             if _sha256(file) != known["sha256"]:
                 raise CheckpointError(f"{folder}: {name} is not what was written (its SHA-256 differs)")
+    _require(folder, manifest["files"], manifest["identity"])
     return Checkpoint(folder, manifest["step"], manifest["identity"], manifest["versions"])
+
+
+def _require(folder: Path, files: Iterable[str], identity: Mapping[str, Any]) -> None:
+    if lacks := missing(files, int(identity.get("processes", 1))):
+        several = "; all machines of a run write to one shared output_dir" if " of process " in lacks[0] else ""
+        raise CheckpointError(
+            f"{folder}: it lacks {', '.join(lacks)}, so no run could resume from it as it was{several}"
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from instructft.checkpoints.lineage import set_aside
 from instructft.checkpoints.manifest import Checkpoint, folders, kind, newest, verify
 from instructft.errors import CheckpointError, ResumeError
 from instructft.redaction import without_places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from trl import SFTConfig
 
     from instructft.models.starting_point import StartingPoint
     from instructft.recipe.schema import Recipe
@@ -33,6 +35,8 @@ _FREE = (
 _OPEN = ("train.loss_spike_limit", "train.on_loss_spike", "train.early_stopping_patience")
 # Fields that older checkpoints do not hold, with what they were then unless someone set them.
 _LATER = {"train.dataloader_drop_last": False}
+# Facts that older checkpoints do not hold, and that nobody can tell now.
+_UNKNOWN = ("precision", "device")
 _LENGTH = ("train.max_steps", "train.num_train_epochs")
 # Schedules whose learning rate at a step does not depend on how many steps follow.
 _OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
@@ -79,6 +83,14 @@ class RunStart:
             lines += [f"changed: {key}, {_short(then)} to {_short(now)}" for key, (then, now) in self.changed.items()]
         return lines
 
+    def set_aside(self, run: Path) -> list[str]:
+        """Leave the run one line of checkpoints, which ends with the one that it resumes from; say what was moved."""
+        place, names = set_aside(run, self.step) if self.checkpoint else (None, [])
+        if place is None:
+            return []
+        what = f"{', '.join(names)} now in {place}" if names else f"run.json of the finished run now in {place}"
+        return [f"set aside: {what}; the run continues from checkpoint-{self.step}, and these stay as they are"]
+
     def record(self, versions: Mapping[str, str]) -> list[dict[str, Any]]:
         """What `run.json` keeps of it; a library of another version is no reason to stop, but to be known."""
         if self.checkpoint is None:
@@ -95,18 +107,21 @@ def run_start(checkpoint: Checkpoint | None, passed: list[str], identity: Mappin
 
 
 def identity(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, fingerprint: str, start: StartingPoint, processes: int
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, fingerprint: str, start: StartingPoint, args: SFTConfig
 ) -> dict[str, Any]:
     """What a run is made of: every recipe key that is fixed for its life, and what these led to.
 
     Args:
         fingerprint: of the prepared data.
         start: where the weights come from.
-        processes: that train together.
+        args: of the trainer, with device, precision and processes as they were decided here.
     """
     flat = fixed_keys(recipe)
     template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
-    made = {"data (its rows)": fingerprint, "data.template (its text)": template, "processes": processes}
+    made = {"data (its rows)": fingerprint, "data.template (its text)": template, "processes": args.world_size}
+    # left to the hardware by the recipe, and other bits on other hardware
+    made |= {"precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "as the weights"}
+    made |= {"device": args.device.type}
     if start.name:
         made["model (its weights)"] = start.fingerprint
     plain: dict[str, Any] = json.loads(json.dumps({**flat, **made}, default=str))
@@ -135,6 +150,7 @@ def refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> dict[str, 
         ResumeError: names every field that must not change, with what it was.
     """
     then, now = {**_LATER, **checkpoint.identity}, {**_LATER, **now}
+    now = {key: value for key, value in now.items() if key in then or key not in _UNKNOWN}
     changed = {key: [then.get(key), now.get(key)] for key in sorted({*then, *now}) if then.get(key) != now.get(key)}
     # the rows follow from these keys; told apart, they would only be said twice
     if any(key.startswith("data.") for key in changed):

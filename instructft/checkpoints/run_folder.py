@@ -91,10 +91,9 @@ def partial_folder(output: Path) -> Iterator[Path]:
         folder.mkdir()
         handle = _lock(folder)
         yield folder
-        for path in (*folder.rglob("*"), folder):
-            _sync(path)
+        sync(folder)
         os.rename(folder, output)  # onto an empty folder too; on one that has filled up it fails and changes nothing
-        _sync(parent)
+        sync_one(parent)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
@@ -129,7 +128,13 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-def _sync(path: Path) -> None:
+def sync(folder: Path) -> None:
+    """Wait until all that lies in a folder is on disk, the names of its files last."""
+    for path in (*folder.rglob("*"), folder):
+        sync_one(path)
+
+
+def sync_one(path: Path) -> None:
     """Wait until a file, or a folder's entries, are on disk."""
     if os.name == "nt":  # it takes a handle that may write
         return

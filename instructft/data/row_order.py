@@ -9,6 +9,24 @@ import numpy as np
 from torch.utils.data import Sampler
 
 
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell all that a data loader draws rows from which epoch begins, however deeply it is wrapped.
+
+    accelerate's own `set_epoch` looks one or two levels down. A loader of several processes that passes over the steps
+    before a resume has a level more, `SkipBatchSampler(BatchSamplerShard(BatchSampler(sampler)))`, and its sampler
+    would give epoch 0's order again (accelerate 1.15).
+    """
+    inner, seen = [loader], set()
+    while inner:
+        part = inner.pop()
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
+        inner += [getattr(part, name, None) for name in ("batch_sampler", "sampler", "base_dataloader", "dataset")]
+        if callable(tell := getattr(part, "set_epoch", None)):
+            tell(epoch)
+
+
 class LengthGrouped(Sampler[int]):
     """Row numbers in an order whose steps hold rows of like length, so that little padding is computed.
 

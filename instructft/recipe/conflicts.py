@@ -17,7 +17,13 @@ Contradiction = tuple[tuple[KeyPath, ...], str]  # the keys it is about, the one
 
 def find(document: Document, recipe: Recipe) -> None:
     """Note what cannot be meant together, defaults included; keys with a known problem are left alone."""
-    found = [*_model(recipe), *_sections(recipe, document.values), *_streaming(recipe), *_train(recipe)]
+    found = [
+        *_model(recipe),
+        *_sections(recipe, document.values),
+        *_streaming(recipe),
+        *_train(recipe),
+        *_resumable(recipe),
+    ]
     for paths, message in found:
         if not document.is_bad(*paths):
             document.add(paths[0], message)
@@ -216,3 +222,67 @@ def _multiple(save: float, evaluate: float) -> bool:
     if (save < 1) != (evaluate < 1):
         return False
     return round(save * 1_000_000) % round(evaluate * 1_000_000) == 0
+
+
+# Fields of `train:` with which a checkpoint could not go on to the same bits: name -> (that value, what it does).
+_UNRESUMABLE: dict[str, tuple[bool, str]] = {
+    "save_only_model": (
+        True,
+        "leaves optimizer, schedule and random states out of every checkpoint, and no run could resume from it; take "
+        "it out (train.save_total_limit keeps fewer; the model alone lies in the run folder at the end)",
+    ),
+    "ignore_data_skip": (
+        True,
+        "begins the epoch anew after a resume, so that rows are trained twice and others never; take it out",
+    ),
+    "restore_callback_states_from_checkpoint": (
+        True,
+        "makes the trainer's callbacks anew at a resume, with the stop that ended the run; take it out: what a run "
+        "needs to know is restored without it",
+    ),
+    "dataloader_in_order": (
+        False,
+        "takes batches as they are ready, in another order each time, so no run could be resumed; take it out",
+    ),
+}
+_ACCELERATOR: dict[str, tuple[bool, str]] = {
+    "use_seedable_sampler": (
+        False,
+        "draws the order of rows from a random state that has moved on when a run is resumed; take it out",
+    ),
+    "even_batches": (
+        False,
+        "leaves a process without a batch at the end of an epoch, for which the others wait; take it out",
+    ),
+    "use_stateful_dataloader": (
+        True,
+        "keeps the place in the data twice, and a resumed run would pass over rows; take it out",
+    ),
+}
+
+
+def accelerator_problem(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Which key of accelerate's configuration a run cannot be resumed with, or cannot run with, and why.
+
+    >>> accelerator_problem({"dispatch_batches": True, "split_batches": True}) is None
+    True
+    """
+    for key, (bad, why) in _ACCELERATOR.items():
+        if config.get(key) is bad:
+            return key, f"{str(bad).lower()} {why}"
+    if config.get("dispatch_batches") and not config.get("split_batches"):
+        return (
+            "dispatch_batches",
+            "true joins batches whose rows have unequal lengths, which fails; add split_batches: true",
+        )
+    return None
+
+
+def _resumable(recipe: Recipe) -> Iterator[Contradiction]:
+    """What makes a checkpoint that cannot go on to the same bits."""
+    for key, (bad, why) in _UNRESUMABLE.items():
+        if recipe.train.get(key) is bad:
+            yield (("train", key),), f"{str(bad).lower()} {why}"
+    config = recipe.train.get("accelerator_config")
+    if isinstance(config, Mapping) and (found := accelerator_problem(config)):
+        yield (("train", "accelerator_config", found[0]),), found[1]

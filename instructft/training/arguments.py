@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instructft.errors import UsageError
 from instructft.models.load import weights_dtype
+from instructft.recipe.conflicts import accelerator_problem
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -90,6 +93,10 @@ def refuse_what_cannot_run(recipe: Recipe, state: PartialState) -> None:
             f"a launcher started {os.environ['WORLD_SIZE']} processes, and accelerate counts one in each: all would "
             "write into one run folder. Without a GPU write train.use_cpu=true, and launch with instructft launch"
         )
+    if isinstance(file := recipe.train.get("accelerator_config"), str) and Path(file).is_file():
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+        if found := accelerator_problem(config):
+            raise UsageError(f"train.accelerator_config: {file}: {found[0]}: {found[1]}")
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if deepspeed and recipe.train["on_loss_spike"] == "skip":
         raise UsageError(

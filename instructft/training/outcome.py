@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instructft.checkpoints.run_folder import PARTIAL
+from instructft.checkpoints.run_folder import PARTIAL, sync, sync_one
 from instructft.version import __version__
 
 if TYPE_CHECKING:
@@ -77,10 +77,12 @@ def _give_names(partial: Path, run: Path) -> None:
     (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs beside recipe.yaml
     known = ("config.json", "adapter_config.json")
     readable = partial.stat().st_mode & 0o666  # safetensors lets the owner alone read its files
+    sync(partial)  # a name must not stand for a file that a power cut would empty
     for path in sorted(partial.iterdir(), key=lambda path: (path.name in known, path.name)):
         path.chmod(readable)
         path.replace(run / path.name)
     partial.rmdir()
+    sync_one(run)
 
 
 def library_versions(recipe: Recipe) -> dict[str, str]:
@@ -155,9 +157,16 @@ def save(
     plot_loss(run, recipe.name)
     write_card(run, recipe, facts)
     draw_report(run, recipe, facts, tokenizer, data)
-    partial = run / "run.json.partial"  # last, and whole or not there: by it a run is known to be finished
+    _write_facts(run, facts)  # last: by it a run is known to be finished
+
+
+def _write_facts(run: Path, facts: dict[str, Any]) -> None:
+    """`run.json`, whole and on the disk, or not there."""
+    partial = run / "run.json.partial"
     partial.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+    sync_one(partial)
     partial.replace(run / "run.json")
+    sync_one(run)
 
 
 def for_older_readers(path: Path) -> None:

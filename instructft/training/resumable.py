@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from instructft.checkpoints import manifest
+from instructft.checkpoints.lineage import retain
 from instructft.errors import CheckpointError
 from instructft.formatting import first_line
 from instructft.hub.push import progress_of
@@ -72,6 +75,14 @@ class Progress(TrainerCallback):
         if known["evaluation_is_due"]:  # random states are restored after this, so it changes nothing that is trained
             trainer._determine_best_metric(trainer._evaluate(None, None), None)
 
+    def restore_random_states(self, folder: Path) -> None:
+        """What upstream does not restore."""
+        if self.trainer.args.device.type != "mps":
+            return
+        known = json.loads((folder / f"progress_{self.trainer.args.process_index}.json").read_text(encoding="utf-8"))
+        if "mps" in known:  # older checkpoints do not hold it
+            torch.mps.set_rng_state(torch.tensor(known["mps"], dtype=torch.uint8))
+
     def write(self, folder: Path) -> None:
         """Add this process's file to a checkpoint."""
         trainer = self.trainer
@@ -89,9 +100,27 @@ class Progress(TrainerCallback):
             "spikes": trainer.step_checks.spikes,
             "metrics": metrics,
             "evaluation_is_due": trainer.stop.left_evaluation,
+            # upstream keeps the random states of CPU and CUDA, and not of a Mac's GPU (transformers 5.23)
+            **({"mps": torch.mps.get_rng_state().tolist()} if trainer.args.device.type == "mps" else {}),
         }
         path = folder / f"progress_{trainer.args.process_index}.json"
         path.write_text(json.dumps(known), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """Leave all random states as they were: Python's, numpy's, torch's on the CPU and on the device."""
+    python, numpy = random.getstate(), np.random.get_state()
+    mps = torch.mps.get_rng_state() if device.type == "mps" else None
+    kind = device.type if device.type not in ("cpu", "mps") else "cuda"  # the CPU's own state is always kept
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=kind):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            if mps is not None:
+                torch.mps.set_rng_state(mps)
 
 
 class Sealing:
@@ -125,7 +154,7 @@ class Sealing:
             trainer.accelerator.wait_for_everyone()
             if first:
                 manifest.seal(folder, self.identity, self.versions)
-                manifest.retain(run, self.keep, trainer.state.best_model_checkpoint)
+                retain(run, self.keep, trainer.state.best_model_checkpoint, newest=trainer.state.global_step)
                 self._upload(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             if ran_out(error):

@@ -96,7 +96,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     with state.main_process_first():
         data = prepare_stream(recipe, tokenizer) if recipe.data.datasets[0].streaming else prepare(recipe, tokenizer)
     args, precision = training_arguments(recipe, data, state)
-    made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, state.num_processes))
+    made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, args))
     start = run_start(checkpoint, passed, made_of)
     if facts := start.finished(run):
         console.print(f"{run} is finished, {facts['train']['steps']:,} steps: there is nothing to resume")
@@ -110,6 +110,8 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     with full_disk_explained(run), uploads(recipe, run, state.is_main_process, console) as publisher:
         if state.is_main_process:
             make_folder(run, fresh=checkpoint is None)
+            for line in start.set_aside(run):
+                console.print(line, markup=False, highlight=False)
             (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         state.wait_for_everyone()
         trainer = build_trainer(recipe, tokenizer, data, model, args, origin, start, console)

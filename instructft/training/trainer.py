@@ -18,10 +18,10 @@ from trl import SFTTrainer
 from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import token_rows
 from instructft.data.packing import flat
-from instructft.data.row_order import LengthGrouped
+from instructft.data.row_order import LengthGrouped, set_epoch
 from instructft.training.batch_size import MicroBatches
 from instructft.training.fused_loss import add_supervised_head, scores
-from instructft.training.resumable import Progress, Sealing, gathered
+from instructft.training.resumable import Progress, Sealing, gathered, random_states_kept
 from instructft.training.step_checks import StepChecks
 from instructft.training.stopping import EvaluationLeft, Stop
 
@@ -50,6 +50,7 @@ class Trainer(SFTTrainer):
         identity, versions: what every checkpoint says of the run, see `resumable`.
     """
 
+    data_collator: Any
     current_gradient_accumulation_steps: int  # of upstream: micro-batches in the step under way
 
     def __init__(
@@ -105,6 +106,7 @@ class Trainer(SFTTrainer):
         if ended or self.state.global_step >= self.state.max_steps:  # upstream would train one step more
             self.control.should_training_stop = True
             return
+        set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
         super()._run_epoch(**kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -164,9 +166,7 @@ class Trainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; random states stay as they are, so that how often one looks changes nothing that is trained."""
-        device = self.args.device  # merely to iterate over a data loader draws a number
-        kind = device.type if device.type != "cpu" else "cuda"  # the CPU's own state is always kept
-        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=kind):
+        with random_states_kept(self.args.device):  # merely to iterate over a data loader draws a number
             try:
                 found: dict[str, float] = super().evaluate(*args, **kwargs)
             finally:
@@ -185,6 +185,8 @@ class Trainer(SFTTrainer):
                     module.reshard()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if kwargs.get("skip_scheduler") and self.state.global_step:  # `eval_on_start`, which the run has had
+            return {}
         try:
             found: dict[str, float] = super()._evaluate(*args, **kwargs)
             return found
@@ -202,12 +204,11 @@ class Trainer(SFTTrainer):
         """Loss of one validation batch; its sums are kept, row by row, for the mean over all tokens."""
         self.micro_batches.under_way = ("validation", tuple(inputs["input_ids"].shape))
         inputs = send_to_device(inputs, self.args.device)
+        lengths = inputs.pop("row_lengths")
         with torch.no_grad(), self.compute_loss_context_manager():
             out = scores(model, inputs)
-        per_row = [-out.log_probs, out.label_mask, out.entropy, out.is_top1]  # each (B, T - 1), zero where no loss
-        sums = torch.stack(
-            [x.to(torch.float64 if x.device.type == "cpu" else torch.float32).sum(1) for x in per_row], 1
-        )
+        values = torch.stack([-out.log_probs, out.label_mask, out.entropy, out.is_top1])  # (4, B, T - 1), 0: no loss
+        sums = _sums_of_rows(values.to(torch.float64 if values.device.type == "cpu" else torch.float32), lengths)
         # (B, 4) of every process; rows that only fill up the last batch of a distributed evaluation are left out
         self._eval_sums.append(self.accelerator.gather_for_metrics(sums).cpu())
         total = sums.sum(0)
@@ -238,6 +239,16 @@ class Trainer(SFTTrainer):
         metrics[f"{metric_key_prefix}_mean_token_accuracy"] = top1 / tokens
         return output
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Every held-out row once, whatever becomes of the last rows in training; batches say how long rows are."""
+        collate: Any = self.data_collator
+        drop = self.args.dataloader_drop_last
+        self.data_collator, self.args.dataloader_drop_last = _WithRowLengths(collate), False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator, self.args.dataloader_drop_last = collate, drop
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """The longest rows first: little padding is computed, and memory that does not suffice shows at once."""
         if not hasattr(eval_dataset, "__len__"):
@@ -255,6 +266,11 @@ class Trainer(SFTTrainer):
             steps = max(self.state.global_step, 1)
             logs["train_loss"] = (self.progress.loss_before + self._total_loss_scalar) / steps
         super().log(logs, *args, **kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            self.progress.restore_random_states(Path(checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -283,6 +299,32 @@ class Trainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Upstream writes its own card at every checkpoint; ours is written once, when the run is done."""
+
+
+class _WithRowLengths:
+    """A collator that says with each batch how long its rows are: (B,), where packs become one row of the batch too."""
+
+    def __init__(self, collate: Any):
+        self.collate = collate
+
+    def __call__(self, rows: Any) -> dict[str, torch.Tensor]:
+        return {**self.collate(rows), "row_lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
+
+
+def _sums_of_rows(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Sums over each row of a batch; flattened packs, of which the batch has one row, are taken apart.
+
+    Args:
+        values: (4, B, T - 1), or (4, 1, T - 1) of packs end to end; of the token that each position predicts.
+        lengths: (B,), tokens of each row.
+
+    Returns:
+        (B, 4).
+    """
+    if values.shape[1] == len(lengths):
+        return values.sum(2).T
+    whole = torch.nn.functional.pad(values[:, 0], (0, 1))  # (4, T): nothing is predicted across a border
+    return torch.stack([part.sum(1) for part in whole.split(lengths.tolist(), dim=1)])
 
 
 def _gather_head(model: Any, *_: Any) -> None:

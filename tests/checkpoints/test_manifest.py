@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 
 from instructft.checkpoints import manifest
-from instructft.checkpoints.manifest import MANIFEST, begin, folders, newest, require_space, retain, seal, verify
+from instructft.checkpoints.lineage import retain
+from instructft.checkpoints.manifest import MANIFEST, begin, folders, newest, require_space, seal, verify
 from instructft.checkpoints.resume import find, refuse_changes
 from instructft.errors import CheckpointError, ResumeError
 
-FILES = {"model.safetensors": b"w" * 3000, "optimizer.pt": b"o" * 100, "rng_state.pth": b"r", "inner/scaler.pt": b"s"}
+FILES = {
+    "model.safetensors": b"w" * 3000, "optimizer.pt": b"o" * 100, "scheduler.pt": b"l", "rng_state.pth": b"r",
+    "trainer_state.json": b"{}", "progress_0.json": b"{}", "inner/scaler.pt": b"s",
+}  # fmt: skip
 
 
 def make(run: Path, step: int, sealed: bool = True, **identity: Any) -> Path:
@@ -145,7 +149,7 @@ def test_a_checkpoint_that_is_not_there(tmp_path: Path, asked: str) -> None:
 
 BASE = {
     "train.seed": 1, "train.lr_scheduler_type": "linear", "train.max_steps": 10, "processes": 1, "data.max_length": 64,
-    "data (its rows)": "a1",
+    "data (its rows)": "a1", "precision": "bfloat16", "device": "cuda",
 }  # fmt: skip
 
 
@@ -158,6 +162,8 @@ BASE = {
         ({"data (its rows)": "b2"}, 'data .its rows.: "a1"'),
         ({"train.max_steps": 20}, "it may only grow, and with a schedule"),
         ({"train.max_steps": 5, "train.lr_scheduler_type": "constant"}, "train.max_steps"),
+        ({"precision": "float16"}, 'precision: "bfloat16" when checkpoint-4 was written, now "float16"'),
+        ({"device": "cpu"}, 'device: "cuda" when checkpoint-4 was written, now "cpu"'),
         ({"train.optim": "sgd"}, "train.optim: null when"),
     ],
 )

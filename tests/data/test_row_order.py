@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from instructft.data.row_order import LengthGrouped
+from instructft.data.row_order import LengthGrouped, set_epoch
 
 LENGTHS = np.random.default_rng(0).integers(5, 500, 1003)
 
@@ -48,3 +48,19 @@ def test_steps_are_shuffled_so_that_training_does_not_go_from_long_to_short() ->
 
 def test_the_example_in_the_docstring() -> None:
     assert list(LengthGrouped([3, 9, 3, 9], step=2, seed=0)) == [2, 0, 1, 3]
+
+
+def test_a_new_epoch_is_told_through_every_wrapper() -> None:
+    """As in a run of two processes that passes over steps after a resume, and in one whose rows are dispatched."""
+    from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SkipBatchSampler
+    from torch.utils.data import BatchSampler, DataLoader
+
+    sampler = LengthGrouped(LENGTHS, 16, 0)
+    batches = BatchSamplerShard(BatchSampler(sampler, 4, False), num_processes=2, process_index=1)
+    for loader in (
+        DataLoader(LENGTHS, batch_sampler=SkipBatchSampler(batches, 3)),
+        DataLoaderShard(LENGTHS, batch_sampler=SkipBatchSampler(SkipBatchSampler(batches, 3), 2)),
+    ):
+        sampler.epoch = 0
+        set_epoch(loader, 2)
+        assert sampler.epoch == 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,8 +256,6 @@ def test_a_changed_field_is_refused_by_name(half: Path, override: str, said: str
 
 
 def test_what_is_free_may_change(half: Path, tmp_path: Path, uninterrupted: Path) -> None:
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(half.parent / "run", run)
     free = ["train.logging_steps=1", "train.eval_steps=6", "train.save_steps=5", "samples=[Hello]", f"output_dir={run}"]
@@ -265,8 +265,6 @@ def test_what_is_free_may_change(half: Path, tmp_path: Path, uninterrupted: Path
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(half: Path, tmp_path: Path, uninterrupted: Path) -> None:
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(half.parent / "run", run)
     newest = run / "checkpoint-6" / "optimizer.pt"
@@ -375,3 +373,40 @@ def test_not_a_number_in_the_first_step_leaves_no_run(write: Any, monkeypatch: p
 
 def test_retention_keeps_the_newest(uninterrupted: Path) -> None:
     assert sorted(p.name for p in uninterrupted.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-9"]
+
+
+def test_an_older_checkpoint_begins_a_line_of_its_own(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a finished run: its later checkpoints and its `run.json` are set aside, unseen by retention and `auto`."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    recipe = instructft.load_recipe(
+        uninterrupted.parent / "full.yaml", [f"output_dir={run}", "train.save_total_limit=1", "train.save_steps=1"]
+    )
+    console = Console(record=True, width=200, file=io.StringIO())
+    with monkeypatch.context() as patch:
+        interrupt(patch, SignalAt("step", 10))
+        with pytest.raises(Stopped, match="checkpoint-11 is saved"):
+            train(recipe, resume="checkpoint-9", console=console)
+    said = " ".join(console.export_text().split())
+    assert f"set aside: checkpoint-12 now in {run}/set-aside-1; the run continues from checkpoint-9" in said
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-11"]
+    assert sorted(path.name for path in (run / "set-aside-1").iterdir()) == ["checkpoint-12", "run.json"]
+    assert verify(run / "set-aside-1" / "checkpoint-12").step == 12
+    result = train(recipe, console=QUIET)
+    assert [resume["step"] for resume in result.facts["train"]["resumed"]] == [9, 11]
+    assert weights(run) == weights(uninterrupted)
+    assert logged(run) == logged(uninterrupted)
+
+
+def test_an_evaluation_before_the_first_step_is_not_made_again(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = instructft.load_recipe(write(), ["train.eval_on_start=true", "train.max_steps=6"])
+    whole = train(recipe, console=QUIET).output_dir.rename(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, SignalAt("step", 1))
+        with pytest.raises(Stopped):
+            train(recipe, console=QUIET)
+    assert logged(train(recipe, console=QUIET).output_dir) == logged(whole)

@@ -60,6 +60,46 @@ BAD = {
         "line 3: train.gradient_checkpointing: contradicts train.activation_checkpointing",
         "",
     ),
+    "no optimizer in checkpoints": (
+        GOOD + "train: {save_only_model: true}\n",
+        "line 3: train.save_only_model: true leaves optimizer, schedule and random states out",
+        "train.save_total_limit",
+    ),
+    "rows trained twice": (
+        GOOD + "train: {ignore_data_skip: true}\n",
+        "line 3: train.ignore_data_skip: true begins",
+        "take it out",
+    ),
+    "callbacks anew": (
+        GOOD + "train: {restore_callback_states_from_checkpoint: true}\n",
+        "line 3: train.restore_callback_states_from_checkpoint: true makes",
+        "take it out",
+    ),
+    "batches in any order": (
+        GOOD + "train: {dataloader_in_order: false, dataloader_num_workers: 2}\n",
+        "line 3: train.dataloader_in_order: false takes",
+        "take it out",
+    ),
+    "an order that nobody knows again": (
+        GOOD + "train:\n  accelerator_config:\n    use_seedable_sampler: false\n",
+        "line 5: train.accelerator_config.use_seedable_sampler: false draws",
+        "take it out",
+    ),
+    "a place that is kept twice": (
+        GOOD + "train:\n  accelerator_config:\n    use_stateful_dataloader: true\n",
+        "line 5: train.accelerator_config.use_stateful_dataloader: true keeps",
+        "take it out",
+    ),
+    "a process without a batch": (
+        GOOD + "train:\n  accelerator_config:\n    even_batches: false\n",
+        "line 5: train.accelerator_config.even_batches: false leaves",
+        "take it out",
+    ),
+    "batches of unequal width": (
+        GOOD + "train:\n  accelerator_config:\n    dispatch_batches: true\n",
+        "line 5: train.accelerator_config.dispatch_batches: true joins",
+        "split_batches: true",
+    ),
     "prefetch": (GOOD + "train: {dataloader_prefetch_factor: 2}\n", "line 3: train.dataloader_prefetch", "num_workers"),
 }
 

@@ -39,6 +39,7 @@ TABLE = (
     Private("_determine_best_metric", TRAINER, "training/trainer", "an evaluation that a signal left has no metrics"),
     Private("_get_grad_norm", TRAINER, "training/trainer", "steps are judged without their gradient"),
     Private("_save_checkpoint", TRAINER, "training/trainer", "checkpoints are not sealed: none is resumed from"),
+    Private("_load_rng_state", TRAINER, "training/trainer", "a run on a Mac's GPU resumes with other dropout"),
     Private("_save", TRAINER, "training/trainer", "adapters of checkpoints have no metadata; FSDP2 saves no model"),
     Private("_get_train_sampler", TRAINER, "training/trainer", "group_by_length follows the micro-batch size"),
     Private("_get_eval_sampler", TRAINER, "training/trainer", "validation pads more; data sets' own losses mix rows"),
