@@ -50,7 +50,14 @@ StrategyOption = Annotated[
 
 
 @app.command()
-def train(recipe: RecipeArgument, overrides: Overrides = None, resume: ResumeOption = "auto") -> None:
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: ResumeOption = "auto",
+    no_rehearsal: Annotated[
+        bool, typer.Option("--no-rehearsal", help="Begin without a try of the run on one short batch.")
+    ] = False,
+) -> None:
     """Train the model of a recipe; what comes out is its run folder. The same command again resumes a run."""
     import signal
 
@@ -61,7 +68,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, resume: ResumeOpt
     _quiet_libraries()
     from instructft.training.run import train as run_training
 
-    result = run_training(loaded, resume=resume)
+    result = run_training(loaded, resume=resume, rehearsal=not no_rehearsal)
     if int(os.environ.get("RANK", "0")) == 0:
         _print_outcome(result)
 

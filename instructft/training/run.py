@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from instructft.adapters.frozen_check import AdapterProof
     from instructft.checkpoints.manifest import Checkpoint
     from instructft.hub.background import Publisher, Status
+    from instructft.training.rehearsal.rehearse import Rehearsal
     from instructft.training.trainer import Trainer
 
 
@@ -54,12 +55,15 @@ class Result:
         return self.facts["metrics"]
 
 
-def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = None) -> Result:
+def train(
+    recipe: Recipe, *, resume: str = "auto", rehearsal: bool = True, console: Console | None = None
+) -> Result:
     """Train the recipe's model and leave a complete run folder.
 
     Args:
         resume: `auto` resumes from the newest checkpoint in the run folder that verifies, where there is one; `never`
             refuses a run folder that is not empty; else the checkpoint to resume from.
+        rehearsal: try all that the run will do on one short batch first (`training.rehearsal`).
 
     Example::
 
@@ -115,7 +119,8 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
         trainer.publisher = publisher
         if recipe.data.packing:
             prove_isolation(model, console)
-        proof = watch_adapter(trainer)
+        found = rehearse_run(trainer, data, console) if rehearsal else None
+        proof = watch_adapter(trainer, found.reach.may_stay if found else ())
 
         with explained(recipe, trainer):
             _run(trainer, start, console)
@@ -123,6 +128,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
                 adapter = prove_adapter(proof, trainer, console)
                 metrics = final_metrics(trainer)
                 facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter | {"base": base}
+                facts["rehearsal"] = found.facts if found else None
 
         save(trainer, recipe, tokenizer, facts, data)
         state.wait_for_everyone()  # the others need not wait for an upload
@@ -199,6 +205,13 @@ def prove_isolation(model: PreTrainedModel, console: Console) -> None:
     console.print(f"packs are clean: a document's logits alone and in a pack differ by {difference:.1e} at most\n")
 
 
+def rehearse_run(trainer: Trainer, data: Prepared | Streamed, console: Console) -> Rehearsal:
+    """Try on one short batch what the run will do; what cannot work stops it here."""
+    from instructft.training.rehearsal.rehearse import rehearse
+
+    return rehearse(trainer, data.example, functools.partial(console.print, markup=False, highlight=False))
+
+
 def build_trainer(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
@@ -268,13 +281,13 @@ def build_trainer(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def watch_adapter(trainer: Trainer) -> AdapterProof | None:
-    """Take the fingerprint of all weights, if an adapter is to be trained."""
+def watch_adapter(trainer: Trainer, may_stay: Collection[str]) -> AdapterProof | None:
+    """Take the fingerprint of all weights, if an adapter is to be trained; `may_stay` need not move."""
     from instructft.adapters.frozen_check import AdapterProof
 
     if not is_peft(trainer.model):
         return None
-    proof = AdapterProof(trainer.model)
+    proof = AdapterProof(trainer.model, may_stay)
     trainer.add_callback(proof)
     return proof
 
