@@ -89,6 +89,8 @@ def add_plain_head(model: PreTrainedModel) -> None:
         kwargs.pop("num_items_in_batch", None)  # TRL's trainer divides by it
         out = upstream(*args, **{**kwargs, "use_cache": False})
         aux_loss = getattr(out, "aux_loss", None)
+        if kwargs.get("output_router_logits") and aux_loss is None:
+            raise ValueError("it returns none")
         if shifted is not None:
             return from_logits(out.logits, shifted, aux_loss)
         return from_logits(out.logits[:, :-1], labels[:, 1:], aux_loss)

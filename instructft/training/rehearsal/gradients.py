@@ -22,6 +22,7 @@ from instructft.weights.weight_files import without_wrappers
 if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
 
+PASSES = 8  # more, where layers are left out at random
 _INNER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -61,18 +62,18 @@ def leave_out_unreached(trainer: Trainer, batch: dict[str, torch.Tensor]) -> Rea
     model: Any = trainer.model
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     reached, moving = _gradients(trainer, batch, training=True)
-    if trained - reached:  # a layer may have been dropped out, which does not happen in evaluation
-        again, more = _gradients(trainer, batch, training=False)
-        if not reached and again:
-            raise ModelError(
-                f"no weight of {type(model).__name__} gets a gradient in training, all do in evaluation; "
-                "train.gradient_checkpointing_kwargs: {use_reentrant: false} helps where checkpointing cuts them off"
-            )
-        reached, moving = reached | again, moving | more
+    config = model.config.get_text_config()
+    if any(getattr(config, name, 0) for name in ("layerdrop", "decoder_layerdrop")):  # a layer may have been left out
+        for _ in range(PASSES):
+            again, more = _gradients(trainer, batch, training=True)
+            reached, moving = reached | again, moving | more
     if not reached:
+        way_out = "choose others (adapter.target_modules)"
+        if _gradients(trainer, batch, training=False)[0]:
+            way_out = "gradient checkpointing cuts it off: train.gradient_checkpointing_kwargs={use_reentrant: false}"
         raise ModelError(
-            f"none of the {len(trained)} weights of {type(model).__name__} that are to be trained gets a gradient: "
-            "the loss does not depend on them; choose others (adapter.target_modules)"
+            f"none of the {len(trained)} weights of {type(model).__name__} that are to be trained gets a gradient; "
+            f"{way_out}"
         )
     kinds = {_kind(name) for name in reached}
     unreached = {name for name in trained - reached if _kind(name) not in kinds}

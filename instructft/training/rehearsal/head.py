@@ -61,7 +61,7 @@ def choose_head(trainer: Trainer, batch: Batch) -> Head:
             if kind == "logits":
                 add_plain_head(model)
             failed = _failure(trainer, batch)
-            error = failed or error
+            error = failed or error  # the last one is that of the model's own forward
             if failed:
                 why = why or f"the fused head fails on {type(model).__name__} ({_short(failed)})"
                 continue
