@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from instructft.training.rehearsal.rehearse import Rehearsal
     from instructft.training.trainer import Trainer
 
+PROBE_WORK = 1e11  # weights times tokens; on a CPU a pack of more is not tried at its full length
+
 
 @dataclass(frozen=True)
 class Result:
@@ -118,7 +120,7 @@ def train(
         trainer = build_trainer(recipe, tokenizer, data, model, args, origin, start, console)
         trainer.publisher = publisher
         if recipe.data.packing:
-            prove_isolation(model, console)
+            prove_isolation(trainer, recipe.data.max_length, console)
         found = rehearse_run(trainer, data, console) if rehearsal else None
         proof = watch_adapter(trainer, found.reach.may_stay if found else ())
 
@@ -197,12 +199,20 @@ def announce(
     console.print()
 
 
-def prove_isolation(model: PreTrainedModel, console: Console) -> None:
+def prove_isolation(trainer: Trainer, max_length: int, console: Console) -> None:
     """Ask the model whether documents of a pack see each other; stops the run when they do."""
     from instructft.data.packing import probe
 
-    difference = probe(model, model.device)
-    console.print(f"packs are clean: a document's logits alone and in a pack differ by {difference:.1e} at most\n")
+    width = max_length
+    if trainer.args.device.type == "cpu" and count_parameters(trainer.model)[1] * width > PROBE_WORK:
+        width = min(width, 256)
+    with trainer.compute_loss_context_manager():
+        difference = probe(trainer.model, trainer.model.device, width)
+    console.print(
+        f"packs are clean: no gradient from a document to its neighbour in a pack of {width:,} tokens; its logits "
+        f"alone and in a pack differ by {difference:.1e} at most\n",
+        highlight=False,
+    )
 
 
 def rehearse_run(trainer: Trainer, data: Prepared | Streamed, console: Console) -> Rehearsal:

@@ -21,7 +21,7 @@ def recipe_of(write_recipe: Callable[..., Path]) -> Callable[..., Any]:
     def make(config: str = GPT2, *overrides: str) -> Any:
         text = TINY.replace(GPT2, config).replace("rows: 120", "rows: 40")
         path = write_recipe(text)
-        settings = ["train.report_to=[]", "train.save_strategy=no", *overrides]
+        settings = ["train.report_to=[]", "train.save_strategy=no", f"output_dir={path.parent / 'run'}", *overrides]
         if any(setting.startswith("adapter") for setting in overrides):
             base = path.parent / "base"
             if not base.exists():
