@@ -163,13 +163,13 @@ def check(
 def _print_outcome(result: Any) -> None:
     from rich.console import Console
 
-    from instructft.formatting import clock
+    from instructft.formatting import clock, perplexity
 
     console = Console(soft_wrap=True)
     facts, metrics = result.facts["train"], result.metrics
     parts = [f"{facts['steps']:,} steps in {clock(facts['seconds'])}", f"{facts['tokens_per_second']:,.0f} tokens/s"]
     if "eval_loss" in metrics:
-        parts.append(f"validation loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}")
+        parts.append(f"validation loss {metrics['eval_loss']:.4f}, perplexity {perplexity(metrics['eval_loss'])}")
     console.print("Done: " + " · ".join(parts), highlight=False)
     console.print(
         f"The model is in {result.output_dir}. Talk to it:\n\n  instructft chat {result.output_dir}\n",

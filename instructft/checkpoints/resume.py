@@ -30,9 +30,9 @@ _FREE = (
     *("ddp_", "use_cpu", "fp16_full_eval", "bf16_full_eval", "enable_jit_checkpoint"),
 )
 # Fields that may change on purpose; a change is recorded.
-_OPEN = ("train.loss_spike_limit", "train.on_loss_spike", "train.early_stopping_patience")
+_OPEN = ("train.loss_spike_limit", "train.on_loss_spike", "train.early_stopping_patience", "train.on_divergence")
 # Fields that older checkpoints do not hold, with what they were then unless someone set them.
-_LATER = {"train.dataloader_drop_last": False}
+_LATER = {"train.dataloader_drop_last": False, "train.on_divergence": "stop"}
 _LENGTH = ("train.max_steps", "train.num_train_epochs")
 # Schedules whose learning rate at a step does not depend on how many steps follow.
 _OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")

@@ -255,7 +255,8 @@ def build_trainer(
         path, trackers = run / "samples.jsonl", args.report_to or ()
         callbacks.append(Samples(recipe.samples, Generator(model, tokenizer), path, console, writer, trackers))
     asked = data.splits.get("validation", data.for_training)
-    warnings = RunWarnings(Generator(model, tokenizer), asked, run, console)
+    stop_diverged = recipe.train["on_divergence"] == "stop"
+    warnings = RunWarnings(Generator(model, tokenizer), asked, run, console, stop_diverged)
     callbacks.append(warnings)
     say = functools.partial(console.print, markup=False, highlight=False)
     if patience := recipe.train["early_stopping_patience"]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from instructft import load_model, load_recipe, load_tokenizer
@@ -31,7 +33,7 @@ def test_settings_of_generation_that_cannot_be_saved_are_taken_out(
     generation.early_stopping, generation.length_penalty, generation.max_length = True, 0.8, 77
     fit_special_tokens(tiny_model, tokenizer)
     tiny_model.save_pretrained(tmp_path)
-    assert (generation.max_length, generation.do_sample) == (77, False)
+    assert (generation.max_length, bool(generation.do_sample)) == (77, False)
     said = capsys.readouterr().err
     assert "generation_config.early_stopping: found True" in said
     assert "generation_config.length_penalty: found 0.8" in said
