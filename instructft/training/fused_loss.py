@@ -68,9 +68,7 @@ def from_logits(logits: torch.Tensor, labels: torch.Tensor, aux_loss: torch.Tens
         value.new_zeros(mask.shape).masked_scatter(mask, value) for value in (picked, entropy, is_top1)
     )
     loss = -log_probs.sum() / mask.sum().clamp(min=1)
-    return Scores(
-        loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask, aux_loss=aux_loss
-    )
+    return Scores(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask, aux_loss=aux_loss)
 
 
 def add_plain_head(model: PreTrainedModel) -> None:

@@ -57,9 +57,7 @@ class Result:
         return self.facts["metrics"]
 
 
-def train(
-    recipe: Recipe, *, resume: str = "auto", rehearsal: bool = True, console: Console | None = None
-) -> Result:
+def train(recipe: Recipe, *, resume: str = "auto", rehearsal: bool = True, console: Console | None = None) -> Result:
     """Train the recipe's model and leave a complete run folder.
 
     Args:

@@ -130,9 +130,7 @@ def compare(trainer: Trainer, batch: Batch) -> float:
     return worst
 
 
-def _looked_at(
-    model: Any, batch: Batch, scale: float, *, plain: bool
-) -> tuple[dict[str, torch.Tensor | None], float]:
+def _looked_at(model: Any, batch: Batch, scale: float, *, plain: bool) -> tuple[dict[str, torch.Tensor | None], float]:
     """Scores of a batch with the hidden states multiplied by `scale`, their gradient, and the largest logit."""
     states: list[torch.Tensor] = []
 

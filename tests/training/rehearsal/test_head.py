@@ -22,8 +22,12 @@ SOFT_CAP = (
     "lru_width: 32, attention_window_size: 16, block_types: [recurrent, attention], logits_soft_cap: 8.0}"
 )
 MIXTURE = f"{{model_type: granitemoe, {SIZES}, num_key_value_heads: 2, num_local_experts: 4, num_experts_per_tok: 2}}"
-NO_EXPERTS = "{model_type: jamba, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 48, "
-NO_EXPERTS += "num_key_value_heads: 2, num_experts: 1, use_mamba_kernels: false, attn_layer_offset: 1, attn_layer_period: 2}"
+NO_EXPERTS = (
+    "{model_type: jamba, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 48, "
+)
+NO_EXPERTS += (
+    "num_key_value_heads: 2, num_experts: 1, use_mamba_kernels: false, attn_layer_offset: 1, attn_layer_period: 2}"
+)
 
 
 def chosen(trainer: Any) -> tuple[Head, dict[str, torch.Tensor]]:

@@ -56,5 +56,7 @@ def test_the_batch_holds_what_carries_loss(recipe_of: Callable[..., Any]) -> Non
 
 
 def test_the_saved_configuration_is_that_of_the_base(recipe_of: Callable[..., Any]) -> None:
-    result = instructft.train(recipe_of(MIXTURE, "samples=[Hi, What is the capital of Norway?]"), console=Console(quiet=True))
+    result = instructft.train(
+        recipe_of(MIXTURE, "samples=[Hi, What is the capital of Norway?]"), console=Console(quiet=True)
+    )
     assert json.loads((result.output_dir / "config.json").read_text())["output_router_logits"] is False
