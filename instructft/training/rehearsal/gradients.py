@@ -1,7 +1,7 @@
 """Which of the weights that are to be trained get a gradient; those that the loss does not reach are left out.
 
-A vision tower takes no part in the loss of text, Jamba reads the weight of `dt_proj` past any adapter on it, and rows of
-new tokens that do not occur in the data stay as they are. Such weights cost memory, stop a run of several processes,
+A vision tower takes no part in the loss of text, Jamba reads the weight of `dt_proj` past any adapter on it, and rows
+of new tokens that do not occur in the data stay as they are. Such weights cost memory, stop a run of several processes,
 and would be saved as if they had been trained. An expert that one short batch was not routed to is none of them.
 """
 
@@ -122,9 +122,12 @@ def _take_adapters_off(model: Any, unreached: set[str]) -> list[str]:
     from peft.tuners.lora.layer import ParamWrapper
 
     base, taken, kept = model.get_base_model(), [], set()
-    for name, module in list(base.named_modules()):
-        if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
-            continue
+    layers: list[tuple[str, Any]] = [
+        (name, module)
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+    ]
+    for name, module in layers:
         own = {f"base_model.model.{name}.{part}" for part, _ in module.named_parameters() if "lora_" in part}
         if own and own <= unreached:
             parent, _, last = name.rpartition(".")

@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from instructft.prompt.loss_mask import IGNORE_INDEX
+from instructft.training.rehearsal.adapter_loads import refuse_adapter_that_does_not_load
 from instructft.training.rehearsal.gradients import Reach, leave_out_unreached
 from instructft.training.rehearsal.head import choose_head
 
@@ -58,6 +59,7 @@ def rehearse(trainer: Trainer, example: Any, say: Callable[[str], Any]) -> Rehea
     with as_it_was(trainer):
         head = choose_head(trainer, batch)
         reach = leave_out_unreached(trainer, batch)
+        refuse_adapter_that_does_not_load(trainer)
     lines = [*([head.why] if head.why else []), *reach.lines(trainer.processing_class.convert_ids_to_tokens)]
     for line in lines:
         say(line)

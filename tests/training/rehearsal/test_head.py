@@ -18,8 +18,8 @@ from tests.helpers.rehearsal import trainer_of
 SIZES = "hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 48"
 DENSE_HEAD = f"{{model_type: modernbert-decoder, {SIZES}, global_attn_every_n_layers: 1}}"
 SOFT_CAP = (
-    "{model_type: recurrent_gemma, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 96, "
-    "lru_width: 32, attention_window_size: 16, block_types: [recurrent, attention], logits_soft_cap: 8.0}"
+    "{model_type: recurrent_gemma, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, "
+    "intermediate_size: 96, lru_width: 32, attention_window_size: 16, block_types: [recurrent, attention], logits_soft_cap: 8.0}"
 )
 MIXTURE = f"{{model_type: granitemoe, {SIZES}, num_key_value_heads: 2, num_local_experts: 4, num_experts_per_tok: 2}}"
 NO_EXPERTS = (
@@ -72,7 +72,7 @@ def test_a_router_that_is_none_has_no_loss(recipe_of: Callable[..., Any]) -> Non
     assert "no loss of a router" in head.why
     assert not trainer.aux_loss_enabled
     asked = trainer_of(recipe_of(NO_EXPERTS, "train.router_aux_loss_coef=0.1"))
-    with pytest.raises(instructft.InstructftError, match="router_aux_loss_coef: found 0.1"):
+    with pytest.raises(instructft.InstructftError, match=r"router_aux_loss_coef: found 0\.1"):
         chosen(asked)
 
 
