@@ -80,7 +80,7 @@ class NotFiniteError(InstructftError):
 
 
 class DivergedError(InstructftError):
-    """A loss that has risen above that of the untrained model and of a uniform guess; checkpoints before it are kept."""
+    """A loss that has risen above that of the untrained model and of a guess; checkpoints before it are kept."""
 
 
 class OutOfMemoryError(InstructftError):

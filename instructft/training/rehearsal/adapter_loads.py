@@ -46,6 +46,6 @@ def refuse_adapter_that_does_not_load(trainer: Trainer) -> None:
     missing = [str(one.message) for one in said if "missing adapter keys" in str(one.message)]
     if missing:
         raise ModelError(
-            f"adapter: what is trained on {type(base).__name__} cannot be loaded again by PEFT: {missing[0][:300]}. Leave "
-            "these layers out of adapter.target_modules, or train all weights (adapter.type=none)"
+            f"adapter: what is trained on {type(base).__name__} cannot be loaded again by PEFT: {missing[0][:300]}. "
+            "Leave these layers out of adapter.target_modules, or train all weights (adapter.type=none)"
         )

@@ -19,7 +19,8 @@ SIZES = "hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermed
 DENSE_HEAD = f"{{model_type: modernbert-decoder, {SIZES}, global_attn_every_n_layers: 1}}"
 SOFT_CAP = (
     "{model_type: recurrent_gemma, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, "
-    "intermediate_size: 96, lru_width: 32, attention_window_size: 16, block_types: [recurrent, attention], logits_soft_cap: 8.0}"
+    "intermediate_size: 96, lru_width: 32, attention_window_size: 16, block_types: [recurrent, attention], "
+    "logits_soft_cap: 8.0}"
 )
 MIXTURE = f"{{model_type: granitemoe, {SIZES}, num_key_value_heads: 2, num_local_experts: 4, num_experts_per_tok: 2}}"
 NO_EXPERTS = (
