@@ -36,6 +36,8 @@ def refuse_adapter_that_does_not_load(trainer: Trainer) -> None:
     config = copy.deepcopy(base.config)
     if getattr(config, "quantization_config", None) is not None:
         return
+    if model.peft_config["default"].trainable_token_indices:
+        return  # PEFT merges such rows while it loads, and cannot on the meta device (peft 0.21)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model.save_pretrained(folder)
