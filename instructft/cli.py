@@ -50,7 +50,14 @@ StrategyOption = Annotated[
 
 
 @app.command()
-def train(recipe: RecipeArgument, overrides: Overrides = None, resume: ResumeOption = "auto") -> None:
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: ResumeOption = "auto",
+    no_rehearsal: Annotated[
+        bool, typer.Option("--no-rehearsal", help="Begin without a try of the run on one short batch.")
+    ] = False,
+) -> None:
     """Train the model of a recipe; what comes out is its run folder. The same command again resumes a run."""
     import signal
 
@@ -61,7 +68,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, resume: ResumeOpt
     _quiet_libraries()
     from instructft.training.run import train as run_training
 
-    result = run_training(loaded, resume=resume)
+    result = run_training(loaded, resume=resume, rehearsal=not no_rehearsal)
     if int(os.environ.get("RANK", "0")) == 0:
         _print_outcome(result)
 
@@ -156,13 +163,13 @@ def check(
 def _print_outcome(result: Any) -> None:
     from rich.console import Console
 
-    from instructft.formatting import clock
+    from instructft.formatting import clock, perplexity
 
     console = Console(soft_wrap=True)
     facts, metrics = result.facts["train"], result.metrics
     parts = [f"{facts['steps']:,} steps in {clock(facts['seconds'])}", f"{facts['tokens_per_second']:,.0f} tokens/s"]
     if "eval_loss" in metrics:
-        parts.append(f"validation loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}")
+        parts.append(f"validation loss {metrics['eval_loss']:.4f}, perplexity {perplexity(metrics['eval_loss'])}")
     console.print("Done: " + " · ".join(parts), highlight=False)
     console.print(
         f"The model is in {result.output_dir}. Talk to it:\n\n  instructft chat {result.output_dir}\n",

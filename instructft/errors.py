@@ -79,6 +79,10 @@ class NotFiniteError(InstructftError):
     """A loss or a gradient that is infinite or not a number; raised before the optimizer takes the step."""
 
 
+class DivergedError(InstructftError):
+    """A loss that has risen above that of the untrained model and of a guess; checkpoints before it are kept."""
+
+
 class OutOfMemoryError(InstructftError):
     """Memory that ran out while training; says what held it, and which recipe keys would help most."""
 

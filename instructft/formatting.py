@@ -41,6 +41,15 @@ def name_of(figure: str) -> str:
     return _NAMES.get(figure, figure.replace("_", " "))
 
 
+def perplexity(loss: float) -> str:
+    """The perplexity of a loss in nats; above a million as a power of ten.
+
+    >>> perplexity(2.0), perplexity(2634433.0)
+    ('7.39', '10^1144119.7')
+    """
+    return f"{math.exp(loss):.2f}" if loss <= math.log(1e6) else f"10^{loss / math.log(10):.1f}"
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, on one line; its type where it says nothing.
 

@@ -82,6 +82,7 @@ OWN: dict[str, tuple[str, str]] = {
     "train.tokens_per_step": ("tokens a step, all processes", "16384"),
     "train.loss_spike_limit": ("times the median loss", "5.0"),
     "train.on_loss_spike": ("", "skip"),
+    "train.on_divergence": ("", "warn"),
     "train.early_stopping_patience": ("evaluations", "3"),
     "hub.repo_id": ("", "ada/support"),
     "hub.private": ("", "false"),

@@ -8,6 +8,7 @@ they stand for, and costs no unpacking. The bytes mean the same before and after
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ _ADAPTER = re.compile(r"\.lora_|\.trainable_tokens_delta\.|\.modules_to_save\.")
 class AdapterProof(TrainerCallback):
     """Looks at all weights before the first step and after the last.
 
+    Args:
+        model: with its adapter.
+        may_stay: names of weights that are trained and need not move, such as the rows of tokens that do not occur.
+
     Example::
 
         proof = AdapterProof(model)                 # doctest: +SKIP
@@ -34,12 +39,13 @@ class AdapterProof(TrainerCallback):
         # {'trainable': 2360832, 'total': 126802176, 'moved': True, 'base_unchanged': True}
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, may_stay: Collection[str] = ()):
         self._before = {name: (digest(tensor), tensor.dtype) for name, tensor in _tensors(model)}
         # by name and not by `requires_grad`, so that a base that is trained by mistake is found too
         biases = getattr(model.peft_config["default"], "bias", "none") != "none"
         names = {without_wrappers(name) for name, _ in model.named_parameters()}
         self._frozen = {n for n in names if not _ADAPTER.search(n) and not (biases and n.endswith(".bias"))}
+        self._may_stay = frozenset(may_stay)
         self._counts = count_parameters(model)
         self._rate = 0.0
 
@@ -52,7 +58,8 @@ class AdapterProof(TrainerCallback):
         weights before they are sharded.
 
         Returns:
-            `trainable` and `total` parameters, `moved` (False only where every learning rate was 0), `base_unchanged`.
+            `trainable` and `total` parameters, `moved` (False only where every learning rate was 0), `base_unchanged`,
+            and where there are some, the names of those that `stayed` and might.
 
         Raises:
             InstructftError: a weight of the base changed, or a part of the adapter did not.
@@ -70,14 +77,18 @@ class AdapterProof(TrainerCallback):
                 "The adapter would not fit the base on disk"
             )
         must = [name for name in self._before if name not in self._frozen and _learns(name)]
-        still = sorted(set(must) - changed)
+        stayed = sorted(set(must) - changed)
+        still = [name for name in stayed if name not in self._may_stay]
+        if must and stayed == sorted(must):
+            still = stayed
         if still and self._rate > 0 and judge:
             raise InstructftError(
                 f"the adapter did not move: {len(still)} of {len(must)} tensors are what they were before the first "
                 f"step, the first {still[0]}. It got no gradient (or every step overflowed, with train.fp16)"
             )
         trainable, total = self._counts
-        return {"trainable": trainable, "total": total, "moved": not still, "base_unchanged": True}
+        verdict = {"trainable": trainable, "total": total, "moved": not still, "base_unchanged": True}
+        return {**verdict, "stayed": stayed} if stayed and not still else verdict
 
 
 def in_words(verdict: dict[str, Any]) -> str:
@@ -89,7 +100,8 @@ def in_words(verdict: dict[str, Any]) -> str:
     share = f"{verdict['trainable']:,} of {verdict['total']:,} parameters"
     if not verdict["moved"]:
         return f"the adapter ({share}) is what it was at the start: the learning rate was 0 in every step"
-    return f"the adapter moved ({share}), the base did not (compared bit by bit)"
+    stayed = f", all but {len(verdict['stayed'])} tensors" if verdict.get("stayed") else ""
+    return f"the adapter moved ({share}{stayed}), the base did not (compared bit by bit)"
 
 
 def digest(tensor: torch.Tensor) -> tuple[int, int]:

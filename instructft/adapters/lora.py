@@ -180,12 +180,26 @@ def _linear_layers(model: Any) -> list[str]:
         and isinstance(module, torch.nn.Linear | Conv1D)
         and id(module) in on_the_way
         and module is not head
+        and not _answers_its_own_way(module)
     }
     if not whole:
         raise UsageError(f"adapter.target_modules: all-linear, but {type(model).__name__} has no linear layer to adapt")
+    return shortest_names(model, whole)
+
+
+def shortest_names(model: Any, whole: set[str]) -> list[str]:
+    """Names by which an adapter finds just these modules: last parts where these say it all, else whole names."""
     last = {name.rpartition(".")[2] for name in whole}
     reached = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
     return sorted(last if reached == whole else whole)
+
+
+def _answers_its_own_way(module: Any) -> bool:
+    """Whether a model made its own kind of linear layer, as routers that return a tuple; LoRA would add to that."""
+    import torch
+
+    own = type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+    return own and type(module).forward is not torch.nn.Linear.forward
 
 
 def _targets(model: Any, config: LoraConfig, asked: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Generator as Generator_
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.errors import ModelError, UsageError
 from instructft.inference.continuous_batching import Batch, Row
+from instructft.inference.padding import PADDING_TOLERANCE, padding_difference
 from instructft.prompt.conversation import Message
 from instructft.prompt.loss_mask import encoder
 
@@ -59,6 +61,7 @@ class Generator:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
         self.context = positions if positions > 0 else UNLIMITED  # tokens that the model can attend to
         self._fits = GPU_BATCH  # prompts at once; less after memory ran out
+        self._together: bool | None = None  # whether a prompt gets the same answer in a batch; None: not yet asked
 
     def options(self, max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
         """Arguments of `model.generate`; a temperature of 0 is greedy.
@@ -147,6 +150,8 @@ class Generator:
         most = max((row.limit for row in rows), default=1)
         # the longest first: where one batch fits in memory, so do those after it
         waiting = sorted(rows, key=lambda row: -len(row.prompt))
+        if len(rows) > 1 and batch_size != 1 and not self.answers_together():
+            batch_size = 1
         batch = Batch(self, temperature, top_p)
         while waiting or batch.rows:
             tokens = max(len(row.prompt) for row in [*waiting[:1], *batch.rows]) + most
@@ -162,6 +167,20 @@ class Generator:
             for row in batch.leave():
                 if done:
                     done(row)
+
+    def answers_together(self) -> bool:
+        """Whether a prompt that is padded for a batch gets the answer that it gets alone; asked once, said if not."""
+        if self._together is None:
+            difference = padding_difference(self)
+            self._together = difference <= PADDING_TOLERANCE[self.model.dtype.itemsize < 4]
+            if not self._together:
+                kind = self.model.config.model_type
+                print(
+                    f"{type(self.model).__name__} ({kind}) does not pass over padding: logits of a prompt in a batch "
+                    f"differ by {difference:.1e} of the largest from those alone. Prompts are answered one at a time.",
+                    file=sys.stderr,
+                )
+        return self._together
 
     def _auto_size(self, tokens: int) -> int:
         most = CPU_BATCH if self.model.device.type == "cpu" else max(1, GPU_TOKENS // tokens)
@@ -191,6 +210,12 @@ class Generator:
 
         was_training = self.model.training
         self.model.eval()
+        # with it a mixture computes the loss of its router, for which a batch with a cache has the wrong shape
+        # (transformers#29087); training leaves it switched on
+        config = self.model.config.get_text_config()
+        router = getattr(config, "output_router_logits", None)
+        if router:
+            config.output_router_logits = False
         # under FSDP2 training goes on with what is gathered here, and could not with tensors of inference mode
         mode = torch.no_grad if hasattr(self.model, "unshard") else torch.inference_mode
         try:
@@ -198,6 +223,8 @@ class Generator:
                 yield
         finally:
             self.model.train(was_training)
+            if router:
+                config.output_router_logits = router
 
     def _answer(self, ids: list[int]) -> Answer:
         stopped = bool(ids) and ids[-1] in self.stop_ids

@@ -7,6 +7,7 @@ With `adapter: lora` the model comes frozen, with the adapter in it (`instructft
 from __future__ import annotations
 
 import copy
+import sys
 from typing import TYPE_CHECKING, Any
 
 from instructft.adapters import lora, quantization
@@ -126,8 +127,35 @@ def fit_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def _make_saveable(generation: GenerationConfig) -> None:
-    """Some published models carry sampling settings without `do_sample`, which transformers refuses to save."""
+    """Some published models carry settings that transformers refuses to save, at the end of a run that it costs.
+
+    Sampling settings without `do_sample` are meant, and get it; `length_penalty` or `early_stopping` without beams mean
+    nothing, go back to what they are by default, and stderr says so.
+    """
+    from transformers import GenerationConfig
+
+    plain, sampling = GenerationConfig(), generation.do_sample
+    names = [name for name in generation.to_diff_dict() if hasattr(plain, name) and not name.endswith("_token_id")]
+    for trial in (sampling, True):
+        generation.do_sample = trial
+        if not _refused(generation):
+            return
+    generation.do_sample = sampling
+    for name in names:
+        refused = _refused(generation)
+        if f"`{name}`" in refused:
+            found = getattr(generation, name)
+            setattr(generation, name, getattr(plain, name))
+            print(f"generation_config.{name}: found {found}, with which transformers saves no model; left out of what "
+                  "is saved", file=sys.stderr)  # fmt: skip
+    if _refused(generation):
+        generation.do_sample = True
+
+
+def _refused(generation: GenerationConfig) -> str:
+    """Why transformers would not save a generation configuration; "" where it would."""
     try:
         generation.validate(strict=True)
-    except ValueError:
-        generation.do_sample = True
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -38,6 +38,12 @@ OWN_TRAIN_FIELDS: dict[str, dict[str, Any]] = {
         "choices": ["warn", "skip"],
         "help": "whether a step beyond loss_spike_limit is taken all the same, or left out",
     },
+    "on_divergence": {
+        "kinds": ["str"],
+        "default": "stop",
+        "choices": ["stop", "warn"],
+        "help": "at a loss above the first one and above that of a uniform guess: end the run, or only say it",
+    },
     "early_stopping_patience": {
         "kinds": ["int", "null"],
         "default": None,

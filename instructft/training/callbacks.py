@@ -21,11 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from instructft.formatting import first_line
+from instructft.formatting import first_line, perplexity
 from instructft.inference.generator import Generator
 
 Texts = Sequence[tuple[str, str]]  # prompt, answer
-_SHOWN = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}", "eval_perplexity": "perplexity {:.2f}"}
+_SHOWN = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}"}
 
 
 class MetricsFile(TrainerCallback):
@@ -120,6 +120,8 @@ class ProgressLine(TrainerCallback):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         parts = [text.format(logs[key]) for key, text in _SHOWN.items() if key in logs]
+        if "eval_loss" in logs:
+            parts.append(f"perplexity {perplexity(logs['eval_loss'])}")
         if "loss" in logs:
             parts.append(f"lr {logs['learning_rate']:.2e}")
             now, tokens = time.perf_counter(), float(logs.get("num_tokens", 0.0))

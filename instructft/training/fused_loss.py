@@ -37,6 +37,7 @@ class Scores(ModelOutput):
     Args:
         loss: scalar, the mean of -log p over the batch's supervised tokens.
         log_probs, entropy, is_top1, label_mask: (B, T - 1), of the token that each position predicts.
+        aux_loss: scalar, of a mixture's router; None where there is none.
     """
 
     loss: torch.Tensor | None = None
@@ -44,21 +45,55 @@ class Scores(ModelOutput):
     entropy: torch.Tensor | None = None
     is_top1: torch.Tensor | None = None
     label_mask: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
 
 
 def scores(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
     """Score a batch with whatever head the model has: ours, TRL's, or (before trl 1.15, on a GPU) its logits."""
     if hasattr(trl.trainer.utils, "add_fused_lm_head") or inputs["labels"].device.type in _DEVICES:
         return model(**inputs, use_cache=False, fused_lm_head=True)
-    logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits[:, :-1].float()
-    labels = inputs["labels"][:, 1:]
+    out = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
+    return from_logits(out.logits[:, :-1], inputs["labels"][:, 1:])
+
+
+def from_logits(logits: torch.Tensor, labels: torch.Tensor, aux_loss: torch.Tensor | None = None) -> Scores:
+    """What a model's own logits (B, T, V) say of the labels (B, T) that they stand above, -100 = no loss."""
     mask = labels != -100
-    log_p = logits.log_softmax(-1)  # (B, T - 1, V)
-    picked = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    values = (picked, -(log_p.exp() * log_p).sum(-1), (logits.argmax(-1) == labels).float())
-    log_probs, entropy, is_top1 = (value.masked_fill(~mask, 0) for value in values)
+    log_p = logits[mask].float().log_softmax(-1)  # (N, V)
+    chosen = labels[mask]
+    picked = log_p.gather(-1, chosen[:, None])[:, 0]
+    with torch.no_grad():
+        entropy, is_top1 = -(log_p.exp() * log_p).sum(-1), log_p.argmax(-1) == chosen
+    log_probs, entropy, is_top1 = (
+        value.new_zeros(mask.shape).masked_scatter(mask, value) for value in (picked, entropy, is_top1)
+    )
     loss = -log_probs.sum() / mask.sum().clamp(min=1)
-    return Scores(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+    return Scores(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask, aux_loss=aux_loss)
+
+
+def add_plain_head(model: PreTrainedModel) -> None:
+    """Let `model(..., labels=…, fused_lm_head=True)` score by the model's own logits, whatever it does to make them.
+
+    For models whose logits are more than `lm_head(hidden)`: a dense layer and a norm before it, a soft cap after it, a
+    router's loss that only the model itself can compute. It takes the memory of the logits, (B, T, V).
+    """
+    upstream = model.forward
+
+    @functools.wraps(upstream)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.pop("fused_lm_head", False):
+            return upstream(*args, **kwargs)
+        labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        kwargs.pop("num_items_in_batch", None)  # TRL's trainer divides by it
+        out = upstream(*args, **{**kwargs, "use_cache": False})
+        aux_loss = getattr(out, "aux_loss", None)
+        if kwargs.get("output_router_logits") and aux_loss is None:
+            raise ValueError("it returns none")
+        if shifted is not None:
+            return from_logits(out.logits, shifted, aux_loss)
+        return from_logits(out.logits[:, :-1], labels[:, 1:], aux_loss)
+
+    model.forward = types.MethodType(forward, model)
 
 
 class _SupervisedLogProbs(torch.autograd.Function):

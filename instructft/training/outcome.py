@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.checkpoints.run_folder import PARTIAL, sync, sync_one
+from instructft.errors import ModelError
 from instructft.version import __version__
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def save(
     from instructft.report.curves import plot_loss
     from instructft.report.model_card import write_card
     from instructft.report.page import draw_report
+    from instructft.training.rehearsal.saved_loss import prove_saved_loss
     from instructft.weights.weight_files import require_whole
 
     run = Path(trainer.args.output_dir)
@@ -151,6 +153,16 @@ def save(
     require_whole(model, run / PARTIAL)
     hand_on(recipe, run / PARTIAL)
     for_older_readers(run / PARTIAL / "config.json")
+    try:
+        facts["saved"] = (
+            None
+            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+            else prove_saved_loss(trainer, run / PARTIAL)
+        )
+    except ModelError as error:
+        shutil.rmtree(run / UNPROVED, ignore_errors=True)
+        (run / PARTIAL).replace(run / UNPROVED)
+        raise ModelError(f"{error}; it is kept in {run / UNPROVED}") from error
     shutil.rmtree(run / UNPROVED, ignore_errors=True)  # of an attempt before this one, which is proved
     (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one was resumed from there
     _give_names(run / PARTIAL, run)

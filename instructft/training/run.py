@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,10 @@ if TYPE_CHECKING:
     from instructft.adapters.frozen_check import AdapterProof
     from instructft.checkpoints.manifest import Checkpoint
     from instructft.hub.background import Publisher, Status
+    from instructft.training.rehearsal.rehearse import Rehearsal
     from instructft.training.trainer import Trainer
+
+PROBE_WORK = 1e11  # weights times tokens; on a CPU a pack of more is not tried at its full length
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,13 @@ class Result:
         return self.facts["metrics"]
 
 
-def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = None) -> Result:
+def train(recipe: Recipe, *, resume: str = "auto", rehearsal: bool = True, console: Console | None = None) -> Result:
     """Train the recipe's model and leave a complete run folder.
 
     Args:
         resume: `auto` resumes from the newest checkpoint in the run folder that verifies, where there is one; `never`
             refuses a run folder that is not empty; else the checkpoint to resume from.
+        rehearsal: try all that the run will do on one short batch first (`training.rehearsal`).
 
     Example::
 
@@ -117,8 +121,9 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
         trainer = build_trainer(recipe, tokenizer, data, model, args, origin, start, console)
         trainer.publisher = publisher
         if recipe.data.packing:
-            prove_isolation(model, console)
-        proof = watch_adapter(trainer)
+            prove_isolation(trainer, recipe.data.max_length, console)
+        found = rehearse_run(trainer, data, console) if rehearsal else None
+        proof = watch_adapter(trainer, found.reach.may_stay if found else ())
 
         with explained(recipe, trainer):
             _run(trainer, start, console)
@@ -126,6 +131,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
                 adapter = prove_adapter(proof, trainer, console)
                 metrics = final_metrics(trainer)
                 facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter | {"base": base}
+                facts["rehearsal"] = found.facts if found else None
 
         save(trainer, recipe, tokenizer, facts, data)
         state.wait_for_everyone()  # the others need not wait for an upload
@@ -194,12 +200,27 @@ def announce(
     console.print()
 
 
-def prove_isolation(model: PreTrainedModel, console: Console) -> None:
+def prove_isolation(trainer: Trainer, max_length: int, console: Console) -> None:
     """Ask the model whether documents of a pack see each other; stops the run when they do."""
     from instructft.data.packing import probe
 
-    difference = probe(model, model.device)
-    console.print(f"packs are clean: a document's logits alone and in a pack differ by {difference:.1e} at most\n")
+    width = max_length
+    if trainer.args.device.type == "cpu" and count_parameters(trainer.model)[1] * width > PROBE_WORK:
+        width = min(width, 256)
+    with trainer.compute_loss_context_manager():
+        difference = probe(trainer.model, trainer.model.device, width)
+    console.print(
+        f"packs are clean: no gradient from a document to its neighbour in a pack of {width:,} tokens; its logits "
+        f"alone and in a pack differ by {difference:.1e} at most\n",
+        highlight=False,
+    )
+
+
+def rehearse_run(trainer: Trainer, data: Prepared | Streamed, console: Console) -> Rehearsal:
+    """Try on one short batch what the run will do; what cannot work stops it here."""
+    from instructft.training.rehearsal.rehearse import rehearse
+
+    return rehearse(trainer, data.example, functools.partial(console.print, markup=False, highlight=False))
 
 
 def build_trainer(
@@ -235,7 +256,8 @@ def build_trainer(
         path, trackers = run / "samples.jsonl", args.report_to or ()
         callbacks.append(Samples(recipe.samples, Generator(model, tokenizer), path, console, writer, trackers))
     asked = data.splits.get("validation", data.for_training)
-    warnings = RunWarnings(Generator(model, tokenizer), asked, run, console)
+    stop_diverged = recipe.train["on_divergence"] == "stop"
+    warnings = RunWarnings(Generator(model, tokenizer), asked, run, console, stop_diverged)
     callbacks.append(warnings)
     say = functools.partial(console.print, markup=False, highlight=False)
     if patience := recipe.train["early_stopping_patience"]:
@@ -271,13 +293,13 @@ def build_trainer(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def watch_adapter(trainer: Trainer) -> AdapterProof | None:
-    """Take the fingerprint of all weights, if an adapter is to be trained."""
+def watch_adapter(trainer: Trainer, may_stay: Collection[str]) -> AdapterProof | None:
+    """Take the fingerprint of all weights, if an adapter is to be trained; `may_stay` need not move."""
     from instructft.adapters.frozen_check import AdapterProof
 
     if not is_peft(trainer.model):
         return None
-    proof = AdapterProof(trainer.model)
+    proof = AdapterProof(trainer.model, may_stay)
     trainer.add_callback(proof)
     return proof
 

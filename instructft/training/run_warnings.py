@@ -1,11 +1,12 @@
 """Known warning signs of a run, each told once with what to do, and kept in `run.json` under `warnings`.
 
+    diverged        the loss is above that of the first step, and above that of a uniform guess
     overfitting     the validation loss rises over several evaluations while the training loss falls
     loss_at_zero    the training loss is zero: nothing carries loss, or the rows are known by heart
     template        answers continue with the template's own headings, such as `### Instruction:`
     never_stops     answers run on until they are cut off
 
-The first two are read from the trainer's history. For the other two some held-out questions are answered at the
+The first three are read from the trainer's history. For the other two some held-out questions are answered at the
 evaluations of the second half of a run (at its end where there are none). A sign that was told before a resume is not
 told again: `warnings.jsonl` in the run folder holds them, as `samples.jsonl` holds samples.
 """
@@ -13,6 +14,7 @@ told again: `warnings.jsonl` in the run folder holds them, as `samples.jsonl` ho
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from instructft.errors import TemplateError
+from instructft.errors import DivergedError, TemplateError
 from instructft.inference.continuous_batching import Row
 from instructft.inference.generator import Generator
 from instructft.prompt.loss_mask import IGNORE_INDEX
@@ -30,6 +32,8 @@ from instructft.training.callbacks import lines_until
 FILE = "warnings.jsonl"
 RISES = 3  # evaluations since the best one
 RISE = 0.02  # the least that the validation loss must have risen by: this share, and as many nats
+APART = 1.0  # nats above the first loss and ln(vocabulary), or a tenth of them
+WORSE = 3  # logged losses in a row
 ZERO = 1e-3  # nats; data that is learned well stays above
 ZEROS = 3  # logged losses in a row
 PROBES = 8  # questions
@@ -66,6 +70,31 @@ def overfits(history: Sequence[Mapping[str, Any]]) -> str:
         f"the validation loss rises ({lowest:.4f} at step {step}, {last:.4f} now) while the training loss falls "
         f"({then:.4f} then, {now:.4f} now): rows are learned by heart. Train fewer epochs, or with a lower "
         f"train.learning_rate, or on more rows; train.early_stopping_patience: {RISES} keeps the best checkpoint"
+    )
+
+
+def diverged(history: Sequence[Mapping[str, Any]], vocabulary: int) -> str:
+    """What is wrong where the model has become worse than one that guesses; else "".
+
+    One validation loss, or several logged training losses in a row, above the first loss and above ln(vocabulary).
+
+    >>> diverged([{"step": 1, "loss": 7.0}, {"step": 4, "eval_loss": 2634433.0}], 1490)[:38]
+    'the run has diverged: the validation l'
+    """
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evaluations = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    reference = max([math.log(vocabulary), *losses[:1]])
+    limit = reference + max(APART, APART / 10 * reference)
+    if evaluations and evaluations[-1][1] > limit and evaluations[-1][0] == history[-1]["step"]:
+        what = f"the validation loss is {evaluations[-1][1]:,.4f}"
+    elif len(losses) > WORSE and min(losses[-WORSE:]) > limit:
+        what = f"the last {WORSE} logged losses are {', '.join(f'{loss:,.4f}' for loss in losses[-WORSE:])}"
+    else:
+        return ""
+    first = f"the first loss was {losses[0]:.4f}" if losses else "no loss was logged before"
+    return (
+        f"the run has diverged: {what}, {first}, and a uniform guess over {vocabulary:,} tokens has "
+        f"{math.log(vocabulary):.4f}. Begin anew with a train.learning_rate of a tenth, or more train.warmup_steps"
     )
 
 
@@ -144,9 +173,12 @@ class RunWarnings(TrainerCallback):
         rows: encoded rows with questions to ask: the validation rows, or the training rows.
         folder: the run folder.
         console: told in one line of each.
+        stop_diverged: end a run that has diverged, in place of telling it alone.
     """
 
-    def __init__(self, generator: Generator, rows: Any, folder: Path, console: Any):
+    def __init__(self, generator: Generator, rows: Any, folder: Path, console: Any, stop_diverged: bool = False):
+        self.stop_diverged = stop_diverged
+        self.vocabulary = int(generator.model.config.get_text_config().vocab_size)
         self.generator, self.folder, self.console = generator, folder, console
         self.probes = probes(rows, generator.stop_ids)
         self.headings = headings(generator)
@@ -168,13 +200,25 @@ class RunWarnings(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Look at the training loss."""
         if logs and "loss" in logs:
+            self._look_for_divergence(state)
             self._tell(state, "loss_at_zero", at_zero(state.log_history))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the validation loss, and late in the run at answers."""
+        self._look_for_divergence(state)
         self._tell(state, "overfitting", overfits(state.log_history))
         if 2 * state.global_step >= state.max_steps:
             self._ask(state)
+
+    def _look_for_divergence(self, state: Any) -> None:
+        text = diverged(state.log_history, self.vocabulary)
+        self._tell(state, "diverged", text)
+        if text and self.stop_diverged:
+            kept = max(self.folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
+            where = f"the newest checkpoint is {kept}" if kept else "no checkpoint was saved before"
+            raise DivergedError(
+                f"step {state.global_step}: {text}. The run ends here; {where}. (train.on_divergence: warn continues)"
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask once where no evaluation has."""
@@ -184,6 +228,8 @@ class RunWarnings(TrainerCallback):
     def _ask(self, state: Any) -> None:
         together = isinstance(self.generator.model, FSDPModule)  # such a model is run by all processes or by none
         open_signs = {"template", "never_stops"} - self._told
+        if "diverged" in self._told:  # what such a model answers says nothing of the data
+            return
         if not self.probes or not open_signs or state.global_step < LEAST_STEPS or is_deepspeed_zero3_enabled():
             return
         self._asked = True
@@ -240,7 +286,7 @@ class RunWarnings(TrainerCallback):
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
-    """The warnings of a run, in order: `step`, `kind`, `text`.
+    """The warnings of a run, in order, one that says it has diverged first: `step`, `kind`, `text`.
 
     Example::
 
@@ -248,4 +294,5 @@ def told(folder: Path) -> list[dict[str, Any]]:
         # 'overfitting'
     """
     path = folder / FILE
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return sorted(found, key=lambda warning: warning["kind"] != "diverged")  # at the top: nothing else counts then

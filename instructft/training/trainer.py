@@ -28,6 +28,10 @@ from instructft.training.stopping import EvaluationLeft, Stop
 if TYPE_CHECKING:
     from instructft.hub.background import Publisher
 
+# What upstream sets in a model's configuration for training. A model that is saved with `output_router_logits` fails as
+# soon as it answers in a batch (transformers#29087).
+_SET_BY_TRAINING = ("output_router_logits", "router_aux_loss_coef", "use_cache")
+
 
 class Trainer(SFTTrainer):
     """`SFTTrainer` for rows that are tokenized and masked already, whose runs can be resumed bit for bit.
@@ -66,6 +70,8 @@ class Trainer(SFTTrainer):
         versions: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
+        text = kwargs["model"].config.get_text_config()
+        self._as_loaded = {name: getattr(text, name) for name in _SET_BY_TRAINING if hasattr(text, name)}
         trained = {name: p.data for name, p in kwargs["model"].named_parameters() if p.requires_grad}
         super().__init__(**kwargs)
         for name, parameter in self.model.named_parameters():
@@ -293,7 +299,15 @@ class Trainer(SFTTrainer):
         return bool(self.is_fsdp_enabled and self.accelerator.is_fsdp2)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        text = self.model.config.get_text_config()
+        trained = {name: getattr(text, name) for name in self._as_loaded}
+        try:
+            for name, value in self._as_loaded.items():
+                setattr(text, name, value)
+            super()._save(output_dir, state_dict)
+        finally:
+            for name, value in trained.items():
+                setattr(text, name, value)
         if self._metadata is not None and self.args.should_save:
             self._metadata.write(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
 

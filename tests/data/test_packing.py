@@ -197,6 +197,24 @@ def test_the_probe_stops_opt(attention: str) -> None:
     assert model.training  # given back as it was
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["lfm2", "bloom"])
+def test_a_small_leak_hides_behind_no_rounding(kind: str, dtype: torch.dtype) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 2, "n_head": 2}
+    more = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2} if kind == "lfm2" else {}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, pad_token_id=0, **sizes, **more)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    with pytest.raises(ModelError, match="their gradient at its neighbour's tokens is"):
+        probe(model, "cpu")
+
+
+def test_a_mixture_of_experts_is_clean() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = AutoConfig.for_model("mixtral", vocab_size=VOCABULARY, num_key_value_heads=2, **sizes)
+    assert probe(AutoModelForCausalLM.from_config(config).to(torch.bfloat16), "cpu") < 5e-2
+
+
 def test_a_packed_run_of_opt_stops_before_its_first_step(write_recipe: Any) -> None:
     text = """
 model:

@@ -265,7 +265,7 @@ def test_the_model_is_given_the_prompt_that_was_trained(trained_with: tuple[Any,
         [{"role": "user", "content": "Who?", "context": "It was Ada."}],
     ]
     generate(model, conversations, tokenizer=tokenizer, max_new_tokens=2)
-    batch = calls[0]
+    batch = next(call for call in calls if len(call["input_ids"]) == len(conversations))  # behind that of the padding
     calls.clear()
     for messages in conversations:
         list(Generator(model, tokenizer).stream(messages, 2))

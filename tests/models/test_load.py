@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from instructft import load_model, load_recipe, load_tokenizer
@@ -20,3 +22,18 @@ def test_random_weights_depend_on_the_seed_alone(write_recipe: Any) -> None:
     assert torch.equal(one.transformer.wte.weight, two.transformer.wte.weight)
     assert not torch.equal(one.transformer.wte.weight, other.transformer.wte.weight)
     assert one.config.vocab_size == len(tokenizer)
+
+
+def test_settings_of_generation_that_cannot_be_saved_are_taken_out(
+    tiny_model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from instructft.models.load import fit_special_tokens
+
+    generation = tiny_model.generation_config
+    generation.early_stopping, generation.length_penalty, generation.max_length = True, 0.8, 77
+    fit_special_tokens(tiny_model, tokenizer)
+    tiny_model.save_pretrained(tmp_path)
+    assert (generation.max_length, bool(generation.do_sample)) == (77, False)
+    said = capsys.readouterr().err
+    assert "generation_config.early_stopping: found True" in said
+    assert "generation_config.length_penalty: found 0.8" in said

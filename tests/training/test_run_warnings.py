@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 
 import instructft
-from instructft.errors import Stopped
+from instructft.errors import DivergedError, Stopped
 from instructft.inference.generator import Generator
 from instructft.prompt.templates import TEMPLATES
 from instructft.training.run import train
-from instructft.training.run_warnings import at_zero, headings, overfits, probes, told
+from instructft.training.run_warnings import at_zero, diverged, headings, overfits, probes, told
 from tests.helpers.stops import SignalAt, interrupt
 
 WORDS = ["tea", "bread", "honey", "milk", "rice", "salt", "soup", "cake", "fish", "corn", "plum", "nuts"]
@@ -193,3 +193,29 @@ def test_probes_are_whole_rows_where_there_are_any() -> None:
     assert [probe.prompt for probe in probes(rows, [0])] == [[1, 2], [5, 6, 7], [1, 2]]
     assert [(probe.prompt, probe.ends) for probe in probes(rows[1:2], [0])] == [([5, 6, 7], False)]
     assert probes(rows[3:4], [0]) == probes(None, [0]) == probes(iter(rows), [0]) == []
+
+
+def test_a_loss_above_a_guess_is_a_sign_and_a_high_first_loss_is_none() -> None:
+    start = {"step": 1, "loss": 7.3}
+    assert diverged([start, {"step": 4, "loss": 7.0}, {"step": 4, "eval_loss": 7.2}], 1490) == ""
+    assert diverged([start, {"step": 4, "eval_loss": 9.0}], 1490).startswith("the run has diverged: the validation")
+    assert diverged([{"step": 1, "loss": 30.0}, {"step": 4, "eval_loss": 25.0}], 1490) == ""
+    worse = [{"step": n, "loss": 50.0} for n in (2, 3, 4)]
+    assert diverged([start, *worse[:2]], 1490) == ""  # a spike is no divergence
+    assert "the last 3 logged losses" in diverged([start, *worse], 1490)
+
+
+@pytest.mark.parametrize("what", ["stop", "warn"])
+def test_a_learning_rate_of_100_is_no_run_that_is_done(write_recipe: Any, tmp_path: Path, what: str) -> None:
+    overrides = [
+        *("train.learning_rate=100", "train.loss_spike_limit=null", f"train.on_divergence={what}"),
+        *(f"output_dir={tmp_path / 'run'}", "train.report_to=[]", "train.max_grad_norm=0"),
+    ]
+    recipe = instructft.load_recipe(write_recipe(), overrides)
+    if what == "stop":
+        with pytest.raises(DivergedError, match="the run has diverged: the validation loss is"):
+            instructft.train(recipe, console=Console(quiet=True))
+        assert not (tmp_path / "run" / "config.json").exists()
+        return
+    result = instructft.train(recipe, console=Console(quiet=True))
+    assert result.facts["warnings"][0]["kind"] == "diverged"

@@ -1,0 +1,161 @@
+"""Which of the weights that are to be trained get a gradient; those that the loss does not reach are left out.
+
+A vision tower takes no part in the loss of text, Jamba reads the weight of `dt_proj` past any adapter on it, and rows
+of new tokens that do not occur in the data stay as they are. Such weights cost memory, stop a run of several processes,
+and would be saved as if they had been trained. An expert that one short batch was not routed to is none of them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from instructft.adapters.lora import is_peft, shortest_names
+from instructft.data.packing import flat
+from instructft.errors import ModelError
+from instructft.weights.weight_files import without_wrappers
+
+if TYPE_CHECKING:
+    from instructft.training.trainer import Trainer
+
+PASSES = 8  # more, where layers are left out at random
+_INNER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What the loss reaches of the weights that the recipe trains.
+
+    Args:
+        left_out: layers that had an adapter, and weights that are frozen now.
+        may_stay: weights that are trained and need not move: experts without a token, rows of absent tokens.
+        absent: ids whose rows are trained, and that do not occur in the training rows.
+    """
+
+    left_out: list[str] = field(default_factory=list)
+    may_stay: list[str] = field(default_factory=list)
+    absent: list[int] = field(default_factory=list)
+
+    def lines(self, tokens: Any) -> list[str]:
+        """What a person should know; nothing where all is as it should be."""
+        said = []
+        if self.left_out:
+            kinds = sorted({_INNER.sub("*", name) for name in self.left_out})
+            some = ", ".join(kinds[:6]) + (f" and {len(kinds) - 6} kinds more" if len(kinds) > 6 else "")
+            said.append(f"the loss does not reach {len(self.left_out)} weights, which are not trained: {some}")
+        if self.absent:
+            some = ", ".join(str(token) for token in tokens(self.absent[:6])) + (", …" if len(self.absent) > 6 else "")
+            said.append(f"rows of {len(self.absent)} tokens are trained that no training row holds: {some}")
+        return said
+
+
+def leave_out_unreached(trainer: Trainer, batch: dict[str, torch.Tensor]) -> Reach:
+    """Freeze what gets no gradient, take adapters off it, and say what may stay as it is.
+
+    Raises:
+        ModelError: nothing that is to be trained gets a gradient.
+    """
+    model: Any = trainer.model
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    reached, moving = _gradients(trainer, batch, training=True)
+    config = model.config.get_text_config()
+    if any(getattr(config, name, 0) for name in ("layerdrop", "decoder_layerdrop")):  # a layer may have been left out
+        for _ in range(PASSES):
+            again, more = _gradients(trainer, batch, training=True)
+            reached, moving = reached | again, moving | more
+    if not reached:
+        way_out = "choose others (adapter.target_modules)"
+        if _gradients(trainer, batch, training=False)[0]:
+            way_out = "gradient checkpointing cuts it off: train.gradient_checkpointing_kwargs={use_reentrant: false}"
+        raise ModelError(
+            f"none of the {len(trained)} weights of {type(model).__name__} that are to be trained gets a gradient; "
+            f"{way_out}"
+        )
+    kinds = {_kind(name) for name in reached}
+    unreached = {name for name in trained - reached if _kind(name) not in kinds}
+    left_out = _take_adapters_off(model, unreached) if is_peft(model) else []
+    for name, weight in model.named_parameters():
+        if name in unreached:
+            weight.requires_grad_(False)
+            left_out.append(name)
+    rows, absent = _absent_rows(trainer)
+    stay = (trained - moving) | rows
+    return Reach(sorted(left_out), sorted(without_wrappers(name) for name in stay), absent)
+
+
+def _gradients(trainer: Trainer, batch: dict[str, torch.Tensor], *, training: bool) -> tuple[set[str], set[str]]:
+    """Names of the weights that get a gradient, and of those where one number of it at least is not zero."""
+    model: Any = trainer.model
+    was = model.training
+    counts = trainer.counts.clone()
+    model.train(training)
+    try:
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, dict(batch))
+        trainer.accelerator.unwrap_model(model).zero_grad(set_to_none=True)
+        loss.backward()
+        found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        return set(found), {name for name, grad in found.items() if bool((grad != 0).any())}
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was)
+        trainer.counts = counts
+
+
+def _kind(name: str) -> str:
+    """A weight's name with any number for each but the first, which counts layers: an expert stands for all of them.
+
+    >>> _kind("model.layers.3.mlp.experts.17.up_proj.weight")
+    'model.layers.3.mlp.experts.*.up_proj.weight'
+    """
+    first = _INNER.search(name)
+    return name if first is None else name[: first.end()] + _INNER.sub("*", name[first.end() :])
+
+
+def _take_adapters_off(model: Any, unreached: set[str]) -> list[str]:
+    """Put the plain layer back where no weight of an adapter on it gets a gradient; the names of these layers."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    base, taken, kept = model.get_base_model(), [], set()
+    layers: list[tuple[str, Any]] = [
+        (name, module)
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+    ]
+    for name, module in layers:
+        own = {f"base_model.model.{name}.{part}" for part, _ in module.named_parameters() if "lora_" in part}
+        if own and own <= unreached:
+            parent, _, last = name.rpartition(".")
+            setattr(base.get_submodule(parent), last, module.get_base_layer())
+            unreached -= own
+            taken.append(name)
+        else:
+            kept.add(name)
+    if taken:
+        model.peft_config["default"].target_modules = set(shortest_names(base, kept))
+    return taken
+
+
+def _absent_rows(trainer: Trainer) -> tuple[set[str], list[int]]:
+    """Trained rows of tokens that the training rows do not hold: the weights all of whose rows are, and the ids."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    dataset: Any = trainer.train_dataset
+    names: set[str] = set()
+    absent: set[int] = set()
+    layers = [(n, m) for n, m in trainer.model.named_modules() if isinstance(m, TrainableTokensLayer)]
+    if not layers:
+        return names, []
+    seen: Any = flat(dataset)[0]["input_ids"] if hasattr(dataset, "__len__") else np.arange(0)
+    for name, layer in layers:
+        ids = np.asarray(layer.token_indices["default"])
+        there = np.isin(ids, seen)
+        if not there.any():
+            names |= {f"{name}.{part}" for part, _ in layer.named_parameters() if "trainable_tokens_delta" in part}
+        absent |= set(ids[~there].tolist())
+    return names, sorted(absent) if hasattr(dataset, "__len__") else []

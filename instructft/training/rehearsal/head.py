@@ -1,0 +1,179 @@
+"""Whether a fused output head computes what the model's own logits say; where it does not, the logits are trained.
+
+A fused head takes logits for `lm_head(hidden)`, times a factor, under a cap that it knows. That is a claim about a
+model: ModernBERT's decoder puts a dense layer and a norm before that, RecurrentGemma a cap of another name behind it,
+and a head that leaves them out trains another model than the one that is saved. Here the claim is tried on one short
+batch: log-probability, entropy, top-1 and the gradient that goes back into the model, once as they are and once with
+hidden states so large that a cap or any other curve must show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from instructft.errors import ModelError
+from instructft.training.fused_loss import add_plain_head, from_logits, scores
+from instructft.training.out_of_memory import ran_out
+
+if TYPE_CHECKING:
+    from instructft.training.trainer import Trainer
+
+Batch = dict[str, torch.Tensor]
+
+LARGE = 50.0  # the largest logit of the second look; soft caps stand at 8 to 50
+TOLERANCE = 1e-3  # of log-probabilities of up to LARGE nats, in float32; fused heads are within 2.3e-5
+ROUNDED = 5e-2  # the same where hidden states or logits are rounded to 16 bits, or products to TensorFloat-32
+
+
+@dataclass(frozen=True)
+class Head:
+    """What training will ask for its loss.
+
+    Args:
+        kind: `fused`, or `logits` for the model's own.
+        difference: between the two, as a share of the largest value; None where the fused head fails.
+        why: why it is the logits, or why there is no router's loss; "" where all is as it should be.
+    """
+
+    kind: str
+    difference: float | None
+    why: str = ""
+
+
+def choose_head(trainer: Trainer, batch: Batch) -> Head:
+    """Give the model the first head that computes what its own logits say, with the router's loss if that can be had.
+
+    Raises:
+        ModelError: the model's own forward fails, or cannot compute the router's loss that the recipe asks for.
+    """
+    model: Any = bare(trainer.model)
+    fused, text = model.forward, model.config.get_text_config()
+    difference, why, error = None, "", None
+    router = [trainer.aux_loss_enabled, *([False] if trainer.aux_loss_enabled else [])]
+    for trainer.aux_loss_enabled in router:
+        if hasattr(text, "output_router_logits"):
+            text.output_router_logits = trainer.aux_loss_enabled
+        for kind in ("fused", "logits"):
+            model.forward = fused
+            if kind == "logits":
+                add_plain_head(model)
+            failed = _failure(trainer, batch)
+            error = failed or error  # the last one is that of the model's own forward
+            if failed:
+                why = why or f"the fused head fails on {type(model).__name__} ({_short(failed)})"
+                continue
+            if kind == "fused":
+                difference = compare(trainer, batch)
+                if difference > (limit := tolerance(trainer)):
+                    why = (
+                        f"the fused head and the logits of {type(model).__name__} differ by {difference:.1e} "
+                        f"(up to {limit:g} would be rounding)"
+                    )
+                    continue
+            return Head(kind, difference, _in_words(trainer, kind, why, router[0], error))
+    raise ModelError(
+        f"{type(model).__name__} ({model.config.model_type}) cannot be trained here: its forward fails on a batch of "
+        f"{tuple(batch['input_ids'].shape)} tokens: {_short(error)}"
+    ) from error
+
+
+def _in_words(trainer: Trainer, kind: str, why: str, router: bool, error: Exception | None) -> str:
+    if router and not trainer.aux_loss_enabled:
+        if trainer.args.router_aux_loss_coef:
+            raise ModelError(
+                f"train.router_aux_loss_coef: found {trainer.args.router_aux_loss_coef}, but "
+                f"{type(bare(trainer.model)).__name__} fails to compute its router's loss ({_short(error)}); set it to "
+                "0.0"
+            ) from error
+        why = f"no loss of a router is trained: the model fails to compute one ({_short(error)})"
+    if kind == "logits":
+        why += "; the loss is computed from the model's own logits, which takes more memory"
+    return why
+
+
+def bare(model: Any) -> Any:
+    """The causal language model below an adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def tolerance(trainer: Trainer) -> float:
+    """How far rounding alone may part two ways to compute the same logits."""
+    exact = trainer.model.dtype == torch.float32 and trainer.args.device.type != "cuda"
+    return TOLERANCE if exact and not torch.is_autocast_enabled(trainer.args.device.type) else ROUNDED
+
+
+def compare(trainer: Trainer, batch: Batch) -> float:
+    """The largest difference between what training computes and what the logits say, as a share of what they say."""
+    worst, scale = 0.0, 1.0
+    for look in range(2):
+        with trainer.compute_loss_context_manager():
+            wanted, largest = _looked_at(trainer.model, batch, scale, plain=True)
+            found, _ = _looked_at(trainer.model, batch, scale, plain=False)
+            # at the second look nearly all probability lies on one token: what is left of a gradient is rounding
+            names = ("log_probs", "entropy", *(("gradient",) if look == 0 else ()))
+        for name in names:
+            one, other = found[name], wanted[name]
+            if other is None or one is None:
+                continue
+            if name == "gradient":
+                apart, size = (one - other).norm(), other.norm()
+            else:
+                apart, size = (one - other).abs().max(), other.abs().max()
+            share = float(apart / size.clamp(min=1e-6))
+            worst = max(worst, share if share == share else float("inf"))  # a NaN is no agreement
+        if not 0 < largest < LARGE or wanted["gradient"] is None:
+            break
+        scale = LARGE / largest
+    return worst
+
+
+def _looked_at(model: Any, batch: Batch, scale: float, *, plain: bool) -> tuple[dict[str, torch.Tensor | None], float]:
+    """Scores of a batch with the hidden states multiplied by `scale`, their gradient, and the largest logit."""
+    states: list[torch.Tensor] = []
+
+    def take(module: Any, args: Any, out: Any) -> Any:
+        hidden = out[0] if isinstance(out, tuple) else out.last_hidden_state
+        states.append((hidden.detach() * scale).requires_grad_())
+        if isinstance(out, tuple):
+            return (states[-1], *out[1:])
+        out["last_hidden_state"] = states[-1]
+        return out
+
+    backbone = bare(model).base_model
+    hook = backbone.register_forward_hook(take) if backbone is not bare(model) else None
+    largest = 0.0
+    try:
+        if plain:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            largest = float(logits.detach().abs().max())
+            seen = from_logits(logits, batch["labels"][:, 1:].to(logits.device))
+        else:
+            seen = scores(model, batch)
+    finally:
+        if hook is not None:
+            hook.remove()
+    gradient = None
+    if states and seen.log_probs is not None:
+        gradient = torch.autograd.grad(-seen.log_probs.sum(), states[-1], allow_unused=True)[0]
+    found = {"log_probs": seen.log_probs, "entropy": seen.entropy, "gradient": gradient}
+    return {name: None if value is None else value.detach().float() for name, value in found.items()}, largest
+
+
+def _failure(trainer: Trainer, batch: Batch) -> Exception | None:
+    """What goes wrong when the loss of a batch is computed as training will; None where nothing does."""
+    try:
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            trainer.compute_loss(trainer.model, dict(batch))
+    except Exception as error:
+        if ran_out(error):
+            raise
+        return error
+    return None
+
+
+def _short(error: Exception | None) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"

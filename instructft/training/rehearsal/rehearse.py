@@ -1,0 +1,118 @@
+"""The rehearsal of a run: one short batch through all that a run does, in seconds, before the first step.
+
+What cannot work is said now and not after the last step, and what can be repaired is. Afterwards weights, buffers,
+gradients and random states are what they were, so that a run is the same with a rehearsal and without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+
+from instructft.prompt.loss_mask import IGNORE_INDEX
+from instructft.training.rehearsal.adapter_loads import refuse_adapter_that_does_not_load
+from instructft.training.rehearsal.gradients import Reach, leave_out_unreached
+from instructft.training.rehearsal.head import choose_head
+
+if TYPE_CHECKING:
+    from instructft.training.trainer import Trainer
+
+TOKENS = 32  # of the longer row of the batch
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a rehearsal found.
+
+    Args:
+        facts: for `run.json`.
+        reach: what the loss reaches of the weights that are to be trained.
+    """
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    reach: Reach = field(default_factory=Reach)
+
+
+def rehearse(trainer: Trainer, example: Any, say: Callable[[str], Any]) -> Rehearsal:
+    """Try the head and the gradients on one short batch; repair what can be repaired, and say it.
+
+    Args:
+        example: a training row.
+        say: told in one line of each.
+
+    Raises:
+        ModelError: the model cannot be trained.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        say("no rehearsal: the processes share the weights among them")
+        return Rehearsal()
+    began = time.perf_counter()
+    batch = send_to_device(short_batch(trainer, example), trainer.args.device)
+    with as_it_was(trainer):
+        head = choose_head(trainer, batch)
+        reach = leave_out_unreached(trainer, batch)
+        refuse_adapter_that_does_not_load(trainer)
+    lines = [*([head.why] if head.why else []), *reach.lines(trainer.processing_class.convert_ids_to_tokens)]
+    for line in lines:
+        say(line)
+    seconds = time.perf_counter() - began
+    facts = {
+        "seconds": round(seconds, 3),
+        "head": head.kind,
+        "head_difference": head.difference,
+        "left_out": reach.left_out,
+        "said": lines,
+    }
+    how = "right" if not lines else "as said above"
+    say(f"rehearsed in {seconds:.1f} s: head and gradients are {how}")
+    return Rehearsal(facts, reach)
+
+
+def short_batch(trainer: Trainer, example: Any) -> dict[str, torch.Tensor]:
+    """Two short rows of unequal length, cut from a training row around its first token that carries loss."""
+    ids, labels = list(example["input_ids"]), list(example["labels"])
+    first = next((i for i, label in enumerate(labels) if i and label != IGNORE_INDEX), 1)
+    rows = []
+    for tokens in (TOKENS, TOKENS * 5 // 8):
+        start = max(0, min(first - tokens // 2, len(ids) - tokens))
+        row: dict[str, Any] = {"input_ids": ids[start : start + tokens], "labels": labels[start : start + tokens]}
+        if "seq_lengths" in example:
+            row["seq_lengths"] = [len(row["input_ids"])]
+        rows.append(row)
+    batch: dict[str, torch.Tensor] = trainer.data_collator(rows)
+    return batch
+
+
+@contextlib.contextmanager
+def as_it_was(trainer: Trainer) -> Iterator[None]:
+    """Look at a model in evaluation mode, and leave no trace: buffers, random states, metrics are what they were."""
+    model: Any = trainer.model
+    device, was_training = trainer.args.device, model.training
+    buffers = [(module, name, value, value.clone()) for module in model.modules()
+               for name, value in module._buffers.items() if value is not None]  # fmt: skip
+    python, numpy, tokens = random.getstate(), np.random.get_state(), trainer._total_train_tokens
+    kind = device.type if device.type != "cpu" else "cuda"  # the CPU's own state is always kept
+    model.eval()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=kind):
+            yield
+    finally:
+        model.train(was_training)
+        model.zero_grad(set_to_none=True)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        with torch.no_grad():
+            for module, name, value, copy in buffers:
+                value.copy_(copy)
+                module._buffers[name] = value
+        trainer._total_train_tokens = tokens
+        for metrics in trainer._metrics.values():
+            metrics.clear()

@@ -1,0 +1,93 @@
+"""The head that training takes computes what the model's own logits say, whatever the model does to make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+import instructft
+from instructft.training.rehearsal.head import TOLERANCE, Head, choose_head, compare
+from instructft.training.rehearsal.rehearse import short_batch
+from tests.helpers.rehearsal import trainer_of
+
+SIZES = "hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 48"
+DENSE_HEAD = f"{{model_type: modernbert-decoder, {SIZES}, global_attn_every_n_layers: 1}}"
+SOFT_CAP = (
+    "{model_type: recurrent_gemma, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, "
+    "intermediate_size: 96, lru_width: 32, attention_window_size: 16, block_types: [recurrent, attention], "
+    "logits_soft_cap: 8.0}"
+)
+MIXTURE = f"{{model_type: granitemoe, {SIZES}, num_key_value_heads: 2, num_local_experts: 4, num_experts_per_tok: 2}}"
+NO_EXPERTS = (
+    "{model_type: jamba, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 48, "
+)
+NO_EXPERTS += (
+    "num_key_value_heads: 2, num_experts: 1, use_mamba_kernels: false, attn_layer_offset: 1, attn_layer_period: 2}"
+)
+
+
+def chosen(trainer: Any) -> tuple[Head, dict[str, torch.Tensor]]:
+    batch = short_batch(trainer, trainer.train_dataset[0])
+    trainer.model.eval()
+    return choose_head(trainer, batch), batch
+
+
+def test_a_plain_head_stays_fused(recipe_of: Callable[..., Any]) -> None:
+    head, _ = chosen(trainer_of(recipe_of()))
+    assert (head.kind, head.why) == ("fused", "")
+    assert head.difference is not None
+    assert head.difference < TOLERANCE
+
+
+@pytest.mark.parametrize("config", [DENSE_HEAD, SOFT_CAP], ids=["dense", "soft cap"])
+def test_logits_that_are_more_than_a_product_are_trained_as_they_are(
+    recipe_of: Callable[..., Any], config: str
+) -> None:
+    trainer = trainer_of(recipe_of(config))
+    batch = short_batch(trainer, trainer.train_dataset[0])
+    trainer.model.eval()
+    assert compare(trainer, batch) > TOLERANCE
+    head = choose_head(trainer, batch)
+    assert head.kind == "logits"
+    assert "differ by" in head.why
+    assert compare(trainer, batch) < 1e-6
+
+
+def test_a_router_is_trained_by_the_loss_that_the_model_makes(recipe_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(recipe_of(MIXTURE))
+    head, _ = chosen(trainer)
+    assert head.kind == "logits"
+    assert "fails on GraniteMoeForCausalLM" in head.why
+    assert trainer.aux_loss_enabled
+
+
+def test_a_router_that_is_none_has_no_loss(recipe_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(recipe_of(NO_EXPERTS))
+    head, _ = chosen(trainer)
+    assert head.kind == "fused"
+    assert "no loss of a router" in head.why
+    assert not trainer.aux_loss_enabled
+    asked = trainer_of(recipe_of(NO_EXPERTS, "train.router_aux_loss_coef=0.1"))
+    with pytest.raises(instructft.InstructftError, match=r"router_aux_loss_coef: found 0\.1"):
+        chosen(asked)
+
+
+def test_the_validation_loss_of_a_run_is_that_of_the_saved_model(recipe_of: Callable[..., Any]) -> None:
+    recipe = recipe_of(DENSE_HEAD, "train.learning_rate=1e-2")
+    result = instructft.train(recipe, console=Console(quiet=True))
+    model = AutoModelForCausalLM.from_pretrained(result.output_dir).eval()
+    rows = instructft.prepare_dataset(recipe, instructft.load_tokenizer(recipe))["validation"]
+    total = count = 0.0
+    for row in rows:
+        labels = torch.tensor(row["labels"])[1:]
+        log_p = model(input_ids=torch.tensor([row["input_ids"]])).logits.detach()[0, :-1].log_softmax(-1)
+        kept = labels != -100
+        total -= float(log_p[kept, labels[kept]].sum())
+        count += int(kept.sum())
+    assert result.metrics["eval_loss"] == pytest.approx(total / count, abs=1e-5)
+    assert result.facts["rehearsal"]["head"] == "logits"
