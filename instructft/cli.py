@@ -49,21 +49,28 @@ StrategyOption = Annotated[
 ]
 
 
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
+
+
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None, resume: ResumeOption = "auto") -> None:
     """Train the model of a recipe; what comes out is its run folder. The same command again resumes a run."""
+    import contextlib
     import signal
 
+    from instructft.checkpoints.run_folder import own
     from instructft.recipe.load import load_recipe
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))  # until training listens itself
     loaded = load_recipe(recipe, overrides or [])
-    _quiet_libraries()
-    from instructft.training.run import train as run_training
+    first = next((int(os.environ[name]) for name in _RANKS if name in os.environ), 0) == 0
+    with own(loaded, resume) if first else contextlib.nullcontext():  # what can be told without torch is told at once
+        _quiet_libraries()
+        from instructft.training.run import train as run_training
 
-    result = run_training(loaded, resume=resume)
-    if int(os.environ.get("RANK", "0")) == 0:
-        _print_outcome(result)
+        result = run_training(loaded, resume=resume)
+        if first:
+            _print_outcome(result)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import count_parameters, is_peft
 from instructft.checkpoints.manifest import full_disk_explained
 from instructft.checkpoints.resume import RunStart, find, identity, run_start
-from instructft.checkpoints.run_folder import make_folder, refuse_used_folder
+from instructft.checkpoints.run_folder import make_folder, own, refuse_used_folder
 from instructft.data.prepare import Prepared, prepare
 from instructft.data.streaming import Streamed, prepare_stream
 from instructft.launch.workers import first_process
@@ -27,6 +27,7 @@ from instructft.recipe.schema import Recipe
 from instructft.training.arguments import refuse_what_cannot_run, reporters, training_arguments
 from instructft.training.out_of_memory import explained
 from instructft.training.outcome import collect_facts, final_metrics, kept_unproved, library_versions, save
+from instructft.whole_file import write_whole
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -80,9 +81,13 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     run = Path(recipe.output_dir)
     check_against_installed(recipe)
     refuse_what_cannot_run(recipe, state)
+    with contextlib.ExitStack() as held:  # by the first process, for all
+        first_process(state, lambda: held.enter_context(own(recipe, resume)))
+        return _train(recipe, run, resume, state, console)
+
+
+def _train(recipe: Recipe, run: Path, resume: str, state: PartialState, console: Console) -> Result:
     checkpoint, passed = first_process(state, lambda: _where_from(recipe, run, resume))
-    if checkpoint is None:
-        refuse_used_folder(run)
     if asks_for_latest(recipe):
         forget_newest()
         named = recipe
@@ -109,7 +114,7 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
     with full_disk_explained(run), uploads(recipe, run, state.is_main_process, console) as publisher:
         if state.is_main_process:
             make_folder(run, fresh=checkpoint is None)
-            (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            write_whole(run / "recipe.yaml", recipe.to_yaml())
         state.wait_for_everyone()
         trainer = build_trainer(recipe, tokenizer, data, model, args, origin, start, console)
         trainer.publisher = publisher
@@ -133,11 +138,12 @@ def train(recipe: Recipe, *, resume: str = "auto", console: Console | None = Non
 def _where_from(recipe: Recipe, run: Path, asked: str) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint a run resumes from, in its folder or with `auto` on the Hub; and why others were passed over."""
     found, passed = find(run, asked)
-    if found is None and asked == "auto" and recipe.hub.repo_id:
-        from instructft.hub.resume import newest_on_hub
-
+    if found is None:
         refuse_used_folder(run)
-        return newest_on_hub(recipe.hub, run)
+        if asked == "auto" and recipe.hub.repo_id:
+            from instructft.hub.resume import newest_on_hub
+
+            return newest_on_hub(recipe.hub, run)
     return found, passed
 
 
