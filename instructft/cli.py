@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from instructft.errors import EXIT_FAILED, EXIT_SIGTERM, EXIT_USAGE, InstructftError, UsageError
+from instructft.errors import EXIT_FAILED, EXIT_USAGE, InstructftError, UsageError
 from instructft.version import __version__
 
 app = typer.Typer(
@@ -60,11 +60,16 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, resume: ResumeOpt
 
     from instructft.checkpoints.run_folder import own
     from instructft.recipe.load import load_recipe
+    from instructft.report.logs import lasting_output
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))  # until training listens itself
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):  # until training listens itself
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     loaded = load_recipe(recipe, overrides or [])
     first = next((int(os.environ[name]) for name in _RANKS if name in os.environ), 0) == 0
-    with own(loaded, resume) if first else contextlib.nullcontext():  # what can be told without torch is told at once
+    mine = own(loaded, resume) if first else contextlib.nullcontext()  # what can be told without torch is told at once
+    with lasting_output(), mine:
         _quiet_libraries()
         from instructft.training.run import train as run_training
 
@@ -362,6 +367,9 @@ def merge(
     ] = False,
 ) -> None:
     """Merge a LoRA adapter into its base, shard by shard, and prove it."""
+    from instructft.checkpoints.run_folder import refuse_used
+
+    refuse_used(output)
     _quiet_libraries()
     from instructft.merging.merge import merge_adapter
 
@@ -392,6 +400,9 @@ def convert(
     ] = False,
 ) -> None:
     """Make a `from_pretrained` folder of a GPT-2 state dict in nanoGPT's layout and its kin, and prove it."""
+    from instructft.checkpoints.run_folder import refuse_used
+
+    refuse_used(output)
     _quiet_libraries()
     from instructft.extras.convert.convert import convert as convert_checkpoint
 

@@ -10,12 +10,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from instructft.checkpoints.lock import only_one
 from instructft.errors import DataError, UsageError
 from instructft.formatting import short
 from instructft.prompt.render import Message
@@ -133,6 +135,24 @@ def _asked(row: dict[str, Any]) -> list[Message]:
     if messages[-1]["role"] != "user":
         raise DataError("the last message is not the user's, so there is nothing to answer")
     return messages
+
+
+@contextlib.contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Hold an output file: no other process answers into it meanwhile.
+
+    Raises:
+        UsageError: another one does.
+        DataError: the file's folder cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock = target.with_name(f".{target.name}.lock")
+            held.enter_context(only_one(lock, f"--output: {target}: `instructft generate`", "name another file"))
+        except OSError as error:
+            raise DataError(f"--output: {target} cannot be written ({error.strerror or error})") from error
+        yield
 
 
 class Output:

@@ -221,26 +221,26 @@ def build_trainer(
 
     from instructft.data.collator import CompletionOnlyCollator
     from instructft.inference.generator import Generator
-    from instructft.training.callbacks import MetricsFile, ProgressLine, Samples
+    from instructft.training.callbacks import MetricsFile, Outlasted, ProgressLine, Samples
     from instructft.training.run_warnings import RunWarnings
     from instructft.training.stopping import EarlyStopping
     from instructft.training.trainer import Trainer
 
     run = Path(args.output_dir)
-    callbacks: list[TrainerCallback] = [MetricsFile(run / "metrics.jsonl"), ProgressLine(console)]
+    say = functools.partial(console.print, markup=False, highlight=False)
+    callbacks: list[TrainerCallback] = [MetricsFile(run / "metrics.jsonl", say), ProgressLine(console)]
     writer = None
     if args.process_index == 0 and "tensorboard" in reporters(recipe):
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(run / "tensorboard"), purge_step=start.step + 1 if start.step else None)
-        callbacks.append(TensorBoardCallback(writer))
+        callbacks.append(Outlasted(TensorBoardCallback(writer)))
     if recipe.samples:
         path, trackers = run / "samples.jsonl", args.report_to or ()
         callbacks.append(Samples(recipe.samples, Generator(model, tokenizer), path, console, writer, trackers))
     asked = data.splits.get("validation", data.for_training)
     warnings = RunWarnings(Generator(model, tokenizer), asked, run, console)
     callbacks.append(warnings)
-    say = functools.partial(console.print, markup=False, highlight=False)
     if patience := recipe.train["early_stopping_patience"]:
         callbacks.append(EarlyStopping(patience, say))
     metadata = None
@@ -265,6 +265,11 @@ def build_trainer(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    handler = trainer.callback_handler
+    handler.callbacks = [
+        Outlasted(callback) if type(callback).__module__.startswith("transformers.integrations") else callback
+        for callback in handler.callbacks
+    ]
     warnings.stop = trainer.stop
     return trainer
 
