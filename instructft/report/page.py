@@ -17,7 +17,7 @@ import numpy as np
 
 from instructft.formatting import FORMS, clock, name_of, yaml_text
 from instructft.prompt.token_view import visible
-from instructft.redaction import last_name, without_places, without_roots
+from instructft.redaction import bare_url, last_name, without_places, without_roots
 from instructft.report.curves import Chart, bars, chart, finite, number, read_metrics, series_of
 from instructft.report.logs import read_log
 from instructft.report.model_card import read_evaluation
@@ -122,7 +122,10 @@ def page(
     text = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
         name=recipe.name,
         start=starting_point(recipe),
-        sets=[last_name(entry.name or entry.hub or entry.path or entry.url or "") for entry in recipe.data.datasets],
+        sets=[
+            last_name(entry.name or entry.hub or entry.path or bare_url(entry.url or ""))
+            for entry in recipe.data.datasets
+        ],
         lora=recipe.adapter.type == "lora",
         recipe=recipe,
         template=last_name(recipe.data.template),
