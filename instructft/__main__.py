@@ -8,7 +8,7 @@ _ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if sys.path[0] in ("", os.getcwd()) and not getattr(sys.flags, "safe_path", False) and os.getcwd() != _ours:
     del sys.path[0]
 
-from instructft.cli import main
+from instructft.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     main()
