@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from instructft.errors import EXIT_FAILED, EXIT_SIGTERM, EXIT_USAGE, InstructftError, UsageError
+from instructft.errors import EXIT_FAILED, EXIT_USAGE, InstructftError, UsageError
 from instructft.version import __version__
 
 app = typer.Typer(
@@ -49,6 +49,9 @@ StrategyOption = Annotated[
 ]
 
 
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
+
+
 @app.command()
 def train(
     recipe: RecipeArgument,
@@ -59,18 +62,27 @@ def train(
     ] = False,
 ) -> None:
     """Train the model of a recipe; what comes out is its run folder. The same command again resumes a run."""
+    import contextlib
     import signal
 
+    from instructft.checkpoints.run_folder import own
     from instructft.recipe.load import load_recipe
+    from instructft.report.logs import lasting_output
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))  # until training listens itself
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):  # until training listens itself
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     loaded = load_recipe(recipe, overrides or [])
-    _quiet_libraries()
-    from instructft.training.run import train as run_training
+    first = next((int(os.environ[name]) for name in _RANKS if name in os.environ), 0) == 0
+    mine = own(loaded, resume) if first else contextlib.nullcontext()  # what can be told without torch is told at once
+    with lasting_output(), mine:
+        _quiet_libraries()
+        from instructft.training.run import train as run_training
 
-    result = run_training(loaded, resume=resume, rehearsal=not no_rehearsal)
-    if int(os.environ.get("RANK", "0")) == 0:
-        _print_outcome(result)
+        result = run_training(loaded, resume=resume, rehearsal=not no_rehearsal)
+        if first:
+            _print_outcome(result)
 
 
 @app.command()
@@ -365,6 +377,9 @@ def merge(
     ] = False,
 ) -> None:
     """Merge a LoRA adapter into its base, shard by shard, and prove it."""
+    from instructft.checkpoints.run_folder import refuse_used
+
+    refuse_used(output)
     _quiet_libraries()
     from instructft.merging.merge import merge_adapter
 
@@ -401,6 +416,9 @@ def convert(
     ] = False,
 ) -> None:
     """Make a `from_pretrained` folder of a GPT-2 state dict in nanoGPT's layout and its kin, and prove it."""
+    from instructft.checkpoints.run_folder import refuse_used
+
+    refuse_used(output)
     _quiet_libraries()
     from instructft.extras.convert.convert import convert as convert_checkpoint
 

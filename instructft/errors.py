@@ -8,7 +8,7 @@
     │   ├── DataError                  a file or a row that cannot be used
     │   ├── TemplateError              a chat template under which no honest mask exists
     │   └── ResumeError                a run that cannot be resumed: no checkpoint verifies, or a fixed key has changed
-    ├── Stopped               143, 130 stopped by SIGTERM or SIGINT, with a checkpoint to resume from
+    ├── Stopped               143, 130, 129, 138: stopped by SIGTERM, SIGINT, SIGHUP or SIGUSR1, with a checkpoint
     ├── NotFiniteError        exit 1   a loss or gradient that is not a number; the step was not taken
     ├── OutOfMemoryError      exit 1   memory that ran out in training: what held it, and which keys would help
     ├── CheckpointError       exit 1   a checkpoint that cannot be written, or is not what was written
@@ -24,6 +24,8 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_SIGHUP = 129  # stopped because its terminal is gone (128 + 1)
+EXIT_SIGUSR1 = 138  # stopped by a scheduler ahead of the time limit (128 + 10)
 EXIT_SIGTERM = 143  # stopped by SIGTERM (128 + 15)
 EXIT_SIGINT = 130  # stopped by Ctrl-C (128 + 2)
 

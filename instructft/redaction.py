@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from instructft.formatting import yaml_text
 
@@ -166,6 +167,16 @@ def _card(text: str, roots: list[re.Pattern[str]]) -> str:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def bare_url(url: str) -> str:
+    """Scheme, host and path of a URL: a query may be a signature, and a name before the host a password.
+
+    >>> bare_url("https://ada:pw@host.example:8080/rows.jsonl?api_key=K3y#top")
+    'https://host.example:8080/rows.jsonl'
+    """
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def is_secret(key: Any) -> bool:

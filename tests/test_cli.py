@@ -219,7 +219,10 @@ BAD_SETTINGS = {
         ["model={name_or_path: no-such-org/no-such-model}"],
         ["model.name_or_path: no-such-org/no-such-model could not be loaded", "check the spelling and the network"],
     ),
-    "a run folder in use": (["output_dir=used"], ["output_dir: used already holds a run"]),
+    "a run folder in use": (
+        ["output_dir=used"],
+        ["output_dir: used is not empty", "it holds notes.txt"],
+    ),
     "a run folder that is a file": (["output_dir=my.yaml"], ["output_dir", "my.yaml"]),
     "a run folder below a file": (["output_dir=my.yaml/run"], ["output_dir", "my.yaml"]),
 }

@@ -215,8 +215,7 @@ def find(run: Path, asked: str) -> tuple[Checkpoint | None, list[str]]:
     if found is None and any(kind(folder) != "cut short" for folder in folders(run)):
         reasons = "\n".join(f"  {reason}" for reason in passed)
         raise ResumeError(
-            f"none of the checkpoints in {run} is whole:\n{reasons}\n"
-            f"To begin anew, choose another output_dir, or remove the folder: rm -r {run}"
+            f"none of the checkpoints in {run} is whole:\n{reasons}\nTo begin anew, choose another output_dir"
         )
     return found, passed
 

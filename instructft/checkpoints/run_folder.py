@@ -1,43 +1,170 @@
-"""The run folder: refused when it is used, and made; and any folder that is whole or not there.
+"""The run folder: marked as a run's own, refused when it is anything else; and any folder that is whole or not there.
 
-Such a folder is written as `NAME.partial-…`, and given its name in one step. What a killed process leaves, the next one
-that writes to the same place removes.
+A run writes `instructft.json` into its folder before anything else. Nothing is removed or replaced in a folder that has
+content and no such mark; those of versions before it are known by what no other program writes, the `run.json` and the
+manifests of checkpoints.
+
+A folder that is whole or not there is written as `NAME.partial-…`, and given its name in one step. What a killed
+process leaves, the next one that writes to the same place removes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from instructft.checkpoints.lock import only_one
 from instructft.checkpoints.manifest import NOT_FINITE, SPIKE, folders, kind
 from instructft.errors import ModelError, UsageError
+from instructft.version import __version__
+from instructft.whole_file import write_whole
 
+if TYPE_CHECKING:
+    from instructft.recipe.schema import Recipe
+
+MARK = "instructft.json"  # says that a run made the folder; named so that `rm *` takes it along with the rest
+LOCK = ".lock"
 PARTIAL = "final.partial"  # the final model while it is written
 # What a run that was stopped before its first checkpoint leaves.
 _LOGS = {"metrics.jsonl", "samples.jsonl", "warnings.jsonl", "tensorboard", "recipe.yaml", ".upload", ".fetch", PARTIAL}
 
 
-def refuse_used_folder(run: Path) -> None:
-    """A run never writes over another; what a run left that came to nothing is no run."""
-    for path in (run, *run.parents):
+@contextmanager
+def own(recipe: Recipe, resume: str = "auto") -> Iterator[None]:
+    """Make a recipe's folder this run's own, for as long as the block lasts: no other process trains into it meanwhile.
+
+    One that was made for it and holds nothing at the end is gone again.
+
+    Args:
+        resume: what the run resumes from; `never` wants an empty folder.
+
+    Raises:
+        UsageError: it holds something else than a run, or links, or cannot be written, or another process is at it.
+    """
+    run = Path(recipe.output_dir)
+    refuse_what_is_no_run(run)
+    _refuse_data_inside(recipe, run)
+    if run.is_dir() and (resume == "never" or all(kind(folder) == "cut short" for folder in folders(run))):
+        refuse_used_folder(run)
+    made = [path for path in (run, *run.parents) if not path.exists()]
+    with contextlib.ExitStack() as undo:
+        undo.callback(_remove_empty, made)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            undo.enter_context(only_one(run / LOCK, f"output_dir: {run}: a run", "choose another output_dir"))
+            refuse_what_is_no_run(run)
+            if not (run / MARK).exists():
+                begun = {"instructft": __version__, "begun": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+                write_whole(run / MARK, json.dumps(begun) + "\n")
+        except OSError as error:
+            raise UsageError(
+                f"output_dir: {run} cannot be written ({error.strerror or error}); choose another folder (output_dir=…)"
+            ) from error
+        undo.callback(_unmark, run)
+        yield
+
+
+def _unmark(run: Path) -> None:
+    if run.is_dir() and {path.name for path in run.iterdir()} <= {MARK, LOCK}:
+        (run / MARK).unlink(missing_ok=True)
+
+
+def _remove_empty(made: list[Path]) -> None:
+    with contextlib.suppress(OSError):  # what is not empty stays
+        for path in made:
+            path.rmdir()
+
+
+def refuse_what_is_no_run(run: Path) -> None:
+    """Refuse what a run must not write into, at a glance: a file, links, a folder that no run has made.
+
+    Raises:
+        UsageError: says what is there.
+    """
+    for path in (run, *run.absolute().parents):
         if path.exists() and not path.is_dir():
             raise UsageError(f"output_dir: {path} is a file, expected a folder; choose another output_dir")
-    begun = {folder.name for folder in folders(run) if kind(folder) == "cut short"}
-    begun |= {path.name for path in _rows_of_steps(run)}
-    if run.is_dir() and {path.name for path in run.iterdir()} - _LOGS - begun:
+    if not run.is_dir():
+        return
+    if links := sorted(_links(run)):
         raise UsageError(
-            f"output_dir: {run} already holds a run. Choose another folder (output_dir=…), or remove it: rm -r {run}"
+            f"output_dir: {links[0]} is a symbolic link, and a run writes through none: it leads out of the folder. "
+            "Put the file itself there, or choose another folder (output_dir=…)"
+        )
+    names = sorted(path.name for path in run.iterdir() if path.name != LOCK)
+    if names and not is_run(run):
+        raise UsageError(
+            f"output_dir: {run} is not empty, and no run has made it: it holds {_content(names)}. "
+            "Choose another folder (output_dir=…)"
         )
 
 
+def _refuse_data_inside(recipe: Recipe, run: Path) -> None:
+    """Rows that a run would replace by its own files are named, wherever they came from."""
+    entries = [("data.datasets", recipe.data.datasets)]
+    entries += [(f"data.{name}", getattr(recipe.data, name, None) or ()) for name in ("validation", "test")]
+    for key, found in entries:
+        for i, entry in enumerate(found):
+            path = Path(entry.path or "").expanduser().resolve()
+            if any(path.is_relative_to(run.resolve() / name) for name in _LOGS):
+                raise UsageError(
+                    f"{key}[{i}].path: {entry.path} lies in output_dir, where a run writes a file of this name; "
+                    "move it elsewhere, or choose another output_dir"
+                )
+
+
+def refuse_used_folder(run: Path) -> None:
+    """A run never writes over another; what a run left that came to nothing is no run."""
+    refuse_what_is_no_run(run)
+    if not run.is_dir():
+        return
+    begun = {folder.name for folder in folders(run) if kind(folder) == "cut short"}
+    begun |= {path.name for path in _rows_of_steps(run)}
+    if {path.name for path in run.iterdir()} - _LOGS - begun - {MARK, LOCK}:
+        raise UsageError(f"output_dir: {run} already holds a run; choose another folder (output_dir=…)")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run of ours has made a folder: by its mark, or by what versions without one have left.
+
+    >>> is_run(Path.home())
+    False
+    """
+    if (folder / MARK).is_file() or any(kind(path) == "sealed" for path in folders(folder)):
+        return True
+    try:
+        return "instructft" in json.loads((folder / "run.json").read_text(encoding="utf-8"))["versions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _content(names: list[str]) -> str:
+    """What a folder holds, in words."""
+    if "adapter_config.json" in names:
+        return "an adapter"
+    if "config.json" in names and any(name.endswith((".safetensors", ".bin")) for name in names):
+        return "a model"
+    if len(names) > 3:
+        return f"{', '.join(names[:2])} and {len(names) - 2} more"
+    return ", ".join(names)
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    for parent, inner, files in os.walk(folder):
+        yield from (Path(parent, name) for name in (*inner, *files) if os.path.islink(os.path.join(parent, name)))
+
+
 def make_folder(run: Path, fresh: bool) -> None:
-    """Make the folder, without what an unfinished attempt left; one that is resumed keeps its logs."""
-    run.mkdir(parents=True, exist_ok=True)
+    """Clear a folder that is this run's own of what an unfinished attempt left; one that is resumed keeps its logs."""
     old = [*(run / name for name in _LOGS), *_rows_of_steps(run)] if fresh else [run / PARTIAL]
     for path in old:
         if path.is_dir():
@@ -67,7 +194,8 @@ def refuse_used(output: Path) -> None:
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file, expected a folder; choose another OUTPUT")
     if output.is_dir() and any(output.iterdir()):
-        raise UsageError(f"{output} is not empty; choose another OUTPUT, or remove it: rm -r {output}")
+        names = sorted(path.name for path in output.iterdir())
+        raise UsageError(f"{output} is not empty: it holds {_content(names)}; choose another OUTPUT")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from instructft.data.sources import FORMATS, SOURCES, Unusable, detect_format, t
 from instructft.errors import DataError
 from instructft.formatting import first_line
 from instructft.prompt.conversation import Message
+from instructft.redaction import bare_url
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -155,7 +156,7 @@ def load_raw(entry: DatasetEntry, label: str, key: str) -> Dataset:
 
 def label_of(entry: DatasetEntry, key: str) -> str:
     """What an entry is called in messages and in an account."""
-    return entry.name or entry.hub or entry.path or entry.url or key
+    return entry.name or entry.hub or entry.path or (entry.url and bare_url(entry.url)) or key
 
 
 def hub_id(entry: DatasetEntry) -> str | None:

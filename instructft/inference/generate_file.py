@@ -10,7 +10,7 @@ from typing import Any
 
 from instructft.errors import DataError, TemplateError, UsageError
 from instructft.inference.generator import Answer, Generator, check_settings
-from instructft.inference.jsonl import ADDED, BASE_ADDED, Asked, Output, SetAside, first_ten, read_rows
+from instructft.inference.jsonl import ADDED, BASE_ADDED, Asked, Output, SetAside, alone, first_ten, read_rows
 from instructft.inference.reference_model import ReferenceModel, check_base
 from instructft.models.load_for_inference import find_adapter, load_for_inference, locate
 from instructft.weights.weight_files import fingerprint
@@ -50,8 +50,6 @@ def generate_file(
         UsageError: a setting that is out of range, or a `target` that another model or other settings began.
         DataError: no row that can be asked, or a `target` that was made from other rows.
     """
-    from rich.console import Console
-
     if batch_size != "auto" and not (batch_size.isascii() and batch_size.isdigit() and int(batch_size) > 0):
         raise UsageError(f"--batch-size: found {batch_size}, expected auto or a number of prompts")
     if backend not in BACKENDS:
@@ -61,6 +59,24 @@ def generate_file(
     check_settings(max_new_tokens, temperature, top_p)
     added = ADDED + BASE_ADDED if base else ADDED
     rows, bad = read_rows(source, added)
+    with alone(target):
+        _generate(model, source, target, rows, bad, (max_new_tokens, temperature, top_p, batch_size), base, backend)
+
+
+def _generate(
+    model: str,
+    source: Path,
+    target: Path,
+    rows: list[Asked],
+    bad: list[SetAside],
+    wanted: tuple[int, float, float, str],
+    base: str | None,
+    backend: str,
+) -> None:
+    from rich.console import Console
+
+    max_new_tokens, temperature, top_p, batch_size = wanted
+    added = ADDED + BASE_ADDED if base else ADDED
     made_by: dict[str, Any] = {"model": _identity(model)}
     if base:
         check_base(model, base)

@@ -10,16 +10,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from instructft.checkpoints.lock import only_one
 from instructft.errors import DataError, UsageError
 from instructft.formatting import short
 from instructft.prompt.conversation import Message
+from instructft.whole_file import write_whole
 
 Columns = dict[str, str]  # what the output adds to a row: `response`, `finish_reason`, …
 ADDED = ("response", "finish_reason")
@@ -135,6 +137,24 @@ def _asked(row: dict[str, Any]) -> list[Message]:
     return messages
 
 
+@contextlib.contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Hold an output file: no other process answers into it meanwhile.
+
+    Raises:
+        UsageError: another one does.
+        DataError: the file's folder cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock = target.with_name(f".{target.name}.lock")
+            held.enter_context(only_one(lock, f"--output: {target}: `instructft generate`", "name another file"))
+        except OSError as error:
+            raise DataError(f"--output: {target} cannot be written ({error.strerror or error})") from error
+        yield
+
+
 class Output:
     """The output file of one run, which continues where an earlier one stopped.
 
@@ -184,16 +204,17 @@ class Output:
         if not aside:
             rejected.unlink(missing_ok=True)
             return
+        rejected.parent.mkdir(parents=True, exist_ok=True)
         lines = [{"line": one.line, "reason": one.reason.lstrip(":, "), "text": one.text} for one in aside]
-        _write(rejected, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_whole(rejected, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def __enter__(self) -> Output:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         meta = {**self.made_by, "too_long": {str(line): reason for line, reason in sorted(self.too_long.items())}}
-        _write(self._companion("meta.json"), json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+        write_whole(self._companion("meta.json"), json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
         self._file = self.target.open("a", encoding="utf-8", newline="\n")
         ahead = self._companion("ahead.jsonl")
-        _write(ahead, "".join(self._ahead_line(i, columns) for i, columns in self.ahead.items()))
+        write_whole(ahead, "".join(self._ahead_line(i, columns) for i, columns in self.ahead.items()))
         self._ahead_file = ahead.open("a", encoding="utf-8", newline="\n")
         self._flush()
         return self
@@ -241,11 +262,11 @@ class Output:
 
     def _check(self, meta: Mapping[str, Any]) -> None:
         """Refuse to put answers of one model, or of other settings, behind those of another."""
-        way_out = f"repeat the command that began {self.target}, name another file, or remove it"
+        way_out = f"repeat the command that began {self.target}, name another file"
         if not meta:
             raise UsageError(
                 f"--output: there is no {self._companion('meta.json')} to say which model and settings made "
-                f"{self.target}; name another file, or remove it"
+                f"{self.target}; name another file"
             )
         for key, value in self.made_by.items():
             if meta.get(key) != value:
@@ -290,13 +311,11 @@ class Output:
             if not (same and answered):
                 raise DataError(
                     f"--output: line {number} of {self.target} is not an answer to row {number} of the input, so it "
-                    "was made from other rows; name another file, or remove it"
+                    "was made from other rows; name another file"
                 )
         if len(whole) < len(content):
             if not lines and not (rows and _begins_row(content, rows[0])):
-                raise DataError(
-                    f"--output: {self.target} holds something else than answers; name another file, or remove it"
-                )
+                raise DataError(f"--output: {self.target} holds something else than answers; name another file")
             with self.target.open("r+b") as file:
                 file.truncate(len(whole))
         return len(lines)
@@ -310,11 +329,3 @@ def _begins_row(content: bytes, row: Mapping[str, Any]) -> bool:
 
 def _json(value: Any) -> str:
     return short(json.dumps(value, ensure_ascii=False), 200)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(draft, path)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from instructft.checkpoints.run_folder import own
 from instructft.errors import InstructftError, UsageError
 from instructft.launch.workers import run
 from instructft.recipe.load import load_recipe
@@ -63,6 +64,9 @@ def launch(
         arguments.append("train.use_cpu=true")
     if resume != "auto":
         arguments += ["--resume", resume]
+    if not dry_run and not machine_rank:
+        with own(loaded, resume):  # said at once; the first process takes it for good
+            pass
     print(shlex.join(["accelerate", "launch", *arguments]), flush=True)
     return 0 if dry_run else run(arguments)
 

@@ -26,30 +26,34 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
-from instructft.errors import EXIT_FAILED, EXIT_SIGINT, EXIT_SIGTERM, EXIT_USAGE, InstructftError
+from instructft.errors import EXIT_FAILED, EXIT_SIGTERM, EXIT_USAGE, InstructftError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
 _MARK = "INSTRUCTFT_LAUNCH"  # in the environment of every process of a launch: "<pid of the launcher>-<random>"
 _AGAIN = 1.0  # seconds between two signals; what comes sooner is the same request, on another way
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+_TWICE = (signal.SIGTERM, signal.SIGINT)  # of the others a second one says nothing new
 _GRACE = 3.0  # seconds that a process has to end by itself once it should
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that comes when the parent ends
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run `accelerate launch ARGUMENTS` to its end; returns 0, 1, 2, 143 or 130 as the workers ended.
+    """Run `accelerate launch ARGUMENTS` to its end; returns 0, 1, 2 or 128 + a signal as the workers ended.
 
-    SIGTERM and SIGINT are passed on to every worker. 5 seconds after the second one, or after the workers have ended,
-    nothing of the launch is left.
+    Signals that end a run are passed on to every worker. 5 seconds after the second one, or after the workers have
+    ended, nothing of the launch is left.
     """
     watched = _Launch(arguments)
-    before = {number: signal.signal(number, watched.pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, watched.pass_on) for number in heard}
     try:
         return watched.wait()
     finally:
@@ -64,11 +68,12 @@ class _Launch:
     def __init__(self, arguments: Sequence[str]) -> None:
         self._mark = f"{os.getpid()}-{uuid.uuid4().hex}"
         self._signal = 0  # the first that came
+        self._asked = False  # whether one came that ends the launch if it comes again
         self._since = 0.0  # when the last one did, by the monotonic clock
         self._deadline = float("inf")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "instructft.launch.workers", *arguments],
-            env={**os.environ, _MARK: self._mark},
+            env={**os.environ, **safe_path(), _MARK: self._mark},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal comes to this process alone, and is passed on once
         )
@@ -76,11 +81,11 @@ class _Launch:
     def pass_on(self, number: int, frame: FrameType | None) -> None:
         """Send a signal to the workers; before there are any, to the process that would start them."""
         now = time.monotonic()
-        if self._signal and now - self._since < _AGAIN:
+        if self._signal and (now - self._since < _AGAIN or number not in _TWICE):
             return
-        if self._signal:
+        if self._asked:
             self._deadline = min(self._deadline, now + _GRACE)
-        self._signal, self._since = self._signal or number, now
+        self._signal, self._since, self._asked = self._signal or number, now, self._asked or number in _TWICE
         with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended meanwhile
             agent = psutil.Process(self._process.pid)
             for process in agent.children() or [agent]:
@@ -114,6 +119,18 @@ class _Launch:
             return False
 
 
+def safe_path() -> dict[str, str]:
+    """What keeps children from modules that lie in the working directory, beside a recipe: from Python 3.11 on.
+
+    >>> safe_path()["PYTHONSAFEPATH"]
+    '1'
+    """
+    ours = str(Path(__file__).resolve().parents[2])  # of a checkout that is not installed
+    if ours != str(Path.cwd()):
+        return {"PYTHONSAFEPATH": "1"}
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))}
+
+
 def _send(process: psutil.Process, number: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
@@ -129,7 +146,7 @@ def exit_code(codes: Iterable[int]) -> int:
     (1, 143, 2, 0)
     """
     found = {128 - code if code < 0 else code for code in codes} - {0}
-    stops = {EXIT_SIGTERM, EXIT_SIGINT}
+    stops = {128 + number for number in _SIGNALS}
     if EXIT_USAGE in found:
         return EXIT_USAGE
     if found - stops:
@@ -145,7 +162,7 @@ def exit_code(codes: Iterable[int]) -> int:
 def run_accelerate(arguments: Sequence[str]) -> int:
     """Do what `accelerate launch ARGUMENTS` does; returns one exit code for its workers."""
     _end_with_the_launcher()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         signal.signal(number, _before_torch_listens)
     if os.environ.get("INSTRUCTFT_TRACEBACK") != "1":
         logging.disable(logging.ERROR)  # the workers have said what happened

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from instructft.formatting import yaml_text
 from instructft.recipe.fields import OWN_TRAIN_FIELDS, legal_train_fields
+from instructft.redaction import bare_url
 
 # What `train:` holds unless the recipe says otherwise, where that differs from trl.SFTConfig.
 TRAIN_DEFAULTS: dict[str, Any] = {
@@ -285,6 +286,8 @@ class Recipe(_Section):
             for key in ("name", "hub", "path", "url"):
                 if entry[key] is None:
                     del entry[key]
+            if "url" in entry:
+                entry["url"] = bare_url(entry["url"])  # what is signed stays in memory
         rest = {"samples": self.samples, "hub": self.hub.model_dump(), "check": self.check.model_dump()}
         rest["output_dir"] = self.output_dir
         sections = {"model": model, "data": data, "adapter": adapter, "train": self.train_resolved(), **rest}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from instructft.report.logs import read_log
 
 MOST_POINTS = 600  # drawn in a line
 MOST_ROWS = 120  # of a chart's values as a table
@@ -64,8 +65,7 @@ class Chart:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All lines of a run's `metrics.jsonl`."""
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return read_log(run / "metrics.jsonl")
 
 
 def finite(value: Any) -> bool:

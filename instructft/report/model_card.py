@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.data.sources import SOURCES
 from instructft.formatting import FORMS, name_of, yaml_text
-from instructft.redaction import last_name, without_places, without_roots
+from instructft.redaction import bare_url, last_name, without_places, without_roots
 from instructft.version import __version__
 from instructft.weights.base_record import is_hub_id
 
@@ -59,7 +59,7 @@ def card(
     public_base = base if base and _is_public(base) else None
     lora = recipe.adapter.type == "lora"
     known = _licence_of(base) or dict(licence or {})
-    names = [e.name or e.hub or last_name(e.path or e.url or "") for e in recipe.data.datasets]
+    names = [e.name or e.hub or last_name(e.path or bare_url(e.url or "")) for e in recipe.data.datasets]
     return _render(
         _metadata(recipe, facts, public_base, known, bool(merge)),
         name=recipe.name,
@@ -176,7 +176,7 @@ def _metadata(
         if isinstance(value, int | float) and math.isfinite(value)
     ]
     if measured:
-        names = [e.name or e.hub or last_name(e.path or e.url or "") for e in sets]
+        names = [e.name or e.hub or last_name(e.path or bare_url(e.url or "")) for e in sets]
         kind = next((name for name in hub if name), names[0])
         about = {"name": f"{', '.join(names)} (held out)", "type": kind, "split": "validation"}
         result = {"task": {"type": "text-generation"}, "dataset": about, "metrics": measured}

@@ -7,7 +7,6 @@ folder of this machine. Text of data and models is shown, never obeyed.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -18,8 +17,9 @@ import numpy as np
 
 from instructft.formatting import FORMS, clock, name_of, yaml_text
 from instructft.prompt.token_view import visible
-from instructft.redaction import last_name, without_places, without_roots
+from instructft.redaction import bare_url, last_name, without_places, without_roots
 from instructft.report.curves import Chart, bars, chart, finite, number, read_metrics, series_of
+from instructft.report.logs import read_log
 from instructft.report.model_card import read_evaluation
 
 if TYPE_CHECKING:
@@ -122,7 +122,10 @@ def page(
     text = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
         name=recipe.name,
         start=starting_point(recipe),
-        sets=[last_name(entry.name or entry.hub or entry.path or entry.url or "") for entry in recipe.data.datasets],
+        sets=[
+            last_name(entry.name or entry.hub or entry.path or bare_url(entry.url or ""))
+            for entry in recipe.data.datasets
+        ],
         lora=recipe.adapter.type == "lora",
         recipe=recipe,
         template=last_name(recipe.data.template),
@@ -201,10 +204,8 @@ def before_and_after(run: Path) -> dict[str, Any]:
         `first` and `last` step, `prompts` (prompt, before, after, between: (step, answer) of the steps in between),
         and `left_out`, prompts for which there was no room.
     """
-    path = run / "samples.jsonl"
     by_prompt: dict[str, list[tuple[int, str, bool]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        record = json.loads(line)
+    for record in read_log(run / "samples.jsonl", "prompt", "response"):
         answer = (int(record["step"]), _short(record["response"]), record.get("finish_reason") == "stop")
         by_prompt.setdefault(str(record["prompt"]), []).append(answer)
     chosen = list(by_prompt.items())[:SAMPLES]

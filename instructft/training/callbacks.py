@@ -7,9 +7,11 @@ anew after a resume (transformers 5.23, unless `restore_callback_states_from_che
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +25,8 @@ from transformers import TrainerCallback
 
 from instructft.formatting import first_line, perplexity
 from instructft.inference.generator import Generator
+from instructft.prompt.token_view import visible
+from instructft.report.logs import append_log, attempt, keep_until
 
 Texts = Sequence[tuple[str, str]]  # prompt, answer
 _SHOWN = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}"}
@@ -35,23 +39,30 @@ class MetricsFile(TrainerCallback):
     added to the trainer's values: of the training steps since the line before, without the time that evaluation took.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, say: Callable[[str], Any] = print):
         self.path = path
         self._step: int | None = None
         self._start = 0  # where the last line begins
         self._record: dict[str, Any] = {}
         self._tokens: float | None = 0.0  # at the line before; None where it is not known
         self._begun: float | None = None  # when the first step since then began
+        self._behind: list[str] = []  # lines that could not be written yet
+        self._at: int | None = None  # where they belong; None is the end of the file
+        self._say = say
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the lines up to the step that the run continues from; a fresh run starts an empty file."""
         if not state.is_world_process_zero:
             return
-        kept = lines_until(state.global_step, self.path)
-        self.path.write_text("".join(kept), encoding="utf-8")
+        kept, said = keep_until(state.global_step, self.path)
+        if said:
+            self._say(said)
         if kept:  # what is still to come of this step belongs into its line
-            self._record = json.loads(kept[-1])
-            self._step, self._start = self._record["step"], sum(len(line.encode()) for line in kept[:-1])
+            self._record = kept[-1]
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            self._step, self._start = self._record["step"], sum(map(len, lines[:-1]))
+        else:
+            self.path.write_bytes(b"")
         if state.global_step:
             self._tokens = self._record.get("num_tokens") if self._step == state.global_step else None
 
@@ -68,21 +79,31 @@ class MetricsFile(TrainerCallback):
             if self._tokens is not None and self._begun is not None and tokens > self._tokens:
                 logs = {**logs, "tokens_per_second": round((tokens - self._tokens) / (now - self._begun), 1)}
             self._tokens, self._begun = tokens, None
-        with self.path.open("r+" if self.path.exists() else "w+", encoding="utf-8") as file:
-            if state.global_step == self._step:
-                file.seek(self._start)
-                file.truncate()
-            else:
-                self._start = file.seek(0, 2)
-                self._step, self._record = state.global_step, {"step": state.global_step}
-            self._record.update({key: _strict(value) for key, value in logs.items()})
-            file.write(json.dumps(self._record, allow_nan=False) + "\n")
+        again = state.global_step == self._step
+        if not again:
+            self._step, self._record = state.global_step, {"step": state.global_step}
+        self._record.update({key: _strict(value) for key, value in logs.items()})
+        line = json.dumps(self._record, allow_nan=False) + "\n"
+        if not self._behind:
+            self._at = self._start if again else None
+        if again and self._behind:
+            self._behind[-1] = line
+        else:
+            self._behind.append(line)
+        attempt(self.path.name, str(self.path), self._write)
 
-
-def lines_until(step: int, path: Path) -> list[str]:
-    """The lines of a file up to a step; one that was cut short by a kill is none."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    def _write(self) -> None:
+        """Bring the lines to the disk that are not there yet."""
+        content = [line.encode() for line in self._behind]
+        with self.path.open("r+b" if self.path.exists() else "w+b", buffering=0) as file:
+            end = file.seek(0, 2)
+            at = file.seek(end if self._at is None else min(self._at, end))
+            if file.write(b"".join(content)) < sum(map(len, content)):
+                file.truncate(at)  # half a line is worse than none
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            file.truncate()
+        self._start = at + sum(map(len, content[:-1]))
+        self._behind.clear()
 
 
 def _strict(value: Any) -> Any:
@@ -167,7 +188,10 @@ class Samples(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the answers up to the step that the run continues from, and show what the model says before."""
         if state.is_world_process_zero:
-            self.path.write_text("".join(lines_until(state.global_step, self.path)), encoding="utf-8")
+            _, said = keep_until(state.global_step, self.path)
+            if said:
+                self.console.print(said, markup=False, highlight=False)
+            self.path.touch()
         if state.global_step == 0:
             self._answer(state)
 
@@ -186,25 +210,61 @@ class Samples(TrainerCallback):
         answers = self.generator.answers(conversations, max_new_tokens=64)
         if not write:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            for prompt, answer in zip(self.prompts, answers, strict=True):
-                record = {
-                    "step": step,
-                    "prompt": prompt,
-                    "response": answer.text,
-                    "finish_reason": answer.finish_reason,
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                ending = "" if answer.finish_reason == "stop" else " …"
-                shown = answer.text if len(answer.text) <= 200 else answer.text[:200] + "…"
-                shown = shown or "(an empty answer)"
-                self.console.print(f"  {prompt}", style="dim", markup=False, highlight=False)
-                self.console.print(f"  → {shown}{ending}", markup=False, highlight=False)
-                if self.writer:
-                    self.writer.add_text(f"samples/{prompt[:80]}", answer.text, step)
-        texts = [(prompt, answer.text) for prompt, answer in zip(self.prompts, answers, strict=True)]
+        made = list(zip(self.prompts, answers, strict=True))
+        names = ("response", "finish_reason")
+        append_log(
+            self.path,
+            [{"step": step, "prompt": p, **dict(zip(names, (a.text, a.finish_reason), strict=True))} for p, a in made],
+        )
+        for prompt, answer in made:
+            ending = "" if answer.finish_reason == "stop" else " …"
+            shown = answer.text if len(answer.text) <= 200 else answer.text[:200] + "…"
+            shown = visible(shown) or "(an empty answer)"
+            self.console.print(f"  {visible(prompt)}", style="dim", markup=False, highlight=False)
+            self.console.print(f"  → {shown}{ending}", markup=False, highlight=False)
+        if self.writer:
+            shown_there = functools.partial(self._to_board, made, step)
+            self.writer = self.writer if attempt("tensorboard", "tensorboard", shown_there) else None
+        texts = [(prompt, answer.text) for prompt, answer in made]
         failed = send(self.reporters, step, texts, functools.partial(self.console.print, markup=False, highlight=False))
         self.reporters = [name for name in self.reporters if name not in failed]
+
+    def _to_board(self, made: Sequence[tuple[str, Any]], step: int) -> None:
+        for prompt, answer in made:
+            self.writer.add_text(f"samples/{prompt[:80]}", answer.text, step)
+
+
+class Outlasted(TrainerCallback):
+    """Another library's callback that only watches; its first failure is told and its last, and the run goes on.
+
+    What it does when training begins may fail as it likes: nothing is lost yet.
+    """
+
+    def __init__(self, callback: TrainerCallback):
+        self.callback = callback
+        self.name = type(callback).__name__.removesuffix("Callback").lower()
+        self.works = True
+
+    def _call(self, event: str, *args: Any, **kwargs: Any) -> Any:
+        if not self.works:
+            return None
+        do = functools.partial(getattr(self.callback, event), *args, **kwargs)
+        if event in ("on_init_end", "on_train_begin"):
+            return do()
+        # what it returns is the control it was given; one that only watches changes nothing there
+        self.works = attempt(self.name, f"train.report_to: {self.name}", do)
+        return None
+
+
+def _outlasted(event: str) -> Any:
+    def call(self: Outlasted, *args: Any, **kwargs: Any) -> Any:
+        return self._call(event, *args, **kwargs)
+
+    return call
+
+
+for _event in [name for name in vars(TrainerCallback) if name.startswith("on_")]:
+    setattr(Outlasted, _event, _outlasted(_event))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import count_parameters, is_peft
 from instructft.checkpoints.manifest import full_disk_explained
 from instructft.checkpoints.resume import RunStart, find, identity, run_start
-from instructft.checkpoints.run_folder import make_folder, refuse_used_folder
+from instructft.checkpoints.run_folder import make_folder, own, refuse_used_folder
 from instructft.data.prepare import Prepared, prepare
 from instructft.data.streaming import Streamed, prepare_stream
 from instructft.launch.workers import first_process
@@ -27,6 +27,7 @@ from instructft.recipe.schema import Recipe
 from instructft.training.arguments import refuse_what_cannot_run, reporters, training_arguments
 from instructft.training.out_of_memory import explained
 from instructft.training.outcome import collect_facts, final_metrics, kept_unproved, library_versions, save
+from instructft.whole_file import write_whole
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -84,9 +85,13 @@ def train(recipe: Recipe, *, resume: str = "auto", rehearsal: bool = True, conso
     run = Path(recipe.output_dir)
     check_against_installed(recipe, quantization.device(recipe))
     refuse_what_cannot_run(recipe, state)
+    with contextlib.ExitStack() as held:  # by the first process, for all
+        first_process(state, lambda: held.enter_context(own(recipe, resume)))
+        return _train(recipe, run, resume, rehearsal, state, console)
+
+
+def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: PartialState, console: Console) -> Result:
     checkpoint, passed = first_process(state, lambda: _where_from(recipe, run, resume))
-    if checkpoint is None:
-        refuse_used_folder(run)
     if asks_for_latest(recipe):
         forget_newest()
         named = recipe
@@ -116,7 +121,7 @@ def train(recipe: Recipe, *, resume: str = "auto", rehearsal: bool = True, conso
             make_folder(run, fresh=checkpoint is None)
             for line in start.set_aside(run):
                 console.print(line, markup=False, highlight=False)
-            (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            write_whole(run / "recipe.yaml", recipe.to_yaml())
         state.wait_for_everyone()
         trainer = build_trainer(recipe, tokenizer, data, model, args, origin, start, console)
         trainer.publisher = publisher
@@ -142,11 +147,12 @@ def train(recipe: Recipe, *, resume: str = "auto", rehearsal: bool = True, conso
 def _where_from(recipe: Recipe, run: Path, asked: str) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint a run resumes from, in its folder or with `auto` on the Hub; and why others were passed over."""
     found, passed = find(run, asked)
-    if found is None and asked == "auto" and recipe.hub.repo_id:
-        from instructft.hub.resume import newest_on_hub
-
+    if found is None:
         refuse_used_folder(run)
-        return newest_on_hub(recipe.hub, run)
+        if asked == "auto" and recipe.hub.repo_id:
+            from instructft.hub.resume import newest_on_hub
+
+            return newest_on_hub(recipe.hub, run)
     return found, passed
 
 
@@ -239,19 +245,20 @@ def build_trainer(
 
     from instructft.data.collator import CompletionOnlyCollator
     from instructft.inference.generator import Generator
-    from instructft.training.callbacks import MetricsFile, ProgressLine, Samples
+    from instructft.training.callbacks import MetricsFile, Outlasted, ProgressLine, Samples
     from instructft.training.run_warnings import RunWarnings
     from instructft.training.stopping import EarlyStopping
     from instructft.training.trainer import Trainer
 
     run = Path(args.output_dir)
-    callbacks: list[TrainerCallback] = [MetricsFile(run / "metrics.jsonl"), ProgressLine(console)]
+    say = functools.partial(console.print, markup=False, highlight=False)
+    callbacks: list[TrainerCallback] = [MetricsFile(run / "metrics.jsonl", say), ProgressLine(console)]
     writer = None
     if args.process_index == 0 and "tensorboard" in reporters(recipe):
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(run / "tensorboard"), purge_step=start.step + 1 if start.step else None)
-        callbacks.append(TensorBoardCallback(writer))
+        callbacks.append(Outlasted(TensorBoardCallback(writer)))
     if recipe.samples:
         path, trackers = run / "samples.jsonl", args.report_to or ()
         callbacks.append(Samples(recipe.samples, Generator(model, tokenizer), path, console, writer, trackers))
@@ -259,7 +266,6 @@ def build_trainer(
     stop_diverged = recipe.train["on_divergence"] == "stop"
     warnings = RunWarnings(Generator(model, tokenizer), asked, run, console, stop_diverged)
     callbacks.append(warnings)
-    say = functools.partial(console.print, markup=False, highlight=False)
     if patience := recipe.train["early_stopping_patience"]:
         callbacks.append(EarlyStopping(patience, say))
     metadata = None
@@ -284,6 +290,11 @@ def build_trainer(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    handler = trainer.callback_handler
+    handler.callbacks = [
+        Outlasted(callback) if type(callback).__module__.startswith("transformers.integrations") else callback
+        for callback in handler.callbacks
+    ]
     warnings.stop = trainer.stop
     return trainer
 

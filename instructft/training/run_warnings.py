@@ -13,7 +13,6 @@ told again: `warnings.jsonl` in the run folder holds them, as `samples.jsonl` ho
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from instructft.errors import DivergedError, TemplateError
 from instructft.inference.continuous_batching import Row
 from instructft.inference.generator import Generator
 from instructft.prompt.loss_mask import IGNORE_INDEX
-from instructft.training.callbacks import lines_until
+from instructft.report.logs import append_log, keep_until, read_log, take_troubles
 
 FILE = "warnings.jsonl"
 RISES = 3  # evaluations since the best one
@@ -188,14 +187,19 @@ class RunWarnings(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what was told up to the step that the run continues from."""
-        path = self.folder / FILE
-        kept = lines_until(state.global_step, path)
-        if state.is_world_process_zero:
-            if kept:
-                path.write_text("".join(kept), encoding="utf-8")
-            else:
+        path, first = self.folder / FILE, state.is_world_process_zero
+        kept, said = keep_until(state.global_step, path, write=first)
+        if first:
+            if not kept:
                 path.unlink(missing_ok=True)
-        self._told = {json.loads(line)["kind"] for line in kept}
+            if said:
+                self.console.print(said, markup=False, highlight=False)
+        self._told = {str(record.get("kind")) for record in kept}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell of a log that cannot be written; the run goes on."""
+        for kind, text in take_troubles().items():
+            self._tell(state, kind, text)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Look at the training loss."""
@@ -222,6 +226,7 @@ class RunWarnings(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask once where no evaluation has."""
+        self.on_step_end(args, state, control)
         if not self._asked and not (self.stop is not None and self.stop.agreed):
             self._ask(state)
 
@@ -280,8 +285,7 @@ class RunWarnings(TrainerCallback):
         if not state.is_world_process_zero:
             return
         record = {"step": state.global_step, "kind": kind, "text": text}
-        with (self.folder / FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        append_log(self.folder / FILE, [record])
         self.console.print(f"warning: step {state.global_step}: {text}", style="yellow", markup=False, highlight=False)
 
 
@@ -293,6 +297,5 @@ def told(folder: Path) -> list[dict[str, Any]]:
         told(Path("runs/gpt2-dolly"))[0]["kind"]
         # 'overfitting'
     """
-    path = folder / FILE
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    found = read_log(folder / FILE, "kind", "text")
     return sorted(found, key=lambda warning: warning["kind"] != "diverged")  # at the top: nothing else counts then

@@ -1,7 +1,8 @@
-"""What ends training before its last step: SIGTERM and SIGINT, and a validation loss that falls no more.
+"""What ends training before its last step: a signal, and a validation loss that falls no more.
 
-A signal once finishes the step and saves it, twice stops now. A scheduler that takes a machine back sends SIGTERM and
-waits half a minute. Only some of the processes of a run may get it, and at different moments; they agree after each
+A signal once finishes the step and saves it, SIGTERM or SIGINT twice stops now. A scheduler that takes a machine back
+sends SIGTERM and waits half a minute, or SIGUSR1 some time before; a terminal that is closed sends SIGHUP, which
+`nohup` leaves out. Only some of the processes of a run may get it, and at different moments; they agree after each
 step, so that all of them save the same one. Others get it twice at once, from the scheduler and from the launcher that
 passes it on; only one that comes a second later asks again.
 
@@ -13,9 +14,9 @@ callback counts for itself and begins anew after a resume (transformers 5.23, un
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +26,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from instructft.errors import EXIT_SIGINT, EXIT_SIGTERM, Stopped
+from instructft.errors import Stopped
 
 _AGAIN = 1.0  # seconds; what comes sooner is the same request, on another way
-_EXIT = {signal.SIGTERM: EXIT_SIGTERM, signal.SIGINT: EXIT_SIGINT}
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+_TWICE = (signal.SIGTERM, signal.SIGINT)  # of the others a second one says nothing new
 
 
 class Stop(TrainerCallback):
@@ -39,14 +41,15 @@ class Stop(TrainerCallback):
 
     def __init__(self) -> None:
         self.signal = 0  # the number of the signal that came to this process
-        self._since = 0.0  # when, by the monotonic clock
+        self._since = 0.0  # when one came that stops now if it comes again, by the monotonic clock
         self.agreed = 0  # the one that all processes have agreed on
         self.left_evaluation = False  # one was due or under way, and is left to the resumed run
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
-            self._before = {number: signal.signal(number, self._received) for number in _EXIT}
+            heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._received) for number in heard}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -54,19 +57,22 @@ class Stop(TrainerCallback):
             signal.signal(number, handler)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._since and number in _TWICE and now - self._since >= _AGAIN:
+            os._exit(128 + number)  # now: nothing on the way out may hold it up
+        self._since = self._since or (now if number in _TWICE else 0.0)
         if self.signal:
-            if time.monotonic() - self._since >= _AGAIN:
-                os._exit(_EXIT[signal.Signals(number)])  # now: nothing on the way out may hold it up
             return
-        self.signal, self._since = number, time.monotonic()
+        self.signal = number
         name = signal.Signals(number).name
-        os.write(sys.stderr.fileno(), f"\n{name}: finishing this step, then saving it; again stops now\n".encode())
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be what is gone
+            os.write(2, f"\n{name}: finishing this step, then saving it; again stops now\n".encode())
 
     def raise_if_stopped(self, checkpoint: str | None) -> None:
         """Raise `Stopped` after a training that a signal has ended."""
         if self.agreed:
             name = signal.Signals(self.agreed).name
-            raise Stopped(f"stopped by {name}; {checkpoint or 'no step'} is saved", _EXIT[signal.Signals(self.agreed)])
+            raise Stopped(f"stopped by {name}; {checkpoint or 'no step'} is saved", 128 + self.agreed)
 
     def agree(self, args: Any) -> bool:
         """Whether any process has received a signal; every process must ask at the same place."""

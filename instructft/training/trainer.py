@@ -19,8 +19,11 @@ from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import token_rows
 from instructft.data.packing import flat
 from instructft.data.row_order import LengthGrouped, set_epoch
+from instructft.errors import CheckpointError, NotFiniteError, OutOfMemoryError
+from instructft.formatting import first_line
 from instructft.training.batch_size import MicroBatches
 from instructft.training.fused_loss import add_supervised_head, scores
+from instructft.training.out_of_memory import ran_out
 from instructft.training.resumable import Progress, Sealing, gathered, random_states_kept
 from instructft.training.step_checks import StepChecks
 from instructft.training.stopping import EvaluationLeft, Stop
@@ -91,6 +94,7 @@ class Trainer(SFTTrainer):
         self.counts = torch.zeros(3, dtype=torch.int64, device=self.args.device)
         self.micro_batches = MicroBatches(self, find_batch, say)
         self.step_checks = StepChecks(self, spike_limit, skip_spikes, say)
+        self._say, self._stepping = say, 0  # the step that a micro-batch was last computed in, less one
         self.stop = Stop()
         self.progress = Progress(self)
         for callback in (self.step_checks, self.stop, self.progress):
@@ -105,7 +109,28 @@ class Trainer(SFTTrainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train to the end or to a signal; from a checkpoint's folder where one is given."""
         with self.progress.training(resume_from_checkpoint), self.stop:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except Exception as error:
+                self._save_between_steps(error)
+                raise
+
+    def _save_between_steps(self, error: Exception) -> None:
+        """Keep the steps that are done where something else than a step has failed: data, an evaluation, a callback."""
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        in_a_step = step <= self._stepping or isinstance(
+            error, NotFiniteError | DivergedError | OutOfMemoryError | CheckpointError
+        )
+        if in_a_step or self.args.world_size > 1 or ran_out(error) or folder.exists():
+            return
+        self.stop.left_evaluation = self.control.should_evaluate
+        try:
+            self._save_checkpoint(self.model, None)
+        except Exception as trouble:  # must not hide why the run failed
+            self._say(f"step {step} could not be saved: {first_line(trouble)}")
+        else:
+            self._say(f"{type(error).__name__} after step {step}; {folder.name} is saved")
 
     def _run_epoch(self, **kwargs: Any) -> None:
         ended = self.control.should_training_stop and not self.stop.agreed  # early, before the resume
@@ -124,6 +149,7 @@ class Trainer(SFTTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Loss and gradient of one micro-batch, in parts where it does not fit into memory as a whole."""
+        self._stepping = self.state.global_step
         loss = self.micro_batches.train(super().training_step, model, inputs, num_items_in_batch)
         self.step_checks.add(loss)
         return loss

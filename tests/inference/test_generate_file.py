@@ -198,7 +198,7 @@ def test_another_model_or_setting_does_not_go_on_with_a_file(
         with pytest.raises(UsageError, match=f"begun with another {key}|row 1 of the input") as raised:
             generate_file(folder, source, target, **{"max_new_tokens": 3, **settings})  # type: ignore[arg-type]
         assert raised.value.exit_code == 2
-        assert "name another file, or remove it" in str(raised.value)
+        assert "name another file" in str(raised.value)
     (moved / "chat_template.jinja").write_text("{{ messages[-1].content }}{{ eos_token }}")
     with pytest.raises(UsageError, match="begun with another model"):
         generate_file(str(moved), source, target, max_new_tokens=3)

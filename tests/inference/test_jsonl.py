@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from instructft.errors import DataError
-from instructft.inference.jsonl import read_rows
+from instructft.errors import DataError, UsageError
+from instructft.inference.jsonl import alone, read_rows
 from tests.helpers.inference import (
     write,
 )
@@ -32,3 +34,26 @@ def test_windows_files_are_read(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes('\ufeff{"prompt": "a"}\r\n{"prompt": "é"}\r\n'.encode())
     assert [row.row["prompt"] for row in read_rows(source)[0]] == ["a", "é"]
+
+
+def test_one_process_answers_into_a_file_at_a_time(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "answers.jsonl"
+    code = "import sys, time\nfrom pathlib import Path\nfrom instructft.inference.jsonl import alone\n"
+    code += "with alone(Path(sys.argv[1])):\n    print(flush=True)\n    time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", code, target], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with (
+            pytest.raises(UsageError, match=rf"answers.jsonl: .* is under way there \(process {other.pid} "),
+            alone(target),
+        ):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with alone(target):
+        pass
+    assert not list(target.parent.iterdir())
+    with pytest.raises(DataError, match="cannot be written"), alone(Path("/proc/none/answers.jsonl")):
+        pass

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 import instructft
+from instructft.checkpoints.run_folder import MARK
 from instructft.data.prepare import prepare
 from instructft.errors import UsageError
 from instructft.prompt.loss_mask import encode_prompt
@@ -196,7 +197,7 @@ def test_a_used_run_folder_is_refused_before_anything_is_loaded(write_recipe: An
     monkeypatch.setattr(
         import_module("instructft.training.run"), "load_tokenizer", lambda recipe: pytest.fail("loaded")
     )
-    with pytest.raises(UsageError, match="already holds a run"):
+    with pytest.raises(UsageError, match=r"is not empty, and no run has made it: it holds model.safetensors"):
         instructft.train(recipe)
     assert (folder / "model.safetensors").read_text() == "precious"
 
@@ -206,6 +207,7 @@ def test_what_a_stopped_run_left_does_not_stand_in_the_way(write_recipe: Any) ->
     folder = Path(recipe.output_dir)
     (folder / "tensorboard").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text('{"step": 99}\n')
+    (folder / MARK).write_text("{}")
     result = instructft.train(recipe, console=Console(quiet=True))
     assert '"step": 99' not in (folder / "metrics.jsonl").read_text()
     assert result.facts["train"]["steps"] == 1

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "instructft"
 # From the bottom up. A module imports from its own folder and from lower lines, never from a neighbour or from above.
 LAYERS = (
     ("version", "errors"),
-    ("formatting",),
+    ("formatting", "whole_file"),
     ("redaction",),
     ("prompt",),
     ("data", "weights"),

@@ -1,0 +1,165 @@
+"""The logs of a run: read past a damaged line, and written so that no trouble with them ends what they only watch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from instructft.formatting import first_line
+from instructft.whole_file import write_whole
+
+DAMAGED = ".damaged"  # behind the name of a log: the file as it was before lines of it were left out
+_troubles: dict[str, str] = {}  # kind -> what happened, until somebody takes it
+
+
+def attempt(kind: str, what: str, do: Callable[[], object]) -> bool:
+    """Do what only watches a run; an error is kept to be told, once, and is no reason to end the run.
+
+    >>> attempt("board", "tensorboard", lambda: 1 / 0), take_troubles()
+    (False, {'board': 'tensorboard: division by zero; the run goes on'})
+    """
+    try:
+        do()
+    except Exception as error:  # of disks, pipes and other libraries
+        _troubles[kind] = f"{what}: {first_line(error) or type(error).__name__}; the run goes on"
+        return False
+    return True
+
+
+def take_troubles() -> dict[str, str]:
+    """What went wrong with the logs since this was last asked: kind -> text."""
+    taken = dict(_troubles)
+    _troubles.clear()
+    return taken
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files of JSON lines
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def read_log(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """The records of a log; lines that are none are passed over, and those that lack one of the keys.
+
+    Example::
+
+        read_log(Path("runs/quickstart/metrics.jsonl"))
+        # [{'step': 10, 'loss': 4.31, …}, …]
+    """
+    found = (record for _, record in _lines(path) if record is not None)
+    return [record for record in found if all(key in record for key in keys)]
+
+
+def keep_until(step: int, path: Path, write: bool = True) -> tuple[list[dict[str, Any]], str]:
+    """Cut a log back to the step that a run continues from: the records that stay, and in words what was left out.
+
+    A last line that a kill cut short is nobody's loss. A file with damaged lines is kept beside, as `NAME.damaged`.
+    """
+    lines = [(line, record) for line, record in _lines(path) if line.endswith(b"\n")]
+    kept = [(line, record) for line, record in lines if record is not None and record["step"] <= step]
+    damaged = [str(number) for number, (_, record) in enumerate(lines, 1) if record is None]
+    said = ""
+    if damaged:
+        numbers = ", ".join(damaged[:10]) + (f" and {len(damaged) - 10} more" if len(damaged) > 10 else "")
+        aside = path.with_name(path.name + DAMAGED)
+        said = f"{path}: line {numbers}: damaged, and left out; the file as it was is kept in {aside.name}"
+        if write:
+            path.replace(aside)
+    if write and (damaged or path.exists()):
+        write_whole(path, b"".join(line for line, _ in kept).decode("utf-8"))
+    return [record for _, record in kept if record is not None], said
+
+
+def append_log(path: Path, records: Sequence[Mapping[str, Any]]) -> bool:
+    """Add records to a log; where it cannot be written, that is told and False comes back."""
+
+    def write() -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+    return attempt(path.name, path.name, write)
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a log, each with its record where it is one."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        try:
+            record = json.loads(line.decode("utf-8"))
+            yield line, record if isinstance(record["step"], int) else None
+        except (ValueError, TypeError, KeyError, RecursionError):
+            yield line, None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Standard output
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Inside, what is printed may get lost without ending the run: a pipe that was closed, a disk that is full."""
+    before = sys.stdout, sys.stderr
+    sys.stdout = _Lasting(before[0], "standard output")
+    sys.stderr = _Lasting(before[1], "standard error")
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in before:
+            _empty(stream)
+
+
+class _Lasting:
+    """A stream whose failures to write are told on the other one, once, and in the run's warnings."""
+
+    def __init__(self, stream: IO[str], name: str):
+        self._stream, self._name, self._told = stream, name, False
+
+    def write(self, text: str) -> int:
+        """Write, or lose the text."""
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError) as error:
+            self._failed(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or lose what was written."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        if self._told:
+            return
+        self._told = True
+        attempt("output", self._name, lambda: _raise(error))
+        other = sys.__stdout__ if self._name == "standard error" else sys.__stderr__
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(f"instructft: {_troubles['output']}", file=other, flush=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stream)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _empty(stream: IO[str]) -> None:
+    """What cannot be written goes nowhere, or the interpreter complains of it at its end."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), stream.fileno())
+            stream.flush()
