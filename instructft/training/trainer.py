@@ -19,7 +19,7 @@ from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import token_rows
 from instructft.data.packing import flat
 from instructft.data.row_order import LengthGrouped, set_epoch
-from instructft.errors import CheckpointError, NotFiniteError, OutOfMemoryError
+from instructft.errors import CheckpointError, DivergedError, NotFiniteError, OutOfMemoryError
 from instructft.formatting import first_line
 from instructft.training.batch_size import MicroBatches
 from instructft.training.fused_loss import add_supervised_head, scores
