@@ -10,6 +10,7 @@
     │   └── ResumeError                a run that cannot be resumed: no checkpoint verifies, or a fixed key has changed
     ├── Stopped               143, 130, 129, 138: stopped by SIGTERM, SIGINT, SIGHUP or SIGUSR1, with a checkpoint
     ├── NotFiniteError        exit 1   a loss or gradient that is not a number; the step was not taken
+    ├── DivergedError         exit 1   a loss that has risen above that of a guess; checkpoints before it are kept
     ├── OutOfMemoryError      exit 1   memory that ran out in training: what held it, and which keys would help
     ├── CheckpointError       exit 1   a checkpoint that cannot be written, or is not what was written
     ├── HubError              exit 1   the Hub cannot be reached or refuses, or something must not leave this machine

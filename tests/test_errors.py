@@ -17,6 +17,7 @@ CODES = {
     "ResumeError": 2,
     "AdapterError": 2,
     "NotFiniteError": 1,
+    "DivergedError": 1,
     "OutOfMemoryError": 1,
     "CheckpointError": 1,
     "HubError": 1,

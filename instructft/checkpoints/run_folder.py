@@ -11,6 +11,7 @@ process leaves, the next one that writes to the same place removes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -66,8 +67,10 @@ def own(recipe: Recipe, resume: str = "auto") -> Iterator[None]:
                 begun = {"instructft": __version__, "begun": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
                 write_whole(run / MARK, json.dumps(begun) + "\n")
         except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            why = "the disk is full" if full else error.strerror or error
             raise UsageError(
-                f"output_dir: {run} cannot be written ({error.strerror or error}); choose another folder (output_dir=…)"
+                f"output_dir: {run} cannot be written ({why}); choose another folder (output_dir=…)"
             ) from error
         undo.callback(_unmark, run)
         yield

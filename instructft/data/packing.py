@@ -176,10 +176,13 @@ def probe(model: PreTrainedModel, device: Any, width: int = 64) -> float:
         finally:
             hook.remove()
         documents = found[: sum(lengths)].split(lengths)
-        # a loss of many unlike weights, so that nothing cancels; large, so that nothing vanishes in float16
-        sums = [(part.float() * torch.randn(part.shape, generator=generator).to(part.device)).sum() * 16
+        # a loss of many unlike weights, so that nothing cancels
+        sums = [(part.float() * torch.randn(part.shape, generator=generator).to(part.device)).sum()
                 for part in documents]  # fmt: skip
-        grads = [torch.autograd.grad(one, states, retain_graph=True) for one in sums]
+        for scale in (2**14, 2**10, 16):  # as large as it stays finite, so that nothing vanishes in float16
+            grads = [torch.autograd.grad(one * scale, states, retain_graph=True) for one in sums]
+            if all(bool(torch.isfinite(part).all()) for grad in grads for part in grad):
+                break
     except TypeError as error:
         raise ModelError(_leaks(model, f"it takes no position_ids ({error})")) from error
     finally:

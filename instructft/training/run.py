@@ -83,8 +83,8 @@ def train(recipe: Recipe, *, resume: str = "auto", rehearsal: bool = True, conso
     state = PartialState(cpu=bool(recipe.train.get("use_cpu")))
     console = console or _console(state)
     run = Path(recipe.output_dir)
-    check_against_installed(recipe, quantization.device(recipe))
     refuse_what_cannot_run(recipe, state)
+    check_against_installed(recipe, quantization.device(recipe))
     with contextlib.ExitStack() as held:  # by the first process, for all
         first_process(state, lambda: held.enter_context(own(recipe, resume)))
         return _train(recipe, run, resume, rehearsal, state, console)

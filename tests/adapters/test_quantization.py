@@ -22,7 +22,7 @@ from instructft.adapters.frozen_check import AdapterProof
 from instructft.errors import InstructftError, ModelError
 from instructft.evaluation.metrics import evaluate
 from instructft.inference.generator import Generator
-from instructft.merging import proof
+from instructft.merging import comparison
 from instructft.models import load_for_inference as loading
 
 QUIET = Console(quiet=True)
@@ -121,9 +121,9 @@ def test_no_bit_of_packed_weights_moves_from_training_to_the_merge(
         return config
 
     monkeypatch.setattr(quantization, "configuration", chosen)
-    monkeypatch.setattr(proof, "ANSWER", 4)
-    monkeypatch.setattr(proof, "FIXED", proof.FIXED[:3])
-    monkeypatch.setattr(proof, "ROWS", 3)
+    monkeypatch.setattr(comparison, "ANSWER", 4)
+    monkeypatch.setattr(comparison, "FIXED", comparison.FIXED[:3])
+    monkeypatch.setattr(comparison, "ROWS", 3)
     result = instructft.train(recipe(base, tmp_path), console=QUIET)
     assert result.facts["adapter"]["base_unchanged"]
     assert len((result.output_dir / "samples.jsonl").read_text().splitlines()) >= 3

@@ -14,6 +14,9 @@ from instructft.checkpoints.run_folder import MARK, is_run, make_folder, own, re
 from instructft.errors import UsageError
 from instructft.recipe.load import load_recipe
 
+WHOLE = (  # what a checkpoint needs
+    "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "progress_0.json",
+)  # fmt: skip
 ROW = json.dumps({"instruction": "Hi.", "output": "Hello."}) + "\n"
 
 
@@ -78,7 +81,8 @@ def test_runs_of_versions_without_a_mark_go_on(recipe: Callable) -> None:
     run = Path(recipe().output_dir)
     folder = run / "checkpoint-5"
     manifest.begin(folder)
-    (folder / "model.safetensors").write_text("weights")
+    for name in WHOLE:
+        (folder / name).write_text("{}")
     manifest.seal(folder, {}, {})
     (run / "metrics.jsonl").write_text("{}")
     with own(recipe()):

@@ -53,12 +53,19 @@ ASKED = {
     "slimorca-chatml": (CHATML, "<|im_end|>"),
     "qwen3-0.6b": (CHATML, "<|im_end|>"),
     "smollm2-360m": (CHATML, "<|im_end|>"),
+    "smollm2-135m-instruct": (CHATML, "<|im_end|>"),
     "llama-3.2-1b": ("<|begin_of_text|>" + CHATML, "<|im_end|>"),
     "llama-3-70b-qlora-fsdp2": ("<|begin_of_text|>" + INSTRUCTION, "<|end_of_text|>"),
     "mistral-7b-qlora": ("<s>" + CHATML, "<|im_end|>"),
     "tinyllama-lora": ("<s>" + INSTRUCTION, "</s>"),
 }
-ADAPTERS = {"gpt2-lora-alpaca", "llama-3-70b-qlora-fsdp2", "mistral-7b-qlora", "tinyllama-lora"}
+ADAPTERS = {
+    "gpt2-lora-alpaca",
+    "llama-3-70b-qlora-fsdp2",
+    "mistral-7b-qlora",
+    "smollm2-135m-instruct",
+    "tinyllama-lora",
+}
 
 
 # Data sets as they lie on the Hub: files, columns, types

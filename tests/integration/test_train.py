@@ -239,7 +239,7 @@ def test_a_run_that_fails_leaves_nothing_that_poses_as_a_model(write_recipe: Any
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the lights went out")
 
-    monkeypatch.setattr(Trainer, "compute_loss", fail)
+    monkeypatch.setattr(Trainer, "training_step", fail)
     with pytest.raises(RuntimeError, match="lights"):
         instructft.train(recipe, console=Console(quiet=True))
     assert not list(Path(recipe.output_dir).glob("*.safetensors"))
