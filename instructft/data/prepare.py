@@ -20,7 +20,7 @@ import numpy as np
 from instructft.data.deduplicate import near_duplicates
 from instructft.data.load import load_parts
 from instructft.data.packing import flat, pack
-from instructft.data.tokenize import drop_reasons, encode_part
+from instructft.data.tokenize import drop_reasons, each_turn, encode_part
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
@@ -164,12 +164,11 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
             raise DataError(f"{part.key}: no row of {part.label} can be trained on: {drop_reasons(reasons)}")
         cut += int((lost[kept] > 0).sum())
         cut_tokens += int(lost[kept].sum())
-        encoded = encoded.select_columns(["input_ids", "labels"])
         label = part.label if part.label not in weights else f"{part.label}-{len(weights)}"
         weights[label] = part.weight
         for name, rows in keep.items():
             if len(rows):
-                pieces[name][label] = encoded.select(rows)
+                pieces[name][label] = each_turn(encoded.select(rows))
     _refuse_empty(pieces, recipe, dropped)
     _take_out_known(pieces, dropped)
     _weigh(pieces["train"], weights, recipe.data.seed, dropped)

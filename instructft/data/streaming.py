@@ -231,15 +231,14 @@ class Streamed:
         if shuffle:
             rows = shuffled(rows, random.Random(f"{self._data.seed} {i} {number}"), SHUFFLED)
         while batch := list(islice(rows, ENCODED)):
-            ids, labels, lengths, lost, verdicts = stream.encode([row for _, row in batch], [n for n, _ in batch])
+            ids, labels, lengths, _, lost, verdicts = stream.encode([row for _, row in batch], [n for n, _ in batch])
             tally.dropped.update(verdict for verdict in verdicts if verdict)
             tally.cut += int((lost > 0).sum())
             tally.cut_tokens += int(lost.sum())
             ends = np.cumsum(lengths)
             for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True):
-                if end > start:
-                    given = True
-                    yield ids[start:end], labels[start:end]
+                given = True
+                yield ids[start:end], labels[start:end]
         if not given:
             part = stream.part
             raise DataError(f"{part.key}: no row of {part.label} can be trained on: {drop_reasons(tally.dropped)}")

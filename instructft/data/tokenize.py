@@ -38,27 +38,31 @@ class Batches:
     def __init__(self, part: Part, data: Any, tokenizer: PreTrainedTokenizerBase):
         # the rows come as batches, so the part goes along without them
         self.part = Part(part.label, None, part.format, part.columns, {}, part.key, part.drawn)
-        self.train_on, self.max_length, self.on_too_long = data.train_on, data.max_length, data.on_too_long
+        self.train_on, self.turns = data.train_on, data.turns
+        self.max_length, self.on_too_long = data.max_length, data.on_too_long
         self.tokenizer = tokenizer
         self.many = part.raw is None or len(part.raw) >= _MANY  # a stream has no number of rows
 
     def __call__(self, table: pa.Table, numbers: list[int]) -> pa.Table:
         import pyarrow as pa
 
-        ids, labels, lengths, lost, verdicts = self.encode(table.to_pylist(), numbers)
-        offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), type=pa.int32())
+        ids, labels, sizes, of_row, lost, verdicts = self.encode(table.to_pylist(), numbers)
+        tokens = np.bincount(of_row, weights=sizes, minlength=len(verdicts))
+        each = np.bincount(of_row, minlength=len(verdicts))  # rows that a raw row is trained as
         columns = {
-            name: pa.ListArray.from_arrays(offsets, pa.array(x)) for name, x in (("input_ids", ids), ("labels", labels))
+            name: pa.ListArray.from_arrays(pa.array(np.concatenate(([0], np.cumsum(n))), type=pa.int32()), pa.array(x))
+            for name, x, n in (("input_ids", ids, tokens), ("labels", labels, tokens), ("turns", sizes, each))
         }
         return pa.table({**columns, "dropped": verdicts, "cut_tokens": pa.array(lost, type=pa.int32())})
 
     def encode(
         self, batch: Sequence[dict[str, Any]], numbers: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         """Encode raw rows with these row numbers.
 
-        Returns ids and labels end to end; for each row its tokens (0 when dropped), the tokens cut off, and why it is
-        dropped ("" when it is not).
+        Returns ids and labels end to end; for each row that is trained its tokens and the place of its raw row, of which
+        a template that rewrites history makes several; for each raw row the tokens cut off, and why it is dropped (""
+        when it is not).
         """
         verdicts: list[str] = []
         usable: list[list[Message]] = []
@@ -69,18 +73,21 @@ class Batches:
             except Unusable as reason:
                 verdicts.append(reason.reason)
         places = [i for i, verdict in enumerate(verdicts) if not verdict]  # of the usable rows in the batch
-        lengths, lost = np.zeros((2, len(verdicts)), dtype=np.int64)
+        lost = np.zeros(len(verdicts), dtype=np.int64)
         ids = labels = np.zeros(0, dtype=np.int32)
+        sizes = of_row = np.zeros(0, dtype=np.int64)
         if usable:
-            ids, labels, lengths[places], lost[places] = self._rows(usable, places, numbers, verdicts)
-        return ids, labels, lengths, lost, verdicts
+            ids, labels, sizes, of_usable, lost[places] = self._rows(usable, places, numbers, verdicts)
+            of_row = np.array(places)[of_usable]
+        return ids, labels, sizes, of_row, lost, verdicts
 
     def _rows(
         self, usable: list[list[Message]], places: list[int], numbers: Sequence[int], verdicts: list[str]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Ids and labels end to end, tokens and lost tokens of each usable row; verdicts on rows that do not fit."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Ids and labels end to end, tokens and conversation of each row that is kept, and the lost tokens of each
+        conversation; verdicts on those of which no row fits."""
         try:
-            rows = encoder(self.tokenizer).encode(usable, self.train_on, self.many)
+            rows = encoder(self.tokenizer).encode(usable, self.train_on, self.many, self.turns)
         except TemplateError:
             self._blame([numbers[i] for i in places], usable)
             raise
@@ -88,21 +95,25 @@ class Batches:
         if self.on_too_long == "error" and over.any():
             first = int(np.flatnonzero(over)[0])
             raise DataError(
-                f"{self.part.describe(numbers[places[first]])} has {rows.lengths[first]} tokens, more than "
+                f"{self.part.describe(numbers[places[rows.conversation[first]]])} has {rows.lengths[first]} tokens, more than "
                 f"data.max_length ({self.max_length}); raise it, or set data.on_too_long to truncate or drop"
             )
-        row_of = np.repeat(np.arange(len(usable)), rows.lengths)  # of each token
+        row_of = np.repeat(np.arange(len(rows.lengths)), rows.lengths)  # of each token
         position = np.arange(len(row_of)) - np.repeat(np.cumsum(rows.lengths) - rows.lengths, rows.lengths)
         fits = position < self.max_length
         trains = fits & (position > 0) & (rows.labels != IGNORE_INDEX)
-        has_loss = np.bincount(row_of[trains], minlength=len(usable)) > 0
+        has_loss = np.bincount(row_of[trains], minlength=len(rows.lengths)) > 0
         too_long = (over > 0) & (self.on_too_long == "drop")
-        for i in np.flatnonzero(too_long | ~has_loss):
-            verdicts[places[i]] = "too_long" if too_long[i] else "answer_cut_away" if over[i] else "no_loss"
         keep = has_loss & ~too_long
+        of = rows.conversation
+        kept_rows, over_rows, long_rows = (
+            np.bincount(of[some], minlength=len(usable)) for some in (keep, over > 0, too_long)
+        )
+        for i in np.flatnonzero(kept_rows == 0):
+            verdicts[places[i]] = "too_long" if long_rows[i] else "answer_cut_away" if over_rows[i] else "no_loss"
+        lost = np.bincount(of, weights=np.where(keep, over, 0), minlength=len(usable)).astype(np.int64)
         kept = fits & keep[row_of]
-        lengths = np.where(keep, np.minimum(rows.lengths, self.max_length), 0)
-        return rows.input_ids[kept], rows.labels[kept], lengths, np.where(keep, over, 0)
+        return rows.input_ids[kept], rows.labels[kept], np.minimum(rows.lengths, self.max_length)[keep], of[keep], lost
 
     def _blame(self, numbers: list[int], conversations: list[list[Message]]) -> None:
         """Name the row of a batch that the template does not take."""
@@ -137,6 +148,7 @@ def shaped_by(raw: Any, part: Part, recipe: Recipe, tokenizer: PreTrainedTokeniz
         tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer),
         sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
         recipe.data.train_on,
+        recipe.data.turns,
         recipe.data.max_length,
         recipe.data.on_too_long,
     )
@@ -159,7 +171,10 @@ def _code(package: Path = Path(__file__).parents[1]) -> str:
 
 
 def encode_part(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Encode all raw rows of a part, in order; a row that is dropped keeps its place and carries the reason."""
+    """Encode all raw rows of a part, in order; a row that is dropped keeps its place and carries the reason.
+
+    A raw row that is trained as several rows has them end to end, and in `turns` the tokens of each (`each_turn`).
+    """
     from datasets import Features, List, Value
 
     encoder(tokenizer)  # a template that cannot be trained is refused here, not in another process
@@ -170,7 +185,7 @@ def encode_part(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) 
     ]
     if batches.many and not cached:
         encoder(tokenizer).make_fast()  # here, once: processes that are forked inherit it
-    shape = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
+    shape = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "turns": List(Value("int64"))}
     shape |= {"dropped": Value("string"), "cut_tokens": Value("int32")}
     processes = min(os.cpu_count() or 1, len(part.raw) // _ROWS_PER_PROCESS)
     with _one_thread_each(processes):
@@ -189,6 +204,25 @@ def encode_part(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) 
             )
             .with_format(None)
         )
+
+
+def each_turn(encoded: Dataset) -> Dataset:
+    """The rows that are trained, of `encode_part`'s: each of its `turns` by itself."""
+    import pyarrow as pa
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+    if max((len(turns) for turns in encoded["turns"]), default=1) <= 1:
+        return encoded.select_columns(["input_ids", "labels"])
+    tables = []
+    for table in encoded.with_format("arrow").iter(batch_size=4096):
+        columns = [table.column(name).combine_chunks() for name in ("turns", "input_ids", "labels")]
+        ends = np.concatenate(([0], np.cumsum(columns[0].flatten().to_numpy())))
+        offsets = pa.array(ends, type=pa.int32())
+        tables.append([pa.ListArray.from_arrays(offsets, column.flatten()) for column in columns[1:]])
+    shape = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+    return concatenate_datasets(
+        [Dataset(pa.table({"input_ids": a, "labels": b}).cast(shape.arrow_schema)) for a, b in tables]
+    )
 
 
 @contextmanager

@@ -224,7 +224,7 @@ def choose_texts(
         context: tokens that the model takes at most.
         vocabulary: rows of its embedding.
     """
-    from instructft.prompt.loss_mask import encode_conversation, encoder
+    from instructft.prompt.loss_mask import encoder
 
     limit = min(LENGTH, context)
     room = max(1, limit - ANSWER)
@@ -241,7 +241,7 @@ def choose_texts(
         stop = encoder(tokenizer).stop_token_id
         if conversations := _held_out(recipe):
             prompts = encoder(tokenizer).prompts([messages[:-1] for messages in conversations])
-            rows = [encode_conversation(messages, tokenizer)["input_ids"] for messages in conversations]
+            rows = [row["input_ids"] for row in encoder(tokenizer).encode(conversations).lists()]
             source = "the recipe's held-out rows"
         else:
             rows = prompts = encoder(tokenizer).prompts([[{"role": "user", "content": text}] for text in FIXED])

@@ -163,6 +163,10 @@ class DataSection(_Section):
     train_on: Literal["responses", "last_response", "everything"] = Field(
         default="responses", description="which tokens carry loss"
     )
+    turns: Literal["all", "last"] = Field(
+        default="all",
+        description="where a template rewrites history: every turn as it is served, or the last row alone",
+    )
     max_length: int = Field(default=1024, gt=1, description="tokens per row")
     on_too_long: Literal["truncate", "drop", "error"] = Field(
         default="truncate", description="what happens to a row longer than max_length"
