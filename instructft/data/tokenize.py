@@ -60,9 +60,9 @@ class Batches:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         """Encode raw rows with these row numbers.
 
-        Returns ids and labels end to end; for each row that is trained its tokens and the place of its raw row, of which
-        a template that rewrites history makes several; for each raw row the tokens cut off, and why it is dropped (""
-        when it is not).
+        Returns ids and labels end to end; for each row that is trained its tokens and the place of its raw row, of
+        which a template that rewrites history makes several; for each raw row the tokens cut off, and why it is dropped
+        ("" when it is not).
         """
         verdicts: list[str] = []
         usable: list[list[Message]] = []
@@ -94,8 +94,9 @@ class Batches:
         over = np.maximum(rows.lengths - self.max_length, 0)
         if self.on_too_long == "error" and over.any():
             first = int(np.flatnonzero(over)[0])
+            number = numbers[places[rows.conversation[first]]]
             raise DataError(
-                f"{self.part.describe(numbers[places[rows.conversation[first]]])} has {rows.lengths[first]} tokens, more than "
+                f"{self.part.describe(number)} has {rows.lengths[first]} tokens, more than "
                 f"data.max_length ({self.max_length}); raise it, or set data.on_too_long to truncate or drop"
             )
         row_of = np.repeat(np.arange(len(rows.lengths)), rows.lengths)  # of each token

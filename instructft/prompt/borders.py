@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from instructft.errors import TemplateError
@@ -43,7 +44,7 @@ class Borders:
 
     def apart(self, texts: Sequence[str]) -> bool:
         """Whether texts that stand one after the other have the same ids alone and together."""
-        return self._plain and all(self._border(a, b) for a, b in zip(texts, texts[1:], strict=False))
+        return self._plain and all(self._border(a, b) for a, b in pairwise(texts))
 
     def _border(self, left: str, right: str) -> bool:
         if left.endswith(self._specials):

@@ -12,7 +12,7 @@ This is the one place where a prompt is made; training, evaluation, chat and gen
 3. A turn joins the row of the turns before it where its prompt begins with that row, id by id. Where the template shows
    earlier answers in another way by then, it gets a row of its own, rendered as it will be served.
 4. Text is tokenized piece by piece where nothing merges across the borders, else the whole of it
-   (`instructft.prompt.borders`): the ids of a prompt are those that an inference server sends, and a prefix of the row's.
+   (`instructft.prompt.borders`): the ids of a prompt are those that a server sends, and a prefix of the row's.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def encode_conversation(
     rows = encode_turns(messages, tokenizer, train_on, tools, template_options)
     if len(rows) != 1:
         raise TemplateError(
-            f"this conversation is {len(rows)} rows: once they are history, the chat template rewrites earlier turns, or "
-            "the tokenizer merges their borders. Take encode_turns, which gives every turn as it is served, or "
+            f"this conversation is {len(rows)} rows: once they are history, the chat template rewrites earlier turns, "
+            "or the tokenizer merges their borders. Take encode_turns, which gives every turn as it is served, or "
             "train_on='last_response'"
         )
     return rows[0]
@@ -128,8 +128,8 @@ class Rows:
         input_ids: (sum of lengths,) int32.
         labels: (sum of lengths,) int32; -100 = no loss.
         lengths: (rows,) int64, tokens of each row.
-        conversation: (rows,) int64, the place in the batch of the conversation that a row is from. One that was refused,
-            or holds no answer to train on, has no row.
+        conversation: (rows,) int64, the place in the batch of the conversation that a row is from. One that was
+            refused, or holds no answer to train on, has no row.
         left_out: (place, what) of what the template does not show of an answer: content, reasoning, arguments.
         only_read: (place, how many) answers that no server would ask for, so that they carry no loss: a greeting.
     """
@@ -254,8 +254,8 @@ class Encoder:
                 if isinstance(script, TemplateError):
                     raise script
                 if (texts := self._apart(script, turns)) is None:
-                    rows = self._borders.rows(script)
-                    done[place] = rows[-1:] if turns == "last" else rows
+                    own = self._borders.rows(script)
+                    done[place] = own[-1:] if turns == "last" else own
                 else:
                     pieces += texts
                     places += [place] * len(texts)
@@ -292,7 +292,7 @@ class Encoder:
         return rows if all(map(self._borders.apart, rows)) else None
 
     def _joined(self, pieces: list[list[str]], places: list[int], done: dict[int, list[Row]], many: bool) -> Rows:
-        """Rows that are tokenized here, piece by piece, and those that are done, in the order of their conversations."""
+        """Rows that are tokenized here, piece by piece, and those that are done, conversation by conversation."""
         flat = [text for row in pieces for text in row]
         if many and self._fast is not None:
             ids, sizes = self._fast.encode(flat)

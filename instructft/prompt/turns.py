@@ -19,6 +19,8 @@ from instructft.prompt.conversation import Conversation, Message
 from instructft.prompt.render import Renderer
 from instructft.prompt.template_traits import THOUGHT_KEYS, split_thought, with_thought
 
+_ALIKE = 24  # characters before a generation prompt by which its place in another text is known
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -89,12 +91,17 @@ def _planned(renderer: Renderer, messages: Sequence[Message], train_on: str) -> 
     answers = [i for i, m in enumerate(normal) if m["role"] == "assistant" and m.get("weight") != 0]
     if train_on != "responses":
         answers = answers[-1:]
-    asked = next(
-        (i for i, m in enumerate(normal) if m["role"] not in ("system", "developer", "assistant")), len(normal)
-    )
-    # nobody has asked yet: a server takes that with some templates, others refuse it
-    read = {i for i in answers if i < asked and renderer.text_or_none(normal[:i], True) is None}
+    unasked = ("system", "developer", "assistant")
+    asked = next((i for i, message in enumerate(normal) if message["role"] not in unasked), len(normal))
+    # nobody has asked yet: a server takes that with some templates, others refuse it, or render another text
+    read = {i for i in answers if i < asked and not _served(renderer, normal, i)}
     return _Plan(normal, [i for i in answers if i not in read], len(read))
+
+
+def _served(renderer: Renderer, messages: Conversation, i: int) -> bool:
+    """Whether the template renders a prompt for answer `i`, although no question stands before it."""
+    prompt = renderer.text_or_none(messages[:i], True)
+    return prompt is not None and (renderer.text_or_none(messages[: i + 1]) or "").startswith(prompt)
 
 
 def _alone(renderer: Renderer, plan: _Plan) -> tuple[list[str], list[str]] | TemplateError:
@@ -116,8 +123,8 @@ def _script(renderer: Renderer, plan: _Plan, shown: Any) -> Script | TemplateErr
             missing = list(_missing(plan.messages[i], answer))
             if "tool_calls" in missing:
                 raise TemplateError(
-                    f"message {i + 1}: the chat template has no place for tool calls, so the call would not be trained; "
-                    "set data.template to chatml, or to a template that renders tool_calls"
+                    f"message {i + 1}: the chat template has no place for tool calls, so the call would not be "
+                    "trained; set data.template to chatml, or to a template that renders tool_calls"
                 )
             left_out += missing
             turns.append(Turn(prompt, answer, _unread(plan.messages[i], answer)))
@@ -142,6 +149,11 @@ def _answer(renderer: Renderer, messages: Conversation, prompt: str, text: str) 
     text = text[:end]
     if text.startswith(prompt):
         return text[len(prompt) :]
+    # the answer itself can change how the turns before it are shown (gpt-oss): what a server has put before it counts
+    lead = traits.lead
+    border = prompt[-len(lead) - _ALIKE :]
+    if lead and prompt.endswith(lead) and (at := text.rfind(border)) >= 0:
+        return text[at + len(border) :]
     return _behind_open_thought(messages, prompt, text)
 
 
