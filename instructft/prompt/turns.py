@@ -143,8 +143,8 @@ def _answer(renderer: Renderer, messages: Conversation, prompt: str, text: str) 
     """What a model should give after `prompt`, where `text` shows the conversation with it."""
     traits = renderer.traits
     end = traits.end(text)
-    if end <= len(prompt) or end < 0:
-        text, end = _closed(renderer, messages, text), -1
+    if end < 0 or (text.startswith(prompt) and end <= len(prompt)):
+        text = _closed(renderer, messages, text)
         end = len(text)
     text = text[:end]
     if text.startswith(prompt):

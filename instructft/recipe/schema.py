@@ -160,6 +160,15 @@ class DataSection(_Section):
         default="auto", min_length=1, description="auto, a built-in name, tokenizer, or a .jinja file"
     )
     system_prompt: str | None = Field(default=None, description="system message of every conversation that has none")
+    template_options: FrozenMap = Field(
+        default_factory=FrozenDict,
+        description="what the template takes, such as {enable_thinking: false}; a row's chat_template_kwargs win",
+    )
+    template_date: str = Field(
+        default="2024-07-26",
+        pattern=r"^\d{4}-\d\d-\d\d$",
+        description="the day, YYYY-MM-DD, for templates that put today's date in: the same in every run and server",
+    )
     train_on: Literal["responses", "last_response", "everything"] = Field(
         default="responses", description="which tokens carry loss"
     )
