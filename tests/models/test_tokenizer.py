@@ -163,7 +163,7 @@ def test_a_template_file_with_generation_markers(write_recipe: Any, base: Path, 
 def test_a_date_in_a_template_is_that_of_the_recipe_on_every_day(write_recipe: Any, base: Path, tmp_path: Path) -> None:
     file = tmp_path / "date.jinja"
     file.write_text(
-        "{{- 'Today: ' + strftime_now('%d %b %Y') -}}{%- for m in messages -%}{{- m.content + eos_token -}}{%- endfor -%}"
+        "{{- 'Today: ' + strftime_now('%d %b %Y') -}}{%- for m in messages -%}{{- m.content + eos_token -}}{%- endfor -%}"  # noqa: E501
     )
     tokenizer = load_tokenizer(recipe(write_recipe, base, f"data.template={file}"))
     assert render(ONE[:1], tokenizer) == f"Today: 26 Jul 2024Hi{tokenizer.eos_token}"

@@ -19,7 +19,7 @@ CALL = {
 RESULT = {"role": "tool", "content": "cold", "tool_call_id": "a", "name": "weather"}
 PLAIN = (
     "{%- for m in messages -%}{%- if m.role == 'assistant' -%}<A>{{ m.content + eos_token }}"
-    "{%- else -%}<{{ m.role }}>{{ m.content }}\n{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}<A>{%- endif -%}"
+    "{%- else -%}<{{ m.role }}>{{ m.content }}\n{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}<A>{%- endif -%}"  # noqa: E501
 )
 
 
