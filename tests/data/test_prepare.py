@@ -103,3 +103,25 @@ def test_a_mix_by_weight_repeats_no_row_and_counts_what_it_leaves_out(recipe, tm
     assert made.dropped == {"left_out_by_weight": 50}
     other = prepared(recipe(*entries(1, 3), overrides=[*no_splits, "data.seed=1"], name="weighed"))
     assert other.fingerprint != made.fingerprint
+
+
+@pytest.mark.parametrize(("turns", "count"), [("all", 6), ("last", 3)])
+def test_a_template_that_rewrites_history_gives_each_turn_a_row(recipe, tmp_path, turns, count):
+    template = tmp_path / "rewrites.jinja"
+    template.write_text(
+        "{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
+        "<A>{{ '!' if loop.last else '' }}{{ m.content + eos_token }}{%- else -%}<U>{{ m.content }}{%- endif -%}"
+        "{%- endfor -%}{%- if add_generation_prompt -%}<A>{%- endif -%}"
+    )
+    chat = [{"role": r, "content": f"{r} {n}"} for n in (1, 2) for r in ("user", "assistant")]
+    rows = [{"messages": [{**m, "content": f"{m['content']} of {i}"} for m in chat]} for i in range(3)]
+    asked = recipe(
+        {"path": str(write(tmp_path / "rows", ".jsonl", rows))},
+        overrides=["data.splits={validation: 0.0, test: 0.0}", f"data.template={template}", f"data.turns={turns}"],
+    )
+    train = prepared(asked).splits["train"]
+    assert len(train) == count
+    tokenizer = instructft.load_tokenizer(asked)
+    said = [tokenizer.decode([t for t in row["labels"] if t != -100]) for row in train]
+    wanted = [f"!assistant {n} of {i}{tokenizer.eos_token}" for i in range(3) for n in ((1, 2) if count == 6 else (2,))]
+    assert said == wanted
