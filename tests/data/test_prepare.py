@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 import instructft
 from tests.data.test_readers import write
 from tests.helpers.rows import SHAPES, answers, made_up, prepared
@@ -116,7 +118,7 @@ def test_a_template_that_rewrites_history_gives_each_turn_a_row(recipe, tmp_path
     chat = [{"role": r, "content": f"{r} {n}"} for n in (1, 2) for r in ("user", "assistant")]
     rows = [{"messages": [{**m, "content": f"{m['content']} of {i}"} for m in chat]} for i in range(3)]
     asked = recipe(
-        {"path": str(write(tmp_path / "rows", ".jsonl", rows))},
+        {"path": str(write(tmp_path, ".jsonl", rows))},
         overrides=["data.splits={validation: 0.0, test: 0.0}", f"data.template={template}", f"data.turns={turns}"],
     )
     train = prepared(asked).splits["train"]
