@@ -19,7 +19,7 @@ import numpy as np
 from instructft.check.text_checks import ANY_CHARACTER, CHARACTERS, markers, normal, one_word
 from instructft.data.load import load_parts
 from instructft.data.packing import flat
-from instructft.data.sources import FORMATS, Unusable, to_conversation
+from instructft.data.formats import FORMATS
 from instructft.data.tokenize import encode_part
 from instructft.formatting import quantiles
 from instructft.prompt.conversation import Message

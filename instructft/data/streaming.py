@@ -25,7 +25,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from instructft.data import readers
-from instructft.data.load import Part, existing, hub_id, known_suffix, label_of, load_raw, location_of, not_read, shape
+from instructft.data.load import (
+    Part,
+    existing,
+    hub_id,
+    known_suffix,
+    label_of,
+    load_raw,
+    location_of,
+    not_read,
+    rules_of,
+    shape,
+)
 from instructft.data.packing import best_fit
 from instructft.data.tokenize import Batches, drop_reasons, shaped_by
 from instructft.errors import DataError
@@ -281,7 +292,7 @@ def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stream
         if not columns:
             raise DataError(f"{key}: {label} holds no rows")
         fmt, mapped = shape(entry, list(columns), label, key)
-        part = Part(label, None, fmt, mapped, {}, key, None, entry.weight)
+        part = Part(label, None, fmt, mapped, {}, key, None, entry.weight, rules_of(recipe, mapped))
         streams.append(_Stream(part, read, Batches(part, recipe.data, tokenizer).encode, known_by))
     return Streamed(streams, recipe, tokenizer)
 

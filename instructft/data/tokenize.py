@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from instructft.data.load import Part
-from instructft.data.sources import Unusable
 from instructft.errors import DataError, TemplateError
 from instructft.prompt.conversation import Message
 from instructft.prompt.loss_mask import IGNORE_INDEX, encoder
