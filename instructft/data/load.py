@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.data.readers import ROW, SUFFIXES, columns_of, download, read_file, suffix_of
 from instructft.data.formats import AS_IT_STANDS, FORMATS, Rules, detect_format, to_conversation
+from instructft.data.readers import ROW, SUFFIXES, columns_of, download, read_file, suffix_of
 from instructft.data.sources import SOURCES
 from instructft.errors import DataError
 from instructft.formatting import first_line
@@ -49,10 +49,13 @@ class Part:
         """One raw row as messages; raises `Unusable` and `Unread`."""
         return to_conversation(self.row(raw), self.format, self.rules)
 
+    def place(self, number: int) -> int:
+        """The place in the file, counted from 1, of row `number` of `raw`."""
+        return (number if self.drawn is None else int(self.drawn[number])) + 1
+
     def describe(self, number: int) -> str:
-        """Name row `number` of `raw` by its place in the file, counted from 1."""
-        place = number if self.drawn is None else int(self.drawn[number])
-        return f"{self.key}: row {place + 1} of {self.label}"
+        """Name row `number` of `raw` by its place in the file."""
+        return f"{self.key}: row {self.place(number)} of {self.label}"
 
 
 def load_parts(recipe: Recipe) -> list[Part]:

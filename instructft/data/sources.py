@@ -1,7 +1,7 @@
 """Where each named data set lives, and under which licence.
 
-To add a data set: one entry in `SOURCES`, three of its rows in `tests/data/test_sources.py`, one recipe. What becomes of
-a row is decided in `instructft.data.formats`.
+To add a data set: one entry in `SOURCES`, three of its rows in `tests/data/test_sources.py`, one recipe. What becomes
+of a row is decided in `instructft.data.formats`.
 """
 
 from __future__ import annotations

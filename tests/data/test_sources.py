@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructft.data.sources import FORMATS, SOURCES, Unusable, detect_format, to_conversation
+from instructft.data.formats import FORMATS, detect_format, to_conversation
+from instructft.data.sources import SOURCES
+from instructft.prompt.ledger import Unread, Unusable
 from instructft.errors import DataError
 
 
