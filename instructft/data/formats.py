@@ -161,11 +161,13 @@ _DIALOGUE_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 def _hh(row: Row, ledger: Ledger) -> list[Message]:
     """`{"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": …}`: the preferred dialogue of Anthropic HH."""
-    chosen = ledger.text(row.get("chosen"), "chosen")
+    value = row.get("chosen")
+    compared = isinstance(parsed(value), list | dict) or any(not absent(row.get(name)) for name in QUESTIONS)
+    chosen = ledger.text(value, "chosen")
     before, *parts = _DIALOGUE_TURN.split(chosen)
     if before.strip() or not parts:
-        if not absent(row.get("rejected")):
-            ledger.rest({"chosen": row.get("chosen"), "rejected": row["rejected"]}, (), "column `{}`")
+        if compared:
+            ledger.rest({name: row.get(name) for name in ("chosen", "rejected")}, (), "column `{}`")
             ledger.close()
         raise Unusable("not_a_dialogue", f"`chosen` is {shown(chosen)}, expected Human: … Assistant: …")
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -370,8 +372,6 @@ def _refuse_lacking(row: Row, fmt: str, lacking: list[str]) -> None:
     detail = f"nothing in `{'`, `'.join(lacking)}`, which a row of {fmt} needs; its columns with a value: {have}"
     if fmt == "text":
         raise Unusable("empty_text", detail)
-    if "rejected" in row and not absent(row["rejected"]) and fmt == "hh":
-        return
     answers = ("completion", "response", "output", "answer", "answers")
     if lacking[-1] in answers:
         raise Unusable("empty_answer", detail)
@@ -411,12 +411,11 @@ def _options(value: Any, name: str, ledger: Ledger) -> dict[str, Any]:
 
 def _repeats(value: Any, messages: list[Message]) -> bool:
     """Whether a column says once more what the conversation says: Alpaca's `text`, UltraChat's `prompt`."""
-    contents = [
-        text for m in messages for key in ("content", "input", "context") if (text := str(m.get(key, "")).strip())
-    ]
+    contents = [m["content"].strip() for m in messages if m["content"].strip()]
+    extras = [str(m[key]).strip() for m in messages for key in ("input", "context") if key in m]
     given = parsed(value)
     if isinstance(given, str):
-        return given.strip() in contents or all(text in given for text in contents)
+        return given.strip() in [*contents, *extras] or (bool(contents) and all(text in given for text in contents))
     if isinstance(given, list):
         try:
             again = messages_of(given, "", Ledger())

@@ -193,7 +193,8 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
 
 def _refuse_losses(part: Part, reasons: Counter[str], rows: int, recipe: Recipe, examples: str) -> None:
     """Refuse a data set that loses more of its rows than the recipe allows."""
-    refused, dropped = reasons[REFUSED] / rows, sum(reasons.values()) / rows
+    refused = reasons[REFUSED] / rows
+    dropped = (sum(reasons.values()) - reasons["too_long"]) / rows  # those of `on_too_long: drop` were asked for
     for key, share, what in (
         ("max_refused_share", refused, "are refused by the chat template"),
         ("max_dropped_share", dropped, "cannot be trained on"),
