@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from instructft.check.text_checks import ANY_CHARACTER, CHARACTERS, markers, nor
 from instructft.data.formats import FORMATS, to_conversation
 from instructft.data.load import load_parts
 from instructft.data.packing import flat
-from instructft.data.tokenize import encode_part, refuse_unread
+from instructft.data.tokenize import REFUSED, encode_part, refuse_unread
 from instructft.formatting import quantiles
 from instructft.prompt.conversation import Message
 from instructft.prompt.ledger import Unread, Unusable
@@ -245,6 +245,13 @@ def audit(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"datasets": accounts, "total": _total(accounts, np.concatenate(lengths))}
 
 
+def _dropped(account: dict[str, Any], reasons: Collection[str] = ()) -> float:
+    """The share of a data set's rows that are dropped for these reasons; default: for any but a length asked for."""
+    found = account["dropped"]["reasons"]
+    counted = [finding for reason, finding in found.items() if (reason in reasons if reasons else reason != "too_long")]
+    return sum(finding["rows"] for finding in counted) / account["rows"]
+
+
 def _total(accounts: list[dict[str, Any]], lengths: np.ndarray) -> dict[str, Any]:
     def add(*path: str) -> int:
         total = 0
@@ -270,6 +277,8 @@ def _total(accounts: list[dict[str, Any]], lengths: np.ndarray) -> dict[str, Any
         "dropped": {
             "rows": add("dropped", "rows"),
             "share": add("dropped", "rows") / rows,
+            "worst_share": max(_dropped(account) for account in accounts),
+            "worst_refused_share": max(_dropped(account, (REFUSED,)) for account in accounts),
             "reasons": {reason: {"rows": add("dropped", "reasons", reason, "rows")} for reason in reasons},
         },
         "findings": {name: {"rows": count, "share": count / rows} for name, count in findings.items()},

@@ -28,21 +28,31 @@ CALL = {"type": "function", "id": "1", "function": {"name": "f", "arguments": {"
         (answer(masked=True), answer(weight=0)),
         (answer(mask=0), answer()),
         (answer(weight=1.0, train=True, id=7), answer()),
-        (answer("abcd", train_detail=[{"begin_offset": 0, "end_offset": 1, "train": True}]),
-         answer("abcd", train_spans=[(0, 2, True), (2, 4, False)])),
+        (
+            answer("abcd", train_detail=[{"begin_offset": 0, "end_offset": 1, "train": True}]),
+            answer("abcd", train_spans=[(0, 2, True), (2, 4, False)]),
+        ),
         (answer(thinking="T"), answer(reasoning_content="T")),
         (answer("<think>\nT\n</think>\n\nA"), answer(reasoning_content="T")),
         (answer("<think>T</think>A"), answer("<think>T</think>A")),
-        (answer(None, tool_calls=[{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]),
-         answer("", tool_calls=[CALL])),
-        (answer([{"type": "text", "text": "A"}, {"type": "tool_use", "id": "1", "name": "f", "input": {"a": 1}}]),
-         answer(tool_calls=[CALL])),
-        ({"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "4"}]},
-         {"role": "tool", "content": "4", "tool_call_id": "1"}),
+        (
+            answer(
+                None, tool_calls=[{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
+            ),
+            answer("", tool_calls=[CALL]),
+        ),
+        (
+            answer([{"type": "text", "text": "A"}, {"type": "tool_use", "id": "1", "name": "f", "input": {"a": 1}}]),
+            answer(tool_calls=[CALL]),
+        ),
+        (
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "4"}]},
+            {"role": "tool", "content": "4", "tool_call_id": "1"},
+        ),
         ({"role": "ipython", "content": {"c": 4}}, {"role": "tool", "content": '{"c":4}'}),
         ({"from": "BOT:", "value": "A"}, answer()),
     ],
-)  # fmt: skip
+)
 def test_a_turn_in_normal_form(turn, expected):
     assert read(turn) == [expected]
 
