@@ -242,7 +242,11 @@ def audit(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     _leaks(texts)
     for account, text in zip(accounts, texts, strict=True):
         account["findings"] = text.findings()
-    return {"datasets": accounts, "total": _total(accounts, np.concatenate(lengths))}
+    worst = {
+        "dropped": max(_dropped(account) for account in accounts),
+        "refused": max(_dropped(account, (REFUSED,)) for account in accounts),
+    }
+    return {"datasets": accounts, "total": _total(accounts, np.concatenate(lengths)), "worst": worst}
 
 
 def _dropped(account: dict[str, Any], reasons: Collection[str] = ()) -> float:
@@ -277,8 +281,6 @@ def _total(accounts: list[dict[str, Any]], lengths: np.ndarray) -> dict[str, Any
         "dropped": {
             "rows": add("dropped", "rows"),
             "share": add("dropped", "rows") / rows,
-            "worst_share": max(_dropped(account) for account in accounts),
-            "worst_refused_share": max(_dropped(account, (REFUSED,)) for account in accounts),
             "reasons": {reason: {"rows": add("dropped", "reasons", reason, "rows")} for reason in reasons},
         },
         "findings": {name: {"rows": count, "share": count / rows} for name, count in findings.items()},

@@ -19,8 +19,8 @@ SCHEMA = 1  # of the JSON report; keys are added, never renamed
 
 # Field of the recipe's `check:` -> where the figure stands in the report. Each is the most that is allowed.
 LIMITS: dict[str, tuple[str, ...]] = {
-    "max_dropped_share": ("data", "total", "dropped", "worst_share"),
-    "max_refused_share": ("data", "total", "dropped", "worst_refused_share"),
+    "max_dropped_share": ("data", "worst", "dropped"),
+    "max_refused_share": ("data", "worst", "refused"),
     "max_cut_share": ("data", "total", "cut", "share"),
     "max_duplicate_share": ("data", "total", "findings", "exact_duplicates+near_duplicates", "share"),
     "max_contradictions": ("data", "total", "findings", "contradictions", "rows"),
