@@ -128,8 +128,8 @@ class Batches:
             return rows
         pieces = dict(zip((chats[i] for i in taken), rows.lists(), strict=True))
         for i in np.flatnonzero(documents).tolist():
-            ids = self._document(usable[i][0]["content"])
-            pieces[i] = {"input_ids": ids, "labels": ids}
+            document = self._document(usable[i][0]["content"])
+            pieces[i] = {"input_ids": document, "labels": document}
         nothing: dict[str, list[int]] = {"input_ids": [], "labels": []}
         every = [pieces.get(i, nothing) for i in range(len(usable))]
         ids, labels = (
