@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 UNREAD, REFUSED = "unread", "refused_by_template"  # verdicts on rows
 _ROWS_PER_PROCESS = 5_000  # fewer rows than this are encoded sooner than another process starts
 _MANY = 5_000  # rows; for fewer of them a faster tokenizer is not worth its proof
+_NO_ROWS = Rows(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64))
 
 
 class Batches:
@@ -141,6 +142,8 @@ class Batches:
         self, chats: list[Conversation], places: list[int], verdicts: list[str], notes: list[str]
     ) -> tuple[list[int], Rows]:
         """Conversations encoded, and which of them the template takes."""
+        if not chats:
+            return [], _NO_ROWS
         known, taken = encoder(self.tokenizer), list(range(len(chats)))
         try:
             return taken, known.encode(chats, self.train_on, self.many)
@@ -152,7 +155,7 @@ class Batches:
             except TemplateError as error:
                 taken.remove(i)
                 verdicts[places[i]], notes[places[i]] = REFUSED, str(error)
-        return taken, known.encode([chats[i] for i in taken], self.train_on, self.many)
+        return taken, known.encode([chats[i] for i in taken], self.train_on, self.many) if taken else _NO_ROWS
 
     def _document(self, text: str) -> list[int]:
         """A text without speakers: every token carries loss, up to the token that ends it."""
