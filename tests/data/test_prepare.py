@@ -58,7 +58,7 @@ def test_a_data_set_that_loses_too_many_rows_is_refused_with_their_columns(recip
 
 def test_a_long_document_is_divided_and_none_of_it_is_lost(recipe):
     rows = [{"text": f"word {number} " * 40} for number in range(4)]
-    mine = recipe(rows, overrides=["data.max_length=32", "data.splits.validation=0"])
+    mine = recipe(rows, overrides=["data.max_length=32", "data.splits={validation: 0, test: 0}"])
     tokenizer, made = instructft.load_tokenizer(mine), prepared(mine).splits["train"]
     ids = [token for row in made for token in row["input_ids"]]
     ended = [[*tokenizer(row["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for row in rows]
