@@ -11,18 +11,19 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from instructft.check.text_checks import ANY_CHARACTER, CHARACTERS, markers, normal, one_word
+from instructft.data.formats import FORMATS, to_conversation
 from instructft.data.load import load_parts
 from instructft.data.packing import flat
-from instructft.data.sources import FORMATS, Unusable, to_conversation
-from instructft.data.tokenize import encode_part
+from instructft.data.tokenize import REFUSED, encode_part, refuse_unread
 from instructft.formatting import quantiles
 from instructft.prompt.conversation import Message
+from instructft.prompt.ledger import Unread, Unusable
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class _Texts:
         self.turns = 0
         self.hashes = np.zeros((4, len(part.raw)), dtype=np.uint64)  # exact, normal, prompt, answer
         fmt = FORMATS[part.format]
-        self.columns = [name for name in (*fmt.columns, *fmt.optional) if name not in _NOT_TRAINED]
+        self.columns = sorted(fmt.known.difference(_NOT_TRAINED))
         number = 0
         for table in part.raw.with_format("arrow").iter(batch_size=1000):
             for raw in table.to_pylist():
@@ -94,7 +95,9 @@ class _Texts:
                 if seen := sorted(set(pattern.findall(text))):
                     self.found[name].append((number, " ".join(f"U+{ord(c):04X}" for c in seen[:4])))
         try:
-            messages = to_conversation(row, self.part.format)
+            messages = to_conversation(row, self.part.format, self.part.rules)
+        except Unread:  # told by the account of tokens, all of them at once
+            return
         except Unusable as unusable:
             if unusable.reason == "empty_answer":
                 self.found["empty_answers"].append((number, ""))
@@ -177,6 +180,7 @@ def _tokens(
     """The account of a data set in tokens, and the length of each usable row before it is cut."""
     encoded = encode_part(part, recipe, tokenizer)
     verdict = np.asarray(encoded["dropped"][:], dtype=object)
+    refuse_unread(part, verdict, encoded["note"][:], range(len(verdict)))
     lost = np.asarray(encoded["cut_tokens"][:], dtype=np.int64)
     columns, starts, lengths = flat(encoded.select_columns(["input_ids", "labels"]))
     whole = lengths + lost
@@ -238,7 +242,18 @@ def audit(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     _leaks(texts)
     for account, text in zip(accounts, texts, strict=True):
         account["findings"] = text.findings()
-    return {"datasets": accounts, "total": _total(accounts, np.concatenate(lengths))}
+    worst = {
+        "dropped": max(_dropped(account) for account in accounts),
+        "refused": max(_dropped(account, (REFUSED,)) for account in accounts),
+    }
+    return {"datasets": accounts, "total": _total(accounts, np.concatenate(lengths)), "worst": worst}
+
+
+def _dropped(account: dict[str, Any], reasons: Collection[str] = ()) -> float:
+    """The share of a data set's rows that are dropped for these reasons; default: for any but a length asked for."""
+    found = account["dropped"]["reasons"]
+    counted = [finding for reason, finding in found.items() if (reason in reasons if reasons else reason != "too_long")]
+    return sum(finding["rows"] for finding in counted) / account["rows"]
 
 
 def _total(accounts: list[dict[str, Any]], lengths: np.ndarray) -> dict[str, Any]:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from instructft.data.formats import AS_IT_STANDS, FORMATS, Rules, detect_format, to_conversation
 from instructft.data.readers import ROW, SUFFIXES, columns_of, download, read_file, suffix_of
-from instructft.data.sources import FORMATS, SOURCES, Unusable, detect_format, to_conversation
+from instructft.data.sources import SOURCES
 from instructft.errors import DataError
 from instructft.formatting import first_line
-from instructft.prompt.conversation import Message
+from instructft.prompt.conversation import Conversation
+from instructft.prompt.ledger import Unread, Unusable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,20 +38,24 @@ class Part:
     key: str  # where the recipe names it, for messages
     drawn: np.ndarray | None = None  # row numbers in the file of the rows in `raw`; None: all, in order
     weight: float = 1.0  # share in a mix, relative to the other parts
+    rules: Rules = AS_IT_STANDS  # what the recipe says of how rows are read
 
     def row(self, raw: dict[str, Any]) -> dict[str, Any]:
         """One raw row as it stands in its file, with the columns that the recipe maps under our names too."""
         row = json.loads(raw[ROW]) if ROW in raw else raw
         return {**row, **{ours: row.get(theirs) for ours, theirs in self.columns.items()}}
 
-    def conversation(self, raw: dict[str, Any]) -> list[Message]:
-        """One raw row as messages; raises `Unusable`."""
-        return to_conversation(self.row(raw), self.format)
+    def conversation(self, raw: dict[str, Any]) -> Conversation:
+        """One raw row as messages; raises `Unusable` and `Unread`."""
+        return to_conversation(self.row(raw), self.format, self.rules)
+
+    def place(self, number: int) -> int:
+        """The place in the file, counted from 1, of row `number` of `raw`."""
+        return (number if self.drawn is None else int(self.drawn[number])) + 1
 
     def describe(self, number: int) -> str:
-        """Name row `number` of `raw` by its place in the file, counted from 1."""
-        place = number if self.drawn is None else int(self.drawn[number])
-        return f"{self.key}: row {place + 1} of {self.label}"
+        """Name row `number` of `raw` by its place in the file."""
+        return f"{self.key}: row {self.place(number)} of {self.label}"
 
 
 def load_parts(recipe: Recipe) -> list[Part]:
@@ -78,8 +84,28 @@ def load_parts(recipe: Recipe) -> list[Part]:
             drawn = _draw(len(raw), entry.rows, recipe.data.seed, i, f"{key}.rows")
             raw = raw.select(drawn)
         fmt, columns = shape(entry, columns_of(raw), label, key)
-        parts.append(Part(label, raw, fmt, columns, _split_rows(len(raw), recipe, i), key, drawn, entry.weight))
+        parts.append(
+            Part(
+                label,
+                raw,
+                fmt,
+                columns,
+                _split_rows(len(raw), recipe, i),
+                key,
+                drawn,
+                entry.weight,
+                rules_of(recipe, columns),
+            )
+        )
     return parts
+
+
+def rules_of(recipe: Recipe, columns: dict[str, str]) -> Rules:
+    """What a recipe says of how the rows of an entry are read."""
+    data = recipe.data
+    return Rules(
+        frozenset(data.ignore), data.strip, dict(data.template_options), frozenset((*columns, *columns.values()))
+    )
 
 
 def shape(entry: DatasetEntry, found: list[str], label: str, key: str) -> tuple[str, dict[str, str]]:
@@ -98,7 +124,7 @@ def shape(entry: DatasetEntry, found: list[str], label: str, key: str) -> tuple[
     present = list(dict.fromkeys([*found, *columns]))
     if fmt is None:
         fmt = detect_format(present, f"{key}: {label}")
-    elif missing := sorted(set(FORMATS[fmt].columns) - set(present)):
+    elif missing := FORMATS[fmt].lacks(present):
         raise DataError(
             f"{key}: {label} is read as {fmt}, which needs the column {', '.join(missing)}; "
             f"its columns are {', '.join(found)}. Set format or columns for it."
@@ -241,4 +267,6 @@ def _usable(part: Part, rows: Dataset) -> list[dict[str, Any]]:
             found.append({"messages": messages, "dataset": part.label, "category": part.row(raw).get("category")})
         except Unusable:  # counted by `prepare`
             continue
+        except Unread as unread:
+            raise DataError(f"{part.key}: {part.label}: {unread}") from unread
     return found

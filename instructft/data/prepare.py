@@ -20,14 +20,15 @@ import numpy as np
 from instructft.data.deduplicate import near_duplicates
 from instructft.data.load import load_parts
 from instructft.data.packing import flat, pack
-from instructft.data.tokenize import drop_reasons, each_turn, encode_part
-from instructft.errors import DataError
+from instructft.data.tokenize import REFUSED, drop_examples, drop_reasons, each_turn, encode_part, refuse_unread
+from instructft.errors import DataError, TemplateError
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
 
+    from instructft.data.load import Part
     from instructft.recipe.schema import Recipe
 
 SPLITS = ("train", "validation", "test")
@@ -156,19 +157,24 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         used = np.sort(np.concatenate(list(part.rows.values())))
         verdict = np.asarray(encoded["dropped"][:], dtype=object)
         lost = np.asarray(encoded["cut_tokens"][:])
+        notes = np.asarray(encoded["note"][:], dtype=object)
+        refuse_unread(part, verdict[used], notes[used], used.tolist())
         reasons = Counter(str(reason) for reason in verdict[used] if reason)
         dropped.update(reasons)
         keep = {name: rows[verdict[rows] == ""] for name, rows in part.rows.items()}
         kept = np.concatenate(list(keep.values()))
         if len(kept) == 0:
-            raise DataError(f"{part.key}: no row of {part.label} can be trained on: {drop_reasons(reasons)}")
+            why = drop_reasons(reasons) + drop_examples(part, verdict[used], notes[used], used.tolist())
+            raise DataError(f"{part.key}: no row of {part.label} can be trained on: {why}")
+        _refuse_losses(part, reasons, len(used), recipe, drop_examples(part, verdict[used], notes[used], used.tolist()))
         cut += int((lost[kept] > 0).sum())
         cut_tokens += int(lost[kept].sum())
         label = part.label if part.label not in weights else f"{part.label}-{len(weights)}"
         weights[label] = part.weight
         for name, rows in keep.items():
             if len(rows):
-                pieces[name][label] = each_turn(encoded.select(rows))
+                chosen = each_turn(encoded.select(rows))
+                pieces[name][label] = _divided(chosen, recipe.data.max_length) if part.format == "text" else chosen
     _refuse_empty(pieces, recipe, dropped)
     _take_out_known(pieces, dropped)
     _weigh(pieces["train"], weights, recipe.data.seed, dropped)
@@ -182,6 +188,36 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     groups = {label: len(rows) for label, rows in pieces["validation"].items()} if len(weights) > 1 else {}
     splits = {name: concatenate_datasets(list(found.values())) for name, found in pieces.items() if found}
     return Prepared(DatasetDict(splits), counts, dropped, cut, cut_tokens, groups)
+
+
+def _refuse_losses(part: Part, reasons: Counter[str], rows: int, recipe: Recipe, examples: str) -> None:
+    """Refuse a data set that loses more of its rows than the recipe allows."""
+    refused = reasons[REFUSED] / rows
+    dropped = (sum(reasons.values()) - reasons["too_long"]) / rows  # those of `on_too_long: drop` were asked for
+    for key, share, what in (
+        ("max_refused_share", refused, "are refused by the chat template"),
+        ("max_dropped_share", dropped, "cannot be trained on"),
+    ):
+        allowed = getattr(recipe.check, key)
+        if allowed is not None and share > allowed:
+            error = TemplateError if key == "max_refused_share" else DataError
+            raise error(
+                f"{part.key}: {share:.1%} of the {rows:,} rows of {part.label} {what}, and check.{key} allows "
+                f"{allowed:.1%}: {drop_reasons(reasons)}{examples}\nMend the rows, map their columns "
+                f"(data.datasets[].columns), or allow it: check.{key}: {min(1.0, round(share + 0.005, 2))}"
+            )
+
+
+def _divided(documents: Dataset, max_length: int) -> Dataset:
+    """Documents as rows of at most `max_length` tokens, none of them lost."""
+
+    def parts(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        return {
+            name: [row[at : at + max_length] for row in rows for at in range(0, len(row), max_length)]
+            for name, rows in batch.items()
+        }
+
+    return documents.map(parts, batched=True, features=documents.features, desc=None)
 
 
 def _refuse_empty(pieces: dict[str, dict[str, Dataset]], recipe: Recipe, dropped: Counter[str]) -> None:

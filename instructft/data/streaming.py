@@ -25,9 +25,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from instructft.data import readers
-from instructft.data.load import Part, existing, hub_id, known_suffix, label_of, load_raw, location_of, not_read, shape
+from instructft.data.load import (
+    Part,
+    existing,
+    hub_id,
+    known_suffix,
+    label_of,
+    load_raw,
+    location_of,
+    not_read,
+    rules_of,
+    shape,
+)
 from instructft.data.packing import best_fit
-from instructft.data.tokenize import Batches, drop_reasons, shaped_by
+from instructft.data.tokenize import Batches, drop_reasons, refuse_unread, shaped_by
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX, encoder
 
@@ -231,14 +242,17 @@ class Streamed:
         if shuffle:
             rows = shuffled(rows, random.Random(f"{self._data.seed} {i} {number}"), SHUFFLED)
         while batch := list(islice(rows, ENCODED)):
-            ids, labels, lengths, _, lost, verdicts = stream.encode([row for _, row in batch], [n for n, _ in batch])
+            numbers = [number for number, _ in batch]
+            ids, labels, lengths, _, lost, verdicts, notes = stream.encode([row for _, row in batch], numbers)
+            refuse_unread(stream.part, verdicts, notes, numbers)
             tally.dropped.update(verdict for verdict in verdicts if verdict)
             tally.cut += int((lost > 0).sum())
             tally.cut_tokens += int(lost.sum())
             ends = np.cumsum(lengths)
             for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True):
-                given = True
-                yield ids[start:end], labels[start:end]
+                for at in range(start, end, self._data.max_length):  # only documents are longer
+                    given, stop = True, min(end, at + self._data.max_length)
+                    yield ids[at:stop], labels[at:stop]
         if not given:
             part = stream.part
             raise DataError(f"{part.key}: no row of {part.label} can be trained on: {drop_reasons(tally.dropped)}")
@@ -280,7 +294,7 @@ def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stream
         if not columns:
             raise DataError(f"{key}: {label} holds no rows")
         fmt, mapped = shape(entry, list(columns), label, key)
-        part = Part(label, None, fmt, mapped, {}, key, None, entry.weight)
+        part = Part(label, None, fmt, mapped, {}, key, None, entry.weight, rules_of(recipe, mapped))
         streams.append(_Stream(part, read, Batches(part, recipe.data, tokenizer).encode, known_by))
     return Streamed(streams, recipe, tokenizer)
 

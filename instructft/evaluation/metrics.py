@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from instructft.data.sources import Unusable, detect_format, to_conversation
+from instructft.data.formats import detect_format, to_conversation
 from instructft.errors import DataError
 from instructft.evaluation.confidence import intervals, measures
 from instructft.inference.chat import as_generator
 from instructft.inference.generator import MAX_NEW_TOKENS, Answer, Generator
 from instructft.prompt.conversation import Message
+from instructft.prompt.ledger import Unread, Unusable
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -131,7 +132,9 @@ def _conversation(number: int, row: Mapping[str, Any]) -> list[Message]:
     try:
         return to_conversation(row, detect_format(list(row), f"row {number}"))
     except Unusable as unusable:
-        raise DataError(f"row {number} cannot be evaluated: {unusable.reason.replace('_', ' ')}") from unusable
+        raise DataError(f"row {number} cannot be evaluated: {unusable}") from unusable
+    except Unread as unread:
+        raise DataError(f"row {number} cannot be evaluated: {unread}") from unread
 
 
 def _asked(conversation: Sequence[Message]) -> str:

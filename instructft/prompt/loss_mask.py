@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.errors import TemplateError
+from instructft.errors import DataError, TemplateError
 from instructft.prompt.borders import IGNORE_INDEX, Borders, Row
-from instructft.prompt.conversation import Conversation, Message, as_conversation
+from instructft.prompt.conversation import Conversation, Message
 from instructft.prompt.fast_bpe import FastBPE, fast_bpe
+from instructft.prompt.ledger import Unusable
+from instructft.prompt.messages import conversation_of
 from instructft.prompt.render import Renderer
 from instructft.prompt.turns import Script, scripts
 
@@ -116,8 +118,13 @@ def encode_prompt(
 
 
 def _conversation(messages: Sequence[Message], tools: Any, options: Any) -> Conversation:
-    given = as_conversation(messages)
-    return Conversation(given, tools or given.tools, {**given.options, **(options or {})})
+    """Messages of any layout in normal form, as those of a file: both give the same ids."""
+    if isinstance(messages, Conversation):
+        return Conversation(messages, tools or messages.tools, {**messages.options, **(options or {})})
+    try:
+        return conversation_of(messages, tools=tools, options=options)
+    except Unusable as unusable:
+        raise DataError(f"the messages cannot be encoded: {unusable}") from unusable
 
 
 @dataclass(frozen=True)
@@ -300,7 +307,7 @@ class Encoder:
             found = self.tokenize(flat)
             sizes = np.fromiter(map(len, found), dtype=np.int64, count=len(found))
             ids = np.fromiter(chain.from_iterable(found), dtype=np.int32, count=int(sizes.sum()))
-        count = [len(row) for row in pieces]
+        count = np.array([len(row) for row in pieces], dtype=np.int64)
         second = np.fromiter((i % 2 == 1 for n in count for i in range(n)), dtype=bool, count=len(flat))
         labels = np.where(np.repeat(second, sizes), ids, np.int32(IGNORE_INDEX))
         of_row = np.repeat(np.arange(len(pieces)), count)

@@ -176,6 +176,10 @@ class DataSection(_Section):
         default="all",
         description="where a template rewrites history: every turn as it is served, or the last row alone",
     )
+    ignore: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="columns and message keys that are known not to matter; others unread are an error"
+    )
+    strip: bool = Field(default=False, description="whether outer white space of texts is taken off")
     max_length: int = Field(default=1024, gt=1, description="tokens per row")
     on_too_long: Literal["truncate", "drop", "error"] = Field(
         default="truncate", description="what happens to a row longer than max_length"
@@ -226,9 +230,14 @@ class HubSection(_Section):
 
 
 class CheckSection(_Section):
-    """`check:` what `instructft check` lets pass: a report beyond a limit ends with exit code 2. Unset: no limit."""
+    """`check:` what `instructft check` lets pass: a report beyond a limit ends with exit code 2. Null: no limit."""
 
-    max_dropped_share: float | None = Field(default=None, ge=0, le=1, description="share of rows; dropped")
+    max_dropped_share: float | None = Field(
+        default=0.2, ge=0, le=1, description="share of a data set's rows; dropped. Stops a run too"
+    )
+    max_refused_share: float | None = Field(
+        default=0.0, ge=0, le=1, description="share of a data set's rows; refused by the template. Stops a run too"
+    )
     max_cut_share: float | None = Field(default=None, ge=0, le=1, description="share of rows; cut at max_length")
     max_duplicate_share: float | None = Field(
         default=None, ge=0, le=1, description="share of rows; the same or nearly the same as an earlier one"

@@ -137,7 +137,8 @@ class _Check:
 
     def references(self) -> None:
         """Check what names something outside the recipe: data sets, formats, templates, local files."""
-        from instructft.data.sources import FORMATS, SOURCES
+        from instructft.data.formats import FORMATS
+        from instructft.data.sources import SOURCES
         from instructft.prompt.templates import TEMPLATES
 
         data, model, hub = self.values["data"], self.values["model"], self.values["hub"]

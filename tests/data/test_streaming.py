@@ -237,7 +237,7 @@ def test_a_row_of_the_stream_is_named_by_its_place_in_the_file(recipe: Any, tmp_
 
 def test_a_stream_without_a_row_to_train_on_ends_with_a_reason(recipe: Any, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": ""}] * 20)
-    with pytest.raises(DataError, match="can be trained on: 20 empty answer"):
+    with pytest.raises(DataError, match="can be trained on: 20 with an empty answer"):
         opened(recipe({"path": str(path)})).account(40)
     (tmp_path / "none.jsonl").write_text("\n")
     with pytest.raises(DataError, match="holds no rows"):

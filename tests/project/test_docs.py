@@ -19,7 +19,8 @@ import yaml
 import instructft
 from instructft import errors, load_recipe
 from instructft.cli import app
-from instructft.data.sources import FORMATS, SOURCES
+from instructft.data.formats import FORMATS
+from instructft.data.sources import SOURCES
 from instructft.recipe.fields import field_problem, legal_lora_fields, legal_train_fields
 from tests.helpers.markdown import FENCED, Page, code
 from tests.helpers.quickstart import rows as quickstart_rows
