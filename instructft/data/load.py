@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.data.readers import ROW, SUFFIXES, columns_of, download, read_file, suffix_of
+from instructft.data.files.kinds import SUFFIXES, not_known, suffix_of
+from instructft.data.readers import ROW, columns_of, download, read_file
 from instructft.data.sources import FORMATS, SOURCES, Unusable, detect_format, to_conversation
 from instructft.errors import DataError
 from instructft.formatting import first_line

@@ -14,7 +14,7 @@ from instructft.checkpoints.manifest import folders, verify
 from instructft.checkpoints.resume import fixed_keys
 from instructft.data.load import conversations, file_conversations
 from instructft.data.prepare import SPLITS
-from instructft.data.readers import SUFFIXES, suffix_of
+from instructft.data.files.kinds import SUFFIXES, suffix_of
 from instructft.errors import CheckpointError, UsageError
 from instructft.evaluation.confidence import differences
 from instructft.evaluation.metrics import evaluate

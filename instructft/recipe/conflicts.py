@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from instructft.data.readers import suffix_of
+from instructft.data.files.kinds import suffix_of
 from instructft.data.sources import SOURCES
 from instructft.recipe.yaml_reader import Document, KeyPath
 
