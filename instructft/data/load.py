@@ -6,14 +6,16 @@ A row's split depends on `data.seed`, `data.splits` and its row number, and on n
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.data.files.kinds import SUFFIXES, not_known, suffix_of
-from instructft.data.readers import ROW, columns_of, download, read_file
+from instructft.data.files.hub import fetch, hub_splits
+from instructft.data.files.locate import DataFile, Splits, located
+from instructft.data.readers import ROW, columns_of, read_file
 from instructft.data.sources import FORMATS, SOURCES, Unusable, detect_format, to_conversation
 from instructft.errors import DataError
 from instructft.formatting import first_line
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from instructft.recipe.schema import DatasetEntry, Recipe
+
+
+# How rows are to be read: the format (None: told by their columns), and our column name -> the name in the file.
+Shape = tuple[str | None, Mapping[str, str]]
+# Rows, with what `Part.drawn` and `Part.files` say of them.
+Raw = tuple["Dataset", "np.ndarray | None", tuple[tuple[str, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -37,10 +45,11 @@ class Part:
     key: str  # where the recipe names it, for messages
     drawn: np.ndarray | None = None  # row numbers in the file of the rows in `raw`; None: all, in order
     weight: float = 1.0  # share in a mix, relative to the other parts
+    files: tuple[tuple[str, int], ...] = ()  # where there are several: each one's name, and its first row's number
 
     def row(self, raw: dict[str, Any]) -> dict[str, Any]:
         """One raw row as it stands in its file, with the columns that the recipe maps under our names too."""
-        row = json.loads(raw[ROW]) if ROW in raw else raw
+        row = json.loads(raw[ROW]) if ROW in raw else raw  # a stream's rows come as they are
         return {**row, **{ours: row.get(theirs) for ours, theirs in self.columns.items()}}
 
     def conversation(self, raw: dict[str, Any]) -> list[Message]:
@@ -50,7 +59,8 @@ class Part:
     def describe(self, number: int) -> str:
         """Name row `number` of `raw` by its place in the file, counted from 1."""
         place = number if self.drawn is None else int(self.drawn[number])
-        return f"{self.key}: row {place + 1} of {self.label}"
+        name, start = next(((name, first) for name, first in reversed(self.files) if first <= place), (self.label, 0))
+        return f"{self.key}: row {place - start + 1} of {name}"
 
 
 def load_parts(recipe: Recipe) -> list[Part]:
@@ -71,31 +81,29 @@ def load_parts(recipe: Recipe) -> list[Part]:
     for i, entry in enumerate(recipe.data.datasets):
         key = f"data.datasets[{i}]"
         label = label_of(entry, key)
-        raw = load_raw(entry, label, key)
-        if len(raw) == 0:
-            raise DataError(f"{key}: {label} holds no rows")
-        drawn = None
+        raw, drawn, files = load_raw(entry, label, key)
         if entry.rows is not None:
-            drawn = _draw(len(raw), entry.rows, recipe.data.seed, i, f"{key}.rows")
-            raw = raw.select(drawn)
-        fmt, columns = shape(entry, columns_of(raw), label, key)
-        parts.append(Part(label, raw, fmt, columns, _split_rows(len(raw), recipe, i), key, drawn, entry.weight))
+            some = _draw(len(raw), entry.rows, recipe.data.seed, i, f"{key}.rows")
+            raw = raw.select(some)
+            drawn = some if drawn is None else drawn[some]
+        fmt, columns = shape(shape_of(entry), columns_of(raw), label, key)
+        rows = _split_rows(len(raw), recipe, i)
+        parts.append(Part(label, raw, fmt, columns, rows, key, drawn, entry.weight, files))
     return parts
 
 
-def shape(entry: DatasetEntry, found: list[str], label: str, key: str) -> tuple[str, dict[str, str]]:
+def shape(asked: Shape, found: list[str], label: str, key: str) -> tuple[str, dict[str, str]]:
     """The format of rows with the columns `found`, and which of them the recipe maps to a name of ours.
 
     Raises:
         DataError: a column that is mapped or that the format needs is not there, or no format fits.
     """
-    columns = dict(entry.columns or {})
+    fmt, columns = asked[0], dict(asked[1])
     absent = [f"{ours}: {theirs}" for ours, theirs in columns.items() if theirs not in found]
     if absent:
         raise DataError(
             f"{key}.columns: {label} has no column for {', '.join(absent)}; its columns are {', '.join(found)}"
         )
-    fmt = entry.format or (SOURCES[entry.name].format if entry.name else None)
     present = list(dict.fromkeys([*found, *columns]))
     if fmt is None:
         fmt = detect_format(present, f"{key}: {label}")
@@ -105,6 +113,11 @@ def shape(entry: DatasetEntry, found: list[str], label: str, key: str) -> tuple[
             f"its columns are {', '.join(found)}. Set format or columns for it."
         )
     return fmt, columns
+
+
+def shape_of(entry: DatasetEntry) -> Shape:
+    """The shape that an entry gives its rows."""
+    return entry.format or (SOURCES[entry.name].format if entry.name else None), dict(entry.columns or {})
 
 
 def _draw(total: int, wanted: int, seed: int, part: int, key: str) -> np.ndarray:
@@ -126,32 +139,124 @@ def _split_rows(total: int, recipe: Recipe, part: int) -> dict[str, np.ndarray]:
     }
 
 
-def load_raw(entry: DatasetEntry, label: str, key: str) -> Dataset:
-    """The rows of one entry; with `streaming` an `IterableDataset`, of a data set on the Hub only."""
-    import datasets
-
-    source = SOURCES[entry.name] if entry.name else None
+def load_raw(entry: DatasetEntry, label: str, key: str) -> Raw:
+    """The rows of one entry."""
     try:
-        if not (hub := hub_id(entry)):
-            return _read_file(location_of(entry), key)
-        files = dict(source.files) if source and source.files else None
-        if files and entry.config:  # a folder of the repository, as hh-rlhf's `helpful-base`
-            folders = sorted({name.split("/")[0] for names in files.values() for name in names})
-            if entry.config not in folders:
-                raise DataError(f"{key}.config: {label} has no part {entry.config!r}; it has {', '.join(folders)}")
-            files = {s: [f for f in names if f.startswith(f"{entry.config}/")] for s, names in files.items()}
-        return datasets.load_dataset(
-            hub,
-            name=None if files else entry.config,
-            data_files=files,
-            split=entry.split or "train",
-            revision=entry.revision,
-            streaming=entry.streaming,
-        )
+        splits = splits_of(entry, label, key)
+        return _read(splits, entry.split or "train", shape_of(entry), label, key)
     except DataError:
         raise
     except Exception as error:
         raise DataError(not_read(entry, label, key, error)) from error
+
+
+def _read(splits: Splits, wanted: str, asked: Shape, label: str, key: str) -> Raw:
+    """The rows of the splits, or parts of them, that are wanted."""
+    from datasets import concatenate_datasets
+
+    names = _names_of_splits(wanted, splits, label, key)
+    fetch([file for name in names for file in splits[name]])
+    found, files, starts, lengths = [], [], {}, {}
+    total = 0
+    for name in names:
+        starts[name] = total
+        for file in splits[name]:
+            try:
+                rows = read_file(file.here(), file.suffix, file.name)
+            except DataError as error:
+                raise DataError(f"{key}: {error}") from error
+            files.append((file.name, total))
+            found.append(rows)
+            total += len(rows)
+        lengths[name] = total - starts[name]
+    if len(found) > 1:
+        _refuse_different(files, found, asked, label, key)
+    raw = found[0] if len(found) == 1 else concatenate_datasets(found)
+    drawn = None
+    if "[" in wanted:
+        drawn = _slice(wanted, lengths, starts, key)
+        if not len(drawn):
+            raise DataError(f"{key}.split: {wanted} of {label} holds no row")
+        raw = raw.select(drawn)
+    return raw, drawn, tuple(files) if len(files) > 1 else ()
+
+
+def _refuse_different(files: list[tuple[str, int]], found: list[Dataset], asked: Shape, label: str, key: str) -> None:
+    """Rows of one data set whose formats differ from file to file would be dropped as unreadable: an error."""
+    formats: dict[str, str] = {}
+    for (name, _), raw in zip(files, found, strict=True):
+        formats.setdefault(shape(asked, columns_of(raw), name, key)[0], name)
+    if len(formats) > 1:
+        listed = ", ".join(f"{name} is read as {fmt}" for fmt, name in formats.items())
+        raise DataError(
+            f"{key}: the files of {label} differ in their columns: {listed}. Give each its own entry in "
+            "data.datasets, or say which columns to read with format and columns"
+        )
+
+
+_SPLIT = re.compile(r"\s*([^\[\s]+)\s*(\[.*\])?\s*")
+
+
+def _names_of_splits(wanted: str, splits: Splits, label: str, key: str) -> list[str]:
+    """The splits that `split: train+test[:10%]` names, each once; `all` are all of them."""
+    if wanted == "all" and "all" not in splits:
+        return list(splits)
+    names = []
+    for part in wanted.split("+"):
+        found = _SPLIT.fullmatch(part)
+        name = found[1] if found else part
+        if name not in splits:
+            have = ", ".join(splits)
+            raise DataError(
+                f"{key}.split: {label} has no split {name!r}; it has {have}. Name one of them, e.g. split: "
+                f"{next(iter(splits))}"
+            )
+        names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def _slice(wanted: str, lengths: dict[str, int], starts: dict[str, int], key: str) -> np.ndarray:
+    """Row numbers of `train[:10%]` and its like, in the rows of all splits end to end."""
+    from datasets import ReadInstruction
+
+    try:
+        instructions = ReadInstruction.from_spec(wanted).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise DataError(
+            f"{key}.split: found {wanted}, expected a split or a part of it, such as train[:90%] or train[100:200]: "
+            f"{first_line(error)}"
+        ) from error
+    pieces = [
+        np.arange(found.from_ or 0, lengths[found.splitname] if found.to is None else found.to)
+        + starts[found.splitname]
+        for found in instructions
+    ]
+    return np.concatenate(pieces).astype(np.int64)
+
+
+def splits_of(entry: DatasetEntry, label: str, key: str) -> Splits:
+    """The files of one entry, by split."""
+    if not (hub := hub_id(entry)):
+        return located(location_of(entry), key)
+    source = SOURCES[entry.name] if entry.name else None
+    files = dict(source.files) if source and source.files else None
+    if files and entry.config:  # a folder of the repository, as hh-rlhf's `helpful-base`
+        folders = sorted({name.split("/")[0] for names in files.values() for name in names})
+        if entry.config not in folders:
+            raise DataError(f"{key}.config: {label} has no part {entry.config!r}; it has {', '.join(folders)}")
+        files = {s: [f for f in names if f.startswith(f"{entry.config}/")] for s, names in files.items()}
+    return hub_splits(hub, entry.config, entry.revision, files, key)
+
+
+def stream_files(entry: DatasetEntry, label: str, key: str) -> list[DataFile]:
+    """The files of one entry that streams, in the order in which they are read."""
+    try:
+        splits = splits_of(entry, label, key)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(not_read(entry, label, key, error)) from error
+    return [file for name in _names_of_splits(entry.split or "train", splits, label, key) for file in splits[name]]
 
 
 def label_of(entry: DatasetEntry, key: str) -> str:
@@ -170,42 +275,29 @@ def location_of(entry: DatasetEntry) -> str:
     return str(entry.path or entry.url or (source and (source.url or source.path)))
 
 
-def _read_file(location: str, key: str) -> Dataset:
-    """The rows of a local file or a URL."""
-    suffix = known_suffix(location, key)
-    path = download(location) if "://" in location else existing(location, key)
-    try:
-        return read_file(path, suffix, location)
-    except DataError as error:
-        raise DataError(f"{key}: {error}") from error
-
-
-def known_suffix(location: str, key: str) -> str:
-    """The ending of a path or URL, one of `SUFFIXES`."""
-    suffix = suffix_of(location)
-    if suffix not in SUFFIXES:
-        raise DataError(f"{key}: {location} ends in {suffix or 'nothing'}; files may be {', '.join(sorted(SUFFIXES))}")
-    return suffix
-
-
-def existing(location: str, key: str) -> Path:
-    """The path of a local file, which must be there."""
-    path = Path(location).expanduser()
-    if not path.is_file():
-        raise DataError(f"{key}: there is no file {location}" + (" (it is a folder)" if path.is_dir() else ""))
-    return path
-
-
 def not_read(entry: DatasetEntry, label: str, key: str, error: Exception) -> str:
     """Say in words why a data set could not be read or fetched, and what to try."""
+    said = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    reason = "\n".join(said[:6]) or type(error).__name__
     if entry.path:
-        return f"{key}: {label} could not be read: {first_line(error.__cause__ or error)}"
+        return f"{key}: {label} could not be read: {reason}"
     where = "the Hugging Face Hub" if hub_id(entry) else "its URL"
     return (
-        f"{key}: {label} could not be fetched from {where}: {first_line(error.__cause__ or error)}\n"
-        "Check the spelling and the network; a private or gated data set needs `hf auth login` or HF_TOKEN. "
-        "A local copy works too: data.datasets=[{path: FILE}]"
+        f"{key}: {label} could not be fetched from {where}: {reason}\n"
+        f"{_what_to_try(error)}A local copy works too: data.datasets=[{{path: FILE}}]"
     )
+
+
+def _what_to_try(error: BaseException | None) -> str:
+    """The advice that goes with a failure to fetch: on the name or the network where it is one of these."""
+    names: set[str] = set()
+    while error is not None:
+        names |= {kind.__name__ for kind in type(error).__mro__}
+        error = error.__cause__ or error.__context__
+    if names & {"DatasetNotFoundError", "RepositoryNotFoundError", "GatedRepoError"}:
+        return "Check the spelling; a private or gated data set needs `hf auth login` or HF_TOKEN. "
+    away = {"ConnectionError", "TransportError", "TimeoutError", "URLError", "OfflineModeIsEnabled", "HfHubHTTPError"}
+    return "Check the network and the spelling. " if names & {*away, "LocalEntryNotFoundError", "HTTPError"} else ""
 
 
 def conversations(recipe: Recipe, split: str, limit: int | None = None) -> list[dict[str, Any]]:
@@ -222,16 +314,40 @@ def conversations(recipe: Recipe, split: str, limit: int | None = None) -> list[
     return found[:limit]
 
 
-def file_conversations(path: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """The usable rows of one file, as `conversations` gives them."""
-    raw = _read_file(path, "--data")
-    if len(raw) == 0:
-        raise DataError(f"--data: {path} holds no rows")
-    part = Part(path, raw, detect_format(columns_of(raw), f"--data: {path}"), {}, {}, "--data")
+def file_conversations(path: str, limit: int | None = None, shapes: Sequence[Shape] = ()) -> list[dict[str, Any]]:
+    """The usable rows of a file, folder, pattern or URL, as `conversations` gives them.
+
+    Args:
+        shapes: how rows like these may be read, the first that fits; else their columns tell.
+    """
+    key = "--data"
+    try:
+        splits = located(path, key)
+        wanted = next((name for name in ("test", "validation") if name in splits and len(splits) > 1), "all")
+        raw, drawn, files, fmt, columns = _read_as_one_of([*shapes, (None, {})], splits, wanted, path, key)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{key}: {path} could not be read: {first_line(error)}") from error
+    part = Part(path, raw, fmt, columns, {}, key, drawn, 1.0, files)
     found = _usable(part, raw)
     if not found:
-        raise DataError(f"--data: no row of {path} has a question and an answer")
+        raise DataError(f"{key}: no row of {path} has a question and an answer")
     return found[:limit]
+
+
+def _read_as_one_of(
+    shapes: Sequence[Shape], splits: Splits, wanted: str, label: str, key: str
+) -> tuple[Dataset, np.ndarray | None, tuple[tuple[str, int], ...], str, dict[str, str]]:
+    """The rows, their format and columns by the first shape that fits them."""
+    for asked in shapes:
+        try:
+            raw = _read(splits, wanted, asked, label, key)
+            return *raw, *shape(asked, columns_of(raw[0]), label, key)
+        except DataError:
+            if asked is shapes[-1]:
+                raise
+    raise AssertionError("there is a last shape")
 
 
 def _usable(part: Part, rows: Dataset) -> list[dict[str, Any]]:

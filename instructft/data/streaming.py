@@ -18,14 +18,13 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from itertools import count, islice
+from functools import cached_property
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from instructft.data import readers
-from instructft.data.load import Part, existing, hub_id, known_suffix, label_of, load_raw, location_of, not_read, shape
+from instructft.data.load import Part, hub_id, label_of, not_read, shape, shape_of, stream_files
 from instructft.data.packing import best_fit
 from instructft.data.tokenize import Batches, drop_reasons, shaped_by
 from instructft.errors import DataError
@@ -280,7 +279,7 @@ def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stream
             columns.update(dict.fromkeys(row))
         if not columns:
             raise DataError(f"{key}: {label} holds no rows")
-        fmt, mapped = shape(entry, list(columns), label, key)
+        fmt, mapped = shape(shape_of(entry), list(columns), label, key)
         part = Part(label, None, fmt, mapped, {}, key, None, entry.weight)
         streams.append(_Stream(part, read, Batches(part, recipe.data, tokenizer).encode, known_by))
     return Streamed(streams, recipe, tokenizer)
@@ -288,40 +287,19 @@ def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stream
 
 def _reader(entry: DatasetEntry, label: str, key: str) -> tuple[Callable[[], Iterator[dict[str, Any]]], Any]:
     """What reads the raw rows of one entry from the start, and what they are known by."""
-    begin: Callable[[], Iterator[dict[str, Any]]]
-    known_by: Any
+    files = stream_files(entry, label, key)
+    known_by: Any = [[file.name, *(file.path.stat()[6:9:2] if file.path else [])] for file in files]
     if hub := hub_id(entry):
-        raw = load_raw(entry, label, key)
-        begin, known_by = partial(iter, raw), [hub, entry.config, entry.split, entry.revision]
-    elif "://" in (location := location_of(entry)):
-        begin, known_by = partial(_url, location, known_suffix(location, key)), location
-    else:
-        path = existing(location, key)
-        begin = partial(readers.rows, path, known_suffix(location, key), location)
-        known_by = entry.name or [location, *path.stat()[6:9:2]]  # what is bundled counts as code
+        known_by = [hub, entry.config, entry.split, entry.revision]
+    elif entry.name:
+        known_by = entry.name  # what is bundled counts as code
 
     def read() -> Iterator[dict[str, Any]]:
         try:
-            yield from islice(begin(), entry.rows)
+            yield from islice(chain.from_iterable(file.rows() for file in files), entry.rows)
         except DataError as error:
             raise error if str(error).startswith(key) else DataError(f"{key}: {error}") from error
         except Exception as error:
             raise DataError(not_read(entry, label, key, error)) from error
 
     return read, known_by
-
-
-def _url(url: str, suffix: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file on the web, none of which is put on the disk; with HF_HUB_OFFLINE=1 an earlier copy's."""
-    from datasets import config
-
-    if config.HF_HUB_OFFLINE:
-        yield from readers.rows(readers.download(url), suffix, url)
-    elif suffix == ".parquet":  # its index stands at the end
-        import fsspec
-
-        with fsspec.open(url, "rb") as file:
-            yield from readers.rows_of(file, suffix, url)
-    else:
-        with readers.opened(url) as body:
-            yield from readers.rows_of(body, suffix, url)

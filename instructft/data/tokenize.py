@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ class Batches:
 
     def __init__(self, part: Part, data: Any, tokenizer: PreTrainedTokenizerBase):
         # the rows come as batches, so the part goes along without them
-        self.part = Part(part.label, None, part.format, part.columns, {}, part.key, part.drawn)
+        self.part = dataclasses.replace(part, raw=None, rows={})
         self.train_on, self.max_length, self.on_too_long = data.train_on, data.max_length, data.on_too_long
         self.tokenizer = tokenizer
         self.many = part.raw is None or len(part.raw) >= _MANY  # a stream has no number of rows

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 from instructft.checkpoints.manifest import folders, verify
 from instructft.checkpoints.resume import fixed_keys
-from instructft.data.load import conversations, file_conversations
-from instructft.data.prepare import SPLITS
 from instructft.data.files.kinds import SUFFIXES, suffix_of
+from instructft.data.load import conversations, file_conversations, shape_of
+from instructft.data.prepare import SPLITS
 from instructft.errors import CheckpointError, UsageError
 from instructft.evaluation.confidence import differences
 from instructft.evaluation.metrics import evaluate
@@ -172,7 +172,8 @@ def rows_of(
     if data and suffix_of(data) in SUFFIXES:
         if split:
             raise UsageError("--split goes with a recipe; a file is evaluated whole")
-        return file_conversations(data, limit), data, None
+        entries = sorted(recipe.data.datasets if recipe else (), key=lambda entry: data not in (entry.path, entry.url))
+        return file_conversations(data, limit, [shape_of(entry) for entry in entries if entry.columns]), data, None
     if data:
         recipe = load_recipe(data)
     if recipe is None:

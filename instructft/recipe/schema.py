@@ -128,7 +128,9 @@ class DatasetEntry(_Section):
     name: str | None = Field(default=None, description="a data set that instructft knows by name")
     hub: str | None = Field(default=None, description="a data set id on the Hub, org/name")
     path: str | None = Field(
-        default=None, min_length=1, description="a local .json, .jsonl, .jsonl.gz, .csv or .parquet file"
+        default=None,
+        min_length=1,
+        description="a local file of rows (JSON, JSONL, CSV, TSV, Parquet, Arrow), a folder, or a pattern",
     )
     url: str | None = Field(default=None, description="http(s) address of such a file")
     format: str | None = Field(default=None, description="shape of the rows; default: detected by their columns")

@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from instructft.data.files.kinds import SUFFIXES, not_known, suffix_of
+from instructft.data.files.locate import as_pattern
 from instructft.errors import RecipeError
 from instructft.formatting import closest, nearest
 from instructft.recipe.aliases import ADAPTER_HOMES, ALIASES, TRAIN_HOMES, VALUE_HINTS
@@ -32,7 +34,6 @@ from instructft.recipe.yaml_reader import Document, KeyPath, dotted
 from instructft.redaction import is_secret
 from instructft.weights.base_record import is_hub_id, stays_inside
 
-DATA_FILES = (".json", ".jsonl", ".jsonl.gz", ".csv", ".parquet")
 _ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 _OWN_ADAPTER = section_keys(AdapterSection)
 
@@ -176,7 +177,7 @@ class _Check:
     ) -> None:
         name, form, url = entry.get("name"), entry.get("format"), entry.get("url")
         if isinstance(name, str) and name not in sources:
-            if name.endswith(DATA_FILES):
+            if name.endswith(SUFFIXES):
                 near = f"; a file is written {{{'url' if '://' in name else 'path'}: {name}}}"
             else:
                 near = nearest(name, sources)
@@ -194,25 +195,32 @@ class _Check:
             self.problem((*path, "url"), say)
         self.hub_id(entry, (*path, "hub"))
         if isinstance(entry.get("path"), str):
-            self.local_file(entry, (*path, "path"), DATA_FILES)
+            self.data_file(entry, (*path, "path"))
 
-    def local_file(self, values: dict[str, Any], path: KeyPath, endings: tuple[str, ...] = ()) -> None:
+    def local_file(self, values: dict[str, Any], path: KeyPath) -> Path | None:
         """A file must be there, seen from the current directory or from the recipe; `values` gets where it is."""
         key = str(path[-1])
         written = Path(values[key]).expanduser()
         if not self.strict:
-            return
+            return None
         found = next((file for file in (written, self.folder / written) if file.exists()), None)
         if found is None:
             beside = f" (looked in {Path.cwd()} and beside the recipe)" if not written.is_absolute() else ""
             near = nearest(written.name, [file.name for file in _siblings(written, self.folder)], cutoff=0.75)
             self.problem(path, f'there is no "{values[key]}"{beside}{near}')
-        elif endings and found.is_dir():
-            self.problem(path, f'"{values[key]}" is a folder, expected a file ({", ".join(endings)})')
-        elif endings and not found.name.lower().endswith(endings):
-            self.problem(path, f'"{values[key]}" has an ending that is not known; expected {", ".join(endings)}')
         elif found != written or values[key].startswith("~"):
             values[key] = str(found)
+        return found
+
+    def data_file(self, values: dict[str, Any], path: KeyPath) -> None:
+        """A file of rows, a folder, or where nothing is called that a pattern that some file fits."""
+        written = values["path"]
+        if self.strict and (pattern := as_pattern(written, self.folder)):
+            values["path"] = pattern
+            return
+        found = self.local_file(values, path)
+        if found and found.is_file() and suffix_of(found.name) not in SUFFIXES:
+            self.problem(path, not_known(written))
 
     def inside_repo(self, values: dict[str, Any], path: KeyPath) -> None:
         value = values.get(str(path[-1]))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from instructft.data.readers import ROW as COLUMN
 from instructft.data.files.kinds import SUFFIXES, suffix_of
+from instructft.data.readers import ROW as COLUMN
 from instructft.data.readers import read_file, rows
 from instructft.errors import DataError
 
@@ -138,7 +138,7 @@ BAD = [
     ("a.json", ROW, "a.json holds a JSON object, expected a list of rows"),
     ("a.json", '{"version": [1]}', "a.json holds a JSON object, expected a list of rows"),
     ("a.json", '{"version": 1,\n"d": {}}', "a.json holds a JSON object, expected a list of rows"),
-    ("a.jsonl", f'{ROW[:-1]}\n{ROW}\n', "a.jsonl, line 2, column 1: not JSON: Expecting ',' delimiter"),
+    ("a.jsonl", f"{ROW[:-1]}\n{ROW}\n", "a.jsonl, line 2, column 1: not JSON: Expecting ',' delimiter"),
     ("a.jsonl", '\n{\n"a": 1\n}\n{\n"a": }\n', "a.jsonl, line 6, column 6: not JSON: Expecting value"),
     ("a.json", '"text"', "a.json holds a JSON text, expected a list of rows"),
     ("a.json", f"[{ROW}, 3]", "a.json: row 2 is a JSON number, expected an object"),

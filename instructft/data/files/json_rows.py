@@ -22,13 +22,10 @@ def json_rows(file: IO[bytes], name: str, one_object_is_a_row: bool) -> Found:
         DataError: with the line and column of what is not JSON.
     """
     lines = enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n"), 1)
-    before = ""  # empty lines, which count where a place is named
-    for number, line in lines:
-        if line.strip():
-            break
-        before += line
-    else:
+    number, line = next(((n, text) for n, text in lines if text.strip()), (0, ""))
+    if not line:
         return
+    before = "\n" * (number - 1)  # empty lines, which count where a place is named
     if line.lstrip().startswith("["):
         yield from _list(before + line + "".join(text for _, text in lines), name)
         return
@@ -54,7 +51,7 @@ def _line_by_line(lines: Iterable[tuple[int, str]], name: str) -> Found:
     for number, line in lines:
         if line.strip():
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())  # else an error at the end of a line is named one line later
             except json.JSONDecodeError as error:
                 raise _not_json(error, name, number) from error
             yield _object(row, f"{name}, line {number}"), line

@@ -46,7 +46,7 @@ def suffix_of(location: str) -> str:
     >>> suffix_of("https://example.org/rows.jsonl.gz?download=true"), suffix_of("really?.csv")
     ('.jsonl.gz', '.csv')
     """
-    if "://" in location:
+    if location.startswith(("http://", "https://")):
         location = re.split("[?#]", location)[0]
     name = Path(location).name.lower()
     found = next((suffix for suffix in _LONGEST_FIRST if name.endswith(suffix)), None)
@@ -90,13 +90,13 @@ def unpacked(file: IO[bytes], suffix: str) -> IO[bytes]:
     """
     if suffix in ARROW_KINDS:  # read from their end, and packed inside
         return file
-    buffered: Any = io.BufferedReader(file)  # type: ignore[type-var]
+    buffered: Any = io.BufferedReader(file)
     head = buffered.peek(6)[:6]
     named = next((packing for packing in PACKINGS if suffix.endswith(packing)), None)
     packing = next((found for magic, found in _MAGIC.items() if head.startswith(magic)), named)
     plain: Any
     if packing is None:
-        return buffered  # type: ignore[no-any-return]
+        return buffered
     if packing == ".gz":
         plain = gzip.GzipFile(fileobj=buffered)
     elif packing == ".bz2":
@@ -106,7 +106,7 @@ def unpacked(file: IO[bytes], suffix: str) -> IO[bytes]:
     elif packing == ".xz":
         import lzma
 
-        plain = lzma.LZMAFile(buffered)
+        plain = lzma.LZMAFile(buffered)  # noqa: SIM115  its reader closes what lies below
     else:
         import pyarrow as pa  # brings zstd along: no other package is needed for it
 
