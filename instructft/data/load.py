@@ -5,6 +5,7 @@ A row's split depends on `data.seed`, `data.splits` and its row number, and on n
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from instructft.recipe.schema import DatasetEntry, Recipe
 
+
+SPLITS = ("train", "validation", "test")
 
 # How rows are to be read: the format (None: told by their columns), and our column name -> the name in the file.
 Shape = tuple[str | None, Mapping[str, str]]
@@ -63,33 +66,44 @@ class Part:
         return f"{self.key}: row {place - start + 1} of {name}"
 
 
-def load_parts(recipe: Recipe) -> list[Part]:
-    """Load the raw rows of every data set of a recipe and divide them into splits.
+def load_parts(recipe: Recipe, splits: Sequence[str] = SPLITS) -> list[Part]:
+    """Load the raw rows of every data set of a recipe that has rows in `splits`, and divide them into splits.
 
-    The split of a row depends on `data.seed`, `data.splits` and its row number only: not on the template, the
-    tokenizer or `max_length`, so that runs with different settings are compared on the same held-out rows.
+    The split of a row of `data.datasets` depends on `data.seed`, `data.splits` and its row number only: not on the
+    template, the tokenizer or `max_length`, so that runs with different settings are compared on the same held-out
+    rows. The rows of `data.validation` and `data.test` are all held out.
 
     Raises:
         DataError: a file, URL or Hub id that cannot be read, or whose rows have no known format.
     """
     parts = []
-    if any(entry.streaming for entry in recipe.data.datasets):
+    shared = any(name == "train" or getattr(recipe.data.splits, name) for name in splits)
+    if shared and any(entry.streaming for entry in recipe.data.datasets):
         raise DataError(
             "data.datasets[].streaming: rows that are read as they come cannot be counted, held out or looked up "
             "ahead of a run; set streaming: false here, with rows: N if the whole set is too large"
         )
-    for i, entry in enumerate(recipe.data.datasets):
-        key = f"data.datasets[{i}]"
-        label = label_of(entry, key)
-        raw, drawn, files = load_raw(entry, label, key)
-        if entry.rows is not None:
-            some = _draw(len(raw), entry.rows, recipe.data.seed, i, f"{key}.rows")
-            raw = raw.select(some)
-            drawn = some if drawn is None else drawn[some]
-        fmt, columns = shape(shape_of(entry), columns_of(raw), label, key)
-        rows = _split_rows(len(raw), recipe, i)
-        parts.append(Part(label, raw, fmt, columns, rows, key, drawn, entry.weight, files))
+    for i, entry in enumerate(recipe.data.datasets if shared else ()):
+        part = _part(entry, f"data.datasets[{i}]", recipe, i)
+        parts.append(dataclasses.replace(part, rows=_split_rows(len(part.raw), recipe, i)))
+    for split in ("validation", "test"):
+        for i, entry in enumerate((getattr(recipe.data, split) or ()) if split in splits else ()):
+            part = _part(entry, f"data.{split}[{i}]", recipe, len(recipe.data.datasets) + i)
+            rows = {name: np.arange(len(part.raw) if name == split else 0) for name in ("validation", "test", "train")}
+            parts.append(dataclasses.replace(part, rows=rows))
     return parts
+
+
+def _part(entry: DatasetEntry, key: str, recipe: Recipe, number: int) -> Part:
+    """One entry with its raw rows, not yet divided; `number` goes into the seed."""
+    label = label_of(entry, key)
+    raw, drawn, files = load_raw(entry, label, key)
+    if entry.rows is not None:
+        some = _draw(len(raw), entry.rows, recipe.data.seed, number, f"{key}.rows")
+        raw = raw.select(some)
+        drawn = some if drawn is None else drawn[some]
+    fmt, columns = shape(shape_of(entry), columns_of(raw), label, key)
+    return Part(label, raw, fmt, columns, {}, key, drawn, entry.weight, files)
 
 
 def shape(asked: Shape, found: list[str], label: str, key: str) -> tuple[str, dict[str, str]]:
@@ -261,7 +275,7 @@ def stream_files(entry: DatasetEntry, label: str, key: str) -> list[DataFile]:
 
 def label_of(entry: DatasetEntry, key: str) -> str:
     """What an entry is called in messages and in an account."""
-    return entry.name or entry.hub or entry.path or entry.url or key
+    return entry.label or entry.name or entry.hub or entry.path or entry.url or key
 
 
 def hub_id(entry: DatasetEntry) -> str | None:
@@ -307,7 +321,7 @@ def conversations(recipe: Recipe, split: str, limit: int | None = None) -> list[
     'assistant'
     """
     found: list[dict[str, Any]] = []
-    for part in load_parts(recipe):
+    for part in load_parts(recipe, [split]):
         found += _usable(part, part.raw.select(part.rows[split]))
         if limit is not None and len(found) >= limit:
             break

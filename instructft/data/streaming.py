@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from instructft.data.load import Part, hub_id, label_of, not_read, shape, shape_of, stream_files
-from instructft.data.packing import best_fit
+from instructft.data.deduplicate import Known
+from instructft.data.packing import best_fit, flat
+from instructft.data.prepare import Prepared, prepare_held_out
 from instructft.data.tokenize import Batches, drop_reasons, shaped_by
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX, encoder
@@ -73,22 +75,32 @@ class Streamed:
     the training rows that was begun last; a row is known to be dropped up to 1,000 rows ahead. Use `prepare_stream`.
     """
 
-    groups: dict[str, int] = {}  # noqa: RUF012  nothing is held out
-
-    def __init__(self, streams: list[_Stream], recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        streams: list[_Stream],
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: Prepared | None = None,
+    ):
+        self._held_out = held_out
+        self.groups = held_out.groups if held_out else {}
+        held = [flat(rows) for rows in held_out.splits.values()] if held_out else []
+        self._known = Known(held) if held else None
         self._streams, self._data, self._tally = streams, recipe.data, _Tally()
         self._weights = [stream.part.weight for stream in streams]
         ours = [shaped_by(stream.known_by, stream.part, recipe, tokenizer) for stream in streams]
         more = [ours, self._weights, [e.rows for e in self._data.datasets], self._data.seed, self._data.packing]
+        if held_out:
+            more.append(held_out.fingerprint)
         self.fingerprint = hashlib.sha256(json.dumps(more).encode()).hexdigest()[:16]
         self._train = self._dataset(lambda: self._pass(self._train.epoch))
 
     @cached_property
     def splits(self) -> IterableDatasetDict:
-        """`train`, one pass over the data; `set_epoch` gives the next pass its order."""
+        """`train`, one pass over the data, whose order `set_epoch` gives; and what the recipe holds out, read whole."""
         from datasets import IterableDatasetDict
 
-        return IterableDatasetDict({"train": self._train})
+        return IterableDatasetDict({"train": self._train, **(self._held_out.splits if self._held_out else {})})
 
     @cached_property
     def for_training(self) -> IterableDataset:
@@ -106,15 +118,17 @@ class Streamed:
 
     @property
     def rows(self) -> dict[str, int]:
-        return {"train": self._tally.rows, "validation": 0, "test": 0}  # before packing
+        held = self._held_out.rows if self._held_out else {"validation": 0, "test": 0}
+        return {**held, "train": self._tally.rows}  # before packing
 
     @property
     def tokens(self) -> dict[str, int]:
-        return {"train": self._tally.tokens}
+        return {**(self._held_out.tokens if self._held_out else {}), "train": self._tally.tokens}
 
     @property
     def supervised_tokens(self) -> dict[str, int]:
-        return {"train": self._tally.supervised_tokens}
+        held = self._held_out.supervised_tokens if self._held_out else {}
+        return {**held, "train": self._tally.supervised_tokens}
 
     @property
     def dropped(self) -> Counter[str]:
@@ -164,6 +178,9 @@ class Streamed:
             ("data", f"{mix if len(labels) > 1 else labels[0]}, read as it is trained on"),
             ("loss on", f"about {share:.1%} of training tokens; about {mean:.0f} tokens a row ({guess})"),
         ]
+        if self._held_out:
+            held = " · ".join(f"{name} {count:,}" for name, count in self._held_out.rows.items() if count)
+            lines.append(("held out", f"{held} rows, read whole"))
         if tally.dropped:
             lines.append(("dropped", f"{drop_reasons(tally.dropped)}, before the first {tally.rows:,} rows were full"))
         if tally.cut:
@@ -235,6 +252,12 @@ class Streamed:
             tally.cut += int((lost > 0).sum())
             tally.cut_tokens += int(lost.sum())
             ends = np.cumsum(lengths)
+            if self._known and len(ids):
+                copies = self._known.among(({"input_ids": ids, "labels": labels}, ends - lengths, lengths))
+                copies &= lengths > 0
+                tally.dropped["near_duplicate_of_held_out"] += int(copies.sum())
+                ends[copies] = (ends - lengths)[copies]  # no row
+                lengths = np.where(copies, 0, lengths)
             for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True):
                 if end > start:
                     given = True
@@ -282,7 +305,7 @@ def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stream
         fmt, mapped = shape(shape_of(entry), list(columns), label, key)
         part = Part(label, None, fmt, mapped, {}, key, None, entry.weight)
         streams.append(_Stream(part, read, Batches(part, recipe.data, tokenizer).encode, known_by))
-    return Streamed(streams, recipe, tokenizer)
+    return Streamed(streams, recipe, tokenizer, prepare_held_out(recipe, tokenizer))
 
 
 def _reader(entry: DatasetEntry, label: str, key: str) -> tuple[Callable[[], Iterator[dict[str, Any]]], Any]:

@@ -142,10 +142,11 @@ class _Check:
         from instructft.prompt.templates import TEMPLATES
 
         data, model, hub = self.values["data"], self.values["model"], self.values["hub"]
-        entries = data.get("datasets") if isinstance(data, dict) else None
-        for index, entry in enumerate(entries if isinstance(entries, list) else []):
-            if isinstance(entry, dict):
-                self.dataset(entry, ("data", "datasets", index), SOURCES, FORMATS)
+        for key in ("datasets", "validation", "test"):
+            entries = data.get(key) if isinstance(data, dict) else None
+            for index, entry in enumerate(entries if isinstance(entries, list) else []):
+                if isinstance(entry, dict):
+                    self.dataset(entry, ("data", key, index), SOURCES, FORMATS)
         if isinstance(data, dict):
             if str(data.get("template")).endswith(".jinja"):
                 self.local_file(data, ("data", "template"))
@@ -272,7 +273,7 @@ class _Check:
     def take_out(self, path: KeyPath) -> None:
         """Remove a value, so that its default takes its place; a data set gives way to a harmless one."""
         parent = _get(self.values, path[:-1])  # None if it was taken out itself
-        if path[:2] == ("data", "datasets") and len(path) < 4:
+        if len(path) in (2, 3) and path[0] == "data" and path[1] in ("datasets", "validation", "test"):
             harmless = {"name": "quickstart"}
             parent[path[-1]] = harmless if len(path) == 3 else [harmless]
         elif isinstance(parent, list):
