@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from instructft.data.deduplicate import near_duplicates
+from instructft.data.deduplicate import Known
 from instructft.data.load import SPLITS, Part, load_parts
 from instructft.data.packing import flat, pack
 from instructft.data.tokenize import drop_reasons, encode_part
@@ -137,7 +137,7 @@ def prepare_dataset(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Datas
     if any(entry.streaming for entry in recipe.data.datasets):
         from instructft.data.streaming import prepare_stream
 
-        return prepare_stream(recipe, tokenizer).splits
+        return prepare_stream(recipe, tokenizer, prepare_held_out(recipe, tokenizer)).splits
     return prepare(recipe, tokenizer).splits
 
 
@@ -219,11 +219,20 @@ def _take_out_known(pieces: dict[str, dict[str, Dataset]], dropped: Counter[str]
     held = [flat(rows) for name in ("validation", "test") for rows in pieces[name].values()]
     if not held:
         return
+    look = Known(held)
     for label, rows in list(pieces["train"].items()):
-        known = near_duplicates(flat(rows), held)
-        if known.any() and not known.all():
+        known = look.among(flat(rows))
+        if known.all():
+            del pieces["train"][label]
+        elif known.any():
             pieces["train"][label] = rows.select(np.flatnonzero(~known))
-            dropped["near_duplicate_of_held_out"] += int(known.sum())
+        dropped["near_duplicate_of_held_out"] += int(known.sum())
+    if not pieces["train"]:
+        raise DataError(
+            "data: every training row is nearly the same as a held-out one, so nothing is left to train on; hold "
+            "other rows out (data.validation, data.test, data.splits)"
+        )
+    dropped += Counter()  # without a count of 0
 
 
 def _weigh(pieces: dict[str, Dataset], weights: dict[str, float], seed: int, dropped: Counter[str]) -> None:

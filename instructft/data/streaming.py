@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from instructft.data.load import Part, hub_id, label_of, not_read, shape, shape_of, stream_files
 from instructft.data.deduplicate import Known
+from instructft.data.load import Part, hub_id, label_of, not_read, shape, shape_of, stream_files
 from instructft.data.packing import best_fit, flat
-from instructft.data.prepare import Prepared, prepare_held_out
 from instructft.data.tokenize import Batches, drop_reasons, shaped_by
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX, encoder
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from datasets import IterableDataset, IterableDatasetDict
     from transformers import PreTrainedTokenizerBase
 
+    from instructft.data.prepare import Prepared
     from instructft.recipe.schema import DatasetEntry, Recipe
 
 SHUFFLED = 10_000  # raw rows of a data set among which the next one is drawn
@@ -283,8 +283,11 @@ def shuffled(rows: Iterable[T], draw: random.Random, size: int) -> Iterator[T]:
     yield from held
 
 
-def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Streamed:
+def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out: Prepared | None = None) -> Streamed:
     """Open the data sets of a recipe that streams; no more than the first thousand rows of each are read.
+
+    Args:
+        held_out: what `instructft.data.prepare.prepare_held_out` makes of `data.validation` and `data.test`.
 
     Raises:
         DataError: a file, URL or Hub id that cannot be read, or whose rows have no known format; while rows are read
@@ -305,7 +308,7 @@ def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stream
         fmt, mapped = shape(shape_of(entry), list(columns), label, key)
         part = Part(label, None, fmt, mapped, {}, key, None, entry.weight)
         streams.append(_Stream(part, read, Batches(part, recipe.data, tokenizer).encode, known_by))
-    return Streamed(streams, recipe, tokenizer, prepare_held_out(recipe, tokenizer))
+    return Streamed(streams, recipe, tokenizer, held_out)
 
 
 def _reader(entry: DatasetEntry, label: str, key: str) -> tuple[Callable[[], Iterator[dict[str, Any]]], Any]:
