@@ -1,8 +1,8 @@
 """Finds rows that are nearly the same as held-out ones, by their tokens.
 
 Two rows are nearly the same when the sets of their runs of `RUN` tokens overlap by `THRESHOLD` or more (Jaccard), or
-when one holds the other, as a dialogue does that was extended: `CONTAINED` of the runs of the smaller one, if these are
-`ENOUGH`. Runs that stand in many rows, as the headings of a template and the wording of a task do, say nothing and are
+when one stands whole in the other, as a dialogue does that was extended: all its runs, `ENOUGH` of them, but for fewer
+than `RUN` at its edges (another token within it takes `RUN` away). Runs that stand in many rows, as the headings of a template and the wording of a task do, say nothing and are
 left out; a row that has no others is compared whole. The runs of the held-out rows are an index, so that no pair of
 rows that share nothing is looked at.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 RUN = 5  # tokens
 THRESHOLD = 0.8  # share of runs in common
-CONTAINED, ENOUGH = 0.9, 12  # share of the smaller row's runs in the larger one; runs that it must have for that
+ENOUGH = 12  # runs of its own that a row must have to be found inside another
 COMMON = 0.01  # a run in more than this share of the rows (and in more than `_FEW`) is nobody's own
 _FEW = 8  # copies of one row in a small data set are no wording of the task
 _SAMPLE = 5_000  # rows in which common runs are looked for
@@ -68,7 +68,7 @@ class Known:
 def _alike(shared: int, one: int, other: int) -> bool:
     """Whether rows of so many runs, that share so many, are nearly the same, or one holds the other."""
     smaller = min(one, other)
-    return shared >= THRESHOLD * (one + other - shared) or (smaller >= ENOUGH and shared >= CONTAINED * smaller)
+    return shared >= THRESHOLD * (one + other - shared) or (smaller >= ENOUGH and smaller - shared < RUN)
 
 
 def chosen(rows: FlatRows, numbers: np.ndarray) -> FlatRows:
