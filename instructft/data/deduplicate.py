@@ -2,9 +2,9 @@
 
 Two rows are nearly the same when the sets of their runs of `RUN` tokens overlap by `THRESHOLD` or more (Jaccard), or
 when one stands whole in the other, as a dialogue does that was extended: all its runs, `ENOUGH` of them, but for fewer
-than `RUN` at its edges (another token within it takes `RUN` away). Runs that stand in many rows, as the headings of a template and the wording of a task do, say nothing and are
-left out; a row that has no others is compared whole. The runs of the held-out rows are an index, so that no pair of
-rows that share nothing is looked at.
+than `RUN` at its edges (another token within it takes `RUN` away). Runs that stand in many rows, as the headings of a
+template and the wording of a task do, say nothing and are left out; a row that has no others is compared whole. The
+runs of the held-out rows are an index, so that no pair of rows that share nothing is looked at.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Known:
 def _alike(shared: int, one: int, other: int) -> bool:
     """Whether rows of so many runs, that share so many, are nearly the same, or one holds the other."""
     smaller = min(one, other)
-    return shared >= THRESHOLD * (one + other - shared) or (smaller >= ENOUGH and smaller - shared < RUN)
+    if shared >= THRESHOLD * (one + other - shared):
+        return True
+    return smaller >= ENOUGH and smaller - shared < min(RUN, smaller // 10 + 1)
 
 
 def chosen(rows: FlatRows, numbers: np.ndarray) -> FlatRows:
