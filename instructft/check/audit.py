@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from instructft.check.text_checks import ANY_CHARACTER, CHARACTERS, markers, normal, one_word
+from instructft.data.deduplicate import FlatRows, Known, chosen
 from instructft.data.formats import FORMATS, to_conversation
 from instructft.data.load import load_parts
 from instructft.data.packing import flat
@@ -155,18 +156,36 @@ def _repeats(values: np.ndarray) -> list[tuple[int, int]]:
     return [(int(i), int(earlier[i])) for i in np.flatnonzero((earlier != np.arange(len(values))) & (values != 0))]
 
 
-def _leaks(texts: list[_Texts]) -> None:
-    """Training rows whose text some data set holds out as well."""
+def _leaks(texts: list[_Texts], tokens: list[FlatRows]) -> None:
+    """Training rows that are held out as well: in the same words, or nearly so, as `train` takes them out."""
     held: dict[int, str] = {}
+    places: list[str] = []
+    rows: list[FlatRows] = []
     for text in texts:
         for split in ("validation", "test"):
             for number in text.part.rows.get(split, ()):
                 if value := int(text.hashes[1, number]):
                     held.setdefault(value, f"{split}: row {text.place(int(number))} of {text.part.label}")
-    for text in texts:
+    for text, found in zip(texts, tokens, strict=True):
+        for split in ("validation", "test"):
+            numbers = _usable(text, split, found)
+            if len(numbers):
+                rows.append(chosen(found, numbers))
+                places += [f"{split}: row {text.place(int(number))} of {text.part.label}" for number in numbers]
+    known = Known(rows) if rows else None
+    for text, found in zip(texts, tokens, strict=True):
+        numbers = _usable(text, "train", found)
+        matches = known.matches(chosen(found, numbers)).tolist() if known and len(numbers) else []
+        near = {number: places[match] for number, match in zip(numbers.tolist(), matches, strict=False) if match >= 0}
         for number in text.part.rows["train"].tolist():
-            if where := held.get(int(text.hashes[1, number])):
+            if where := held.get(int(text.hashes[1, number])) or near.get(number):
                 text.found["leaks"].append((number, where))
+
+
+def _usable(text: _Texts, split: str, tokens: FlatRows) -> np.ndarray:
+    """The rows of a split that are not dropped."""
+    numbers = np.asarray(text.part.rows.get(split, ()), dtype=np.int64)
+    return numbers[tokens[2][numbers] > 0]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -176,11 +195,11 @@ def _leaks(texts: list[_Texts]) -> None:
 
 def _tokens(
     part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: _Texts
-) -> tuple[dict[str, Any], Any]:
-    """The account of a data set in tokens, and the length of each usable row before it is cut."""
+) -> tuple[dict[str, Any], Any, FlatRows]:
+    """The account of a data set in tokens, the length of each usable row before it is cut, and all rows as tokens."""
     encoded = encode_part(part, recipe, tokenizer)
     verdict = np.asarray(encoded["dropped"][:], dtype=object)
-    refuse_unread(part, verdict, encoded["note"][:], range(len(verdict)))
+    refuse_unread(part, verdict.tolist(), encoded["note"][:], range(len(verdict)))
     lost = np.asarray(encoded["cut_tokens"][:], dtype=np.int64)
     columns, starts, lengths = flat(encoded.select_columns(["input_ids", "labels"]))
     whole = lengths + lost
@@ -211,7 +230,7 @@ def _tokens(
         "cut": {**cut, "tokens": int(lost.sum())},
         "dropped": {"rows": dropped, "share": dropped / rows, "reasons": reasons},
     }
-    return account, whole[whole > 0]
+    return account, whole[whole > 0], (columns, starts, lengths)
 
 
 def _uncut(recipe: Recipe) -> Recipe:
@@ -231,15 +250,16 @@ def audit(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if recipe.data.on_too_long == "error":  # `check` says how many there are instead of stopping at the first
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_too_long": "truncate"})})
     marker = markers(tokenizer)
-    accounts, lengths, texts = [], [], []
+    accounts, lengths, texts, tokens = [], [], [], []
     for part in load_parts(recipe):
         text = _Texts(part, marker)
         text.compare()
-        account, whole = _tokens(part, recipe, tokenizer, text)
+        account, whole, rows = _tokens(part, recipe, tokenizer, text)
         texts.append(text)
         accounts.append(account)
         lengths.append(whole)
-    _leaks(texts)
+        tokens.append(rows)
+    _leaks(texts, tokens)
     for account, text in zip(accounts, texts, strict=True):
         account["findings"] = text.findings()
     worst = {

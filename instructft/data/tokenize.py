@@ -178,7 +178,7 @@ def refuse_unread(part: Part, verdicts: Sequence[str], notes: Sequence[str], num
         return
     lines, names = [], []
     for what, rows in sorted(found.items(), key=lambda item: -len(item[1])):
-        first = ", ".join(str(part.place(number)) for number, _, _ in rows[:3]) + (", …" if len(rows) > 3 else "")
+        first = ", ".join(part.place(number) for number, _, _ in rows[:3]) + (", …" if len(rows) > 3 else "")
         _, value, why = rows[0]
         lines.append(f"  {what}, {len(rows):,} {'rows' if len(rows) > 1 else 'row'} ({first}), such as {value}: {why}")
         if what.startswith(("column", "key", "part")):
@@ -229,7 +229,7 @@ def drop_examples(part: Part, verdicts: Sequence[str], notes: Sequence[str], num
     first: dict[str, str] = {}
     for verdict, note, number in zip(verdicts, notes, numbers, strict=True):
         if verdict and note and verdict not in first:
-            first[verdict] = f"  row {part.place(number):,}: {note}"
+            first[verdict] = f"  row {part.place(number)}: {note}"
     return "".join(f"\n{line}" for line in first.values())
 
 

@@ -259,10 +259,10 @@ def choose_texts(
 def _held_out(recipe: Recipe | None) -> list[Any]:
     from instructft.data.load import conversations
 
-    if recipe is None or any(entry.streaming for entry in recipe.data.datasets):
+    if recipe is None:
         return []
     for split in ("test", "validation"):
-        if getattr(recipe.data.splits, split):
+        if recipe.data.holds_out(split):
             try:
                 return [row["messages"] for row in conversations(recipe, split, ROWS)]
             except (InstructftError, OSError, ValueError):  # the data has moved: another text proves as much

@@ -28,22 +28,22 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 }
 
 
-def train_defaults(written: Mapping[str, Any], validation: float) -> dict[str, Any]:
+def train_defaults(written: Mapping[str, Any], validation: bool) -> dict[str, Any]:
     """`TRAIN_DEFAULTS` and the defaults that follow from other keys.
 
-    >>> train_defaults({"per_device_train_batch_size": 2}, validation=0.05)["per_device_eval_batch_size"]
+    >>> train_defaults({"per_device_train_batch_size": 2}, validation=True)["per_device_eval_batch_size"]
     2
     """
     defaults = dict(TRAIN_DEFAULTS)
     chosen = {**defaults, **written}
     best = bool(chosen.get("load_best_model_at_end"))  # needs evaluations exactly where checkpoints are
-    if chosen["early_stopping_patience"] is not None and validation > 0 and written.get("eval_strategy") != "no":
+    if chosen["early_stopping_patience"] is not None and validation and written.get("eval_strategy") != "no":
         best = bool(chosen.get("load_best_model_at_end", True))
         defaults["load_best_model_at_end"] = True
         defaults["save_strategy"] = written.get("eval_strategy", "steps")
         defaults["save_steps"] = written.get("eval_steps", 0.1)  # a checkpoint at every evaluation, to go back to
         chosen = {**defaults, **written}
-    if validation > 0:
+    if validation:
         defaults["eval_strategy"] = "epoch" if best and chosen["save_strategy"] == "epoch" else "steps"
     else:
         defaults["eval_strategy"] = "no"  # there is nothing to evaluate on
@@ -128,7 +128,9 @@ class DatasetEntry(_Section):
     name: str | None = Field(default=None, description="a data set that instructft knows by name")
     hub: str | None = Field(default=None, description="a data set id on the Hub, org/name")
     path: str | None = Field(
-        default=None, min_length=1, description="a local .json, .jsonl, .jsonl.gz, .csv or .parquet file"
+        default=None,
+        min_length=1,
+        description="a local file of rows (JSON, JSONL, CSV, TSV, Parquet, Arrow), a folder, or a pattern",
     )
     url: str | None = Field(default=None, description="http(s) address of such a file")
     format: str | None = Field(default=None, description="shape of the rows; default: detected by their columns")
@@ -139,6 +141,9 @@ class DatasetEntry(_Section):
     weight: float = Field(default=1.0, gt=0, description="share in a mix, relative to the other data sets")
     columns: Annotated[Mapping[str, str], AfterValidator(freeze)] = Field(
         default_factory=FrozenDict, description="column that the format expects: column in this data set"
+    )
+    label: str | None = Field(
+        default=None, min_length=1, description="what it is called in logs and reports; default: its name or place"
     )
     streaming: bool = Field(default=False, description="read rows as they come instead of downloading all first")
 
@@ -186,7 +191,17 @@ class DataSection(_Section):
     )
     packing: bool = Field(default=False, description="several conversations in one row of max_length, kept apart")
     splits: Splits = Field(default=Splits(), description="shares of the rows that are held out")
+    validation: tuple[DatasetEntry, ...] | None = Field(
+        default=None, min_length=1, description="data sets of their own to evaluate on, in place of a share of the rows"
+    )
+    test: tuple[DatasetEntry, ...] | None = Field(
+        default=None, min_length=1, description="data sets of their own for `evaluate`, in place of a share of the rows"
+    )
     seed: int = Field(default=42, ge=0, lt=2**32, description="which rows are held out, mixing and packing order")
+
+    def holds_out(self, split: str) -> bool:
+        """Whether a split, `validation` or `test`, has rows: a share of all, or data sets of its own."""
+        return bool(getattr(self, split)) or getattr(self.splits, split) > 0
 
 
 class AdapterSection(_Section):

@@ -24,7 +24,9 @@ def lengths(recipe):
     return [encode_conversation(part.conversation(row), tokenizer) for row in part.raw]
 
 
-LONG = [{"instruction": "Count.", "output": " ".join(["one", "two", "three"] * (i % 9))} for i in range(1, 45)]
+LONG = [
+    {"instruction": "Count.", "output": " ".join([f"one{i}", f"two{i}"] * (i % 9))} for i in range(1, 45)
+]  # no copies
 
 
 LONG = [row for row in LONG if row["output"]]

@@ -38,6 +38,8 @@ def test_defaults_are_those_of_the_contract(load):
             "on_too_long": "truncate",
             "packing": False,
             "splits": {"validation": 0.05, "test": 0.0},
+            "validation": None,
+            "test": None,
             "seed": 42,
         },
         "adapter": {
