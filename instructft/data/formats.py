@@ -16,9 +16,9 @@ from typing import Any
 
 from instructft.errors import DataError
 from instructft.prompt.conversation import Conversation, Message
+from instructft.prompt.layouts.messages import CONTENT, REASONING, TOOLS, messages_of, with_tools
+from instructft.prompt.layouts.tool_calls import calls_of, parsed, tools_of
 from instructft.prompt.ledger import Ledger, Unusable, absent, shown
-from instructft.prompt.messages import CONTENT, REASONING, TOOLS, messages_of, with_tools
-from instructft.prompt.tool_calls import calls_of, parsed, tools_of
 
 Row = Mapping[str, Any]
 SYSTEM = ("system", "system_prompt", "system_message")

@@ -30,8 +30,8 @@ from instructft.errors import DataError, TemplateError
 from instructft.prompt.borders import IGNORE_INDEX, Borders, Row
 from instructft.prompt.conversation import Conversation, Message
 from instructft.prompt.fast_bpe import FastBPE, fast_bpe
+from instructft.prompt.layouts.messages import conversation_of
 from instructft.prompt.ledger import Unusable
-from instructft.prompt.messages import conversation_of
 from instructft.prompt.render import Renderer
 from instructft.prompt.turns import Script, scripts
 

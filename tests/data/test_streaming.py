@@ -32,7 +32,7 @@ def made(count: int = 1200) -> Rows:
     """Rows of many lengths, some of which are dropped or cut at 40 tokens."""
     rows: Rows = []
     for i in range(count):
-        rows.append({"instruction": f"Say {i * 7919}.", "input": "", "output": f"{i} " * (1 + i % 15)})
+        rows.append({"instruction": f"Say {i * 7919}.", "input": "", "output": " ".join([str(i)] * (1 + i % 15))})
         if i % 100 == 7:
             rows[-1]["output"] = ""
         if i % 100 == 9:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from instructft.prompt.layouts.tool_calls import calls_of, tools_of
 from instructft.prompt.ledger import Ledger
-from instructft.prompt.tool_calls import calls_of, tools_of
 
 
 @pytest.mark.parametrize(

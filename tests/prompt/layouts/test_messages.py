@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from instructft.prompt.layouts.messages import conversation_of
 from instructft.prompt.ledger import Unread
-from instructft.prompt.messages import conversation_of
 
 
 def read(*turns):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from instructft.prompt.conversation import Conversation, Message
+from instructft.prompt.layouts.tool_calls import calls_of, parsed, tools_of
 from instructft.prompt.ledger import Ledger, Unusable, absent, compact, shown
-from instructft.prompt.tool_calls import calls_of, parsed, tools_of
 
 _NAMES = {
     "system": "system sys system_prompt",
@@ -34,7 +35,10 @@ _INVERSE = ("mask", "masked")  # of these 1 means no loss
 _SPANS = ("train_detail", "training_detail")
 TOOLS = ("tools", "functions")
 _CALLS = ("tool_calls", "function_call")
-_KNOWN = frozenset((*SPEAKER, *CONTENT, *REASONING, *FLAGS, *_SPANS, *TOOLS, *_CALLS, "tool_call_id", "name"))
+_OWN_SPANS = "train_spans"  # as they are in normal form
+_KNOWN = frozenset(
+    (*SPEAKER, *CONTENT, *REASONING, *FLAGS, *_SPANS, _OWN_SPANS, *TOOLS, *_CALLS, "tool_call_id", "name")
+)
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 _THINKING_PARTS = ("thinking", "reasoning")
@@ -273,6 +277,12 @@ def _weigh(message: Message, turn: Mapping[str, Any], where: str, ledger: Ledger
     for name in _SPANS:
         if not absent(turn.get(name)) and not ledger.ignores(name, role):
             _spans(message, turn[name], f"key `{name}` of a message in `{where}`", ledger)
+    if not absent(own := turn.get(_OWN_SPANS)) and not ledger.ignores(_OWN_SPANS, role):
+        named = ("begin_offset", "end_offset", "train")
+        details: Any = own
+        with suppress(TypeError, ValueError):
+            details = [dict(zip(named, (begin, end - 1, train), strict=True)) for begin, end, train in details]
+        _spans(message, details, f"key `{_OWN_SPANS}` of a message in `{where}`", ledger, rest=True)
 
 
 def _share(value: Any) -> float | None:
@@ -285,8 +295,12 @@ def _share(value: Any) -> float | None:
     return 1.0 if share != share else share  # NaN, as pandas writes null
 
 
-def _spans(message: Message, value: Any, where: str, ledger: Ledger) -> None:
-    """Axolotl's `[{"begin_offset": 0, "end_offset": 8, "train": false}, …]`, both ends included."""
+def _spans(message: Message, value: Any, where: str, ledger: Ledger, rest: bool = False) -> None:
+    """Axolotl's `[{"begin_offset": 0, "end_offset": 8, "train": false}, …]`, both ends included.
+
+    Args:
+        rest: whether characters that no span names are trained.
+    """
     details = parsed(value)
     content = message["content"]
     spans: list[tuple[int, int, bool]] = []
@@ -296,7 +310,7 @@ def _spans(message: Message, value: Any, where: str, ledger: Ledger) -> None:
             begin, end = int(detail["begin_offset"]), int(detail["end_offset"]) + 1
             if not at <= begin < end <= max(len(content), at):
                 raise ValueError
-            spans += [(at, begin, False)] if at < begin else []
+            spans += [(at, begin, rest)] if at < begin else []
             spans.append((begin, end, bool(detail["train"])))
             at = end
     except (TypeError, KeyError, ValueError):
@@ -304,7 +318,7 @@ def _spans(message: Message, value: Any, where: str, ledger: Ledger) -> None:
             where, value, f"expected [{{begin_offset, end_offset, train}}, …] within the {len(content)} characters"
         )
         return
-    spans += [(at, len(content), False)] if at < len(content) else []
+    spans += [(at, len(content), rest)] if at < len(content) else []
     trained = any(train for _, _, train in spans)
     if message["role"] != "assistant":
         if trained:
