@@ -329,11 +329,11 @@ def test_a_passed_limit_is_named(make: Any) -> None:
     assert some["check.max_dropped_share"]["found"] == 5 / 68
     least = {name: "1e-9" if name == "max_memory_gib" else "0" for name in LIMITS}
     passed = [key for key, limit in found(*(f"{n}={v}" for n, v in least.items())).items() if not limit["kept"]]
-    assert passed == [f"check.{name}" for name in LIMITS if name != "max_leaks"]
+    assert passed == [f"check.{name}" for name in LIMITS if name not in ("max_leaks", "max_refused_share")]
 
 
 def test_a_passed_limit_is_exit_2(make: Any, run: Any) -> None:
-    path = make([*CLEAN, CLEAN[0]])
+    path = make([*CLEAN, CLEAN[0]], text=RECIPE.replace(NO_LIMITS, ""))
     with Path(path).open("a", encoding="utf-8") as file:
         file.write("check: {max_duplicate_share: 0.001}\n")
     code, out, _ = run(path)
