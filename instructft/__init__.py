@@ -23,6 +23,7 @@ _PUBLIC = {
     "InstructftError": "errors",
     "Recipe": "recipe.schema",
     "encode_conversation": "prompt.loss_mask",
+    "encode_turns": "prompt.loss_mask",
     "evaluate": "evaluation.metrics",
     "generate": "inference.chat",
     "load_model": "models.load",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from instructft.models.load import load_model as load_model
     from instructft.models.tokenizer import load_tokenizer as load_tokenizer
     from instructft.prompt.loss_mask import encode_conversation as encode_conversation
+    from instructft.prompt.loss_mask import encode_turns as encode_turns
     from instructft.recipe.load import load_recipe as load_recipe
     from instructft.recipe.schema import Recipe as Recipe
     from instructft.training.run import train as train

@@ -43,7 +43,7 @@ QUESTIONS = {
     "Where is it decided which tokens carry loss?": "{encode_conversation}",
     "What do I edit to add a data set, and which test goes with it?": "`SOURCES` in {SOURCES}; {SOURCES!test}",
     "Where are all the legal recipe keys, and what happens to an unknown one?": (
-        "{DataSection}; {DATA_FILES} turns it into an error that names the right key"
+        "{DataSection}; {_ATTENTION} turns it into an error that names the right key"
     ),
     "What does packing change?": "{best_fit}; in words: [Packing](packing.md)",
     "Where does QLoRA differ from LoRA?": "{trouble_with}; all else is {adapters/}",

@@ -11,18 +11,20 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from instructft.check.text_checks import ANY_CHARACTER, CHARACTERS, markers, normal, one_word
+from instructft.data.deduplicate import FlatRows, Known, chosen
+from instructft.data.formats import FORMATS, to_conversation
 from instructft.data.load import load_parts
 from instructft.data.packing import flat
-from instructft.data.sources import FORMATS, Unusable, to_conversation
-from instructft.data.tokenize import encode_part
+from instructft.data.tokenize import REFUSED, encode_part, refuse_unread
 from instructft.formatting import quantiles
 from instructft.prompt.conversation import Message
+from instructft.prompt.ledger import Unread, Unusable
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ class _Texts:
         self.turns = 0
         self.hashes = np.zeros((4, len(part.raw)), dtype=np.uint64)  # exact, normal, prompt, answer
         fmt = FORMATS[part.format]
-        self.columns = [name for name in (*fmt.columns, *fmt.optional) if name not in _NOT_TRAINED]
+        self.columns = sorted(fmt.known.difference(_NOT_TRAINED))
         number = 0
         for table in part.raw.with_format("arrow").iter(batch_size=1000):
             for raw in table.to_pylist():
@@ -94,7 +96,9 @@ class _Texts:
                 if seen := sorted(set(pattern.findall(text))):
                     self.found[name].append((number, " ".join(f"U+{ord(c):04X}" for c in seen[:4])))
         try:
-            messages = to_conversation(row, self.part.format)
+            messages = to_conversation(row, self.part.format, self.part.rules)
+        except Unread:  # told by the account of tokens, all of them at once
+            return
         except Unusable as unusable:
             if unusable.reason == "empty_answer":
                 self.found["empty_answers"].append((number, ""))
@@ -152,18 +156,36 @@ def _repeats(values: np.ndarray) -> list[tuple[int, int]]:
     return [(int(i), int(earlier[i])) for i in np.flatnonzero((earlier != np.arange(len(values))) & (values != 0))]
 
 
-def _leaks(texts: list[_Texts]) -> None:
-    """Training rows whose text some data set holds out as well."""
+def _leaks(texts: list[_Texts], tokens: list[FlatRows]) -> None:
+    """Training rows that are held out as well: in the same words, or nearly so, as `train` takes them out."""
     held: dict[int, str] = {}
+    places: list[str] = []
+    rows: list[FlatRows] = []
     for text in texts:
         for split in ("validation", "test"):
             for number in text.part.rows.get(split, ()):
                 if value := int(text.hashes[1, number]):
                     held.setdefault(value, f"{split}: row {text.place(int(number))} of {text.part.label}")
-    for text in texts:
+    for text, found in zip(texts, tokens, strict=True):
+        for split in ("validation", "test"):
+            numbers = _usable(text, split, found)
+            if len(numbers):
+                rows.append(chosen(found, numbers))
+                places += [f"{split}: row {text.place(int(number))} of {text.part.label}" for number in numbers]
+    known = Known(rows) if rows else None
+    for text, found in zip(texts, tokens, strict=True):
+        numbers = _usable(text, "train", found)
+        matches = known.matches(chosen(found, numbers)).tolist() if known and len(numbers) else []
+        near = {number: places[match] for number, match in zip(numbers.tolist(), matches, strict=False) if match >= 0}
         for number in text.part.rows["train"].tolist():
-            if where := held.get(int(text.hashes[1, number])):
+            if where := held.get(int(text.hashes[1, number])) or near.get(number):
                 text.found["leaks"].append((number, where))
+
+
+def _usable(text: _Texts, split: str, tokens: FlatRows) -> np.ndarray:
+    """The rows of a split that are not dropped."""
+    numbers = np.asarray(text.part.rows.get(split, ()), dtype=np.int64)
+    return numbers[tokens[2][numbers] > 0]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -173,10 +195,11 @@ def _leaks(texts: list[_Texts]) -> None:
 
 def _tokens(
     part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: _Texts
-) -> tuple[dict[str, Any], Any]:
-    """The account of a data set in tokens, and the length of each usable row before it is cut."""
+) -> tuple[dict[str, Any], Any, FlatRows]:
+    """The account of a data set in tokens, the length of each usable row before it is cut, and all rows as tokens."""
     encoded = encode_part(part, recipe, tokenizer)
     verdict = np.asarray(encoded["dropped"][:], dtype=object)
+    refuse_unread(part, verdict.tolist(), encoded["note"][:], range(len(verdict)))
     lost = np.asarray(encoded["cut_tokens"][:], dtype=np.int64)
     columns, starts, lengths = flat(encoded.select_columns(["input_ids", "labels"]))
     whole = lengths + lost
@@ -207,7 +230,7 @@ def _tokens(
         "cut": {**cut, "tokens": int(lost.sum())},
         "dropped": {"rows": dropped, "share": dropped / rows, "reasons": reasons},
     }
-    return account, whole[whole > 0]
+    return account, whole[whole > 0], (columns, starts, lengths)
 
 
 def _uncut(recipe: Recipe) -> Recipe:
@@ -227,18 +250,30 @@ def audit(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if recipe.data.on_too_long == "error":  # `check` says how many there are instead of stopping at the first
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_too_long": "truncate"})})
     marker = markers(tokenizer)
-    accounts, lengths, texts = [], [], []
+    accounts, lengths, texts, tokens = [], [], [], []
     for part in load_parts(recipe):
         text = _Texts(part, marker)
         text.compare()
-        account, whole = _tokens(part, recipe, tokenizer, text)
+        account, whole, rows = _tokens(part, recipe, tokenizer, text)
         texts.append(text)
         accounts.append(account)
         lengths.append(whole)
-    _leaks(texts)
+        tokens.append(rows)
+    _leaks(texts, tokens)
     for account, text in zip(accounts, texts, strict=True):
         account["findings"] = text.findings()
-    return {"datasets": accounts, "total": _total(accounts, np.concatenate(lengths))}
+    worst = {
+        "dropped": max(_dropped(account) for account in accounts),
+        "refused": max(_dropped(account, (REFUSED,)) for account in accounts),
+    }
+    return {"datasets": accounts, "total": _total(accounts, np.concatenate(lengths)), "worst": worst}
+
+
+def _dropped(account: dict[str, Any], reasons: Collection[str] = ()) -> float:
+    """The share of a data set's rows that are dropped for these reasons; default: for any but a length asked for."""
+    found = account["dropped"]["reasons"]
+    counted = [finding for reason, finding in found.items() if (reason in reasons if reasons else reason != "too_long")]
+    return sum(finding["rows"] for finding in counted) / account["rows"]
 
 
 def _total(accounts: list[dict[str, Any]], lengths: np.ndarray) -> dict[str, Any]:

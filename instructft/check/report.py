@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from instructft.errors import DataError, UsageError
+from instructft.errors import DataError, TemplateError, UsageError
 from instructft.formatting import clock, memory_size
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ SCHEMA = 1  # of the JSON report; keys are added, never renamed
 
 # Field of the recipe's `check:` -> where the figure stands in the report. Each is the most that is allowed.
 LIMITS: dict[str, tuple[str, ...]] = {
-    "max_dropped_share": ("data", "total", "dropped", "share"),
+    "max_dropped_share": ("data", "worst", "dropped"),
+    "max_refused_share": ("data", "worst", "refused"),
     "max_cut_share": ("data", "total", "cut", "share"),
     "max_duplicate_share": ("data", "total", "findings", "exact_duplicates+near_duplicates", "share"),
     "max_contradictions": ("data", "total", "findings", "contradictions", "rows"),
@@ -71,7 +72,7 @@ def check(
     report |= {"training": None, "estimate": None, "limits": [], "problems": []}
     try:
         data = prepare(recipe, tokenizer)
-    except DataError as error:  # the audit stands, and says why
+    except (DataError, TemplateError) as error:  # the audit stands, and says why
         report["problems"].append(str(error))
     else:
         try:
@@ -169,6 +170,8 @@ def _grid(console: Console, title: str, lines: list[tuple[str, str]]) -> None:
 
 def _show_data(account: dict[str, Any], title: str, console: Console) -> None:
     rows, lengths, dropped, cut = account["rows"], account["lengths"], account["dropped"], account["cut"]
+    from instructft.data.tokenize import said_of
+
     splits = " · ".join(f"{name} {count:,}" for name, count in account["splits"].items() if count)
     lines = [
         ("rows", f"{rows:,} ({splits}), {account['turns']:,} turns"),
@@ -178,7 +181,7 @@ def _show_data(account: dict[str, Any], title: str, console: Console) -> None:
         ("dropped", f"{dropped['rows']:,} rows ({dropped['share']:.1%})"),
     ]
     for reason, finding in dropped["reasons"].items():
-        lines.append(("", f"{finding['rows']:,} {reason.replace('_', ' ')}{_where(finding)}"))
+        lines.append(("", f"{finding['rows']:,} {said_of(reason)}{_where(finding)}"))
     _grid(console, title, lines)
 
 

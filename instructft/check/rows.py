@@ -89,6 +89,7 @@ def draw(total: int, limit: int, seed: int) -> list[int]:
 
 def summary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Prepared, split: str) -> dict[str, str]:
     """What the rows come from and what became of all of them, line by line."""
+    from instructft.data.tokenize import drop_reasons
     from instructft.prompt.templates import TEMPLATES
 
     own = str(tokenizer.chat_template)
@@ -108,7 +109,7 @@ def summary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Prepared, 
     if data.cut:
         lines["cut"] = f"{data.cut:,} rows longer than {recipe.data.max_length:,} lost {data.cut_tokens:,} tokens"
     if data.dropped:
-        lines["dropped"] = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in data.dropped.most_common())
+        lines["dropped"] = drop_reasons(data.dropped)
     return lines
 
 

@@ -1,22 +1,25 @@
-"""Finds rows that are nearly the same, by their tokens: MinHash with banding, then the exact overlap.
+"""Finds rows that are nearly the same as held-out ones, by their tokens.
 
-Two rows are near-duplicates when the sets of their runs of `RUN` tokens overlap by `THRESHOLD` or more (Jaccard). Runs
-that stand in many rows, as the headings of a template and the wording of a task do, say nothing and are left out;
-a row that has no others is compared whole. MinHash (Broder, 1997) finds candidates without comparing every pair.
+Two rows are nearly the same when the sets of their runs of `RUN` tokens overlap by `THRESHOLD` or more (Jaccard), or
+when one stands whole in the other, as a dialogue does that was extended: all its runs, `ENOUGH` of them, but for fewer
+than `RUN` at its edges (another token within it takes `RUN` away). Runs that stand in many rows, as the headings of a
+template and the wording of a task do, say nothing and are left out; a row that has no others is compared whole. The
+runs of the held-out rows are an index, so that no pair of rows that share nothing is looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 RUN = 5  # tokens
 THRESHOLD = 0.8  # share of runs in common
-COMMON = 0.01  # a run in more than this share of the rows (and in three at least) is nobody's own
+ENOUGH = 12  # runs of its own that a row must have to be found inside another
+COMMON = 0.01  # a run in more than this share of the rows (and in more than `_FEW`) is nobody's own
+_FEW = 8  # copies of one row in a small data set are no wording of the task
 _SAMPLE = 5_000  # rows in which common runs are looked for
-_BANDS, _PER_BAND = 6, 3  # a pair at 0.8 is missed with probability (1 - 0.8**3)**6 = 1.3 %, at 0.95 never
+_MOST_OWNERS = 32  # held-out rows looked at for one run
 
 # `input_ids` and `labels` end to end, where each row starts, and its length: what `instructft.data.packing.flat` gives
 FlatRows = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
@@ -24,25 +27,91 @@ FlatRows = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
 Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def near_duplicates(rows: FlatRows, held_out: Sequence[FlatRows]) -> np.ndarray:
-    """Which of `rows` are nearly the same as one of `held_out`: (rows,) bool."""
-    found = np.zeros(len(rows[2]), dtype=bool)
-    mine, others = _runs(rows), [_runs(other) for other in held_out]
-    common = _common([mine, *others])
-    mine = _without(mine, common, rows)
-    signatures = _signatures(*mine)
-    for other, runs in zip(held_out, others, strict=True):
-        theirs = _without(runs, common, other)
-        known = lru_cache(maxsize=4096)(partial(_run_set, theirs))
-        for band, their_band in zip(signatures.T, _signatures(*theirs).T, strict=True):
-            buckets: dict[int, list[int]] = {}
-            for i, value in enumerate(their_band.tolist()):
-                buckets.setdefault(value, []).append(i)
-            keys = np.fromiter(buckets, dtype=np.uint64, count=len(buckets))
-            for i in np.flatnonzero(np.isin(band, keys) & ~found).tolist():
-                own = _run_set(mine, i)
-                found[i] = any(_overlap(own, known(j)) >= THRESHOLD for j in buckets[int(band[i])])
-    return found
+class Known:
+    """Held-out rows, and which other rows are nearly the same as one of them."""
+
+    def __init__(self, held_out: Sequence[FlatRows]):
+        self._held, self._runs = list(held_out), [_runs(rows) for rows in held_out]
+        self._exact: dict[bytes, int] = {}  # all tokens of a row -> its number
+        for number, tokens in enumerate(text for rows in self._held for text in _tokens(rows)):
+            self._exact.setdefault(tokens, number)
+
+    def among(self, rows: FlatRows) -> np.ndarray:
+        """Which of `rows` are nearly the same as a held-out one: (rows,) bool."""
+        return self.matches(rows) >= 0
+
+    def matches(self, rows: FlatRows) -> np.ndarray:
+        """For each of `rows` the number of the held-out row that it is nearly the same as, or -1: (rows,) int64.
+
+        Held-out rows are numbered through all that were given.
+        """
+        found = np.array([self._exact.get(tokens, -1) for tokens in _tokens(rows)], dtype=np.int64)
+        mine = _runs(rows)
+        common = _common([mine, *self._runs])
+        mine = _without(mine, common, rows)
+        theirs = [_without(runs, common, held) for runs, held in zip(self._runs, self._held, strict=True)]
+        index, owner, sizes = _index(theirs)
+        row_of, hashes = _once_a_row(mine)
+        size_of = np.bincount(row_of, minlength=len(found))
+        first = np.searchsorted(index, hashes, "left")
+        many = np.minimum(np.searchsorted(index, hashes, "right") - first, _MOST_OWNERS)
+        ends = np.cumsum(many)
+        at = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - many, many) + np.repeat(first, many)
+        pairs, shared = np.unique(np.repeat(row_of, many) * max(len(sizes), 1) + owner[at], return_counts=True)
+        for pair, count in zip(pairs.tolist(), shared.tolist(), strict=True):
+            row, held = divmod(pair, max(len(sizes), 1))
+            if found[row] < 0 and _alike(count, int(size_of[row]), int(sizes[held])):
+                found[row] = held
+        return found
+
+
+def _alike(shared: int, one: int, other: int) -> bool:
+    """Whether rows of so many runs, that share so many, are nearly the same, or one holds the other."""
+    smaller = min(one, other)
+    if shared >= THRESHOLD * (one + other - shared):
+        return True
+    return smaller >= ENOUGH and smaller - shared < min(RUN, smaller // 10 + 1)
+
+
+def chosen(rows: FlatRows, numbers: np.ndarray) -> FlatRows:
+    """Some of the rows, end to end."""
+    columns, starts, lengths = rows
+    lengths = lengths[numbers]
+    ends = np.cumsum(lengths)
+    at = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+    at += np.repeat(starts[numbers], lengths)
+    return {name: column[at] for name, column in columns.items()}, ends - lengths, lengths
+
+
+def _tokens(rows: FlatRows) -> Iterator[bytes]:
+    columns, starts, lengths = rows
+    ids = np.ascontiguousarray(columns["input_ids"], dtype=np.int32)
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        yield ids[start : start + length].tobytes()
+
+
+def _once_a_row(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
+    """(row, run) of every run of every row, each once, in the order of rows."""
+    hashes, _, counts = runs
+    row_of = np.repeat(np.arange(len(counts)), counts)
+    order = np.lexsort((hashes, row_of))
+    row_of, hashes = row_of[order], hashes[order]
+    new = np.ones(len(hashes), dtype=bool)
+    new[1:] = (row_of[1:] != row_of[:-1]) | (hashes[1:] != hashes[:-1])
+    return row_of[new], hashes[new]
+
+
+def _index(held: Sequence[Runs]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All runs of held-out rows, sorted, with the row of each; and how many different ones each row has."""
+    owners, hashes, before = [], [], 0
+    for runs in held:
+        row_of, found = _once_a_row(runs)
+        owners.append(row_of + before)
+        hashes.append(found)
+        before += len(runs[2])
+    owner, every = np.concatenate(owners), np.concatenate(hashes)
+    order = np.argsort(every, kind="stable")
+    return every[order], owner[order], np.bincount(owner, minlength=before)
 
 
 def _runs(rows: FlatRows) -> Runs:
@@ -70,7 +139,7 @@ def _common(all_runs: Sequence[Runs]) -> np.ndarray:
         seen.append(hashes[first])
         rows += min(len(counts), share)
     runs, times = np.unique(np.concatenate(seen), return_counts=True)
-    return runs[times > max(2, COMMON * rows)]
+    return runs[times > max(_FEW, COMMON * rows)]
 
 
 def _without(runs: Runs, common: np.ndarray, rows: FlatRows) -> Runs:
@@ -87,29 +156,3 @@ def _without(runs: Runs, common: np.ndarray, rows: FlatRows) -> Runs:
     order = np.argsort(np.concatenate([row_of[own], bare]), kind="stable")
     counts = np.maximum(left, 1)
     return merged[order], np.cumsum(counts) - counts, counts
-
-
-def _signatures(hashes: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(rows, bands) uint64: rows that share a value in one band are likely alike."""
-    rng = np.random.default_rng(0)
-    bands = np.zeros((len(counts), _BANDS), dtype=np.uint64)
-    if len(hashes) == 0:
-        return bands
-    for band in range(_BANDS):
-        for _ in range(_PER_BAND):
-            mixed = hashes * (rng.integers(1, 1 << 63, dtype=np.uint64) | np.uint64(1))
-            mixed ^= mixed >> np.uint64(29)
-            mixed *= np.uint64(0xBF58476D1CE4E5B9)
-            least = np.minimum.reduceat(mixed, np.minimum(starts, len(mixed) - 1))
-            bands[:, band] = bands[:, band] * np.uint64(0x100000001B3) ^ least
-    return bands
-
-
-def _run_set(runs: Runs, row: int) -> set[int]:
-    hashes, starts, counts = runs
-    return set(hashes[starts[row] : starts[row] + counts[row]].tolist())
-
-
-def _overlap(one: set[int], other: set[int]) -> float:
-    both = len(one & other)
-    return both / max(len(one) + len(other) - both, 1)

@@ -5,24 +5,39 @@ A row's split depends on `data.seed`, `data.splits` and its row number, and on n
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.data.readers import ROW, SUFFIXES, columns_of, download, read_file, suffix_of
-from instructft.data.sources import FORMATS, SOURCES, Unusable, detect_format, to_conversation
+from instructft.data.files.hub import fetch, hub_splits
+from instructft.data.files.locate import DataFile, Splits, located
+from instructft.data.formats import AS_IT_STANDS, FORMATS, Rules, detect_format, to_conversation
+from instructft.data.readers import ROW, columns_of, read_file
+from instructft.data.sources import SOURCES
 from instructft.errors import DataError
 from instructft.formatting import first_line
-from instructft.prompt.conversation import Message
+from instructft.prompt.conversation import Conversation
+from instructft.prompt.ledger import Unread, Unusable
 from instructft.redaction import bare_url
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from instructft.recipe.schema import DatasetEntry, Recipe
+
+
+SPLITS = ("train", "validation", "test")
+
+# How rows are to be read: the format (None: told by their columns), and our column name -> the name in the file.
+Shape = tuple[str | None, Mapping[str, str]]
+# Rows, with what `Part.drawn` and `Part.files` say of them.
+Raw = tuple["Dataset", "np.ndarray | None", tuple[tuple[str, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -37,74 +52,108 @@ class Part:
     key: str  # where the recipe names it, for messages
     drawn: np.ndarray | None = None  # row numbers in the file of the rows in `raw`; None: all, in order
     weight: float = 1.0  # share in a mix, relative to the other parts
+    files: tuple[tuple[str, int], ...] = ()  # where there are several: each one's name, and its first row's number
+    rules: Rules = AS_IT_STANDS  # what the recipe says of how rows are read
 
     def row(self, raw: dict[str, Any]) -> dict[str, Any]:
         """One raw row as it stands in its file, with the columns that the recipe maps under our names too."""
-        row = json.loads(raw[ROW]) if ROW in raw else raw
+        row = json.loads(raw[ROW]) if ROW in raw else raw  # a stream's rows come as they are
         return {**row, **{ours: row.get(theirs) for ours, theirs in self.columns.items()}}
 
-    def conversation(self, raw: dict[str, Any]) -> list[Message]:
-        """One raw row as messages; raises `Unusable`."""
-        return to_conversation(self.row(raw), self.format)
+    def conversation(self, raw: dict[str, Any]) -> Conversation:
+        """One raw row as messages; raises `Unusable` and `Unread`."""
+        return to_conversation(self.row(raw), self.format, self.rules)
+
+    def place(self, number: int) -> str:
+        """The place in the file, counted from 1, of row `number` of `raw`, and which file where there are several."""
+        name, place = self._found(number)
+        return f"{place} of {name}" if name else str(place)
+
+    def _found(self, number: int) -> tuple[str | None, int]:
+        place = number if self.drawn is None else int(self.drawn[number])
+        name, start = next(((name, first) for name, first in reversed(self.files) if first <= place), (None, 0))
+        return name, place - start + 1
 
     def describe(self, number: int) -> str:
-        """Name row `number` of `raw` by its place in the file, counted from 1."""
-        place = number if self.drawn is None else int(self.drawn[number])
-        return f"{self.key}: row {place + 1} of {self.label}"
+        """Name row `number` of `raw` by its place in the file."""
+        name, place = self._found(number)
+        return f"{self.key}: row {place} of {name or self.label}"
 
 
-def load_parts(recipe: Recipe) -> list[Part]:
-    """Load the raw rows of every data set of a recipe and divide them into splits.
+def load_parts(recipe: Recipe, splits: Sequence[str] = SPLITS) -> list[Part]:
+    """Load the raw rows of every data set of a recipe that has rows in `splits`, and divide them into splits.
 
-    The split of a row depends on `data.seed`, `data.splits` and its row number only: not on the template, the
-    tokenizer or `max_length`, so that runs with different settings are compared on the same held-out rows.
+    The split of a row of `data.datasets` depends on `data.seed`, `data.splits` and its row number only: not on the
+    template, the tokenizer or `max_length`, so that runs with different settings are compared on the same held-out
+    rows. The rows of `data.validation` and `data.test` are all held out.
 
     Raises:
         DataError: a file, URL or Hub id that cannot be read, or whose rows have no known format.
     """
     parts = []
-    if any(entry.streaming for entry in recipe.data.datasets):
+    shared = any(name == "train" or getattr(recipe.data.splits, name) for name in splits)
+    if shared and any(entry.streaming for entry in recipe.data.datasets):
         raise DataError(
             "data.datasets[].streaming: rows that are read as they come cannot be counted, held out or looked up "
             "ahead of a run; set streaming: false here, with rows: N if the whole set is too large"
         )
-    for i, entry in enumerate(recipe.data.datasets):
-        key = f"data.datasets[{i}]"
-        label = label_of(entry, key)
-        raw = load_raw(entry, label, key)
-        if len(raw) == 0:
-            raise DataError(f"{key}: {label} holds no rows")
-        drawn = None
-        if entry.rows is not None:
-            drawn = _draw(len(raw), entry.rows, recipe.data.seed, i, f"{key}.rows")
-            raw = raw.select(drawn)
-        fmt, columns = shape(entry, columns_of(raw), label, key)
-        parts.append(Part(label, raw, fmt, columns, _split_rows(len(raw), recipe, i), key, drawn, entry.weight))
+    for i, entry in enumerate(recipe.data.datasets if shared else ()):
+        part = _part(entry, f"data.datasets[{i}]", recipe, i)
+        parts.append(dataclasses.replace(part, rows=_split_rows(len(part.raw), recipe, i)))
+    for split in ("validation", "test"):
+        for i, entry in enumerate((getattr(recipe.data, split) or ()) if split in splits else ()):
+            part = _part(entry, f"data.{split}[{i}]", recipe, len(recipe.data.datasets) + i)
+            rows = {name: np.arange(len(part.raw) if name == split else 0) for name in ("validation", "test", "train")}
+            parts.append(dataclasses.replace(part, rows=rows))
     return parts
 
 
-def shape(entry: DatasetEntry, found: list[str], label: str, key: str) -> tuple[str, dict[str, str]]:
+def _part(entry: DatasetEntry, key: str, recipe: Recipe, number: int) -> Part:
+    """One entry with its raw rows, not yet divided; `number` goes into the seed."""
+    label = label_of(entry, key)
+    raw, drawn, files = load_raw(entry, label, key)
+    if entry.rows is not None:
+        some = _draw(len(raw), entry.rows, recipe.data.seed, number, f"{key}.rows")
+        raw = raw.select(some)
+        drawn = some if drawn is None else drawn[some]
+    fmt, columns = shape(shape_of(entry), columns_of(raw), label, key)
+    return Part(label, raw, fmt, columns, {}, key, drawn, entry.weight, files, rules_of(recipe, columns))
+
+
+def rules_of(recipe: Recipe, columns: dict[str, str]) -> Rules:
+    """What a recipe says of how the rows of an entry are read."""
+    data = recipe.data
+    return Rules(
+        frozenset(data.ignore), data.strip, dict(data.template_options), frozenset((*columns, *columns.values()))
+    )
+
+
+def shape(asked: Shape, found: list[str], label: str, key: str) -> tuple[str, dict[str, str]]:
     """The format of rows with the columns `found`, and which of them the recipe maps to a name of ours.
 
     Raises:
         DataError: a column that is mapped or that the format needs is not there, or no format fits.
     """
-    columns = dict(entry.columns or {})
+    fmt, columns = asked[0], dict(asked[1])
     absent = [f"{ours}: {theirs}" for ours, theirs in columns.items() if theirs not in found]
     if absent:
         raise DataError(
             f"{key}.columns: {label} has no column for {', '.join(absent)}; its columns are {', '.join(found)}"
         )
-    fmt = entry.format or (SOURCES[entry.name].format if entry.name else None)
     present = list(dict.fromkeys([*found, *columns]))
     if fmt is None:
         fmt = detect_format(present, f"{key}: {label}")
-    elif missing := sorted(set(FORMATS[fmt].columns) - set(present)):
+    elif missing := FORMATS[fmt].lacks(present):
         raise DataError(
             f"{key}: {label} is read as {fmt}, which needs the column {', '.join(missing)}; "
             f"its columns are {', '.join(found)}. Set format or columns for it."
         )
     return fmt, columns
+
+
+def shape_of(entry: DatasetEntry) -> Shape:
+    """The shape that an entry gives its rows."""
+    return entry.format or (SOURCES[entry.name].format if entry.name else None), dict(entry.columns or {})
 
 
 def _draw(total: int, wanted: int, seed: int, part: int, key: str) -> np.ndarray:
@@ -126,37 +175,130 @@ def _split_rows(total: int, recipe: Recipe, part: int) -> dict[str, np.ndarray]:
     }
 
 
-def load_raw(entry: DatasetEntry, label: str, key: str) -> Dataset:
-    """The rows of one entry; with `streaming` an `IterableDataset`, of a data set on the Hub only."""
-    import datasets
-
-    source = SOURCES[entry.name] if entry.name else None
+def load_raw(entry: DatasetEntry, label: str, key: str) -> Raw:
+    """The rows of one entry."""
     try:
-        if not (hub := hub_id(entry)):
-            return _read_file(location_of(entry), key)
-        files = dict(source.files) if source and source.files else None
-        if files and entry.config:  # a folder of the repository, as hh-rlhf's `helpful-base`
-            folders = sorted({name.split("/")[0] for names in files.values() for name in names})
-            if entry.config not in folders:
-                raise DataError(f"{key}.config: {label} has no part {entry.config!r}; it has {', '.join(folders)}")
-            files = {s: [f for f in names if f.startswith(f"{entry.config}/")] for s, names in files.items()}
-        return datasets.load_dataset(
-            hub,
-            name=None if files else entry.config,
-            data_files=files,
-            split=entry.split or "train",
-            revision=entry.revision,
-            streaming=entry.streaming,
-        )
+        splits = splits_of(entry, label, key)
+        return _read(splits, entry.split or "train", shape_of(entry), label, key)
     except DataError:
         raise
     except Exception as error:
         raise DataError(not_read(entry, label, key, error)) from error
 
 
+def _read(splits: Splits, wanted: str, asked: Shape, label: str, key: str) -> Raw:
+    """The rows of the splits, or parts of them, that are wanted."""
+    from datasets import concatenate_datasets
+
+    names = _names_of_splits(wanted, splits, label, key)
+    fetch([file for name in names for file in splits[name]])
+    found, files, starts, lengths = [], [], {}, {}
+    total = 0
+    for name in names:
+        starts[name] = total
+        for file in splits[name]:
+            try:
+                rows = read_file(file.here(), file.suffix, file.name)
+            except DataError as error:
+                raise DataError(f"{key}: {error}") from error
+            files.append((file.name, total))
+            found.append(rows)
+            total += len(rows)
+        lengths[name] = total - starts[name]
+    if len(found) > 1:
+        _refuse_different(files, found, asked, label, key)
+    raw = found[0] if len(found) == 1 else concatenate_datasets(found)
+    drawn = None
+    if "[" in wanted:
+        drawn = _slice(wanted, lengths, starts, key)
+        if not len(drawn):
+            raise DataError(f"{key}.split: {wanted} of {label} holds no row")
+        raw = raw.select(drawn)
+    return raw, drawn, tuple(files) if len(files) > 1 else ()
+
+
+def _refuse_different(files: list[tuple[str, int]], found: list[Dataset], asked: Shape, label: str, key: str) -> None:
+    """Rows of one data set whose formats differ from file to file would be dropped as unreadable: an error."""
+    formats: dict[str, str] = {}
+    for (name, _), raw in zip(files, found, strict=True):
+        formats.setdefault(shape(asked, columns_of(raw), name, key)[0], name)
+    if len(formats) > 1:
+        listed = ", ".join(f"{name} is read as {fmt}" for fmt, name in formats.items())
+        raise DataError(
+            f"{key}: the files of {label} differ in their columns: {listed}. Give each its own entry in "
+            "data.datasets, or say which columns to read with format and columns"
+        )
+
+
+_SPLIT = re.compile(r"\s*([^\[\s]+)\s*(\[.*\])?\s*")
+
+
+def _names_of_splits(wanted: str, splits: Splits, label: str, key: str) -> list[str]:
+    """The splits that `split: train+test[:10%]` names, each once; `all` are all of them."""
+    if wanted == "all" and "all" not in splits:
+        return list(splits)
+    names = []
+    for part in wanted.split("+"):
+        found = _SPLIT.fullmatch(part)
+        name = found[1] if found else part
+        if name not in splits:
+            have = ", ".join(splits)
+            raise DataError(
+                f"{key}.split: {label} has no split {name!r}; it has {have}. Name one of them, e.g. split: "
+                f"{next(iter(splits))}"
+            )
+        names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def _slice(wanted: str, lengths: dict[str, int], starts: dict[str, int], key: str) -> np.ndarray:
+    """Row numbers of `train[:10%]` and its like, in the rows of all splits end to end."""
+    from datasets import ReadInstruction
+
+    try:
+        instructions = ReadInstruction.from_spec(wanted).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise DataError(
+            f"{key}.split: found {wanted}, expected a split or a part of it, such as train[:90%] or train[100:200]: "
+            f"{first_line(error)}"
+        ) from error
+    pieces = [
+        np.arange(found.from_ or 0, lengths[found.splitname] if found.to is None else found.to)
+        + starts[found.splitname]
+        for found in instructions
+    ]
+    return np.concatenate(pieces).astype(np.int64)
+
+
+def splits_of(entry: DatasetEntry, label: str, key: str) -> Splits:
+    """The files of one entry, by split."""
+    if not (hub := hub_id(entry)):
+        return located(location_of(entry), key)
+    source = SOURCES[entry.name] if entry.name else None
+    files = dict(source.files) if source and source.files else None
+    if files and entry.config:  # a folder of the repository, as hh-rlhf's `helpful-base`
+        folders = sorted({name.split("/")[0] for names in files.values() for name in names})
+        if entry.config not in folders:
+            raise DataError(f"{key}.config: {label} has no part {entry.config!r}; it has {', '.join(folders)}")
+        files = {s: [f for f in names if f.startswith(f"{entry.config}/")] for s, names in files.items()}
+    return hub_splits(hub, entry.config, entry.revision, files, key)
+
+
+def stream_files(entry: DatasetEntry, label: str, key: str) -> list[DataFile]:
+    """The files of one entry that streams, in the order in which they are read."""
+    try:
+        splits = splits_of(entry, label, key)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(not_read(entry, label, key, error)) from error
+    return [file for name in _names_of_splits(entry.split or "train", splits, label, key) for file in splits[name]]
+
+
 def label_of(entry: DatasetEntry, key: str) -> str:
     """What an entry is called in messages and in an account."""
-    return entry.name or entry.hub or entry.path or (entry.url and bare_url(entry.url)) or key
+    url = entry.url and bare_url(entry.url)
+    return entry.label or entry.name or entry.hub or entry.path or url or key
 
 
 def hub_id(entry: DatasetEntry) -> str | None:
@@ -170,32 +312,6 @@ def location_of(entry: DatasetEntry) -> str:
     return str(entry.path or entry.url or (source and (source.url or source.path)))
 
 
-def _read_file(location: str, key: str) -> Dataset:
-    """The rows of a local file or a URL."""
-    suffix = known_suffix(location, key)
-    path = download(location) if "://" in location else existing(location, key)
-    try:
-        return read_file(path, suffix, location)
-    except DataError as error:
-        raise DataError(f"{key}: {error}") from error
-
-
-def known_suffix(location: str, key: str) -> str:
-    """The ending of a path or URL, one of `SUFFIXES`."""
-    suffix = suffix_of(location)
-    if suffix not in SUFFIXES:
-        raise DataError(f"{key}: {location} ends in {suffix or 'nothing'}; files may be {', '.join(sorted(SUFFIXES))}")
-    return suffix
-
-
-def existing(location: str, key: str) -> Path:
-    """The path of a local file, which must be there."""
-    path = Path(location).expanduser()
-    if not path.is_file():
-        raise DataError(f"{key}: there is no file {location}" + (" (it is a folder)" if path.is_dir() else ""))
-    return path
-
-
 def not_read(entry: DatasetEntry, label: str, key: str, error: Exception) -> str:
     """Say in words why a data set could not be read or fetched, and what to try."""
     from datasets.config import HF_DATASETS_CACHE
@@ -207,14 +323,27 @@ def not_read(entry: DatasetEntry, label: str, key: str, error: Exception) -> str
             f"the cache folder {HF_DATASETS_CACHE} cannot be made: {named}: {getattr(cause, 'strerror', cause)}; set "
             "HF_HOME (or HF_DATASETS_CACHE) to a folder that can be written"
         )
+    said = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    reason = "\n".join(said[:6]) or type(error).__name__
     if entry.path:
-        return f"{key}: {label} could not be read: {first_line(error.__cause__ or error)}"
+        return f"{key}: {label} could not be read: {reason}"
     where = "the Hugging Face Hub" if hub_id(entry) else "its URL"
     return (
-        f"{key}: {label} could not be fetched from {where}: {first_line(error.__cause__ or error)}\n"
-        "Check the spelling and the network; a private or gated data set needs `hf auth login` or HF_TOKEN. "
-        "A local copy works too: data.datasets=[{path: FILE}]"
+        f"{key}: {label} could not be fetched from {where}: {reason}\n"
+        f"{_what_to_try(error)}A local copy works too: data.datasets=[{{path: FILE}}]"
     )
+
+
+def _what_to_try(error: BaseException | None) -> str:
+    """The advice that goes with a failure to fetch: on the name or the network where it is one of these."""
+    names: set[str] = set()
+    while error is not None:
+        names |= {kind.__name__ for kind in type(error).__mro__}
+        error = error.__cause__ or error.__context__
+    if names & {"DatasetNotFoundError", "RepositoryNotFoundError", "GatedRepoError"}:
+        return "Check the spelling; a private or gated data set needs `hf auth login` or HF_TOKEN. "
+    away = {"ConnectionError", "TransportError", "TimeoutError", "URLError", "OfflineModeIsEnabled", "HfHubHTTPError"}
+    return "Check the network and the spelling. " if names & {*away, "LocalEntryNotFoundError", "HTTPError"} else ""
 
 
 def conversations(recipe: Recipe, split: str, limit: int | None = None) -> list[dict[str, Any]]:
@@ -224,23 +353,51 @@ def conversations(recipe: Recipe, split: str, limit: int | None = None) -> list[
     'assistant'
     """
     found: list[dict[str, Any]] = []
-    for part in load_parts(recipe):
+    for part in load_parts(recipe, [split]):
         found += _usable(part, part.raw.select(part.rows[split]))
         if limit is not None and len(found) >= limit:
             break
     return found[:limit]
 
 
-def file_conversations(path: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """The usable rows of one file, as `conversations` gives them."""
-    raw = _read_file(path, "--data")
-    if len(raw) == 0:
-        raise DataError(f"--data: {path} holds no rows")
-    part = Part(path, raw, detect_format(columns_of(raw), f"--data: {path}"), {}, {}, "--data")
+def file_conversations(
+    path: str, limit: int | None = None, shapes: Sequence[Shape] = (), recipe: Recipe | None = None
+) -> list[dict[str, Any]]:
+    """The usable rows of a file, folder, pattern or URL, as `conversations` gives them.
+
+    Args:
+        recipe: says how rows are read: `data.ignore`, `data.strip`, `data.template_options`.
+        shapes: how rows like these may be read, the first that fits; else their columns tell.
+    """
+    key = "--data"
+    try:
+        splits = located(path, key)
+        wanted = next((name for name in ("test", "validation") if name in splits and len(splits) > 1), "all")
+        raw, drawn, files, fmt, columns = _read_as_one_of([*shapes, (None, {})], splits, wanted, path, key)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{key}: {path} could not be read: {first_line(error)}") from error
+    rules = rules_of(recipe, columns) if recipe else Rules(read=frozenset((*columns, *columns.values())))
+    part = Part(path, raw, fmt, columns, {}, key, drawn, 1.0, files, rules)
     found = _usable(part, raw)
     if not found:
-        raise DataError(f"--data: no row of {path} has a question and an answer")
+        raise DataError(f"{key}: no row of {path} has a question and an answer")
     return found[:limit]
+
+
+def _read_as_one_of(
+    shapes: Sequence[Shape], splits: Splits, wanted: str, label: str, key: str
+) -> tuple[Dataset, np.ndarray | None, tuple[tuple[str, int], ...], str, dict[str, str]]:
+    """The rows, their format and columns by the first shape that fits them."""
+    for asked in shapes:
+        try:
+            raw = _read(splits, wanted, asked, label, key)
+            return *raw, *shape(asked, columns_of(raw[0]), label, key)
+        except DataError:
+            if asked is shapes[-1]:
+                raise
+    raise AssertionError("there is a last shape")
 
 
 def _usable(part: Part, rows: Dataset) -> list[dict[str, Any]]:
@@ -251,4 +408,6 @@ def _usable(part: Part, rows: Dataset) -> list[dict[str, Any]]:
             found.append({"messages": messages, "dataset": part.label, "category": part.row(raw).get("category")})
         except Unusable:  # counted by `prepare`
             continue
+        except Unread as unread:
+            raise DataError(f"{part.key}: {part.label}: {unread}") from unread
     return found

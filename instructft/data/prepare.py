@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from instructft.data.deduplicate import near_duplicates
-from instructft.data.load import load_parts
+from instructft.data.deduplicate import Known
+from instructft.data.load import SPLITS, Part, load_parts
 from instructft.data.packing import flat, pack
-from instructft.data.tokenize import drop_reasons, encode_part
-from instructft.errors import DataError
+from instructft.data.tokenize import REFUSED, drop_examples, drop_reasons, each_turn, encode_part, refuse_unread
+from instructft.errors import DataError, TemplateError
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from instructft.recipe.schema import Recipe
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -139,50 +137,104 @@ def prepare_dataset(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Datas
     if any(entry.streaming for entry in recipe.data.datasets):
         from instructft.data.streaming import prepare_stream
 
-        return prepare_stream(recipe, tokenizer).splits
+        return prepare_stream(recipe, tokenizer, prepare_held_out(recipe, tokenizer)).splits
     return prepare(recipe, tokenizer).splits
 
 
 def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """`prepare_dataset` with the account of what became of every row."""
-    from datasets import DatasetDict, concatenate_datasets
+    made = _Pieces(load_parts(recipe), recipe, tokenizer)
+    _refuse_empty(made.pieces, recipe, made.dropped)
+    _take_out_known(made.pieces, made.dropped)
+    _weigh(made.pieces["train"], made.weights, recipe.data.seed, made.dropped)
+    return made.together(recipe)
 
-    pieces: dict[str, dict[str, Dataset]] = {name: {} for name in SPLITS}  # split -> data set -> its rows
-    dropped: Counter[str] = Counter()
-    weights: dict[str, float] = {}
-    cut = cut_tokens = 0
-    for part in load_parts(recipe):
-        encoded = encode_part(part, recipe, tokenizer)
-        used = np.sort(np.concatenate(list(part.rows.values())))
-        verdict = np.asarray(encoded["dropped"][:], dtype=object)
-        lost = np.asarray(encoded["cut_tokens"][:])
-        reasons = Counter(str(reason) for reason in verdict[used] if reason)
-        dropped.update(reasons)
-        keep = {name: rows[verdict[rows] == ""] for name, rows in part.rows.items()}
-        kept = np.concatenate(list(keep.values()))
-        if len(kept) == 0:
-            raise DataError(f"{part.key}: no row of {part.label} can be trained on: {drop_reasons(reasons)}")
-        cut += int((lost[kept] > 0).sum())
-        cut_tokens += int(lost[kept].sum())
-        encoded = encoded.select_columns(["input_ids", "labels"])
-        label = part.label if part.label not in weights else f"{part.label}-{len(weights)}"
-        weights[label] = part.weight
-        for name, rows in keep.items():
-            if len(rows):
-                pieces[name][label] = encoded.select(rows)
-    _refuse_empty(pieces, recipe, dropped)
-    _take_out_known(pieces, dropped)
-    _weigh(pieces["train"], weights, recipe.data.seed, dropped)
-    counts = {name: sum(map(len, found.values())) for name, found in pieces.items()}
-    if recipe.data.packing:
-        length, seed = recipe.data.max_length, recipe.data.seed
-        together = concatenate_datasets(list(pieces["train"].values()))
-        pieces["train"] = {"train": pack(together, length, seed)}
-        # each data set alone, so that its own loss can be told
-        pieces["validation"] = {label: pack(rows, length, seed) for label, rows in pieces["validation"].items()}
-    groups = {label: len(rows) for label, rows in pieces["validation"].items()} if len(weights) > 1 else {}
-    splits = {name: concatenate_datasets(list(found.values())) for name, found in pieces.items() if found}
-    return Prepared(DatasetDict(splits), counts, dropped, cut, cut_tokens, groups)
+
+def prepare_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared | None:
+    """The rows of `data.validation` and `data.test` alone, for a recipe whose other rows stream; None: it has none."""
+    parts = load_parts(recipe, ["validation", "test"])
+    return _Pieces(parts, recipe, tokenizer).together(recipe) if parts else None
+
+
+class _Pieces:
+    """The encoded rows of all parts that can be trained on, and what became of the others."""
+
+    def __init__(self, parts: list[Part], recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
+        self.pieces: dict[str, dict[str, Dataset]] = {name: {} for name in SPLITS}  # split -> data set -> its rows
+        self.dropped: Counter[str] = Counter()
+        self.weights: dict[str, float] = {}
+        self.cut = self.cut_tokens = 0
+        for part in parts:
+            encoded = encode_part(part, recipe, tokenizer)
+            used = np.sort(np.concatenate(list(part.rows.values())))
+            verdict = np.asarray(encoded["dropped"][:], dtype=object)
+            lost = np.asarray(encoded["cut_tokens"][:])
+            notes = np.asarray(encoded["note"][:], dtype=object)
+            refuse_unread(part, verdict[used], notes[used], used.tolist())
+            examples = drop_examples(part, verdict[used], notes[used], used.tolist())
+            reasons = Counter(str(reason) for reason in verdict[used] if reason)
+            self.dropped.update(reasons)
+            keep = {name: rows[verdict[rows] == ""] for name, rows in part.rows.items()}
+            kept = np.concatenate(list(keep.values()))
+            if len(kept) == 0:
+                why = drop_reasons(reasons) + examples
+                raise DataError(f"{part.key}: no row of {part.label} can be trained on: {why}")
+            _refuse_losses(part, reasons, len(used), recipe, examples)
+            self.cut += int((lost[kept] > 0).sum())
+            self.cut_tokens += int(lost[kept].sum())
+            label = part.label if part.label not in self.weights else f"{part.label}-{len(self.weights)}"
+            self.weights[label] = part.weight
+            for name, rows in keep.items():
+                if len(rows):
+                    some = each_turn(encoded.select(rows))
+                    self.pieces[name][label] = _divided(some, recipe.data.max_length) if part.format == "text" else some
+
+    def together(self, recipe: Recipe) -> Prepared:
+        """The splits, packed where the recipe packs; validation sets each alone, so that its own loss can be told."""
+        from datasets import DatasetDict, concatenate_datasets
+
+        pieces = self.pieces
+        counts = {name: sum(map(len, found.values())) for name, found in pieces.items()}
+        if recipe.data.packing:
+            length, seed = recipe.data.max_length, recipe.data.seed
+            if pieces["train"]:
+                pieces["train"] = {"train": pack(concatenate_datasets(list(pieces["train"].values())), length, seed)}
+            pieces["validation"] = {label: pack(rows, length, seed) for label, rows in pieces["validation"].items()}
+        named = any(entry.label for entry in recipe.data.validation or ())
+        several = len(recipe.data.validation or recipe.data.datasets) > 1
+        groups = {label: len(rows) for label, rows in pieces["validation"].items()} if several or named else {}
+        splits = {name: concatenate_datasets(list(found.values())) for name, found in pieces.items() if found}
+        return Prepared(DatasetDict(splits), counts, self.dropped, self.cut, self.cut_tokens, groups)
+
+
+def _refuse_losses(part: Part, reasons: Counter[str], rows: int, recipe: Recipe, examples: str) -> None:
+    """Refuse a data set that loses more of its rows than the recipe allows."""
+    refused = reasons[REFUSED] / rows
+    dropped = (sum(reasons.values()) - reasons["too_long"]) / rows  # those of `on_too_long: drop` were asked for
+    for key, share, what in (
+        ("max_refused_share", refused, "are refused by the chat template"),
+        ("max_dropped_share", dropped, "cannot be trained on"),
+    ):
+        allowed = getattr(recipe.check, key)
+        if allowed is not None and share > allowed:
+            error = TemplateError if key == "max_refused_share" else DataError
+            raise error(
+                f"{part.key}: {share:.1%} of the {rows:,} rows of {part.label} {what}, and check.{key} allows "
+                f"{allowed:.1%}: {drop_reasons(reasons)}{examples}\nMend the rows, map their columns "
+                f"(data.datasets[].columns), or allow it: check.{key}: {min(1.0, round(share + 0.005, 2))}"
+            )
+
+
+def _divided(documents: Dataset, max_length: int) -> Dataset:
+    """Documents as rows of at most `max_length` tokens, none of them lost."""
+
+    def parts(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        return {
+            name: [row[at : at + max_length] for row in rows for at in range(0, len(row), max_length)]
+            for name, rows in batch.items()
+        }
+
+    return documents.map(parts, batched=True, features=documents.features, desc=None)
 
 
 def _refuse_empty(pieces: dict[str, dict[str, Dataset]], recipe: Recipe, dropped: Counter[str]) -> None:
@@ -202,16 +254,25 @@ def _take_out_known(pieces: dict[str, dict[str, Dataset]], dropped: Counter[str]
     held = [flat(rows) for name in ("validation", "test") for rows in pieces[name].values()]
     if not held:
         return
+    look = Known(held)
     for label, rows in list(pieces["train"].items()):
-        known = near_duplicates(flat(rows), held)
-        if known.any() and not known.all():
+        known = look.among(flat(rows))
+        if known.all():
+            del pieces["train"][label]
+        elif known.any():
             pieces["train"][label] = rows.select(np.flatnonzero(~known))
-            dropped["near_duplicate_of_held_out"] += int(known.sum())
+        dropped["near_duplicate_of_held_out"] += int(known.sum())
+    if not pieces["train"]:
+        raise DataError(
+            "data: every training row is nearly the same as a held-out one, so nothing is left to train on; hold "
+            "other rows out (data.validation, data.test, data.splits)"
+        )
+    dropped += Counter()  # without a count of 0
 
 
 def _weigh(pieces: dict[str, Dataset], weights: dict[str, float], seed: int, dropped: Counter[str]) -> None:
     """Give each data set its share of the training rows: none is repeated, so the scarcest sets the size of the mix."""
-    if len(set(weights.values())) == 1:
+    if len({weights[label] for label in pieces}) == 1:
         return
     total = min(len(rows) / weights[label] for label, rows in pieces.items())
     for i, (label, rows) in enumerate(pieces.items()):

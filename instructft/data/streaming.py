@@ -18,16 +18,16 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from itertools import count, islice
+from functools import cached_property
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from instructft.data import readers
-from instructft.data.load import Part, existing, hub_id, known_suffix, label_of, load_raw, location_of, not_read, shape
-from instructft.data.packing import best_fit
-from instructft.data.tokenize import Batches, drop_reasons, shaped_by
+from instructft.data.deduplicate import Known
+from instructft.data.load import Part, hub_id, label_of, not_read, rules_of, shape, shape_of, stream_files
+from instructft.data.packing import best_fit, flat
+from instructft.data.tokenize import Batches, drop_reasons, refuse_unread, shaped_by
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX, encoder
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from datasets import IterableDataset, IterableDatasetDict
     from transformers import PreTrainedTokenizerBase
 
+    from instructft.data.prepare import Prepared
     from instructft.recipe.schema import DatasetEntry, Recipe
 
 SHUFFLED = 10_000  # raw rows of a data set among which the next one is drawn
@@ -74,22 +75,32 @@ class Streamed:
     the training rows that was begun last; a row is known to be dropped up to 1,000 rows ahead. Use `prepare_stream`.
     """
 
-    groups: dict[str, int] = {}  # noqa: RUF012  nothing is held out
-
-    def __init__(self, streams: list[_Stream], recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        streams: list[_Stream],
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: Prepared | None = None,
+    ):
+        self._held_out = held_out
+        self.groups = held_out.groups if held_out else {}
+        held = [flat(rows) for rows in held_out.splits.values()] if held_out else []
+        self._known = Known(held) if held else None
         self._streams, self._data, self._tally = streams, recipe.data, _Tally()
         self._weights = [stream.part.weight for stream in streams]
         ours = [shaped_by(stream.known_by, stream.part, recipe, tokenizer) for stream in streams]
         more = [ours, self._weights, [e.rows for e in self._data.datasets], self._data.seed, self._data.packing]
+        if held_out:
+            more.append(held_out.fingerprint)
         self.fingerprint = hashlib.sha256(json.dumps(more).encode()).hexdigest()[:16]
         self._train = self._dataset(lambda: self._pass(self._train.epoch))
 
     @cached_property
     def splits(self) -> IterableDatasetDict:
-        """`train`, one pass over the data; `set_epoch` gives the next pass its order."""
+        """`train`, one pass over the data, whose order `set_epoch` gives; and what the recipe holds out, read whole."""
         from datasets import IterableDatasetDict
 
-        return IterableDatasetDict({"train": self._train})
+        return IterableDatasetDict({"train": self._train, **(self._held_out.splits if self._held_out else {})})
 
     @cached_property
     def for_training(self) -> IterableDataset:
@@ -107,15 +118,17 @@ class Streamed:
 
     @property
     def rows(self) -> dict[str, int]:
-        return {"train": self._tally.rows, "validation": 0, "test": 0}  # before packing
+        held = self._held_out.rows if self._held_out else {"validation": 0, "test": 0}
+        return {**held, "train": self._tally.rows}  # before packing
 
     @property
     def tokens(self) -> dict[str, int]:
-        return {"train": self._tally.tokens}
+        return {**(self._held_out.tokens if self._held_out else {}), "train": self._tally.tokens}
 
     @property
     def supervised_tokens(self) -> dict[str, int]:
-        return {"train": self._tally.supervised_tokens}
+        held = self._held_out.supervised_tokens if self._held_out else {}
+        return {**held, "train": self._tally.supervised_tokens}
 
     @property
     def dropped(self) -> Counter[str]:
@@ -165,6 +178,9 @@ class Streamed:
             ("data", f"{mix if len(labels) > 1 else labels[0]}, read as it is trained on"),
             ("loss on", f"about {share:.1%} of training tokens; about {mean:.0f} tokens a row ({guess})"),
         ]
+        if self._held_out:
+            held = " · ".join(f"{name} {count:,}" for name, count in self._held_out.rows.items() if count)
+            lines.append(("held out", f"{held} rows, read whole"))
         if tally.dropped:
             lines.append(("dropped", f"{drop_reasons(tally.dropped)}, before the first {tally.rows:,} rows were full"))
         if tally.cut:
@@ -231,15 +247,23 @@ class Streamed:
         if shuffle:
             rows = shuffled(rows, random.Random(f"{self._data.seed} {i} {number}"), SHUFFLED)
         while batch := list(islice(rows, ENCODED)):
-            ids, labels, lengths, lost, verdicts = stream.encode([row for _, row in batch], [n for n, _ in batch])
+            numbers = [number for number, _ in batch]
+            ids, labels, lengths, _, lost, verdicts, notes = stream.encode([row for _, row in batch], numbers)
+            refuse_unread(stream.part, verdicts, notes, numbers)
             tally.dropped.update(verdict for verdict in verdicts if verdict)
             tally.cut += int((lost > 0).sum())
             tally.cut_tokens += int(lost.sum())
             ends = np.cumsum(lengths)
+            if self._known and len(ids):
+                copies = self._known.among(({"input_ids": ids, "labels": labels}, ends - lengths, lengths))
+                copies &= lengths > 0
+                tally.dropped["near_duplicate_of_held_out"] += int(copies.sum())
+                ends[copies] = (ends - lengths)[copies]  # no row
+                lengths = np.where(copies, 0, lengths)
             for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True):
-                if end > start:
-                    given = True
-                    yield ids[start:end], labels[start:end]
+                for at in range(start, end, self._data.max_length):  # only documents are longer
+                    given, stop = True, min(end, at + self._data.max_length)
+                    yield ids[at:stop], labels[at:stop]
         if not given:
             part = stream.part
             raise DataError(f"{part.key}: no row of {part.label} can be trained on: {drop_reasons(tally.dropped)}")
@@ -261,8 +285,11 @@ def shuffled(rows: Iterable[T], draw: random.Random, size: int) -> Iterator[T]:
     yield from held
 
 
-def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Streamed:
+def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out: Prepared | None = None) -> Streamed:
     """Open the data sets of a recipe that streams; no more than the first thousand rows of each are read.
+
+    Args:
+        held_out: what `instructft.data.prepare.prepare_held_out` makes of `data.validation` and `data.test`.
 
     Raises:
         DataError: a file, URL or Hub id that cannot be read, or whose rows have no known format; while rows are read
@@ -280,48 +307,27 @@ def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stream
             columns.update(dict.fromkeys(row))
         if not columns:
             raise DataError(f"{key}: {label} holds no rows")
-        fmt, mapped = shape(entry, list(columns), label, key)
-        part = Part(label, None, fmt, mapped, {}, key, None, entry.weight)
+        fmt, mapped = shape(shape_of(entry), list(columns), label, key)
+        part = Part(label, None, fmt, mapped, {}, key, None, entry.weight, rules=rules_of(recipe, mapped))
         streams.append(_Stream(part, read, Batches(part, recipe.data, tokenizer).encode, known_by))
-    return Streamed(streams, recipe, tokenizer)
+    return Streamed(streams, recipe, tokenizer, held_out)
 
 
 def _reader(entry: DatasetEntry, label: str, key: str) -> tuple[Callable[[], Iterator[dict[str, Any]]], Any]:
     """What reads the raw rows of one entry from the start, and what they are known by."""
-    begin: Callable[[], Iterator[dict[str, Any]]]
-    known_by: Any
+    files = stream_files(entry, label, key)
+    known_by: Any = [[file.name, *(file.path.stat()[6:9:2] if file.path else [])] for file in files]
     if hub := hub_id(entry):
-        raw = load_raw(entry, label, key)
-        begin, known_by = partial(iter, raw), [hub, entry.config, entry.split, entry.revision]
-    elif "://" in (location := location_of(entry)):
-        begin, known_by = partial(_url, location, known_suffix(location, key)), location
-    else:
-        path = existing(location, key)
-        begin = partial(readers.rows, path, known_suffix(location, key), location)
-        known_by = entry.name or [location, *path.stat()[6:9:2]]  # what is bundled counts as code
+        known_by = [hub, entry.config, entry.split, entry.revision]
+    elif entry.name:
+        known_by = entry.name  # what is bundled counts as code
 
     def read() -> Iterator[dict[str, Any]]:
         try:
-            yield from islice(begin(), entry.rows)
+            yield from islice(chain.from_iterable(file.rows() for file in files), entry.rows)
         except DataError as error:
             raise error if str(error).startswith(key) else DataError(f"{key}: {error}") from error
         except Exception as error:
             raise DataError(not_read(entry, label, key, error)) from error
 
     return read, known_by
-
-
-def _url(url: str, suffix: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file on the web, none of which is put on the disk; with HF_HUB_OFFLINE=1 an earlier copy's."""
-    from datasets import config
-
-    if config.HF_HUB_OFFLINE:
-        yield from readers.rows(readers.download(url), suffix, url)
-    elif suffix == ".parquet":  # its index stands at the end
-        import fsspec
-
-        with fsspec.open(url, "rb") as file:
-            yield from readers.rows_of(file, suffix, url)
-    else:
-        with readers.opened(url) as body:
-            yield from readers.rows_of(body, suffix, url)

@@ -8,18 +8,20 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from instructft.data.load import Part
-from instructft.data.sources import Unusable
 from instructft.errors import DataError, TemplateError
-from instructft.prompt.conversation import Message
-from instructft.prompt.loss_mask import IGNORE_INDEX, encoder
+from instructft.prompt.conversation import Conversation
+from instructft.prompt.ledger import Unread, Unusable
+from instructft.prompt.loss_mask import IGNORE_INDEX, Rows, encoder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from instructft.recipe.schema import Recipe
 
+UNREAD, REFUSED = "unread", "refused_by_template"  # verdicts on rows
 _ROWS_PER_PROCESS = 5_000  # fewer rows than this are encoded sooner than another process starts
 _MANY = 5_000  # rows; for fewer of them a faster tokenizer is not worth its proof
 
@@ -37,89 +40,197 @@ class Batches:
 
     def __init__(self, part: Part, data: Any, tokenizer: PreTrainedTokenizerBase):
         # the rows come as batches, so the part goes along without them
-        self.part = Part(part.label, None, part.format, part.columns, {}, part.key, part.drawn)
-        self.train_on, self.max_length, self.on_too_long = data.train_on, data.max_length, data.on_too_long
+        self.part = replace(part, raw=None, rows={})
+        self.train_on, self.turns = data.train_on, data.turns
+        self.max_length, self.on_too_long = data.max_length, data.on_too_long
         self.tokenizer = tokenizer
         self.many = part.raw is None or len(part.raw) >= _MANY  # a stream has no number of rows
 
     def __call__(self, table: pa.Table, numbers: list[int]) -> pa.Table:
         import pyarrow as pa
 
-        ids, labels, lengths, lost, verdicts = self.encode(table.to_pylist(), numbers)
-        offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), type=pa.int32())
+        ids, labels, sizes, of_row, lost, verdicts, notes = self.encode(table.to_pylist(), numbers)
+        tokens = np.bincount(of_row, weights=sizes, minlength=len(verdicts))
+        each = np.bincount(of_row, minlength=len(verdicts))  # rows that a raw row is trained as
         columns = {
-            name: pa.ListArray.from_arrays(offsets, pa.array(x)) for name, x in (("input_ids", ids), ("labels", labels))
+            name: pa.ListArray.from_arrays(pa.array(np.concatenate(([0], np.cumsum(n))), type=pa.int32()), pa.array(x))
+            for name, x, n in (("input_ids", ids, tokens), ("labels", labels, tokens), ("turns", sizes, each))
         }
-        return pa.table({**columns, "dropped": verdicts, "cut_tokens": pa.array(lost, type=pa.int32())})
+        columns |= {"dropped": pa.array(verdicts, type=pa.string()), "cut_tokens": pa.array(lost, type=pa.int32())}
+        return pa.table({**columns, "note": pa.array(notes, type=pa.string())})
 
     def encode(
         self, batch: Sequence[dict[str, Any]], numbers: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str], list[str]]:
         """Encode raw rows with these row numbers.
 
-        Returns ids and labels end to end; for each row its tokens (0 when dropped), the tokens cut off, and why it is
-        dropped ("" when it is not).
+        Returns ids and labels end to end; for each row that is trained its tokens and the place of its raw row, of
+        which a template that rewrites history makes several; for each raw row the tokens cut off, why it is dropped
+        ("" when it is not), and more about that: what was found, or for `UNREAD` the findings as JSON.
         """
-        verdicts: list[str] = []
-        usable: list[list[Message]] = []
-        for raw in batch:
+        verdicts, notes = [""] * len(batch), [""] * len(batch)
+        usable: list[Conversation] = []
+        places: list[int] = []  # of the usable rows in the batch
+        for i, raw in enumerate(batch):
             try:
                 usable.append(self.part.conversation(raw))
-                verdicts.append("")
-            except Unusable as reason:
-                verdicts.append(reason.reason)
-        places = [i for i, verdict in enumerate(verdicts) if not verdict]  # of the usable rows in the batch
-        lengths, lost = np.zeros((2, len(verdicts)), dtype=np.int64)
+                places.append(i)
+            except Unusable as unusable:
+                verdicts[i], notes[i] = unusable.reason, unusable.detail
+            except Unread as unread:
+                verdicts[i], notes[i] = UNREAD, json.dumps(unread.found)
+        lost = np.zeros(len(verdicts), dtype=np.int64)
         ids = labels = np.zeros(0, dtype=np.int32)
+        sizes = of_row = np.zeros(0, dtype=np.int64)
         if usable:
-            ids, labels, lengths[places], lost[places] = self._rows(usable, places, numbers, verdicts)
-        return ids, labels, lengths, lost, verdicts
+            ids, labels, sizes, of_usable, lost[places] = self._rows(usable, places, numbers, verdicts, notes)
+            of_row = np.array(places)[of_usable]
+        return ids, labels, sizes, of_row, lost, verdicts, notes
 
     def _rows(
-        self, usable: list[list[Message]], places: list[int], numbers: Sequence[int], verdicts: list[str]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Ids and labels end to end, tokens and lost tokens of each usable row; verdicts on rows that do not fit."""
-        try:
-            rows = encoder(self.tokenizer).encode(usable, self.train_on, self.many)
-        except TemplateError:
-            self._blame([numbers[i] for i in places], usable)
-            raise
-        over = np.maximum(rows.lengths - self.max_length, 0)
+        self,
+        usable: list[Conversation],
+        places: list[int],
+        numbers: Sequence[int],
+        verdicts: list[str],
+        notes: list[str],
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Ids and labels end to end, tokens and conversation of each row that is kept, and the lost tokens of each
+        conversation; verdicts on those of which no row fits."""
+        documents = np.array([conversation[0]["role"] == "text" for conversation in usable])
+        rows = self._encoded(usable, documents, places, verdicts, notes)
+        of = rows.conversation
+        most = np.where(documents[of], np.iinfo(np.int64).max, self.max_length)  # documents are divided, not cut
+        over = np.maximum(rows.lengths - most, 0)
         if self.on_too_long == "error" and over.any():
             first = int(np.flatnonzero(over)[0])
             raise DataError(
-                f"{self.part.describe(numbers[places[first]])} has {rows.lengths[first]} tokens, more than "
+                f"{self.part.describe(numbers[places[of[first]]])} has {rows.lengths[first]} tokens, more than "
                 f"data.max_length ({self.max_length}); raise it, or set data.on_too_long to truncate or drop"
             )
-        row_of = np.repeat(np.arange(len(usable)), rows.lengths)  # of each token
+        row_of = np.repeat(np.arange(len(rows.lengths)), rows.lengths)  # of each token
         position = np.arange(len(row_of)) - np.repeat(np.cumsum(rows.lengths) - rows.lengths, rows.lengths)
-        fits = position < self.max_length
+        fits = position < most[row_of]
         trains = fits & (position > 0) & (rows.labels != IGNORE_INDEX)
-        has_loss = np.bincount(row_of[trains], minlength=len(usable)) > 0
+        has_loss = np.bincount(row_of[trains], minlength=len(rows.lengths)) > 0
         too_long = (over > 0) & (self.on_too_long == "drop")
-        for i in np.flatnonzero(too_long | ~has_loss):
-            verdicts[places[i]] = "too_long" if too_long[i] else "answer_cut_away" if over[i] else "no_loss"
         keep = has_loss & ~too_long
+        kept_rows, over_rows, long_rows = (
+            np.bincount(of[some], minlength=len(usable)) for some in (keep, over > 0, too_long)
+        )
+        for i in np.flatnonzero(kept_rows == 0):
+            if not verdicts[places[i]]:  # not refused
+                verdicts[places[i]] = "too_long" if long_rows[i] else "answer_cut_away" if over_rows[i] else "no_loss"
+        lost = np.bincount(of, weights=np.where(keep, over, 0), minlength=len(usable)).astype(np.int64)
         kept = fits & keep[row_of]
-        lengths = np.where(keep, np.minimum(rows.lengths, self.max_length), 0)
-        return rows.input_ids[kept], rows.labels[kept], lengths, np.where(keep, over, 0)
+        return rows.input_ids[kept], rows.labels[kept], np.minimum(rows.lengths, most)[keep], of[keep], lost
 
-    def _blame(self, numbers: list[int], conversations: list[list[Message]]) -> None:
-        """Name the row of a batch that the template does not take."""
-        for number, messages in zip(numbers, conversations, strict=True):
-            try:
-                encoder(self.tokenizer).encode([messages], self.train_on)
-            except TemplateError as error:
-                raise TemplateError(f"{self.part.describe(number)}: {error}") from error
+    def _encoded(
+        self,
+        usable: list[Conversation],
+        documents: np.ndarray,
+        places: list[int],
+        verdicts: list[str],
+        notes: list[str],
+    ) -> Rows:
+        """The rows of all usable conversations in order; one that the template refuses has none, and a verdict."""
+        chats = np.flatnonzero(~documents).tolist()
+        refused: dict[int, TemplateError] = {}
+        rows = encoder(self.tokenizer).encode([usable[i] for i in chats], self.train_on, self.many, self.turns, refused)
+        for at, error in refused.items():
+            verdicts[places[chats[at]]], notes[places[chats[at]]] = REFUSED, str(error)
+        if len(chats) == len(usable):
+            return rows
+        pieces = [(chats[at], row) for at, row in zip(rows.conversation.tolist(), rows.lists(), strict=True)]
+        for i in np.flatnonzero(documents).tolist():
+            document = self._document(usable[i][0]["content"])
+            pieces.append((i, {"input_ids": document, "labels": document}))
+        pieces.sort(key=itemgetter(0))
+        ids, labels = (
+            np.fromiter((t for _, row in pieces for t in row[name]), dtype=np.int32) for name in ("input_ids", "labels")
+        )
+        lengths, of = np.array([(len(row["input_ids"]), i) for i, row in pieces], dtype=np.int64).reshape(-1, 2).T
+        return Rows(ids, labels, lengths, of)
+
+    def _document(self, text: str) -> list[int]:
+        """A text without speakers: every token carries loss, up to the token that ends it."""
+        known, tokenizer = encoder(self.tokenizer), self.tokenizer
+        ids = known.tokenize([text])[0]
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
+            ids = [bos, *ids]
+        return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+
+def refuse_unread(part: Part, verdicts: Sequence[str], notes: Sequence[str], numbers: Sequence[int]) -> None:
+    """Raise one error for all that the rows of a part say and nothing reads.
+
+    Args:
+        numbers: of the rows in `part.raw`.
+    """
+    found: dict[str, list[tuple[int, str, str]]] = {}  # what -> (row, value, why)
+    for verdict, note, number in zip(verdicts, notes, numbers, strict=True):
+        if verdict == UNREAD:
+            for what, value, why in json.loads(note):
+                if not (found.get(what) and found[what][-1][0] == number):
+                    found.setdefault(what, []).append((number, value, why))
+    if not found:
+        return
+    lines, names = [], []
+    for what, rows in sorted(found.items(), key=lambda item: -len(item[1])):
+        first = ", ".join(part.place(number) for number, _, _ in rows[:3]) + (", …" if len(rows) > 3 else "")
+        _, value, why = rows[0]
+        lines.append(f"  {what}, {len(rows):,} {'rows' if len(rows) > 1 else 'row'} ({first}), such as {value}: {why}")
+        if what.startswith(("column", "key", "part")):
+            names.append(what.split("`")[1])
+    ways = f"\nWhat does not matter: data.ignore: [{', '.join(dict.fromkeys(names))}]." if names else ""
+    if any(what.startswith("column") for what in found):
+        ways += " What does, under another name: data.datasets[].columns: {output: NAME}."
+    raise DataError(
+        f"{part.key}: {part.label} says what nothing here reads, and a model would be trained without it:\n"
+        + "\n".join(lines)
+        + ways
+    )
+
+
+_SAID = {
+    "not_a_dialogue": "with no conversation where one is expected",
+    "no_assistant_turn": "without an answer",
+    "empty_answer": "with an empty answer",
+    "empty_prompt": "with an empty question",
+    "empty_text": "with an empty text",
+    "not_text": "with half a character, or bytes",
+    "too_long": "longer than data.max_length",
+    "answer_cut_away": "whose answer begins behind data.max_length",
+    "no_loss": "of which no token carries loss",
+    REFUSED: "that the chat template refuses",
+    "near_duplicate_of_held_out": "nearly the same as a held-out one",
+    "left_out_by_weight": "left out by weight",
+}
 
 
 def drop_reasons(dropped: Counter[str]) -> str:
     """How many rows were dropped for which reason, the most frequent first.
 
-    >>> drop_reasons(Counter(empty_answer=2, not_text=1200))
-    '1,200 not text, 2 empty answer'
+    >>> drop_reasons(Counter(empty_answer=2, empty_prompt=1200))
+    '1,200 with an empty question, 2 with an empty answer'
     """
-    return ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.most_common()) or "none given"
+    said = (f"{count:,} {said_of(reason)}" for reason, count in dropped.most_common())
+    return ", ".join(said) or "none given"
+
+
+def said_of(reason: str) -> str:
+    """A reason of the account in words that follow "rows"."""
+    return _SAID.get(reason, reason.replace("_", " "))
+
+
+def drop_examples(part: Part, verdicts: Sequence[str], notes: Sequence[str], numbers: Sequence[int]) -> str:
+    """One row for each reason, with what was found there."""
+    first: dict[str, str] = {}
+    for verdict, note, number in zip(verdicts, notes, numbers, strict=True):
+        if verdict and note and verdict not in first:
+            first[verdict] = f"  row {part.place(number)}: {note}"
+    return "".join(f"\n{line}" for line in first.values())
 
 
 def shaped_by(raw: Any, part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -137,8 +248,12 @@ def shaped_by(raw: Any, part: Part, recipe: Recipe, tokenizer: PreTrainedTokeniz
         tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer),
         sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
         recipe.data.train_on,
+        recipe.data.turns,
         recipe.data.max_length,
         recipe.data.on_too_long,
+        sorted(part.rules.ignore),
+        part.rules.strip,
+        part.rules.options,
     )
     return hashlib.sha256(json.dumps(everything, default=str).encode()).hexdigest()[:16]
 
@@ -159,7 +274,10 @@ def _code(package: Path = Path(__file__).parents[1]) -> str:
 
 
 def encode_part(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Encode all raw rows of a part, in order; a row that is dropped keeps its place and carries the reason."""
+    """Encode all raw rows of a part, in order; a row that is dropped keeps its place and carries the reason.
+
+    A raw row that is trained as several rows has them end to end, and in `turns` the tokens of each (`each_turn`).
+    """
     from datasets import Features, List, Value
 
     encoder(tokenizer)  # a template that cannot be trained is refused here, not in another process
@@ -170,8 +288,8 @@ def encode_part(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) 
     ]
     if batches.many and not cached:
         encoder(tokenizer).make_fast()  # here, once: processes that are forked inherit it
-    shape = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
-    shape |= {"dropped": Value("string"), "cut_tokens": Value("int32")}
+    shape = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "turns": List(Value("int64"))}
+    shape |= {"dropped": Value("string"), "cut_tokens": Value("int32"), "note": Value("string")}
     processes = min(os.cpu_count() or 1, len(part.raw) // _ROWS_PER_PROCESS)
     with _one_thread_each(processes):
         return (
@@ -189,6 +307,25 @@ def encode_part(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) 
             )
             .with_format(None)
         )
+
+
+def each_turn(encoded: Dataset) -> Dataset:
+    """The rows that are trained, of `encode_part`'s: each of its `turns` by itself."""
+    import pyarrow as pa
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+    if max((len(turns) for turns in encoded["turns"]), default=1) <= 1:
+        return encoded.select_columns(["input_ids", "labels"])
+    tables = []
+    for table in encoded.with_format("arrow").iter(batch_size=4096):
+        columns = [table.column(name).combine_chunks() for name in ("turns", "input_ids", "labels")]
+        ends = np.concatenate(([0], np.cumsum(columns[0].flatten().to_numpy())))
+        offsets = pa.array(ends, type=pa.int32())
+        tables.append([pa.ListArray.from_arrays(offsets, column.flatten()) for column in columns[1:]])
+    shape = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+    return concatenate_datasets(
+        [Dataset(pa.table({"input_ids": a, "labels": b}).cast(shape.arrow_schema)) for a, b in tables]
+    )
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from instructft.checkpoints.manifest import folders, verify
 from instructft.checkpoints.resume import fixed_keys
-from instructft.data.load import conversations, file_conversations
+from instructft.data.files.kinds import SUFFIXES, suffix_of
+from instructft.data.files.locate import as_pattern
+from instructft.data.load import conversations, file_conversations, shape_of
 from instructft.data.prepare import SPLITS
-from instructft.data.readers import SUFFIXES, suffix_of
 from instructft.errors import CheckpointError, UsageError
 from instructft.evaluation.confidence import differences
 from instructft.evaluation.metrics import evaluate
@@ -169,25 +170,33 @@ def rows_of(
     recipe: Recipe | None, data: str | None, split: str | None, limit: int | None
 ) -> tuple[list[Any], str, Recipe | None]:
     """The rows, what they are called, and the recipe that they come from."""
-    if data and suffix_of(data) in SUFFIXES:
+    if data and _holds_rows(data):
         if split:
             raise UsageError("--split goes with a recipe; a file is evaluated whole")
-        return file_conversations(data, limit), data, None
+        entries = sorted(recipe.data.datasets if recipe else (), key=lambda entry: data not in (entry.path, entry.url))
+        shapes = [shape_of(entry) for entry in entries if entry.columns]
+        return file_conversations(data, limit, shapes, recipe), data, None
     if data:
         recipe = load_recipe(data)
     if recipe is None:
         raise UsageError("there is no recipe.yaml beside this model; say on what to evaluate it: --data FILE or RECIPE")
-    splits = recipe.data.splits
     if split is None:
-        if not (splits.test or splits.validation):
+        split = next((name for name in ("test", "validation") if recipe.data.holds_out(name)), None)
+        if split is None:
             raise UsageError(f"{recipe.name} holds no rows out (data.splits); give --data FILE, or --split train")
-        split = "test" if splits.test else "validation"
     if split not in SPLITS:
         raise UsageError(f"--split: found {split}, expected {', '.join(SPLITS)}")
     rows = conversations(recipe, split, limit)
     if not rows:
         raise UsageError(f"the {split} split of {recipe.name} is empty; choose another with --split")
     return rows, f"the {split} split of {recipe.name}", recipe
+
+
+def _holds_rows(data: str) -> bool:
+    """Whether `--data` names rows, not a recipe: by its ending, or as a folder or a pattern of files."""
+    path = Path(data).expanduser()
+    folder = path.is_dir() and not (path / "recipe.yaml").is_file()
+    return suffix_of(data) in SUFFIXES or folder or as_pattern(data, Path()) is not None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -309,7 +318,7 @@ def compare_checkpoints(
         raise UsageError(f"--checkpoints: {run} holds no checkpoint that verifies" + "".join(f"; {b}" for b in broken))
     check_json(json_file)
     recipe = recipe_of(str(folder))
-    if split is None and recipe is not None and not data and recipe.data.splits.validation:
+    if split is None and recipe is not None and not data and recipe.data.holds_out("validation"):
         split = "validation"
     rows, described, made_from = rows_of(recipe, data, split, limit)
     train_on = train_on_of(recipe or made_from)

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from instructft.data.sources import Unusable, detect_format, to_conversation
+from instructft.data.formats import detect_format, to_conversation
 from instructft.errors import DataError
 from instructft.evaluation.confidence import intervals, measures
 from instructft.evaluation.words import rouge_l
 from instructft.inference.chat import as_generator
 from instructft.inference.generator import MAX_NEW_TOKENS, Answer, Generator
 from instructft.prompt.conversation import Message
-from instructft.prompt.loss_mask import IGNORE_INDEX, encode_conversation
+from instructft.prompt.ledger import Unread, Unusable
+from instructft.prompt.loss_mask import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,7 +130,9 @@ def _conversation(number: int, row: Mapping[str, Any]) -> list[Message]:
     try:
         return to_conversation(row, detect_format(list(row), f"row {number}"))
     except Unusable as unusable:
-        raise DataError(f"row {number} cannot be evaluated: {unusable.reason.replace('_', ' ')}") from unusable
+        raise DataError(f"row {number} cannot be evaluated: {unusable}") from unusable
+    except Unread as unread:
+        raise DataError(f"row {number} cannot be evaluated: {unread}") from unread
 
 
 def _asked(conversation: Sequence[Message]) -> str:
@@ -173,14 +176,17 @@ def negative_log_likelihood(
     from instructft.data.collator import CompletionOnlyCollator
 
     collate = CompletionOnlyCollator(generator.pad_id)
-    encoded = [encode_conversation(messages, generator.tokenizer, train_on) for messages in conversations]
-    cut = sum(len(row["input_ids"]) > generator.context for row in encoded)
+    found = generator.encoder.encode(conversations, train_on)
+    encoded = found.lists()  # of a template that rewrites history several a conversation
+    over = {
+        int(i) for i, row in zip(found.conversation, encoded, strict=True) if len(row["input_ids"]) > generator.context
+    }
     rows = [{name: values[: generator.context] for name, values in row.items()} for row in encoded]
     order = [i for i, row in enumerate(rows) if any(label != IGNORE_INDEX for label in row["labels"][1:])]
     if not order:
         raise DataError(f"no row has an answer within the model's context of {generator.context} tokens")
     order.sort(key=lambda i: len(rows[i]["input_ids"]), reverse=True)
-    each = [(0.0, 0)] * len(rows)
+    each = [(0.0, 0)] * len(conversations)
     start = 0
     with generator.evaluating():
         while start < len(order):
@@ -194,6 +200,7 @@ def negative_log_likelihood(
             picked = torch.nn.functional.cross_entropy(logits[mask].float(), labels[mask], reduction="none")
             losses[mask.cpu()] = picked.cpu().double()
             for i, nll, tokens in zip(some, losses.sum(1).tolist(), mask.sum(1).tolist(), strict=True):
-                each[i] = (nll, tokens)
+                place = int(found.conversation[i])
+                each[place] = (each[place][0] + nll, each[place][1] + tokens)
             start += size
-    return Scored(sum(nll for nll, _ in each), sum(tokens for _, tokens in each), cut, each)
+    return Scored(sum(nll for nll, _ in each), sum(tokens for _, tokens in each), len(over), each)

@@ -55,7 +55,7 @@ class Generator:
         self.encoder = encoder(tokenizer)
         eos = model.generation_config.eos_token_id
         eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        self.stop_ids = sorted({self.encoder.stop_token_id, *eos})
+        self.stop_ids = sorted({*self.encoder.stop_ids, *eos})
         pad = tokenizer.pad_token_id
         self.pad_id = self.stop_ids[0] if pad is None else pad
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0

@@ -84,7 +84,7 @@ def choose_texts(
         context: tokens that the model takes at most.
         vocabulary: rows of its embedding.
     """
-    from instructft.prompt.loss_mask import encode_conversation, encoder
+    from instructft.prompt.loss_mask import encoder
 
     limit = min(LENGTH, context)
     labels: list[list[int]] = []
@@ -102,7 +102,7 @@ def choose_texts(
         stop = encoder(tokenizer).stop_token_id
         if conversations := _held_out(recipe):
             prompts = encoder(tokenizer).prompts([messages[:-1] for messages in conversations])
-            encoded = [encode_conversation(messages, tokenizer) for messages in conversations]
+            encoded = encoder(tokenizer).encode(conversations).lists()
             rows, labels = ([row[key] for row in encoded] for key in ("input_ids", "labels"))
             source = "the recipe's held-out rows"
         else:
@@ -122,10 +122,10 @@ def choose_texts(
 def _held_out(recipe: Recipe | None) -> list[Any]:
     from instructft.data.load import conversations
 
-    if recipe is None or any(entry.streaming for entry in recipe.data.datasets):
+    if recipe is None:
         return []
     for split in ("test", "validation"):
-        if getattr(recipe.data.splits, split):
+        if recipe.data.holds_out(split):
             try:
                 return [row["messages"] for row in conversations(recipe, split, ROWS)]
             except (InstructftError, OSError, ValueError):  # the data has moved: another text proves as much

@@ -114,14 +114,14 @@ def fit_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     """Let configuration and generation configuration stop where the trained template stops."""
     from instructft.prompt.loss_mask import encoder
 
-    stop = encoder(tokenizer).stop_token_id
+    ends = encoder(tokenizer).stop_ids
     config, generation = model.config.get_text_config(), model.generation_config
     known = generation.eos_token_id if generation.eos_token_id is not None else []
     known = [known] if isinstance(known, int) else list(known)
-    stops = [stop, *(token for token in known if token != stop)]
+    stops = [*ends, *(token for token in known if token not in ends)]
     generation.eos_token_id = stops[0] if len(stops) == 1 else stops
     generation.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
-    config.eos_token_id = stop
+    config.eos_token_id = ends[0]
     config.bos_token_id = generation.bos_token_id = tokenizer.bos_token_id
     _make_saveable(generation)
 

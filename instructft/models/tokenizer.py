@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 import weakref
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from instructft.data.sources import QUICKSTART
 from instructft.errors import TemplateError, UsageError
@@ -161,7 +163,44 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         text = _template_file(name)
     if recipe.data.system_prompt:
         text = _default_system(recipe.data.system_prompt) + text
-    tokenizer.chat_template = text
+    text = with_date(text, recipe.data.template_date)
+    tokenizer.chat_template = with_options(text, dict(recipe.data.template_options))
+
+
+def with_date(text: str, day: str) -> str:
+    """A chat template in which today is `day` (YYYY-MM-DD), where it asks for the date at all.
+
+    Else the prompt of tomorrow would not be the one that was trained: not when the run resumes, nor on a server.
+
+    >>> with_date("{{ strftime_now('%d %b %Y') }}", "2024-07-26").splitlines()[0]
+    '{%- macro strftime_now(format) -%}'
+    """
+    formats = list(dict.fromkeys(re.findall(r"""strftime_now\(\s*(?:format\s*=\s*)?["']([^"']+)["']""", text)))
+    if not formats:
+        return text
+    moment = datetime.strptime(day, "%Y-%m-%d")
+    lines = ["{%- macro strftime_now(format) -%}"]
+    for word, form in zip(["if", *["elif"] * len(formats)], formats, strict=False):
+        lines.append("{%- " + word + " format == " + json.dumps(form) + " -%}" + moment.strftime(form))
+    return "\n".join([*lines, "{%- endif -%}", "{%- endmacro -%}", text])
+
+
+def with_options(text: str, options: dict[str, Any]) -> str:
+    """A chat template that takes these values for what nobody gives it: chat and every server then ask as trained."""
+    lines = [
+        "{%- if " + name + " is not defined -%}{%- set " + name + " = " + _literal(value) + " -%}{%- endif -%}"
+        for name, value in options.items()
+    ]
+    return "\n".join([*lines, text])
+
+
+def _literal(value: Any) -> str:
+    """A value of a recipe as Jinja writes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value)
 
 
 def _template_file(name: str) -> str:

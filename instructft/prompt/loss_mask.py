@@ -6,38 +6,37 @@ This is the one place where a prompt is made; training, evaluation, chat and gen
     ### Instruction:⏎Add 1 and 1.⏎⏎### Response:⏎2<eos>### Instruction:⏎And 2?⏎⏎### Response:⏎4<eos>
     └────────── prompt of turn 1 ─────────────┘^^^^^^└──── added by the prompt of turn 2 ─────┘^^^^^^
 
-1. A template is asked, for every answer, what the prompt before it looks like (`add_generation_prompt`). That text
-   must be a prefix of the whole conversation's text: otherwise the template rewrites history, the model would be
-   trained on something that it never sees at inference, and `TemplateError` shows the tokens that diverge.
+1. A template is asked, for every answer, what the prompt before it looks like and what it shows of the answer at that
+   time (`instructft.prompt.turns`).
 2. What follows the prompt, up to and including the token that ends the turn, carries loss. Nothing else does.
-3. Text is tokenized piece by piece, cut at those borders, so that the ids of a prompt are a prefix of the row's ids
-   by construction. `Encoder` proves on a few answers that this equals the tokenization of the whole text, which is
-   what an inference server does.
+3. A turn joins the row of the turns before it where its prompt begins with that row, id by id. Where the template shows
+   earlier answers in another way by then, it gets a row of its own, rendered as it will be served.
+4. Text is tokenized piece by piece where nothing merges across the borders, else the whole of it
+   (`instructft.prompt.borders`): the ids of a prompt are those that a server sends, and a prefix of the row's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.errors import TemplateError
-from instructft.prompt.conversation import Message
+from instructft.errors import DataError, TemplateError
+from instructft.prompt.borders import IGNORE_INDEX, Borders, Row
+from instructft.prompt.conversation import Conversation, Message
 from instructft.prompt.fast_bpe import FastBPE, fast_bpe
+from instructft.prompt.layouts.messages import conversation_of
+from instructft.prompt.ledger import Unusable
 from instructft.prompt.render import Renderer
+from instructft.prompt.turns import Script, scripts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORE_INDEX = -100  # a label of -100 carries no loss; PyTorch's cross_entropy skips it
-TRAIN_ON = ("responses", "last_response", "everything")
-
-# Answers that a template is tried on: what they begin with decides whether a tokenizer would merge across the border.
-_PROBES = ("Paris.", "42", "# Title", "(a) b", '"Yes"', "¿Qué?", "日本", "🙂 ok", "- one\n- two", "<b>", "e")
 
 
 def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
@@ -52,14 +51,20 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, add_
 
 
 def encode_conversation(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, train_on: str = "responses"
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    train_on: str = "responses",
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> dict[str, list[int]]:
     """Encode one conversation; the reference for what a row of training data is.
 
     Args:
-        messages: turns with `role` (system, user, assistant) and `content`, the last one the assistant's.
+        messages: turns with `role` and `content` (`instructft.prompt.conversation`), with at least one answer.
         tokenizer: a tokenizer with a `chat_template`.
         train_on: `responses` (every answer), `last_response`, or `everything`.
+        tools: JSON schemas of the functions that may be called.
+        template_options: further values that the template reads, such as `enable_thinking`.
 
     Returns:
         `input_ids` and `labels`, two lists of the same length T. A label is the id at its own position where that
@@ -71,14 +76,55 @@ def encode_conversation(
         # {'input_ids': [21017, 46486, …, 198, 17, 50256], 'labels': [-100, -100, …, -100, 17, 50256]}
 
     Raises:
-        TemplateError: the template rewrites history, so that no honest mask exists, or never ends an answer.
+        TemplateError: the template refuses the messages, never ends an answer, or shows earlier turns in another way
+            once they are history, so that the turns need rows of their own (`encode_turns`).
     """
-    return encoder(tokenizer).encode([messages], train_on).lists()[0]
+    rows = encode_turns(messages, tokenizer, train_on, tools, template_options)
+    if len(rows) != 1:
+        raise TemplateError(
+            f"this conversation is {len(rows)} rows: once they are history, the chat template rewrites earlier turns, "
+            "or the tokenizer merges their borders. Take encode_turns, which gives every turn as it is served, or "
+            "train_on='last_response'"
+        )
+    return rows[0]
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_turns(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    train_on: str = "responses",
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[dict[str, list[int]]]:
+    """Encode one conversation as the rows that are trained: one, or several where the template rewrites history.
+
+    Arguments and rows are those of `encode_conversation`; every answer carries loss in one of the rows.
+
+    Raises:
+        TemplateError: the template refuses the messages, or never ends an answer.
+    """
+    conversation = _conversation(messages, tools, template_options)
+    return encoder(tokenizer).encode([conversation], train_on).lists()
+
+
+def encode_prompt(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[int]:
     """The ids that a model is given before it answers: a prefix of what `encode_conversation` gives with the answer."""
-    return encoder(tokenizer).prompts([messages])[0]
+    return encoder(tokenizer).prompts([_conversation(messages, tools, template_options)])[0]
+
+
+def _conversation(messages: Sequence[Message], tools: Any, options: Any) -> Conversation:
+    """Messages of any layout in normal form, as those of a file: both give the same ids."""
+    if isinstance(messages, Conversation):
+        return Conversation(messages, tools or messages.tools, {**messages.options, **(options or {})})
+    try:
+        return conversation_of(messages, tools=tools, options=options)
+    except Unusable as unusable:
+        raise DataError(f"the messages cannot be encoded: {unusable}") from unusable
 
 
 @dataclass(frozen=True)
@@ -89,25 +135,24 @@ class Rows:
         input_ids: (sum of lengths,) int32.
         labels: (sum of lengths,) int32; -100 = no loss.
         lengths: (rows,) int64, tokens of each row.
+        conversation: (rows,) int64, the place in the batch of the conversation that a row is from. One that was
+            refused, or holds no answer to train on, has no row.
+        left_out: (place, what) of what the template does not show of an answer: content, reasoning, arguments.
+        only_read: (place, how many) answers that no server would ask for, so that they carry no loss: a greeting.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     lengths: np.ndarray
+    conversation: np.ndarray
+    left_out: list[tuple[int, str]] = field(default_factory=list)
+    only_read: list[tuple[int, int]] = field(default_factory=list)
 
     def lists(self) -> list[dict[str, list[int]]]:
         """Row by row, as `input_ids` and `labels`."""
         ends = np.cumsum(self.lengths).tolist()
         cuts = zip([0, *ends], ends, strict=False)
         return [{"input_ids": self.input_ids[a:b].tolist(), "labels": self.labels[a:b].tolist()} for a, b in cuts]
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """A rendered conversation, cut at the borders of its answers."""
-
-    texts: list[str]  # concatenated: the rendered conversation
-    trained: list[bool]  # which of them carry loss
 
 
 class Encoder:
@@ -122,30 +167,29 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.renderer = Renderer(tokenizer)
-        self._learn_ending()
-        self._learn_tokenization()
-
-    # -- what the template does ---------------------------------------------------------------------------------
-
-    def _learn_ending(self) -> None:
-        """Find what follows an answer: the stop token, and what a template adds after it (`\\n` in ChatML)."""
-        question, answer = {"role": "user", "content": "Q"}, "Answer-7"
-        prompt = self.render([[question]], True)[0]
-        text = self.render([[question, {"role": "assistant", "content": answer}]])[0]
-        ending = text.rpartition(answer)[2]
-        specials = sorted(self.special_tokens, key=len, reverse=True)
-        found = [(ending.find(token), token) for token in specials if token in ending]
-        if answer not in text or not found:
+        traits = self.renderer.traits
+        self.stop_token, self.after_ending = traits.answer
+        if not self.stop_token:
             raise TemplateError(
-                f"the chat template ends an answer with {ending!r}, which holds no special token of the tokenizer, "
-                "so the model would never learn to stop. Add `{{ eos_token }}` after the answer in the template, "
-                "or set data.template to a built-in one."
+                f"the chat template ends an answer with {traits.shown!r}, which holds no special token of the "
+                "tokenizer, so the model would never learn to stop. Add `{{ eos_token }}` after the answer in the "
+                "template, or set data.template to a built-in one."
             )
-        start, self.stop_token = min(found, key=lambda pair: pair[0])
-        self.stop_token_id: int = self.tokenizer.convert_tokens_to_ids(self.stop_token)
-        self.ending = ending[: start + len(self.stop_token)]  # carries loss
-        self.after_ending = ending[start + len(self.stop_token) :]  # does not
-        self._probe_prompt = prompt
+        bos = tokenizer.bos_token_id
+        if bos is not None and self.tokenize([traits.prompt])[0][:2] == [bos, bos]:
+            raise TemplateError("the chat template begins with two BOS tokens; take one `{{ bos_token }}` out of it")
+        self._borders = Borders(self.tokenize, self._core, sorted(self.special_tokens), traits.lead)
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer or a call (gpt-oss has one for each), that of a plain answer first."""
+        stops: list[int] = self.tokenizer.convert_tokens_to_ids(self.renderer.traits.stops)
+        return stops
+
+    @property
+    def stop_token_id(self) -> int:
+        """The token that ends a plain answer."""
+        return self.stop_ids[0]
 
     @cached_property
     def special_tokens(self) -> set[str]:
@@ -187,186 +231,104 @@ class Encoder:
         """Prove ahead of `encode(..., many=True)` what it needs; whether there is a faster way."""
         return self._fast is not None
 
-    def _learn_tokenization(self) -> None:
-        """Find out whether pieces can be tokenized alone, and whether that equals tokenizing the whole.
-
-        SentencePiece tokenizers with a prefix space (Llama 2, Mistral 7B) see a different text when it stands alone;
-        for them a piece is tokenized behind the text that precedes it in every row of this template.
-        """
-        prompt = self._probe_prompt
-        # a prefix of every answer piece: what `add_generation_prompt` adds
-        asked = self.render([[{"role": "user", "content": "Q"}]])[0]
-        self._lead = {True: prompt[len(asked) :] if prompt.startswith(asked) else prompt, False: self.stop_token}
-        # `whole_rows`: a row's pieces give the ids of its whole text, whatever the answer starts with
-        for self._alone in (True, False):
-            self.whole_rows = self._pieces_equal_whole(prompt)
-            if self.whole_rows:
-                break
-        else:
-            # A prompt whose last white space merges with an answer, as in "Assistant: " (and with GPT-2's tokenizer
-            # "\n\n"): right for one answer, impossible once that answer is history.
-            self._alone = True
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and self.tokenize([prompt])[0][:2] == [bos, bos]:
-            raise TemplateError("the chat template begins with two BOS tokens; take one `{{ bos_token }}` out of it")
-
-    def _pieces_equal_whole(self, prompt: str) -> bool:
-        texts, rows = [], []
-        for probe in _PROBES:
-            conversation = [
-                {"role": "user", "content": "Q"},
-                {"role": "assistant", "content": probe},
-                {"role": "user", "content": probe},
-            ]
-            whole = self.render([conversation], True)[0]
-            first = self.render([conversation[:2]])[0]
-            answer = first[len(prompt) : len(first) - len(self.after_ending)]
-            if first.startswith(prompt) and whole.startswith(prompt + answer):
-                texts.append(whole)
-                rows.append(_Pieces([prompt, answer, whole[len(prompt + answer) :]], [False, True, False]))
-        try:
-            return [row["input_ids"] for row in self._tokenize_pieces(rows).lists()] == self.tokenize(texts)
-        except TemplateError:  # the lead merges with what follows it
-            return False
-
-    def _tokenize_pieces(self, rows: Sequence[_Pieces], many: bool = False) -> Rows:
-        flat, leads = [], []  # every piece of the batch, and the ids of the lead before it, which are taken off again
-        for row in rows:
-            for position, (text, trained) in enumerate(zip(row.texts, row.trained, strict=True)):
-                behind = not self._alone and position > 0
-                flat.append(self._lead[trained] + text if behind else text)
-                leads.append(self._lead_ids[trained] if behind else [])
-        if many and self._alone and self._fast is not None:
-            ids, lengths = self._fast.encode(flat)
-        else:
-            pieces = self.tokenize(flat)
-            if not self._alone:
-                for i, (piece, lead) in enumerate(zip(pieces, leads, strict=True)):
-                    if piece[: len(lead)] != lead:
-                        raise self._merges(flat[i], len(self._lead[True]))
-                    pieces[i] = piece[len(lead) :]
-            lengths = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
-            ids = np.fromiter(chain.from_iterable(pieces), dtype=np.int32, count=int(lengths.sum()))
-        trained_pieces = np.fromiter((t for row in rows for t in row.trained), dtype=bool, count=len(flat))
-        labels = np.where(np.repeat(trained_pieces, lengths), ids, np.int32(IGNORE_INDEX))
-        of_row = np.repeat(np.arange(len(rows)), [len(row.texts) for row in rows])
-        return Rows(ids, labels, np.bincount(of_row, weights=lengths, minlength=len(rows)).astype(np.int64))
-
-    @cached_property
-    def _lead_ids(self) -> dict[bool, list[int]]:
-        return dict(zip((True, False), self.tokenize([self._lead[True], self._lead[False]]), strict=True))
-
     # -- conversations to rows ----------------------------------------------------------------------------------
 
     def encode(
-        self, conversations: Sequence[Sequence[Message]], train_on: str = "responses", many: bool = False
+        self,
+        conversations: Sequence[Sequence[Message]],
+        train_on: str = "responses",
+        many: bool = False,
+        turns: str = "all",
+        refused: dict[int, TemplateError] | None = None,
     ) -> Rows:
-        """Encode a batch; each row as `encode_conversation` gives it.
+        """Encode a batch; the rows of each conversation as `encode_turns` gives them.
 
         Args:
             many: thousands of rows are to come, so that what `FastBPE` has to prove first pays. Same result.
+            turns: `all`, or `last`: of a conversation that needs several rows, the last one alone.
+            refused: takes the reason for every conversation that the template refuses, by its place in the batch.
 
         Raises:
-            TemplateError: the template rewrites the history of one of them.
+            TemplateError: the template refuses one of them, and `refused` is not given.
         """
-        rows = self._tokenize_pieces(self._cut(conversations, train_on), many)
-        return Rows(rows.input_ids, rows.input_ids.copy(), rows.lengths) if train_on == "everything" else rows
+        done: dict[int, list[Row]] = {}  # place -> rows of a conversation whose borders may merge
+        pieces: list[list[str]] = []  # of the others: texts that are tokenized apart, every second one carries loss
+        places: list[int] = []
+        left_out: list[tuple[int, str]] = []
+        only_read: list[tuple[int, int]] = []
+        for place, script in enumerate(scripts(self.renderer, conversations, train_on)):
+            try:
+                if isinstance(script, TemplateError):
+                    raise script
+                if (texts := self._apart(script, turns)) is None:
+                    own = self._borders.rows(script)
+                    done[place] = own[-1:] if turns == "last" else own
+                else:
+                    pieces += texts
+                    places += [place] * len(texts)
+            except TemplateError as error:
+                if refused is None:
+                    raise
+                refused[place] = error
+                continue
+            left_out += [(place, what) for what in script.left_out]
+            only_read += [(place, script.only_read)] if script.only_read else []
+        rows = self._joined(pieces, places, done, many)
+        labels = rows.input_ids.copy() if train_on == "everything" else rows.labels
+        return Rows(rows.input_ids, labels, rows.lengths, rows.conversation, left_out, only_read)
 
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
         """The ids of each conversation up to where the model answers."""
         return self.tokenize(self.render(conversations, True))
 
-    def _cut(self, conversations: Sequence[Sequence[Message]], train_on: str) -> list[_Pieces]:
-        """Render each conversation and cut it where answers begin and end."""
-        # All prefixes of all conversations are rendered in two batches: those that ask, and those that end.
-        asking: list[Sequence[Message]] = []
-        ending: list[Sequence[Message]] = []
-        turns: list[list[int]] = []  # positions of the trained answers in each conversation
-        conversations = [self.renderer.normal(messages) for messages in conversations]
-        for messages in conversations:
-            answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
-            if train_on != "responses":
-                answers = answers[-1:]
-            turns.append(answers)
-            asking += [messages[:i] for i in answers]
-            ending += [messages[: i + 1] for i in answers if i + 1 < len(messages)]
-            ending.append(messages)
-        prompts, texts = iter(self.renderer.texts(asking, True)), iter(self.renderer.texts(ending))
+    def _apart(self, script: Script, turns: str) -> list[list[str]] | None:
+        """The rows of a conversation, each cut at the borders of its answers; None where a border may merge."""
+        rows: list[list[str]] = []
+        text = ""  # of the last row
+        for turn in script.turns:
+            if turn.unread:
+                return None
+            if rows and turn.prompt.startswith(text):
+                rows[-1] += [turn.prompt[len(text) :], turn.answer]
+            else:
+                rows.append([turn.prompt, turn.answer])
+            text = turn.prompt + turn.answer
+        if rows and script.tail:
+            rows[-1].append(script.tail)
+        rows = rows[-1:] if turns == "last" else rows
+        return rows if all(map(self._borders.apart, rows)) else None
 
-        rows = []
-        for messages, answers in zip(conversations, turns, strict=True):
-            spans = []
-            ended = [next(texts) for i in answers if i + 1 < len(messages)]
-            whole = next(texts)
-            ended += [whole] * (len(answers) - len(ended))
-            for i, text in zip(answers, ended, strict=True):
-                prompt = next(prompts)
-                end = self._end_of_answer(text)
-                if not text.startswith(prompt):
-                    raise self._diverges(f"turn {i + 1}: the prompt", prompt, "the text with the answer", text)
-                if not whole.startswith(text[:end]):
-                    raise self._diverges(f"turn {i + 1}: at its own time", text[:end], "in the whole chat", whole)
-                spans.append((len(prompt), end))
-            if len(spans) > 1 and not self.whole_rows:
-                raise self._merges(whole, spans[0][0])
-            rows.append(_pieces(whole, spans))
-        return rows
-
-    def _end_of_answer(self, text: str) -> int:
-        """The position after the stop token that closes the last answer of `text`."""
-        if self.after_ending and text.endswith(self.after_ending):
-            text = text[: -len(self.after_ending)]
-        if text.endswith(self.stop_token):
-            return len(text)
-        position = text.rfind(self.stop_token)
-        if position < 0:
-            raise TemplateError(
-                f"the chat template does not end this answer with {self.stop_token!r}, as it does others; "
-                f"the text ends with {text[-60:]!r}"
-            )
-        return position + len(self.stop_token)
-
-    def _diverges(self, name: str, one: str, other_name: str, other: str) -> TemplateError:
-        ids, other_ids = self.tokenize([one, other])
-        same = next(
-            (i for i, (a, b) in enumerate(zip(ids, other_ids, strict=False)) if a != b), min(len(ids), len(other_ids))
+    def _joined(self, pieces: list[list[str]], places: list[int], done: dict[int, list[Row]], many: bool) -> Rows:
+        """Rows that are tokenized here, piece by piece, and those that are done, conversation by conversation."""
+        flat = [text for row in pieces for text in row]
+        if many and self._fast is not None:
+            ids, sizes = self._fast.encode(flat)
+        else:
+            found = self.tokenize(flat)
+            sizes = np.fromiter(map(len, found), dtype=np.int64, count=len(found))
+            ids = np.fromiter(chain.from_iterable(found), dtype=np.int32, count=int(sizes.sum()))
+        count = np.array([len(row) for row in pieces], dtype=np.int64)
+        second = np.fromiter((i % 2 == 1 for n in count for i in range(n)), dtype=bool, count=len(flat))
+        labels = np.where(np.repeat(second, sizes), ids, np.int32(IGNORE_INDEX))
+        of_row = np.repeat(np.arange(len(pieces)), count)
+        lengths = np.bincount(of_row, weights=sizes, minlength=len(pieces)).astype(np.int64)
+        if not done:
+            return Rows(ids, labels, lengths, np.array(places, dtype=np.int64))
+        ends = np.cumsum(lengths)[:-1]
+        all_rows = [*zip(places, np.split(ids, ends), np.split(labels, ends), strict=True)] if pieces else []
+        all_rows += [
+            (place, np.array(a, dtype=np.int32), np.array(b, dtype=np.int32))
+            for place, rows in done.items()
+            for a, b in rows
+        ]
+        all_rows.sort(key=itemgetter(0))
+        empty = np.zeros(0, dtype=np.int32)
+        return Rows(
+            np.concatenate([empty, *(ids for _, ids, _ in all_rows)]),
+            np.concatenate([empty, *(labels for *_, labels in all_rows)]),
+            np.array([len(ids) for _, ids, _ in all_rows], dtype=np.int64),
+            np.array([place for place, *_ in all_rows], dtype=np.int64),
         )
-        show = [self.tokenizer.convert_ids_to_tokens(row[max(0, same - 4) : same + 8]) for row in (ids, other_ids)]
-        return TemplateError(
-            "the chat template rewrites earlier turns, so no honest mask exists for this conversation.\n"
-            f"  {name}: … {' '.join(map(repr, show[0]))}\n"
-            f"  {other_name}: … {' '.join(map(repr, show[1]))}\n"
-            f"They part at token {same}. Set data.train_on to last_response, or data.template to chatml."
-        )
-
-    def _merges(self, whole: str, border: int) -> TemplateError:
-        tail, head = whole[max(0, border - 20) : border], whole[border : border + 20]
-        parts = [self.tokenizer.convert_ids_to_tokens(ids) for ids in self.tokenize([tail, head, tail + head])]
-        return TemplateError(
-            "with this template the tokenizer merges the end of a prompt with the beginning of its answer, so the "
-            "prompt's ids at inference are no prefix of the ids in training.\n"
-            f"  apart: {' '.join(map(repr, parts[0]))} | {' '.join(map(repr, parts[1]))}\n"
-            f"  together: {' '.join(map(repr, parts[2]))}\n"
-            "Let the template's generation prompt end before that white space (and the answer begin with it), set "
-            "data.train_on to last_response, or data.template to a built-in one."
-        )
-
-
-def _pieces(text: str, spans: list[tuple[int, int]]) -> _Pieces:
-    """Cut `text` at `spans`, which carry loss.
-
-    >>> _pieces("abcdef", [(1, 3)])
-    _Pieces(texts=['a', 'bc', 'def'], trained=[False, True, False])
-    """
-    texts, trained, position = [], [], 0
-    for start, end in spans:
-        texts += [text[position:start], text[start:end]]
-        trained += [False, True]
-        position = end
-    if position < len(text):
-        texts.append(text[position:])
-        trained.append(False)
-    return _Pieces(texts, trained)
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:

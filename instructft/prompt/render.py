@@ -1,24 +1,25 @@
 """Renders conversations with a tokenizer's chat template: upstream's text, in a third less of the time where many come.
 
-A conversation is brought into one form first: answers without outer white space, `input` and `context` where the
-template reads them. A template that is not our own is tried first, within limits (`instructft.prompt.sandbox`).
+A conversation is brought into the form that the template reads first (`instructft.prompt.template_traits`); contents
+stay what they are. A template that is not our own is tried first, within limits (`instructft.prompt.sandbox`).
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import TemplateError
-from instructft.prompt.conversation import Message
+from instructft.prompt.conversation import Conversation, Message, as_conversation
 from instructft.prompt.sandbox import SECONDS, at_most, breaks
+from instructft.prompt.template_traits import Traits
 from instructft.prompt.templates import is_built_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PLAIN = ("system", "user", "assistant")
 MANY = 100  # conversations; for fewer it does not matter how fast they are rendered
 
 
@@ -43,53 +44,98 @@ class Renderer:
             raise TemplateError(f"the chat template {why} on a conversation of a few turns; it is not used")
 
     def _try(self) -> None:
-        """Conversations of many kinds; a template may refuse some."""
-        import jinja2
-
+        """Conversations of many kinds."""
         turns: list[Message] = [
             {"role": role, "content": f"{role} {n} " * n} for n in range(1, 40) for role in ("user", "assistant")
         ]
         system: Message = {"role": "system", "content": "Be brief."}
         for messages in (turns[:1], turns[:2], turns[:3], [system, *turns[:2]], turns):
             for asks in (True, False):
-                with contextlib.suppress(jinja2.TemplateError, TypeError):
+                try:
                     self._slow([messages], asks)
+                except MemoryError:
+                    raise
+                except Exception:  # a template may refuse some, by whatever it raises
+                    continue
 
-    def normal(self, messages: Sequence[Message]) -> list[Message]:
-        """Strip answers, so that no tokenizer merges across their borders; put extras where the template reads them."""
-        normal = []
-        for message in messages:
-            if message["role"] == "assistant":
-                content = message["content"].strip()
-                if content != message["content"]:
-                    message = {**message, "content": content}
-            elif "input" in message or "context" in message:
-                message = dict(message)
-                for key in ("context", "input"):
-                    if message.get(key) and not self._shows[key]:
-                        message["content"] = f"{message['content']}\n\n{message.pop(key)}"
-            normal.append(message)
-        return normal
+    @cached_property
+    def traits(self) -> Traits:
+        """What the template reads."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        specials = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+        return Traits(self.text_or_none, sorted(specials))
+
+    def normal(self, messages: Sequence[Message]) -> Conversation:
+        """The conversation in the form that the template reads; contents stay as they are.
+
+        Raises:
+            TemplateError: a message that has no such form.
+        """
+        conversation = as_conversation(messages)
+        plain = all(len(m) == 2 and m["role"] in _PLAIN and isinstance(m.get("content"), str) for m in conversation)
+        if plain and not any(m["role"] == "assistant" and "<think>" in m["content"] for m in conversation):
+            return conversation
+        try:
+            return conversation.of(self._extras(self.traits.normal(message)) for message in conversation)
+        except ValueError as error:
+            raise TemplateError(str(error)) from error
+
+    def _extras(self, message: Message) -> Message:
+        """Put `input` and `context` where the template reads them."""
+        if "input" not in message and "context" not in message:
+            return message
+        message = dict(message)
+        for key in ("context", "input"):
+            if message.get(key) and not self._shows[key]:
+                message["content"] = f"{message['content']}\n\n{message.pop(key)}"
+        return message
 
     def texts(self, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = False) -> list[str]:
         """Render a batch of normal conversations; with `add_generation_prompt` up to where the model answers.
 
         Raises:
-            TemplateError: the template refuses these messages.
+            TemplateError: the template refuses one of them.
         """
-        import jinja2
-
         compiled = self._compiled if len(conversations) >= MANY else None
+        if self._wants_parts:
+            conversations = [_in_parts(as_conversation(messages)) for messages in conversations]
         try:
             with at_most(SECONDS + 0.1 * len(conversations)):
                 if compiled is not None:
                     return self._direct(compiled, conversations, add_generation_prompt)
                 return self._slow(conversations, add_generation_prompt)
-        except jinja2.TemplateError as error:
-            raise TemplateError(f"the chat template does not accept these messages: {error}") from error
         except (TimeoutError, MemoryError) as error:
             what = "does not come to an end" if isinstance(error, TimeoutError) else "fills the memory"
             raise TemplateError(f"the chat template {what} on these messages") from error
+        except Exception as error:  # a template's own words, or whatever Python raised inside it
+            raise TemplateError(f"the chat template does not accept these messages: {self._why(error)}") from error
+
+    def text_or_none(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str | None:
+        """Render one normal conversation; None where the template refuses it."""
+        try:
+            return self.texts([messages], add_generation_prompt)[0]
+        except TemplateError:
+            return None
+
+    @staticmethod
+    def _why(error: Exception) -> str:
+        import jinja2
+
+        if type(error) is jinja2.TemplateError or not str(error):
+            return str(error) or type(error).__name__
+        return f"{type(error).__name__}: {error}"
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the template shows contents only where they are lists of parts, as those of images do."""
+        asked = Conversation([{"role": "user", "content": "Question-7"}])
+        shown = []
+        for one in (asked, _in_parts(asked)):
+            try:
+                shown.append("Question-7" in self._slow([one], True)[0])
+            except Exception:
+                shown.append(False)
+        return shown == [False, True]
 
     @cached_property
     def _shows(self) -> dict[str, bool]:
@@ -105,7 +151,6 @@ class Renderer:
     def _compiled(self) -> Any:
         """The compiled template, which upstream hides behind what it does for tools and images; None where its text
         is another. A third of the time of rendering is saved."""
-        import jinja2
         from transformers.utils import chat_template_utils
 
         compiler = getattr(chat_template_utils, "_compile_jinja_template", None)
@@ -116,11 +161,13 @@ class Renderer:
             {"role": role, "content": f"{role} {n}"} for n in (1, 2) for role in ("user", "assistant")
         ]
         system: Message = {"role": "system", "content": "Be brief."}
-        for messages in (turns[:1], turns[:2], turns, [system, *turns]):
+        tools = [{"type": "function", "function": {"name": "f", "description": "F.", "parameters": {}}}]
+        tried = [*map(Conversation, (turns[:1], turns[:2], turns, [system, *turns]))]
+        for messages in (*tried, Conversation(turns, tools, {"enable_thinking": False})):
             for asks in (True, False):
                 try:
                     same = self._direct(compiled, [messages], asks) == self._slow([messages], asks)
-                except (jinja2.TemplateError, TypeError):  # a template may refuse a system message, by either way
+                except Exception:  # a template may refuse a system message, by either way and by whatever it raises
                     continue
                 if not same:
                     return None
@@ -131,8 +178,29 @@ class Renderer:
         values = {**self.tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": asks}
         given = {**compiled.globals, **values}
         render, context = compiled.root_render_func, compiled.new_context
-        return ["".join(render(context({**given, "messages": m}, shared=True))) for m in conversations]
+        texts = []
+        for conversation in map(as_conversation, conversations):
+            # upstream gives its own values first, and what the caller names beside them last
+            own = {**given, "messages": list(conversation), "tools": conversation.tools, **conversation.options}
+            texts.append("".join(render(context(own, shared=True))))
+        return texts
 
     def _slow(self, conversations: Sequence[Sequence[Message]], asks: bool) -> list[str]:
-        texts: list[str] = self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=asks)
-        return texts
+        render = self.tokenizer.apply_chat_template
+        together = [as_conversation(messages) for messages in conversations]
+        if not any(one.tools or one.options for one in together):
+            texts: list[str] = render(list(map(list, together)), tokenize=False, add_generation_prompt=asks)
+            return texts
+        return [
+            render([list(one)], tools=one.tools, tokenize=False, add_generation_prompt=asks, **one.options)[0]
+            for one in together
+        ]
+
+
+def _in_parts(conversation: Conversation) -> Conversation:
+    return conversation.of(
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in conversation
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from instructft.data.readers import suffix_of
+from instructft.data.files.kinds import suffix_of
 from instructft.data.sources import SOURCES
 from instructft.recipe.schema import Recipe, metric_name
 from instructft.recipe.yaml_reader import Document, KeyPath
@@ -30,19 +30,28 @@ def find(document: Document, recipe: Recipe) -> None:
 
 
 def _sections(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[Contradiction]:
-    for index, entry in enumerate(recipe.data.datasets):
-        at: KeyPath = ("data", "datasets", index)
-        given = [key for key in ("name", "hub", "path", "url") if getattr(entry, key) is not None]
+    data = recipe.data
+    entries = [("datasets", i, entry) for i, entry in enumerate(data.datasets)]
+    for split in ("validation", "test"):
+        entries += [(split, i, entry) for i, entry in enumerate(getattr(data, split) or ())]
+        if getattr(data, split) and getattr(data.splits, split):
+            say = f"has data sets of its own and a share of the rows (data.splits.{split}); keep one"
+            yield (("data", split), ("data", "splits", split)), say
+    for key, index, entry in entries:
+        at: KeyPath = ("data", key, index)
+        if key != "datasets" and entry.streaming:
+            yield ((*at, "streaming"),), "held-out rows are read whole; take it out, with rows: N for a large set"
+        given = [name for name in ("name", "hub", "path", "url") if getattr(entry, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             yield (
-                (at, *((*at, key) for key in given)),
+                (at, *((*at, name) for name in given)),
                 f"found {found}, expected exactly one of name, hub, path and url",
             )
         elif given[0] in ("path", "url"):
-            for key in ("config", "revision"):
-                if getattr(entry, key) is not None:
-                    yield ((*at, key),), f"has no effect on a {given[0]}; it belongs to a data set on the Hub"
+            for name in ("config", "revision"):
+                if getattr(entry, name) is not None:
+                    yield ((*at, name),), f"has no effect on a {given[0]}; it belongs to a data set on the Hub"
     splits = recipe.data.splits
     if splits.validation + splits.test >= 1:
         shares = f"{splits.validation:g} + {splits.test:g}"
@@ -83,7 +92,8 @@ def _streaming(recipe: Recipe) -> Iterator[Contradiction]:
     if splits.validation or splits.test:
         say = (
             f"found validation {splits.validation:g} and test {splits.test:g}, but no share of a stream can be held "
-            "out, since its length is not known; set data.splits={validation: 0, test: 0}"
+            "out, since its length is not known; set data.splits={validation: 0, test: 0}, or name data sets of their "
+            "own in data.validation and data.test"
         )
         yield (("data", "splits"),), say
     if recipe.train.get("max_steps", -1) <= 0:
@@ -152,7 +162,7 @@ def _train(recipe: Recipe) -> Iterator[Contradiction]:
     ):
         if old in written and train.get(new) is not None and train.get(old) != train[new]:
             yield at(old), f"contradicts train.{new}, the newer name of the same thing; keep that one"
-    if recipe.data.splits.validation == 0:
+    if not recipe.data.holds_out("validation"):
         hold_out = "there is nothing to evaluate on: data.splits.validation is 0; hold rows out, e.g. 0.05"
         if evaluates != "no":
             yield at("eval_strategy"), f"{evaluates}, but {hold_out}"
@@ -197,7 +207,7 @@ def _early_stopping(recipe: Recipe) -> str:
     """What keeps a run from stopping by its validation loss and going back to its best checkpoint; "" if nothing."""
     train = recipe.train
     evaluates, saves = train["eval_strategy"], train["save_strategy"]
-    if recipe.data.splits.validation == 0:
+    if not recipe.data.holds_out("validation"):
         return "there is no validation loss: data.splits.validation is 0; hold rows out, e.g. 0.05"
     if evaluates == "no":
         return "follows the evaluations; set train.eval_strategy"

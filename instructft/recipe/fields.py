@@ -220,8 +220,10 @@ def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
             found.setdefault(key, []).append(prefix + key)
         elif section is not None:
             inner = prefix + key + (".0." if typing.get_origin(model.model_fields[key].annotation) is tuple else ".")
-            if key == "datasets":
+            if key in ("datasets", "validation", "test"):
                 found.setdefault(key, []).append(prefix + key)
+            if key in ("validation", "test"):
+                continue  # entries like those of `datasets`, which are named already
             for name, paths in leaves(section, inner).items():
                 found.setdefault(name, []).extend(paths)
     if not prefix:

@@ -22,7 +22,8 @@ def json_schema() -> dict[str, Any]:
     >>> json_schema()["properties"]["data"]["properties"]["max_length"]["default"]
     1024
     """
-    from instructft.data.sources import FORMATS, SOURCES
+    from instructft.data.formats import FORMATS
+    from instructft.data.sources import SOURCES
     from instructft.prompt.templates import TEMPLATES
 
     schema: dict[str, Any] = _inline(Recipe.model_json_schema(), {})

@@ -77,12 +77,21 @@ def spell_out(document: Document) -> None:
             data["datasets"] = [{"name": entry} if isinstance(entry, str) else entry for entry in data["datasets"]]
         if data.get("splits", "") is None:
             del data["splits"]
+        for split in ("validation", "test"):
+            if isinstance(data.get(split), str | dict):
+                data[split] = [data[split]]
+                document.move(("data", split), ("data", split, 0))
+            if isinstance(data.get(split), list):
+                data[split] = [{"name": entry} if isinstance(entry, str) else entry for entry in data[split]]
+                shares = data.setdefault("splits", {})  # a set of its own stands in place of a share
+                if isinstance(shares, dict):
+                    shares.setdefault(split, 0.0)
 
 
 def _build(document: Document, name: str, path: Path, *, shown: str, strict: bool) -> Recipe:
     document.values.setdefault("output_dir", f"runs/{name}")
     recipe = validate.check(document, path.parent, strict=strict)
-    defaults = train_defaults(recipe.train, recipe.data.splits.validation)
+    defaults = train_defaults(recipe.train, validation=recipe.data.holds_out("validation"))
     about = {"name": name, "source": str(path), "train_written": frozenset(recipe.train)}
     recipe = recipe.model_copy(update={**about, "train": freeze({**defaults, **recipe.train})})
     if strict:

@@ -38,22 +38,22 @@ def metric_name(train: Mapping[str, Any]) -> str:
     return str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
 
 
-def train_defaults(written: Mapping[str, Any], validation: float) -> dict[str, Any]:
+def train_defaults(written: Mapping[str, Any], validation: bool) -> dict[str, Any]:
     """`TRAIN_DEFAULTS` and the defaults that follow from other keys.
 
-    >>> train_defaults({"per_device_train_batch_size": 2}, validation=0.05)["per_device_eval_batch_size"]
+    >>> train_defaults({"per_device_train_batch_size": 2}, validation=True)["per_device_eval_batch_size"]
     2
     """
     defaults = dict(TRAIN_DEFAULTS)
     chosen = {**defaults, **written}
     best = bool(chosen.get("load_best_model_at_end"))  # needs evaluations exactly where checkpoints are
-    if chosen["early_stopping_patience"] is not None and validation > 0 and written.get("eval_strategy") != "no":
+    if chosen["early_stopping_patience"] is not None and validation and written.get("eval_strategy") != "no":
         best = bool(chosen.get("load_best_model_at_end", True))
         defaults["load_best_model_at_end"] = True
         defaults["save_strategy"] = written.get("eval_strategy", "steps")
         defaults["save_steps"] = written.get("eval_steps", 0.1)  # a checkpoint at every evaluation, to go back to
         chosen = {**defaults, **written}
-    if validation > 0:
+    if validation:
         defaults["eval_strategy"] = "epoch" if best and chosen["save_strategy"] == "epoch" else "steps"
     else:
         defaults["eval_strategy"] = "no"  # there is nothing to evaluate on
@@ -140,7 +140,9 @@ class DatasetEntry(_Section):
     name: str | None = Field(default=None, description="a data set that instructft knows by name")
     hub: str | None = Field(default=None, description="a data set id on the Hub, org/name")
     path: str | None = Field(
-        default=None, min_length=1, description="a local .json, .jsonl, .jsonl.gz, .csv or .parquet file"
+        default=None,
+        min_length=1,
+        description="a local file of rows (JSON, JSONL, CSV, TSV, Parquet, Arrow), a folder, or a pattern",
     )
     url: str | None = Field(default=None, description="http(s) address of such a file")
     format: str | None = Field(default=None, description="shape of the rows; default: detected by their columns")
@@ -151,6 +153,9 @@ class DatasetEntry(_Section):
     weight: float = Field(default=1.0, gt=0, description="share in a mix, relative to the other data sets")
     columns: Annotated[Mapping[str, str], AfterValidator(freeze)] = Field(
         default_factory=FrozenDict, description="column that the format expects: column in this data set"
+    )
+    label: str | None = Field(
+        default=None, min_length=1, description="what it is called in logs and reports; default: its name or place"
     )
     streaming: bool = Field(default=False, description="read rows as they come instead of downloading all first")
 
@@ -172,16 +177,43 @@ class DataSection(_Section):
         default="auto", min_length=1, description="auto, a built-in name, tokenizer, or a .jinja file"
     )
     system_prompt: str | None = Field(default=None, description="system message of every conversation that has none")
+    template_options: FrozenMap = Field(
+        default_factory=FrozenDict,
+        description="what the template takes, such as {enable_thinking: false}; a row's chat_template_kwargs win",
+    )
+    template_date: str = Field(
+        default="2024-07-26",
+        pattern=r"^\d{4}-\d\d-\d\d$",
+        description="the day, YYYY-MM-DD, for templates that put today's date in: the same in every run and server",
+    )
     train_on: Literal["responses", "last_response", "everything"] = Field(
         default="responses", description="which tokens carry loss"
     )
+    turns: Literal["all", "last"] = Field(
+        default="all",
+        description="where a template rewrites history: every turn as it is served, or the last row alone",
+    )
+    ignore: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="columns and message keys that are known not to matter; others unread are an error"
+    )
+    strip: bool = Field(default=False, description="whether outer white space of texts is taken off")
     max_length: int = Field(default=1024, gt=1, description="tokens per row")
     on_too_long: Literal["truncate", "drop", "error"] = Field(
         default="truncate", description="what happens to a row longer than max_length"
     )
     packing: bool = Field(default=False, description="several conversations in one row of max_length, kept apart")
     splits: Splits = Field(default=Splits(), description="shares of the rows that are held out")
+    validation: tuple[DatasetEntry, ...] | None = Field(
+        default=None, min_length=1, description="data sets of their own to evaluate on, in place of a share of the rows"
+    )
+    test: tuple[DatasetEntry, ...] | None = Field(
+        default=None, min_length=1, description="data sets of their own for `evaluate`, in place of a share of the rows"
+    )
     seed: int = Field(default=42, ge=0, lt=2**32, description="which rows are held out, mixing and packing order")
+
+    def holds_out(self, split: str) -> bool:
+        """Whether a split, `validation` or `test`, has rows: a share of all, or data sets of its own."""
+        return bool(getattr(self, split)) or getattr(self.splits, split) > 0
 
 
 class AdapterSection(_Section):
@@ -225,9 +257,14 @@ class HubSection(_Section):
 
 
 class CheckSection(_Section):
-    """`check:` what `instructft check` lets pass: a report beyond a limit ends with exit code 2. Unset: no limit."""
+    """`check:` what `instructft check` lets pass: a report beyond a limit ends with exit code 2. Null: no limit."""
 
-    max_dropped_share: float | None = Field(default=None, ge=0, le=1, description="share of rows; dropped")
+    max_dropped_share: float | None = Field(
+        default=0.2, ge=0, le=1, description="share of a data set's rows; dropped. Stops a run too"
+    )
+    max_refused_share: float | None = Field(
+        default=0.0, ge=0, le=1, description="share of a data set's rows; refused by the template. Stops a run too"
+    )
     max_cut_share: float | None = Field(default=None, ge=0, le=1, description="share of rows; cut at max_length")
     max_duplicate_share: float | None = Field(
         default=None, ge=0, le=1, description="share of rows; the same or nearly the same as an earlier one"

@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from instructft.data.files.kinds import SUFFIXES, not_known, suffix_of
+from instructft.data.files.locate import as_pattern
 from instructft.errors import RecipeError
 from instructft.formatting import closest, nearest
 from instructft.recipe.aliases import ADAPTER_HOMES, ALIASES, TRAIN_HOMES, VALUE_HINTS
@@ -32,7 +34,6 @@ from instructft.recipe.yaml_reader import Document, KeyPath, dotted
 from instructft.redaction import is_secret
 from instructft.weights.base_record import is_hub_id, stays_inside
 
-DATA_FILES = (".json", ".jsonl", ".jsonl.gz", ".csv", ".parquet")
 _ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 _OWN_ADAPTER = section_keys(AdapterSection)
 
@@ -137,14 +138,16 @@ class _Check:
 
     def references(self) -> None:
         """Check what names something outside the recipe: data sets, formats, templates, local files."""
-        from instructft.data.sources import FORMATS, SOURCES
+        from instructft.data.formats import FORMATS
+        from instructft.data.sources import SOURCES
         from instructft.prompt.templates import TEMPLATES
 
         data, model, hub = self.values["data"], self.values["model"], self.values["hub"]
-        entries = data.get("datasets") if isinstance(data, dict) else None
-        for index, entry in enumerate(entries if isinstance(entries, list) else []):
-            if isinstance(entry, dict):
-                self.dataset(entry, ("data", "datasets", index), SOURCES, FORMATS)
+        for key in ("datasets", "validation", "test"):
+            entries = data.get(key) if isinstance(data, dict) else None
+            for index, entry in enumerate(entries if isinstance(entries, list) else []):
+                if isinstance(entry, dict):
+                    self.dataset(entry, ("data", key, index), SOURCES, FORMATS)
         if isinstance(data, dict):
             if str(data.get("template")).endswith(".jinja"):
                 self.local_file(data, ("data", "template"))
@@ -176,7 +179,7 @@ class _Check:
     ) -> None:
         name, form, url = entry.get("name"), entry.get("format"), entry.get("url")
         if isinstance(name, str) and name not in sources:
-            if name.endswith(DATA_FILES):
+            if name.endswith(SUFFIXES):
                 near = f"; a file is written {{{'url' if '://' in name else 'path'}: {name}}}"
             else:
                 near = nearest(name, sources)
@@ -194,25 +197,32 @@ class _Check:
             self.problem((*path, "url"), say)
         self.hub_id(entry, (*path, "hub"))
         if isinstance(entry.get("path"), str):
-            self.local_file(entry, (*path, "path"), DATA_FILES)
+            self.data_file(entry, (*path, "path"))
 
-    def local_file(self, values: dict[str, Any], path: KeyPath, endings: tuple[str, ...] = ()) -> None:
+    def local_file(self, values: dict[str, Any], path: KeyPath) -> Path | None:
         """A file must be there, seen from the current directory or from the recipe; `values` gets where it is."""
         key = str(path[-1])
         written = Path(values[key]).expanduser()
         if not self.strict:
-            return
+            return None
         found = next((file for file in (written, self.folder / written) if file.exists()), None)
         if found is None:
             beside = f" (looked in {Path.cwd()} and beside the recipe)" if not written.is_absolute() else ""
             near = nearest(written.name, [file.name for file in _siblings(written, self.folder)], cutoff=0.75)
             self.problem(path, f'there is no "{values[key]}"{beside}{near}')
-        elif endings and found.is_dir():
-            self.problem(path, f'"{values[key]}" is a folder, expected a file ({", ".join(endings)})')
-        elif endings and not found.name.lower().endswith(endings):
-            self.problem(path, f'"{values[key]}" has an ending that is not known; expected {", ".join(endings)}')
         elif found != written or values[key].startswith("~"):
             values[key] = str(found)
+        return found
+
+    def data_file(self, values: dict[str, Any], path: KeyPath) -> None:
+        """A file of rows, a folder, or where nothing is called that a pattern that some file fits."""
+        written = values["path"]
+        if self.strict and (pattern := as_pattern(written, self.folder)):
+            values["path"] = pattern
+            return
+        found = self.local_file(values, path)
+        if found and found.is_file() and suffix_of(found.name) not in SUFFIXES:
+            self.problem(path, not_known(written))
 
     def inside_repo(self, values: dict[str, Any], path: KeyPath) -> None:
         value = values.get(str(path[-1]))
@@ -264,7 +274,7 @@ class _Check:
     def take_out(self, path: KeyPath) -> None:
         """Remove a value, so that its default takes its place; a data set gives way to a harmless one."""
         parent = _get(self.values, path[:-1])  # None if it was taken out itself
-        if path[:2] == ("data", "datasets") and len(path) < 4:
+        if len(path) in (2, 3) and path[0] == "data" and path[1] in ("datasets", "validation", "test"):
             harmless = {"name": "quickstart"}
             parent[path[-1]] = harmless if len(path) == 3 else [harmless]
         elif isinstance(parent, list):

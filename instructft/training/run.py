@@ -15,7 +15,7 @@ from instructft.adapters.lora import count_parameters, is_peft
 from instructft.checkpoints.manifest import full_disk_explained
 from instructft.checkpoints.resume import RunStart, find, identity, run_start
 from instructft.checkpoints.run_folder import make_folder, own, refuse_used_folder
-from instructft.data.prepare import Prepared, prepare
+from instructft.data.prepare import Prepared, prepare, prepare_held_out
 from instructft.data.streaming import Streamed, prepare_stream
 from instructft.launch.workers import first_process
 from instructft.models.latest import asks_for_latest, forget_newest, resolve_latest
@@ -103,7 +103,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
     check_attention(recipe, origin.config)
     quantization.check(recipe)
     with state.main_process_first():
-        data = prepare_stream(recipe, tokenizer) if recipe.data.datasets[0].streaming else prepare(recipe, tokenizer)
+        data = _prepared(recipe, tokenizer)
     args, precision = training_arguments(recipe, data, state)
     made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, args))
     start = run_start(checkpoint, passed, made_of)
@@ -165,6 +165,12 @@ def _console(state: PartialState) -> Console:
 # --------------------------------------------------------------------------------------------------------------------
 # Before the first step
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def _prepared(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared | Streamed:
+    if recipe.data.datasets[0].streaming:
+        return prepare_stream(recipe, tokenizer, prepare_held_out(recipe, tokenizer))
+    return prepare(recipe, tokenizer)
 
 
 def announce(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 import instructft
+from instructft.check.audit import audit
+from instructft.errors import DataError
 from tests.helpers.rows import answers, held, prepared
 
 
@@ -32,3 +36,63 @@ def test_rows_nearly_the_same_as_held_out_ones_leave_training_and_are_counted(re
     assert made.rows["train"] == len(where["train"]) - 4
     left = answers(made.splits["train"], instructft.load_tokenizer(asked))
     assert left == [rows[i]["output"] for i in where["train"] if i not in planted[:4]]
+
+
+WIDE = ["data.max_length=1000", "model.config.n_positions=1024"]
+
+
+def own_test_set(recipe, train, test, name):
+    """What is prepared from training rows beside a test set of their own."""
+    path = recipe(test, name=f"{name}-test").data.datasets[0].path
+    overrides = [*WIDE, f"data.test=[{{path: {path}}}]", "data.splits.validation=0", "data.splits.test=0"]
+    return recipe(train, name=name, overrides=overrides)
+
+
+def test_copies_in_groups_leave_training(recipe):
+    rows = long_rows(60)
+    copies = [{**rows[7], "output": rows[7]["output"] + f" and {i}"} for i in range(5)]
+    made = prepared(own_test_set(recipe, [*rows[:50], *copies], [rows[7], *rows[50:]], "groups"))
+    assert made.dropped == {"near_duplicate_of_held_out": 6}
+    assert made.rows == {"train": 49, "validation": 0, "test": 11}
+
+
+def test_a_data_set_that_is_held_out_wholly_leaves_training(recipe):
+    rows = long_rows(30)
+    both = own_test_set(recipe, rows[:10], rows[:10], "all")
+    entries = [both.data.datasets[0].path, recipe(rows[10:], name="other").data.datasets[0].path]
+    overrides = [
+        *WIDE,
+        f"data.test=[{{path: {both.data.test[0].path}}}]",
+        "data.splits.validation=0",
+        "data.splits.test=0",
+    ]
+    made = prepared(recipe(*({"path": path} for path in entries), name="two", overrides=overrides))
+    assert made.dropped == {"near_duplicate_of_held_out": 10}
+    assert made.rows["train"] == 20
+    with pytest.raises(DataError, match="every training row is nearly the same as a held-out one"):
+        prepared(both)
+
+
+def test_a_dialogue_that_extends_a_held_out_one_leaves_training(recipe):
+    rows = long_rows(40)
+
+    def talk(*numbers, system=None):
+        turns = [{"role": "system", "content": system}] if system else []
+        for i in numbers:
+            turns += [
+                {"role": "user", "content": rows[i]["instruction"]},
+                {"role": "assistant", "content": rows[i]["output"]},
+            ]
+        return {"messages": turns}
+
+    train = [talk(0, 1, 2), talk(3, system="You are kind. " * 20), *(talk(i, i + 1) for i in range(10, 30, 2))]
+    made = prepared(own_test_set(recipe, train, [talk(0), talk(3), talk(35)], "talks"))
+    assert made.dropped == {"near_duplicate_of_held_out": 2}
+
+
+def test_check_and_train_count_the_same_leaks(recipe):
+    rows = long_rows(60)
+    copies = [{**rows[7], "output": rows[7]["output"] + f" and {i}"} for i in range(5)]
+    asked = own_test_set(recipe, [*rows[:50], *copies], [rows[7], *rows[50:]], "same")
+    found = audit(asked, instructft.load_tokenizer(asked))["total"]["findings"]["leaks"]["rows"]
+    assert found == prepared(asked).dropped["near_duplicate_of_held_out"] == 6

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import instructft
+from instructft.data.files.kinds import SUFFIXES
 from instructft.data.load import conversations, file_conversations, load_parts
 from instructft.data.prepare import prepare
-from instructft.data.readers import SUFFIXES
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import encode_conversation
 from tests.data.test_readers import write

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
+import io
 import json
+import lzma
 import os
 from pathlib import Path
 
 import pytest
 
+from instructft.data.files.kinds import SUFFIXES, suffix_of
 from instructft.data.readers import ROW as COLUMN
-from instructft.data.readers import SUFFIXES, read_file, rows, suffix_of
+from instructft.data.readers import read_file, rows
 from instructft.errors import DataError
 
 # What libraries that guess types change: numbers, missing values, dates, booleans, white space, quotes.
@@ -25,33 +30,53 @@ AWKWARD = [
 ]
 
 
+def packed(data, suffix):
+    """Bytes as a packed file of this ending holds them."""
+    if suffix.endswith(".gz"):
+        return gzip.compress(data)
+    if suffix.endswith(".bz2"):
+        return bz2.compress(data)
+    if suffix.endswith(".xz"):
+        return lzma.compress(data)
+    if suffix.endswith(".zst"):
+        import pyarrow as pa
+
+        return pa.compress(data, "zstd", asbytes=True)
+    return data
+
+
 def write(folder, suffix, content=AWKWARD):
     """Write rows to a file of a type."""
     path = folder / f"rows{suffix}"
-    if suffix == ".parquet":
+    file = io.BytesIO()
+    if suffix.startswith((".parquet", ".arrow")):
         import pyarrow as pa
         from pyarrow import parquet
 
-        parquet.write_table(pa.Table.from_pylist(content), path)
-    elif suffix == ".csv":
-        import csv
-
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(content[0]))
-            writer.writeheader()
-            writer.writerows(content)
+        table = pa.Table.from_pylist(content)
+        if suffix.startswith(".parquet"):
+            parquet.write_table(table, file)
+        else:
+            with pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table)
+    elif suffix.startswith((".csv", ".tsv")):
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(content[0]), delimiter="," if suffix.startswith(".csv") else "\t")
+        writer.writeheader()
+        writer.writerows(content)
+        file.write(text.getvalue().encode())
+    elif suffix == ".json":
+        file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
     else:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
-        text = json.dumps(content, ensure_ascii=False, indent=1) if suffix == ".json" else lines
-        data = text.encode()
-        path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content).encode())
+    path.write_bytes(packed(file.getvalue(), suffix))
     return path
 
 
 def read(path):
     """All rows of a file, as they come out of the `Dataset`."""
     raw = read_file(path, suffix_of(path.name), path.name)
-    return [json.loads(row["__row__"]) if "__row__" in row else row for row in raw]
+    return [json.loads(text) for text in raw[COLUMN]]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -111,7 +136,10 @@ BAD = [
     ("a.json", '[{"a": 1},\n {"b": }]', "a.json, line 2, column 8: not JSON: Expecting value"),
     ("a.json", f"[{ROW}", "a.json, line 1, column 37: not JSON: Expecting ',' delimiter"),
     ("a.json", ROW, "a.json holds a JSON object, expected a list of rows"),
-    ("a.json", f'{{"data": [{ROW}]}}', "a.json holds a JSON object, expected a list of rows"),
+    ("a.json", '{"version": [1]}', "a.json holds a JSON object, expected a list of rows"),
+    ("a.json", '{"version": 1,\n"d": {}}', "a.json holds a JSON object, expected a list of rows"),
+    ("a.jsonl", f"{ROW[:-1]}\n{ROW}\n", "a.jsonl, line 2, column 1: not JSON: Expecting ',' delimiter"),
+    ("a.jsonl", '\n{\n"a": 1\n}\n{\n"a": }\n', "a.jsonl, line 6, column 6: not JSON: Expecting value"),
     ("a.json", '"text"', "a.json holds a JSON text, expected a list of rows"),
     ("a.json", f"[{ROW}, 3]", "a.json: row 2 is a JSON number, expected an object"),
     ("a.json", f"[{ROW}, null]", "a.json: row 2 is a JSON null, expected an object"),
@@ -133,6 +161,10 @@ BAD = [
         "a.jsonl.gz could not be read: Compressed file ended",
     ),
     ("a.jsonl.gz", gzip.compress(b'{"a": "\xff"}\n', mtime=0), "a.jsonl.gz: line 1, byte 8 is not UTF-8"),
+    ("a.json.zst", b"not zstd", "a.json.zst could not be read: "),
+    ("a.json.xz", b"not xz", "a.json.xz could not be read: "),
+    ("a.json.bz2", b"not bzip2", "a.json.bz2 could not be read: "),
+    ("a.arrow", b"ARROW1 nothing", "a.arrow is not a whole Arrow file"),
     ("a.parquet", b"PAR1 nothing", "a.parquet is not a whole Parquet file"),
     ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv, line 3: found 3 cells, expected 2 as in the header"),
     ("a.csv", "a,b\n1,2,3\n4,5,6\n", "a.csv, line 2: found 3 cells, expected 2 as in the header"),

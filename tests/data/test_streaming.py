@@ -32,7 +32,7 @@ def made(count: int = 1200) -> Rows:
     """Rows of many lengths, some of which are dropped or cut at 40 tokens."""
     rows: Rows = []
     for i in range(count):
-        rows.append({"instruction": f"Say {i * 7919}.", "input": "", "output": f"{i} " * (1 + i % 15)})
+        rows.append({"instruction": f"Say {i * 7919}.", "input": "", "output": " ".join([str(i)] * (1 + i % 15))})
         if i % 100 == 7:
             rows[-1]["output"] = ""
         if i % 100 == 9:
@@ -237,7 +237,7 @@ def test_a_row_of_the_stream_is_named_by_its_place_in_the_file(recipe: Any, tmp_
 
 def test_a_stream_without_a_row_to_train_on_ends_with_a_reason(recipe: Any, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": ""}] * 20)
-    with pytest.raises(DataError, match="can be trained on: 20 empty answer"):
+    with pytest.raises(DataError, match="can be trained on: 20 with an empty answer"):
         opened(recipe({"path": str(path)})).account(40)
     (tmp_path / "none.jsonl").write_text("\n")
     with pytest.raises(DataError, match="holds no rows"):

@@ -24,7 +24,9 @@ def lengths(recipe):
     return [encode_conversation(part.conversation(row), tokenizer) for row in part.raw]
 
 
-LONG = [{"instruction": "Count.", "output": " ".join(["one", "two", "three"] * (i % 9))} for i in range(1, 45)]
+LONG = [
+    {"instruction": "Count.", "output": " ".join([f"one{i}", f"two{i}"] * (i % 9))} for i in range(1, 45)
+]  # no copies
 
 
 LONG = [row for row in LONG if row["output"]]
@@ -140,7 +142,10 @@ def test_a_template_that_refuses_a_row_names_it(recipe, tmp_path):
     rows = made_up(20)
     rows[12]["system"] = "Be brief."
     rows.insert(3, {"instruction": "", "output": ""})  # dropped before the template sees it
-    with pytest.raises(TemplateError, match=r"data\.datasets\[0\]: row 14 of .*rows0\.jsonl: .*no system turns here"):
+    with pytest.raises(
+        TemplateError,
+        match=r"(?s)data\.datasets\[0\]: 4\.8% of the 21 rows of .*rows0\.jsonl .*row 14: .*no system turns here",
+    ):
         prepared(recipe(rows, overrides=[f"data.template={strict}"]))
 
 

@@ -158,3 +158,27 @@ def test_a_template_file_with_generation_markers(write_recipe: Any, base: Path, 
     )
     tokenizer = load_tokenizer(recipe(write_recipe, base, f"data.template={tmp_path / 'own.jinja'}"))
     assert render(ONE[:1], tokenizer, add_generation_prompt=True).endswith("<assistant>")
+
+
+def test_a_date_in_a_template_is_that_of_the_recipe_on_every_day(write_recipe: Any, base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "date.jinja"
+    file.write_text(
+        "{{- 'Today: ' + strftime_now('%d %b %Y') -}}{%- for m in messages -%}{{- m.content + eos_token -}}{%- endfor -%}"  # noqa: E501
+    )
+    tokenizer = load_tokenizer(recipe(write_recipe, base, f"data.template={file}"))
+    assert render(ONE[:1], tokenizer) == f"Today: 26 Jul 2024Hi{tokenizer.eos_token}"
+    other = load_tokenizer(recipe(write_recipe, base, f"data.template={file}", "data.template_date=2026-01-02"))
+    assert render(ONE[:1], other).startswith("Today: 02 Jan 2026")
+
+
+def test_template_options_are_saved_with_the_template(write_recipe: Any, base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "thinks.jinja"
+    file.write_text(
+        "{%- for m in messages -%}{{- m.content + eos_token -}}{%- endfor -%}"
+        "{%- if enable_thinking is not defined or enable_thinking -%}THINK{%- endif -%}"
+    )
+    asked = recipe(write_recipe, base, f"data.template={file}", "data.template_options={enable_thinking: false}")
+    tokenizer = load_tokenizer(asked)
+    assert render(ONE[:1], tokenizer) == f"Hi{tokenizer.eos_token}"
+    given = tokenizer.apply_chat_template(ONE[:1], tokenize=False, enable_thinking=True)
+    assert given.endswith("THINK")  # a caller's own value wins

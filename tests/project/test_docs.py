@@ -19,7 +19,8 @@ import yaml
 import instructft
 from instructft import errors, load_recipe
 from instructft.cli import app
-from instructft.data.sources import FORMATS, SOURCES
+from instructft.data.formats import FORMATS
+from instructft.data.sources import SOURCES
 from instructft.recipe.fields import field_problem, legal_lora_fields, legal_train_fields
 from tests.helpers.markdown import FENCED, Page, code
 from tests.helpers.quickstart import rows as quickstart_rows
@@ -280,7 +281,8 @@ NEEDS = {  # what else an example wants
 @pytest.mark.parametrize("key", REFERENCE.OWN)
 def test_examples_of_our_own_keys_load(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text('{"instruction": "Q", "output": "A"}\n', encoding="utf-8")
+    for name in ("rows.jsonl", "held-out.jsonl"):
+        Path(name).write_text('{"instruction": "Q", "output": "A"}\n', encoding="utf-8")
     entry = {"name": "quickstart"} if key.startswith("data.datasets.0.") else "quickstart"
     if key.startswith("data.datasets.0.") and key.rpartition(".")[2] in ("name", "hub", "path", "url"):
         entry = {}

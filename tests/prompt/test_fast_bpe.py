@@ -122,6 +122,9 @@ def test_a_character_between_words_is_never_lost(monkeypatch: pytest.MonkeyPatch
     assert fast_bpe(made(r"\p{L}+")) is None
     module._made.cache_clear()
     tokenizer = made(r"[\x00-\x7f]+")
+    assert fast_bpe(tokenizer) is None  # on no list
+    module._made.cache_clear()
+    monkeypatch.setattr(module, "_PROVED", (r"[\x00-\x7f]+",))
     assert equal(tokenizer, ["ab 日本 cd", "plain"])
     fast = fast_bpe(tokenizer)
     assert fast is not None
@@ -211,3 +214,28 @@ def test_many_rows_are_encoded_as_few_are(bare_tokenizer: Any, template: str) ->
     assert encoder._fast is not None
     for name in ("input_ids", "labels", "lengths"):
         assert getattr(few, name).tolist() == getattr(many, name).tolist()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",  # noqa: E501
+        r"^\p{L}+|\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$|\s+",
+        r"\h+|\p{L}+|\s+|[^\s\p{L}]+",
+    ],
+)
+def test_a_pattern_that_the_two_dialects_read_differently_is_left_to_the_library(pattern: str) -> None:
+    assert fast_bpe(made(pattern)) is None
+
+
+def test_a_panic_falls_back_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = made()
+    fast = fast_bpe(tokenizer)
+    assert fast is not None
+
+    class Panics:
+        def encode_to_numpy(self, *_: object, **__: object) -> None:
+            raise BaseException("a panic in Rust is no Exception")
+
+    monkeypatch.setattr(fast, "_encoding", Panics())
+    assert fast.encode(["ab cd"])[0].tolist() == tokenizer.encode("ab cd", add_special_tokens=False).ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from instructft.errors import TemplateError
-from instructft.prompt.loss_mask import encode_conversation, encode_prompt, encoder, render
+from instructft.prompt.loss_mask import encode_conversation, encode_prompt, encode_turns, encoder, render
 from instructft.prompt.templates import TEMPLATES
 from tests.helpers.conversations import assistant, user, with_template
 
@@ -138,34 +139,26 @@ def test_properties(templated: tuple[str, Any], chat: tuple[bool, list[tuple[str
     messages = [SYSTEM] if chat[0] else []
     for question, answer in chat[1]:
         messages += [user(question), assistant(answer)]
-    row = encode_conversation(messages, tokenizer)
-    ids, labels = row["input_ids"], row["labels"]
-    text = render(messages, tokenizer)
-
-    # every token of the text is there once, in order: the same as a server's tokenization of the text
-    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    # the loss lies on the answers and their ends, and nowhere else
-    runs: list[list[int]] = []
-    for position, label in enumerate(labels):
-        assert label in (-100, ids[position])
-        if label != -100:
-            if position and labels[position - 1] != -100:
-                runs[-1].append(label)
-            else:
-                runs.append([label])
+    trained: list[tuple[list[int], list[int]]] = []  # (ids before, ids) of every stretch that carries loss
+    for row in encode_turns(messages, tokenizer):
+        ids, labels, start = row["input_ids"], row["labels"], 0
+        assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+        for loss, run in groupby(labels, key=lambda label: label != -100):
+            end = start + len(list(run))
+            if loss:
+                trained.append((ids[:start], ids[start:end]))
+            start = end
+    # each turn: the ids that a server sends, and behind them the answer as it is in the row, with its end
+    asked = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     space = " " if name == "human-assistant" else ""
-    wanted = [f"{space}{answer.strip()}{tokenizer.eos_token}" for _, answer in chat[1]]
-    assert [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs] == [
-        tokenizer.decode(tokenizer(t, add_special_tokens=False)["input_ids"], clean_up_tokenization_spaces=False)
-        for t in wanted
+    assert [before for before, _ in trained] == [encode_prompt(messages[:i], tokenizer) for i in asked]
+    assert [before for before, _ in trained] == [
+        tokenizer(render(messages[:i], tokenizer, True), add_special_tokens=False)["input_ids"] for i in asked
     ]
-    assert all(run[-1] == tokenizer.eos_token_id for run in runs)
-    # what the model is given at inference, at every turn, is a prefix of what it was trained on
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = encode_prompt(messages[:i], tokenizer)
-            assert ids[: len(prompt)] == prompt
-            assert labels[len(prompt)] != -100
+    assert [tokenizer.decode(run, clean_up_tokenization_spaces=False) for _, run in trained] == [
+        f"{space}{messages[i]['content']}{tokenizer.eos_token}" for i in asked
+    ]
+    assert all(run[-1] == tokenizer.eos_token_id for _, run in trained)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,23 +215,28 @@ def test_a_template_that_rewrites_history(bare_tokenizer: Any) -> None:
     assert kept(tokenizer, encode_conversation(plain, tokenizer)) == "The sum is 2.<|im_end|>4<|im_end|>"
 
     reasoning = [user("1+1?"), assistant("<think>easy</think>2"), user("2+2?"), assistant("<think>hm</think>4")]
-    with pytest.raises(TemplateError) as caught:
+    rows = encode_turns(reasoning, tokenizer)  # each turn as it is served: the first with its thought, then without
+    assert [kept(tokenizer, row) for row in rows] == ["<think>easy</think>2<|im_end|>", "<think>hm</think>4<|im_end|>"]
+    assert "easy" not in tokenizer.decode(rows[1]["input_ids"])
+    for row, end in zip(rows, (1, 3), strict=True):
+        prompt = encode_prompt(reasoning[:end], tokenizer)
+        assert row["input_ids"][: len(prompt)] == prompt
+    assert encoder(tokenizer).encode([reasoning], turns="last").lists() == rows[1:]
+    with pytest.raises(TemplateError, match="rewrites"):
         encode_conversation(reasoning, tokenizer)
-    message = str(caught.value)
-    assert "rewrites" in message
-    assert "turn 2" in message  # the message in question
-    assert "'think'" in message  # the diverging tokens: what was there …
-    assert "'2'" in message  # … and what came instead
-    assert "last_response" in message  # the way out, which works:
     last = encode_conversation(reasoning, tokenizer, "last_response")
     assert kept(tokenizer, last) == "<think>hm</think>4<|im_end|>"
 
 
-def test_a_prompt_that_training_never_shows_is_refused(bare_tokenizer: Any) -> None:
-    asks_to_think = QWEN3.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    tokenizer = foreign(bare_tokenizer(), asks_to_think, "<|im_start|>", "<|im_end|>")
-    with pytest.raises(TemplateError, match="part at token"):
+PREFILLS = QWEN3.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
+
+def test_a_thought_that_the_prompt_opens_is_for_the_answer_to_close(bare_tokenizer: Any) -> None:
+    tokenizer = foreign(bare_tokenizer(), PREFILLS, "<|im_start|>", "<|im_end|>")
+    with pytest.raises(TemplateError, match="opens a thought"):
         encode_conversation([user("1+1?"), assistant("2")], tokenizer)
+    row = encode_conversation([user("1+1?"), {**assistant("2"), "reasoning_content": "easy"}], tokenizer)
+    assert kept(tokenizer, row) == "easy\n</think>\n\n2<|im_end|>"
 
 
 def test_a_template_that_never_ends_an_answer_is_refused(bare_tokenizer: Any) -> None:
@@ -266,8 +264,8 @@ def test_a_generation_prompt_whose_end_merges_with_the_answer(bare_tokenizer: An
     row, prompt = encode_conversation(one, tokenizer), encode_prompt(one[:1], tokenizer)
     assert row["input_ids"][: len(prompt)] == prompt
     assert kept(tokenizer, row) == "Paris" + tokenizer.eos_token
-    with pytest.raises(TemplateError, match="merges"):
-        encode_conversation([*one, user("And Peru?"), assistant("Lima")], tokenizer)
+    rows = encode_turns([*one, user("And Peru?"), assistant("Lima")], tokenizer)
+    assert [kept(tokenizer, row) for row in rows] == ["Paris" + tokenizer.eos_token, "Lima" + tokenizer.eos_token]
 
 
 def test_the_encoder_follows_a_changed_template(bare_tokenizer: Any) -> None:

@@ -82,7 +82,7 @@ def chatml(tokenizer):
 def test_what_carries_loss_is_what_the_labels_say(tokenizer):
     found = accounted(encoded(tokenizer, "Add 1 and 1.", "2", "And 2?", "4\n"), tokenizer)
     eos = tokenizer.eos_token
-    assert "".join(piece.text for piece in found if piece.loss) == f"2{eos}4{eos}"
+    assert "".join(piece.text for piece in found if piece.loss) == f"2{eos}4\n{eos}"
     assert [(piece.text, piece.loss) for piece in found if piece.special] == [(eos, True)] * 2
     assert all(len(piece.ids) == 1 for piece in found)
 

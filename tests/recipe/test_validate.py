@@ -65,8 +65,8 @@ BAD = {
         'line 2: data.datasets.0.path: there is no "a.jsonl"',
         "",
     ),
-    "folder as a file": (MODEL + "data: {datasets: [{path: .}]}\n", "line 2: data.datasets.0.path:", "is a folder"),
-    "ending": (MODEL + "data: {datasets: [{path: mine.yaml}]}\n", "line 2: data.datasets.0.path:", ".parquet"),
+    "ending": (MODEL + "data: {datasets: [{path: mine.yaml}]}\n", "line 2: data.datasets.0.path:", "save the rows as"),
+    "no file fits": (MODEL + "data: {datasets: [{path: 'x*.csv'}]}\n", "line 2: data.datasets.0.path:", "there is no"),
     "no template file": (
         MODEL + "data: {datasets: alpaca, template: a.jinja}\n",
         "line 2: data.template: there is no",

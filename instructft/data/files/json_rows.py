@@ -1,0 +1,152 @@
+"""Rows of JSON files: an object a line, objects over several lines, a list of them, or such a list under `data`."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+from instructft.errors import DataError
+
+Found = Iterator[tuple[dict[str, Any], str]]  # each row, and its JSON text as it stands in the file ("" where unknown)
+
+# Keys under which people keep their rows in one large object.
+WRAPPERS = ("data", "rows", "train", "examples", "records", "items", "instances", "samples", "entries", "dataset")
+
+
+def json_rows(file: IO[bytes], name: str, one_object_is_a_row: bool) -> Found:
+    """The rows of a file, whatever of these layouts it has; with an object a line few are in memory at a time.
+
+    Raises:
+        DataError: with the line and column of what is not JSON.
+    """
+    lines = enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n"), 1)
+    number, line = next(((n, text) for n, text in lines if text.strip()), (0, ""))
+    if not line:
+        return
+    before = "\n" * (number - 1)  # empty lines, which count where a place is named
+    if line.lstrip().startswith("["):
+        yield from _list(before + line + "".join(text for _, text in lines), name)
+        return
+    try:
+        first = json.loads(line)
+    except json.JSONDecodeError as error:
+        if line[error.pos :].strip():
+            raise _not_json(error, name, number) from error
+        yield from _objects_over_lines(before + line + "".join(text for _, text in lines), name, one_object_is_a_row)
+        return
+    if not isinstance(first, dict):
+        raise _no_object(first, f"{name}, line {number}", name if number == 1 and not one_object_is_a_row else "")
+    second = next(((n, text) for n, text in lines if text.strip()), None)
+    if second is None:
+        yield from _one_object(first, line, name, one_object_is_a_row)
+        return
+    yield first, line
+    yield from _line_by_line([second], name)
+    yield from _line_by_line(lines, name)
+
+
+def _line_by_line(lines: Iterable[tuple[int, str]], name: str) -> Found:
+    for number, line in lines:
+        if line.strip():
+            try:
+                row = json.loads(line.rstrip())  # else an error at the end of a line is named one line later
+            except json.JSONDecodeError as error:
+                raise _not_json(error, name, number) from error
+            yield _object(row, f"{name}, line {number}"), line
+
+
+def _one_object(found: dict[str, Any], text: str, name: str, is_a_row: bool) -> Found:
+    """A file of one object: the rows that it holds under one of `WRAPPERS`, else itself where that may be."""
+    for key in WRAPPERS:
+        rows = found.get(key)
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+            yield from ((row, "") for row in rows)
+            return
+    if not is_a_row:
+        keys = ", ".join(list(found)[:8]) or "none"
+        raise DataError(
+            f"{name} holds a JSON object, expected a list of rows: [{{…}}, {{…}}], a row a line, or "
+            f'{{"data": [{{…}}, {{…}}]}}; its keys are {keys}'
+        )
+    yield found, text
+
+
+def _objects_over_lines(text: str, name: str, one_object_is_a_row: bool) -> Found:
+    """Objects of several lines each, one after the other."""
+    decode = json.JSONDecoder().raw_decode
+    at, found = _behind_space(text, 0), []
+    while at < len(text):
+        try:
+            row, end = decode(text, at)
+        except json.JSONDecodeError as error:
+            raise _not_json(error, name, 1) from error
+        line = text.count("\n", 0, at) + 1
+        found.append((_object(row, f"{name}, line {line}"), text[at:end]))
+        at = _behind_space(text, end)
+        if at < len(text) and "\n" not in text[end:at]:
+            raise _not_json(json.JSONDecodeError("Extra data", text, at), name, 1)
+    if len(found) == 1:
+        yield from _one_object(*found[0], name, one_object_is_a_row)
+    else:
+        yield from found
+
+
+def _list(text: str, name: str) -> Found:
+    if found := _objects_of_list(text):
+        yield from found
+        return
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _not_json(error, name, 1) from error
+    for number, row in enumerate(content, 1):
+        yield _object(row, f"{name}: row {number}"), ""
+
+
+def _objects_of_list(text: str) -> list[tuple[dict[str, Any], str]]:
+    """The rows of a list of objects, each with the text it stands in; none where it is anything else."""
+    found = []
+    decode = json.JSONDecoder().raw_decode
+    at, between = _behind_space(text, 0), "["
+    while text[at : at + 1] == between:
+        start = _behind_space(text, at + 1)
+        try:
+            row, end = decode(text, start)
+        except json.JSONDecodeError:
+            return []
+        if not isinstance(row, dict):
+            return []
+        found.append((row, text[start:end]))
+        at, between = _behind_space(text, end), ","
+    return found if text[at : at + 1] == "]" and _behind_space(text, at + 1) == len(text) else []
+
+
+def _behind_space(text: str, at: int) -> int:
+    """The next position in `text`, from `at` on, that JSON does not take for white space."""
+    while text[at : at + 1] in (" ", "\n", "\r", "\t"):
+        at += 1
+    return at
+
+
+def _not_json(error: json.JSONDecodeError, name: str, line: int) -> DataError:
+    return DataError(f"{name}, line {error.lineno + line - 1}, column {error.colno}: not JSON: {error.msg}")
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise _no_object(row, where)
+    return row
+
+
+def _no_object(value: Any, where: str, whole: str = "") -> DataError:
+    """What to say of a value where a row should stand; `whole` names a file that holds nothing else."""
+    if whole:
+        return DataError(f"{whole} holds a JSON {_kind(value)}, expected a list of rows: [{{…}}, {{…}}]")
+    return DataError(f"{where} is a JSON {_kind(value)}, expected an object with the row's columns: {{…}}")
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
+    return kinds.get(type(value), "null")

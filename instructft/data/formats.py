@@ -1,0 +1,442 @@
+"""How a row of each shape becomes a conversation, and what becomes of every column.
+
+A conversation is a list of `instructft.prompt.conversation.Message`s, the last one an assistant's, or one message with
+the role `text`: a document without speakers. A row that can be neither is `Unusable`, for a reason; a row that says
+more than is read is `Unread`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+from instructft.errors import DataError
+from instructft.prompt.conversation import Conversation, Message
+from instructft.prompt.layouts.messages import CONTENT, REASONING, TOOLS, messages_of, with_tools
+from instructft.prompt.layouts.tool_calls import calls_of, parsed, tools_of
+from instructft.prompt.ledger import Ledger, Unusable, absent, shown
+
+Row = Mapping[str, Any]
+SYSTEM = ("system", "system_prompt", "system_message")
+OPTIONS = ("chat_template_kwargs", "template_options")
+QUESTIONS = ("question", "query", "prompt", "problem", "instruction", "user", "input")
+ANSWERS = ("answer", "response", "output", "completion", "solution", "assistant")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a recipe says of how rows are read.
+
+    Args:
+        ignore: columns and keys of messages that are known not to matter.
+        strip: take outer white space off texts.
+        options: what every conversation tells its template, unless its row says otherwise.
+        read: columns that the recipe maps to names of ours.
+    """
+
+    ignore: frozenset[str] = frozenset()
+    strip: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    read: frozenset[str] = frozenset()
+
+
+AS_IT_STANDS = Rules()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Shapes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _turns(row: Row, ledger: Ledger, column: str) -> list[Message]:
+    """A column of turns: `{"role", "content"}` (OpenAI, TRL), `{"from", "value"}` (ShareGPT), or texts (LIMA)."""
+    return messages_of(row.get(column), column, ledger)
+
+
+def _rounds(row: Row, ledger: Ledger) -> list[Message]:
+    """`{"conversation": [{"system", "input", "output"}, …]}`, as in XTuner and MOSS; or turns."""
+    rounds = parsed(row.get("conversation"))
+    if not isinstance(rounds, list | tuple) or not all(isinstance(r, Mapping) and "output" in r for r in rounds):
+        return _turns(row, ledger, "conversation")
+    messages: list[Message] = []
+    for turn in rounds:
+        for role, key in (("system", "system"), ("user", "input"), ("assistant", "output")):
+            if not absent(turn.get(key)) or role == "assistant":
+                messages += _side(turn.get(key), f"conversation[].{key}", role, ledger)
+        ledger.rest(turn, {"system", "input", "output"}, "key `{}` of a message in `conversation`")
+    return messages
+
+
+def _prompt_completion(row: Row, ledger: Ledger) -> list[Message]:
+    """`{"prompt", "completion"}`, each a text or a list of messages; loss lies on the completion alone."""
+    prompt = _side(row.get("prompt"), "prompt", "user", ledger)
+    for message in prompt:
+        if message["role"] == "assistant":
+            message["weight"] = 0
+    return [*prompt, *_answer(row, "completion", ledger)]
+
+
+def _side(value: Any, where: str, role: str, ledger: Ledger) -> list[Message]:
+    """A text as a message of this role; a list of messages, or its JSON text, as they are."""
+    turns = parsed(value)
+    if isinstance(turns, list | tuple) and turns and all(isinstance(turn, Mapping) and _speaks(turn) for turn in turns):
+        return messages_of(turns, where, ledger)
+    # by the one reader of messages, so that an answer's thoughts are found here too
+    return messages_of([{"role": role, "content": ledger.text(value, where)}], where, ledger)
+
+
+def _speaks(turn: Mapping[str, Any]) -> bool:
+    return ("role" in turn or "from" in turn) and any(key in turn for key in (*CONTENT, "tool_calls"))
+
+
+def _answer(row: Row, column: str, ledger: Ledger) -> list[Message]:
+    """The answer of a row, with the thoughts before it where they stand in a column of their own."""
+    messages = _side(row.get(column), column, "assistant", ledger)
+    for name in REASONING:
+        if not absent(row.get(name)) and not ledger.ignores(name):
+            if len(messages) == 1 and "reasoning_content" not in messages[0] and isinstance(row[name], str):
+                messages[0]["reasoning_content"] = ledger.text(row[name], name)
+            else:
+                ledger.unread(f"column `{name}`", row[name], "expected the thoughts before the one answer, as text")
+    return messages
+
+
+def _asked(row: Row, ledger: Ledger, question: str, answer: str) -> list[Message]:
+    """A question with its `input` or `context`, what was said before (`history`), and the answer."""
+    asked = _side(row.get(question), question, "user", ledger)
+    for extra in ("input", "context"):
+        if extra not in (question, answer) and (text := _text(row, extra, ledger)):
+            asked[-1][extra] = text
+    return [*_history(row, ledger), *asked, *_answer(row, answer, ledger)]
+
+
+def _text(row: Row, column: str, ledger: Ledger) -> str:
+    text = ledger.text(row.get(column), column)
+    return "" if text.isspace() else text
+
+
+def _history(row: Row, ledger: Ledger) -> list[Message]:
+    """`[["question", "answer"], …]`, as in LLaMA-Factory's Alpaca format; or turns."""
+    history = parsed(row.get("history"))
+    if absent(history):
+        return []
+    if not isinstance(history, list | tuple):
+        ledger.unread("column `history`", row["history"], "expected [[question, answer], …]")
+        return []
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        return messages_of(history, "history", ledger)
+    sides = [(value, role) for pair in history for value, role in zip(pair, ("user", "assistant"), strict=True)]
+    return [message for value, role in sides for message in _side(value, "history", role, ledger)]
+
+
+def _first(names: Iterable[str], row: Iterable[str]) -> str | None:
+    return next((name for name in names if name in row), None)
+
+
+def _question_answer(row: Row, ledger: Ledger) -> list[Message]:
+    """`{"question", "answer"}` under any of the names that data sets have for them."""
+    answer = next((name for name in ANSWERS if not absent(row.get(name))), _first(ANSWERS, row) or "answer")
+    question = next((name for name in QUESTIONS if not absent(row.get(name))), _first(QUESTIONS, row) or "question")
+    for name in (*QUESTIONS, *ANSWERS):
+        if name not in (question, answer, "input") and not absent(row.get(name)) and not ledger.ignores(name):
+            ledger.unread(
+                f"column `{name}`", row[name], f"`{question}` and `{answer}` are read, and a row has one each"
+            )
+    return _asked(row, ledger, question, answer)
+
+
+def _xlam(row: Row, ledger: Ledger) -> list[Message]:
+    """`{"query", "tools", "answers"}`, the answers being calls, as in Salesforce's xLAM."""
+    calls = calls_of(row.get("answers"), "column `answers`", ledger)
+    answer: Message = {"role": "assistant", "content": "", "tool_calls": calls}
+    return [*_side(row.get("query"), "query", "user", ledger), answer]
+
+
+_DIALOGUE_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+
+
+def _hh(row: Row, ledger: Ledger) -> list[Message]:
+    """`{"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": …}`: the preferred dialogue of Anthropic HH."""
+    value = row.get("chosen")
+    compared = isinstance(parsed(value), list | dict) or any(not absent(row.get(name)) for name in QUESTIONS)
+    chosen = ledger.text(value, "chosen")
+    before, *parts = _DIALOGUE_TURN.split(chosen)
+    if before.strip() or not parts:
+        if compared:
+            ledger.rest({name: row.get(name) for name in ("chosen", "rejected")}, (), "column `{}`")
+            ledger.close()
+        raise Unusable("not_a_dialogue", f"`chosen` is {shown(chosen)}, expected Human: … Assistant: …")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return _spoken(parts, roles, "chosen", ledger)
+
+
+def _spoken(parts: list[str], roles: Mapping[str, str], where: str, ledger: Ledger) -> list[Message]:
+    """Speaker, text, speaker, text, … as messages; white space around the markers belongs to the markers."""
+    turns = [
+        {"role": roles[speaker.lower().capitalize()], "content": text.strip()}
+        for speaker, text in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return messages_of(turns, where, ledger)
+
+
+_GLAIVE_TURN = re.compile(r"(?:\A|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
+_GLAIVE_CALL = re.compile(r"<functioncall>\s*(\{.*\})\s*", re.DOTALL)
+_GLAIVE_ARGUMENTS = re.compile(r"""("arguments":\s*)'(.*)'(\s*\}\s*)\Z""", re.DOTALL)
+
+
+def _glaive(row: Row, ledger: Ledger) -> list[Message]:
+    """`{"system", "chat"}` of Glaive's function calling: USER:, ASSISTANT:, FUNCTION RESPONSE: in one text."""
+    before, *parts = _GLAIVE_TURN.split(ledger.text(row.get("chat"), "chat"))
+    if before.strip() or not parts:
+        raise Unusable("not_a_dialogue", f"`chat` is {shown(row.get('chat'))}, expected USER: … ASSISTANT: …")
+    system, tools = _glaive_system(ledger.text(row.get("system"), "system"), ledger)
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    for speaker, text in zip(parts[::2], parts[1::2], strict=True):
+        content = text.strip().removesuffix("<|endoftext|>").strip()
+        if speaker != "ASSISTANT":
+            messages.append({"role": "user" if speaker == "USER" else "tool", "content": content})
+            continue
+        message: Message = {"role": "assistant", "content": content}
+        if found := _GLAIVE_CALL.search(content):
+            call = _GLAIVE_ARGUMENTS.sub(lambda m: m[1] + m[2] + m[3], found[1])
+            message["content"] = (content[: found.start()] + content[found.end() :]).strip()
+            message["tool_calls"] = calls_of(call, "a <functioncall> in `chat`", ledger)
+        messages.append(message)
+    if tools and messages:
+        messages[0]["tools"] = tools
+    return messages
+
+
+def _glaive_system(text: str, ledger: Ledger) -> tuple[str, Any]:
+    """The system message without the functions that stand in it as JSON, and these."""
+    text = text.strip().removeprefix("SYSTEM:").strip()
+    at = text.find("\n{")
+    if at < 0:
+        return text, None
+    tools, rest, decode = [], text[at:].strip(), json.JSONDecoder().raw_decode
+    try:
+        while rest:
+            tool, end = decode(rest)
+            tools.append(tool)
+            rest = rest[end:].strip()
+    except ValueError:
+        return text, None
+    return text[:at].strip(), tools_of(tools, "the functions in `system`", ledger)
+
+
+_GUANACO_TURN = re.compile(r"\s*### ?(Human|User|Assistant|System): ?")
+
+
+def _document(row: Row, ledger: Ledger) -> list[Message]:
+    """`{"text"}`: a document, or Guanaco's `### Human: … ### Assistant: …`, which is a conversation."""
+    text = ledger.text(row.get("text"), "text")
+    before, *parts = _GUANACO_TURN.split(text)
+    if not before.strip() and "Assistant" in parts[::2]:
+        roles = {"Human": "user", "User": "user", "Assistant": "assistant", "System": "system"}
+        return _spoken(parts, roles, "text", ledger)
+    if not text.strip():
+        raise Unusable("empty_text", f"`text` is {shown(row.get('text'))}")
+    return [{"role": "text", "content": text}]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A shape of rows.
+
+    Args:
+        columns: the columns that a row must have; they also identify the format.
+        to_messages: one row to its messages; raises `Unusable`, and tells the ledger what it does not read.
+        optional: further columns that are read when they are there.
+        names: other names of a column that must be there.
+    """
+
+    columns: tuple[str, ...]
+    to_messages: Callable[[Row, Ledger], list[Message]]
+    optional: tuple[str, ...] = ()
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def lacks(self, present: Iterable[str]) -> list[str]:
+        """The columns that must be there and are not, under no name."""
+        have = set(present)
+        return [column for column in self.columns if have.isdisjoint((column, *self.names.get(column, ())))]
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """All columns that are read."""
+        names = [name for names in self.names.values() for name in names]
+        return frozenset((*self.columns, *self.optional, *names, *EVERYWHERE))
+
+
+EVERYWHERE = (*SYSTEM, *TOOLS, *OPTIONS)  # columns that are read in every format but `text`
+_EXTRAS = ("input", "context", "history", "category", *REASONING)
+
+# The order is the order of detection: the first format whose columns are all there.
+FORMATS: dict[str, Format] = {
+    "messages": Format(("messages",), partial(_turns, column="messages")),
+    "sharegpt": Format(("conversations",), partial(_turns, column="conversations")),
+    "conversation": Format(("conversation",), _rounds),
+    "thread": Format(("thread",), partial(_turns, column="thread")),
+    "prompt-completion": Format(("prompt", "completion"), _prompt_completion, REASONING),
+    "xlam": Format(("query", "tools", "answers"), _xlam),
+    "glaive": Format(("system", "chat"), _glaive),
+    "dolly": Format(("instruction", "response"), partial(_asked, question="instruction", answer="response"), _EXTRAS),
+    "alpaca": Format(("instruction", "output"), partial(_asked, question="instruction", answer="output"), _EXTRAS),
+    "question-answer": Format(
+        ("question", "answer"),
+        _question_answer,
+        _EXTRAS,
+        {"question": QUESTIONS[1:], "answer": ANSWERS[1:]},
+    ),
+    "hh": Format(("chosen",), _hh, ("rejected",)),
+    "text": Format(("text",), _document),
+}
+
+
+def detect_format(columns: list[str], where: str) -> str:
+    """Name the format whose columns are all among `columns`.
+
+    >>> detect_format(["instruction", "input", "output"], "rows.json")
+    'alpaca'
+
+    Raises:
+        DataError: no format fits; the message lists what was found and what each format needs.
+    """
+    if {"parent_id", "message_id"} <= set(columns) or {"parent_id", "role", "text"} <= set(columns):
+        raise DataError(
+            f"{where}: each row is one message of a tree (columns {', '.join(columns)}), as in OpenAssistant's raw "
+            "files; follow `parent_id` up from each answer and write the messages on the way as one row: "
+            '{"messages": [{"role": …, "content": …}, …]}'
+        )
+    for name, fmt in FORMATS.items():
+        if not fmt.lacks(columns):
+            return name
+    needs = "\n".join(f"  {name}: {', '.join(fmt.columns)}" for name, fmt in FORMATS.items())
+    raise DataError(
+        f"{where}: no known format has the columns {', '.join(columns) or '(none)'}.\n"
+        f"A row needs the columns of one of these formats:\n{needs}\n"
+        "If yours have other names, map them in the recipe: data.datasets[].columns: {instruction: question, …}"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows to conversations
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def to_conversation(row: Row, fmt: str, rules: Rules = AS_IT_STANDS) -> Conversation:
+    """Turn one row into a conversation that ends with an assistant's answer.
+
+    Texts stay as they are, and so do turns of one speaker in a row. What follows the last answer is left off, since it
+    carries no loss; an empty system message is none.
+
+    >>> to_conversation({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca")
+    [{'role': 'user', 'content': 'Add.', 'input': '1 2'}, {'role': 'assistant', 'content': '3'}]
+
+    Raises:
+        Unusable: `no_assistant_turn`, `empty_answer`, `empty_prompt`, `empty_text`, `not_text`, `not_a_dialogue`.
+        Unread: the row says something that nothing reads.
+    """
+    shape = FORMATS[fmt]
+    ledger = Ledger(rules.ignore, rules.strip)
+    if lacking := shape.lacks(name for name, value in row.items() if not absent(value)):
+        _refuse_lacking(row, fmt, lacking)
+    messages = shape.to_messages(row, ledger)
+    options = dict(rules.options)
+    for name in OPTIONS:
+        if not absent(row.get(name)):
+            options |= _options(row[name], name, ledger)
+    given = next((row[name] for name in TOOLS if not absent(row.get(name))), None)
+    if fmt != "glaive":
+        messages = _with_system(messages, row, ledger)
+    conversation = with_tools(messages, given, options, ledger)
+    if len(row) > len(shape.columns):
+        rest = {name: value for name, value in row.items() if name not in shape.known and name not in rules.read}
+        repeated = [name for name, value in rest.items() if not absent(value) and _repeats(value, messages)]
+        ledger.rest(rest, repeated, "column `{}`")
+    ledger.close()
+    if messages and messages[0]["role"] == "text":
+        return conversation
+    while conversation and conversation[-1]["role"] != "assistant":
+        conversation.pop()
+    _must_teach(conversation)
+    return conversation
+
+
+def _refuse_lacking(row: Row, fmt: str, lacking: list[str]) -> None:
+    """A row without what its format needs: no question, no answer, or of another kind altogether."""
+    have = ", ".join(name for name, value in row.items() if not absent(value)) or "none"
+    detail = f"nothing in `{'`, `'.join(lacking)}`, which a row of {fmt} needs; its columns with a value: {have}"
+    if fmt == "text":
+        raise Unusable("empty_text", detail)
+    answers = ("completion", "response", "output", "answer", "answers")
+    if lacking[-1] in answers:
+        raise Unusable("empty_answer", detail)
+    if lacking[0] in ("instruction", "query", "question", "prompt"):
+        # what a question refers to may stand alone
+        if fmt in ("alpaca", "dolly") and not (absent(row.get("input")) and absent(row.get("context"))):
+            return
+        raise Unusable("empty_prompt", detail)
+    raise Unusable("no_assistant_turn" if row.get(lacking[0]) == [] else "not_a_dialogue", detail)
+
+
+def _with_system(messages: list[Message], row: Row, ledger: Ledger) -> list[Message]:
+    """The system message of a column before the others, one of the messages below it; an empty one is none."""
+    messages = [m for m in messages if m["role"] != "system" or m["content"].strip() or "tools" in m]
+    found = [name for name in SYSTEM if not absent(row.get(name))]
+    if not found:
+        return messages
+    text = _text(row, found[0], ledger)
+    for name in found[1:]:
+        if row[name] != row[found[0]] and not ledger.ignores(name):
+            ledger.unread(f"column `{name}`", row[name], f"`{found[0]}` is the system message already")
+    if not messages or messages[0]["role"] != "system":
+        return [{"role": "system", "content": text}, *messages]
+    first = messages[0]
+    if first["content"] != text:
+        first = {**first, "content": f"{text}\n\n{first['content']}"}
+    return [first, *messages[1:]]
+
+
+def _options(value: Any, name: str, ledger: Ledger) -> dict[str, Any]:
+    given = parsed(value)
+    if not isinstance(given, Mapping):
+        ledger.unread(f"column `{name}`", value, "expected what the template takes, as {enable_thinking: false}")
+        return {}
+    return {key: option for key, option in given.items() if option is not None}
+
+
+def _repeats(value: Any, messages: list[Message]) -> bool:
+    """Whether a column says once more what the conversation says: Alpaca's `text`, UltraChat's `prompt`."""
+    contents = [m["content"].strip() for m in messages if m["content"].strip()]
+    extras = [str(m[key]).strip() for m in messages for key in ("input", "context") if key in m]
+    given = parsed(value)
+    if isinstance(given, str):
+        return given.strip() in [*contents, *extras] or (bool(contents) and all(text in given for text in contents))
+    if isinstance(given, list):
+        try:
+            again = messages_of(given, "", Ledger())
+        except Unusable:
+            return False
+        return bool(again) and all(m["content"].strip() in contents for m in again)
+    return False
+
+
+def _must_teach(conversation: Conversation) -> None:
+    """Refuse a conversation that has no answer, an empty one, or nothing that is answered."""
+    if not conversation:
+        raise Unusable("no_assistant_turn", "expected a message of the assistant; there is none")
+    for number, message in enumerate(conversation, 1):
+        if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
+            raise Unusable("empty_answer", f"message {number} is an answer with nothing in it")
+    if not any(_asks(message) for message in conversation):
+        raise Unusable("empty_prompt", "expected a message of the user with something in it; there is none")
+
+
+def _asks(message: Message) -> bool:
+    return message["role"] in ("user", "tool") and any(
+        str(message.get(key, "")).strip() for key in ("content", "input", "context")
+    )

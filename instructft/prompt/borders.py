@@ -1,0 +1,118 @@
+"""Ids on both sides of the border between a prompt and its answer, as they are at inference.
+
+A server tokenizes the prompt; a model goes on from there. In training the two stand side by side, and a tokenizer that
+sees them at once may merge across the border (`\\n\\n` and `\\n` are one token in many vocabularies). What it does is
+looked at for the border at hand: cut where nothing can merge, tokenized together and compared everywhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from instructft.errors import TemplateError
+from instructft.prompt.turns import Script, Turn
+
+IGNORE_INDEX = -100  # a label of -100 carries no loss; PyTorch's cross_entropy skips it
+Row = tuple[list[int], list[int]]  # ids and labels
+_CUTS_WORDS = ("ByteLevel", "Split", "Digits", "Punctuation", "Sequence")
+_LEADS = ("\n", ")", "x", "7", "。")  # behind what an answer can be tokenized as if in the middle of a text
+_WINDOW = 24  # characters of an answer that can have a part in what happens at its border
+
+
+class Borders:
+    """Where texts may be tokenized apart.
+
+    Args:
+        tokenize: token ids of each text, with nothing added.
+        core: the Rust tokenizer; None where there is none.
+        specials: the texts of its special tokens.
+        lead: what the template puts before every answer.
+    """
+
+    def __init__(
+        self, tokenize: Callable[[Sequence[str]], list[list[int]]], core: Any, specials: Sequence[str], lead: str
+    ):
+        self.tokenize, self._core = tokenize, core
+        self._specials = tuple(specials)
+        # white space alone may be a part of a longer run of it, which the answer goes on
+        self._lead = lead if lead.strip() else ""
+        self._plain = core is not None and _cuts_locally(json.loads(core.to_str()))
+        self._known: dict[tuple[str, str], bool] = {}  # end of the left side, beginning of the right -> nothing merges
+
+    def apart(self, texts: Sequence[str]) -> bool:
+        """Whether texts that stand one after the other have the same ids alone and together."""
+        return self._plain and all(self._border(a, b) for a, b in pairwise(texts))
+
+    def _border(self, left: str, right: str) -> bool:
+        if left.endswith(self._specials):
+            return True
+        if not self._lead or not left.endswith(self._lead) or right[:1].isspace():
+            return False
+        key = (self._lead, right[:2])
+        if key not in self._known:
+            window = right[:_WINDOW]
+            together, one, other = self.tokenize([self._lead + window, self._lead, window])
+            self._known[key] = together == one + other
+        return self._known[key]
+
+    def rows(self, script: Script) -> list[Row]:
+        """Ids and labels of a conversation: one row, or as many as its turns need to be what they are when served."""
+        if not script.turns:
+            return []
+        wanted = [text for turn in script.turns for text in (turn.prompt, turn.prompt + turn.answer)]
+        found = self.tokenize(wanted)
+        done: list[Row] = []
+        ids: list[int] = []
+        labels: list[int] = []
+        for turn, prompt, whole in zip(script.turns, found[::2], found[1::2], strict=True):
+            answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else self.behind(turn.answer)
+            if ids and prompt[: len(ids)] != ids:
+                done.append((ids, labels))
+                ids, labels = [], []
+            labels = labels + [IGNORE_INDEX] * (len(prompt) - len(ids)) + self._loss(turn, prompt, answer)
+            ids = prompt + answer
+        if script.tail:
+            last = script.turns[-1]
+            whole = self.tokenize([last.prompt + last.answer + script.tail])[0]
+            if whole[: len(ids)] == ids:
+                labels = labels + [IGNORE_INDEX] * (len(whole) - len(ids))
+                ids = whole
+        return [*done, (ids, labels)]
+
+    def behind(self, text: str) -> list[int]:
+        """The ids of a text that goes on another one: SentencePiece would begin it with a space of its own."""
+        if self._plain:
+            return self.tokenize([text])[0]
+        for lead in _LEADS:
+            one, both = self.tokenize([lead, lead + text])
+            if both[: len(one)] == one:
+                return both[len(one) :]
+        raise TemplateError(f"the tokenizer merges {text[:40]!r} with whatever stands before it")
+
+    def _loss(self, turn: Turn, prompt: list[int], ids: list[int]) -> list[int]:
+        """The labels of an answer: all of it, but for tokens that reach into a part that is only read."""
+        if not turn.unread:
+            return ids
+        if self._core is None:
+            raise TemplateError("train_spans need a tokenizer with offsets (a tokenizer.json); this one has none")
+        together = self._core.encode(turn.prompt + turn.answer, add_special_tokens=False)
+        if together.ids == prompt + ids:
+            places = [(a - len(turn.prompt), b - len(turn.prompt)) for a, b in together.offsets[len(prompt) :]]
+        else:
+            places = self._core.encode(turn.answer, add_special_tokens=False).offsets
+        kept = [not any(a < end and start < b for a, b in turn.unread) for start, end in places]
+        return [token if keep else IGNORE_INDEX for token, keep in zip(ids, kept, strict=True)]
+
+
+def _cuts_locally(spec: dict[str, Any]) -> bool:
+    """Byte-level tokenizers, whose added tokens take no white space with them."""
+    if spec["normalizer"] not in (None, {"type": "NFC"}):
+        return False
+    steps = [spec["pre_tokenizer"] or {}]
+    steps += steps[0].get("pretokenizers", [])
+    local = all(s.get("type") in _CUTS_WORDS and not s.get("add_prefix_space") for s in steps)
+    rules = any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in spec["added_tokens"])
+    return local and not rules and any(s.get("type") == "ByteLevel" for s in steps)

@@ -1,0 +1,230 @@
+"""Every answer as it is served: the prompt that a server would render before it, and the text that a model would give.
+
+    messages[:k] with generation prompt   ──►  prompt of turn k
+    messages[:k + 1]                      ──►  the same text, and behind it the answer, up to the token that ends it
+
+A template may show an earlier answer in another way once it is history (Qwen 3 and its kin take thoughts out). So each
+turn is rendered at its own time, and `instructft.prompt.loss_mask` puts those into one row that stay what they were.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from instructft.errors import TemplateError
+from instructft.prompt.conversation import Conversation, Message
+from instructft.prompt.render import Renderer
+from instructft.prompt.template_traits import THOUGHT_KEYS, split_thought, with_thought
+
+_ALIKE = 24  # characters before a generation prompt by which its place in another text is known
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answer: what a model is given, and what it should give, the token that ends it included.
+
+    Args:
+        unread: parts of the answer, by characters, that are read and carry no loss.
+    """
+
+    prompt: str
+    answer: str
+    unread: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Script:
+    """A conversation as the turns that are trained.
+
+    Args:
+        tail: what the whole conversation's text has behind the last of them.
+        left_out: what the template does not show of trained answers: content, reasoning, tool_calls, arguments, tools.
+        only_read: answers that no server would ask for, such as a greeting before the first question.
+    """
+
+    turns: list[Turn]
+    tail: str = ""
+    left_out: list[str] = field(default_factory=list)
+    only_read: int = 0
+
+
+def scripts(
+    renderer: Renderer, conversations: Sequence[Sequence[Message]], train_on: str
+) -> list[Script | TemplateError]:
+    """The turns of each conversation, or why it has none. All texts are rendered in two batches."""
+    plans = [_planned(renderer, messages, train_on) for messages in conversations]
+    good = [plan for plan in plans if isinstance(plan, _Plan)]
+    try:
+        prompts = iter(renderer.texts([plan.messages[:i] for plan in good for i in plan.answers], True))
+        texts = iter(renderer.texts([part for plan in good for part in plan.shown]))
+        shown: list[Any] = [([next(prompts) for _ in plan.answers], [next(texts) for _ in plan.shown]) for plan in good]
+    except TemplateError:  # one of them is refused: which, is told by each alone
+        shown = [_alone(renderer, plan) for plan in good]
+    found = iter(shown)
+    return [_script(renderer, plan, next(found)) if isinstance(plan, _Plan) else plan for plan in plans]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    messages: Conversation
+    answers: list[int]  # positions of the answers that are trained
+    only_read: int
+
+    @property
+    def shown(self) -> list[Conversation]:
+        """The conversation up to each answer, and the whole one."""
+        ends = [i + 1 for i in self.answers]
+        whole = [] if ends[-1:] == [len(self.messages)] else [len(self.messages)]
+        return [self.messages[:end] for end in [*ends, *whole]]
+
+
+def _planned(renderer: Renderer, messages: Sequence[Message], train_on: str) -> _Plan | TemplateError:
+    if not messages:
+        return TemplateError("a conversation without messages: there is nothing to render")
+    try:
+        normal = renderer.normal(messages)
+    except TemplateError as error:
+        return error
+    answers = [i for i, m in enumerate(normal) if m["role"] == "assistant" and m.get("weight") != 0]
+    if train_on != "responses":
+        answers = answers[-1:]
+    unasked = ("system", "developer", "assistant")
+    asked = next((i for i, message in enumerate(normal) if message["role"] not in unasked), len(normal))
+    # nobody has asked yet: a server takes that with some templates, others refuse it, or render another text
+    read = {i for i in answers if i < asked and not _served(renderer, normal, i)}
+    return _Plan(normal, [i for i in answers if i not in read], len(read))
+
+
+def _served(renderer: Renderer, messages: Conversation, i: int) -> bool:
+    """Whether the template renders a prompt for answer `i`, although no question stands before it."""
+    prompt = renderer.text_or_none(messages[:i], True)
+    return prompt is not None and (renderer.text_or_none(messages[: i + 1]) or "").startswith(prompt)
+
+
+def _alone(renderer: Renderer, plan: _Plan) -> tuple[list[str], list[str]] | TemplateError:
+    try:
+        return renderer.texts([plan.messages[:i] for i in plan.answers], True), renderer.texts(plan.shown)
+    except TemplateError as error:
+        return error
+
+
+def _script(renderer: Renderer, plan: _Plan, shown: Any) -> Script | TemplateError:
+    if isinstance(shown, TemplateError):
+        return shown
+    prompts, texts = shown
+    turns: list[Turn] = []
+    left_out: list[str] = []
+    try:
+        for i, prompt, text in zip(plan.answers, prompts, texts, strict=False):
+            answer = _answer(renderer, plan.messages[: i + 1], prompt, text)
+            missing = list(_missing(plan.messages[i], answer))
+            if "tool_calls" in missing:
+                raise TemplateError(
+                    f"message {i + 1}: the chat template has no place for tool calls, so the call would not be "
+                    "trained; set data.template to chatml, or to a template that renders tool_calls"
+                )
+            left_out += missing
+            turns.append(Turn(prompt, answer, _unread(plan.messages[i], answer)))
+    except TemplateError as error:
+        return error
+    if turns and plan.messages.tools and not any(_name(tool) in turns[-1].prompt for tool in plan.messages.tools):
+        return TemplateError(
+            "the chat template has no place for tools, so the model would not be told of them; set data.template to "
+            "chatml, or to a template that renders `tools`"
+        )
+    whole, end = texts[-1], turns[-1].prompt + turns[-1].answer if turns else ""
+    return Script(turns, whole[len(end) :] if whole.startswith(end) else "", left_out, plan.only_read)
+
+
+def _answer(renderer: Renderer, messages: Conversation, prompt: str, text: str) -> str:
+    """What a model should give after `prompt`, where `text` shows the conversation with it."""
+    traits = renderer.traits
+    end = traits.end(text)
+    if end < 0 or (text.startswith(prompt) and end <= len(prompt)):
+        text = _closed(renderer, messages, text)
+        end = len(text)
+    text = text[:end]
+    if text.startswith(prompt):
+        return text[len(prompt) :]
+    # the answer itself can change how the turns before it are shown (gpt-oss): what a server has put before it counts
+    lead = traits.lead
+    border = prompt[-len(lead) - _ALIKE :]
+    if lead and prompt.endswith(lead) and (at := text.rfind(border)) >= 0:
+        return text[at + len(border) :]
+    return _behind_open_thought(messages, prompt, text)
+
+
+def _closed(renderer: Renderer, messages: Conversation, text: str) -> str:
+    """A text whose answer nothing ends (GLM): a server stops at the special token that opens what comes next."""
+    opener = renderer.traits.opener(bool(messages[-1].get("tool_calls")))
+    if not opener:
+        raise TemplateError(
+            f"the chat template does not end this answer with a special token; the text ends with {text[-60:]!r}, so "
+            "the model would never learn to stop here"
+        )
+    return text + opener
+
+
+def _behind_open_thought(messages: Conversation, prompt: str, text: str) -> str:
+    """The answer to a prompt that has opened a thought, which the template takes out of answers (DeepSeek R1)."""
+    before, opened, after = prompt.rpartition("<think>")
+    thought = split_thought(messages[-1].get("content") or "")[0]
+    thought = thought or next((messages[-1][key] for key in THOUGHT_KEYS if messages[-1].get(key)), "")
+    if opened and not after.strip() and text.startswith(before):
+        if thought:
+            whole = before + with_thought(thought, text[len(before) :].lstrip("\n"))
+            if whole.startswith(prompt):
+                return whole[len(prompt) :]
+        raise TemplateError(
+            "the generation prompt of this template opens a thought (<think>) that this answer does not have, so a "
+            "server would ask for another text than the one to train on. Give the answer its thought "
+            "(reasoning_content), switch thinking off where the template can (data.template_options: "
+            "{enable_thinking: false}), or set data.template to chatml"
+        )
+    raise TemplateError(
+        "the prompt that a server would render is no beginning of the text with the answer: "
+        f"the prompt has {_part(prompt, text)}, the text has {_part(text, prompt)}. Set data.template to chatml, or "
+        "data.template_options to what the template takes (enable_thinking)"
+    )
+
+
+def _part(text: str, other: str) -> str:
+    same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return repr(f"…{text[max(0, same - 20) : same + 40]}")
+
+
+def _missing(message: Message, answer: str) -> Iterator[str]:
+    """What an answer says that the template does not show."""
+    content = message.get("content")
+    thought, rest = split_thought(content) if isinstance(content, str) else ("", "")
+    thought = thought or next((message[key] for key in THOUGHT_KEYS if message.get(key)), "")
+    if rest.strip() not in answer:
+        yield "content"
+    if thought.strip() not in answer:
+        yield "reasoning"
+    for call in message.get("tool_calls") or ():
+        if _name(call) not in answer:
+            yield "tool_calls"
+        given = (call.get("function") or call).get("arguments")
+        for value in given.values() if isinstance(given, dict) else ():
+            if isinstance(value, str) and not any(t in answer for t in (value.strip(), json.dumps(value)[1:-1])):
+                yield "arguments"
+
+
+def _name(tool: Any) -> str:
+    return str((tool.get("function") or tool).get("name", ""))
+
+
+def _unread(message: Message, answer: str) -> tuple[tuple[int, int], ...]:
+    """The parts of an answer that `train_spans` takes the loss from."""
+    spans = message.get("train_spans")
+    if not spans:
+        return ()
+    content = message.get("content") or ""
+    start = answer.find(content)
+    if start < 0:
+        raise TemplateError("train_spans: the template changes the content, so its characters cannot be found in it")
+    return tuple((start + a, start + b) for a, b, trained in spans if not trained)

@@ -1,0 +1,137 @@
+"""One road to the rows: the same odd rows give the same values from every kind of file, here, on the Hub, streamed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import instructft
+from instructft.data.load import file_conversations, load_parts
+from instructft.data.streaming import prepare_stream
+from tests.data.test_readers import write
+
+Rows = list[dict[str, Any]]
+
+# What a library that guesses changes: text that looks like something else.
+TEXTS: Rows = [
+    {"instruction": f"{number}. What is it?", "output": text}
+    for number, text in enumerate(
+        [
+            *("NA", "N/A", "nan", "NaN", "None", "null", "NULL", "-", "true", "False", "yes", "inf", "-Infinity"),
+            *("42", "007", "1e5", "1.50", "+1", "0x10", "1,000", "1_000", "99999999999999999999999", "-0"),
+            *("2024-05-01", "2024-05-01T10:00:00Z", "10:30", "01/02/2024"),
+            *(
+                ' "quoted" ',
+                "a\tb;c|d,e",
+                "two\nlines",
+                "win\r\ndows\r\n",
+                "  indented\n    code",
+                "é🙂\u2028日本\u200b",
+            ),
+            *('{"a": 1}', "[1, 2]", '"text"', "\\n\\u00e9", "=SUM(A1)", "'", "x" * 200_000),
+        ]
+    )
+]
+# What only files with types can say.
+TYPED: Rows = [
+    {"instruction": "How many?", "output": 20},
+    {"instruction": "How much?", "output": 0.1},
+    {"instruction": "Is it?", "output": True},
+    {"instruction": "Which?", "output": ["a", "b", {"c": [1, None]}]},
+    {"instruction": "What?", "output": {"a": "1", "b": 2}},
+    {"instruction": "Nothing?", "output": None},
+    {"instruction": "No text?", "output": ""},
+    {"instruction": "A large one?", "output": 2**62},
+]
+ALL: Rows = [*TEXTS, *TYPED]
+assert len(ALL) > 40
+
+
+@pytest.fixture
+def recipe(write_recipe: Callable[..., Path]) -> Callable[..., Any]:
+    def load(entry: dict[str, Any]) -> Any:
+        sets = [f"data.datasets={json.dumps([entry])}", "data.splits={validation: 0, test: 0}"]
+        return instructft.load_recipe(write_recipe(), sets)
+
+    return load
+
+
+def rows_of(recipe: Any) -> Rows:
+    """The rows of a recipe's data set, read whole."""
+    (part,) = load_parts(recipe)
+    return [part.row(raw) for raw in part.raw]
+
+
+def streamed(recipe: Any) -> Rows:
+    """The rows of a recipe's data set as a stream reads them."""
+    (stream,) = prepare_stream(recipe, instructft.load_tokenizer(recipe))._streams
+    return [stream.part.row(raw) for raw in stream.read()]
+
+
+def parquet(path: Path, rows: Rows) -> Path:
+    """A Parquet file whose second column holds JSON, as Arrow and `datasets` keep texts beside numbers and objects."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    texts = [json.dumps(row["output"]) for row in rows]
+    columns = {"instruction": [row["instruction"] for row in rows], "output": pa.array(texts, pa.json_())}
+    parquet.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".ndjson.zst", ".jsonl.gz"])
+def test_json_here_and_as_a_stream(recipe: Any, tmp_path: Path, suffix: str) -> None:
+    entry = {"path": str(write(tmp_path, suffix, ALL))}
+    assert repr(rows_of(recipe(entry))) == repr(ALL)
+    if suffix != ".json":  # one list has no lines to stream
+        assert repr(streamed(recipe({**entry, "streaming": True}))) == repr(ALL)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".csv.xz", ".parquet", ".arrow"])
+def test_texts_in_tables(recipe: Any, tmp_path: Path, suffix: str) -> None:
+    entry = {"path": str(write(tmp_path, suffix, TEXTS))}
+    assert rows_of(recipe(entry)) == TEXTS
+    assert streamed(recipe({**entry, "streaming": True})) == TEXTS
+
+
+def test_values_in_parquet(recipe: Any, tmp_path: Path) -> None:
+    entry = {"path": str(parquet(tmp_path / "rows[1].parquet", ALL))}
+    assert repr(rows_of(recipe(entry))) == repr(ALL)
+    assert repr(streamed(recipe({**entry, "streaming": True}))) == repr(ALL)
+
+
+def test_the_hub(recipe: Any, tmp_path: Path, hub: Any) -> None:
+    hub.put("tester/json", {"train.jsonl": write(tmp_path, ".jsonl", ALL)}, type="dataset")
+    hub.put("tester/csv", {"data/train.csv": write(tmp_path, ".csv", TEXTS)}, type="dataset")
+    hub.put("tester/parquet", {"train-00000-of-00001.parquet": parquet(tmp_path / "p.parquet", ALL)}, type="dataset")
+    for name, rows in (("json", ALL), ("csv", TEXTS), ("parquet", ALL)):
+        for read, streaming in ((rows_of, False), (streamed, True)):
+            assert repr(read(recipe({"hub": f"tester/{name}", "streaming": streaming}))) == repr(rows), (
+                name,
+                streaming,
+            )
+
+
+def test_evaluate_data(recipe: Any, tmp_path: Path) -> None:
+    """A file as `--data` gives the conversations of the same file in a recipe."""
+    from instructft.data.load import conversations
+
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        path = str(write(tmp_path, suffix, TEXTS))
+        of_recipe = conversations(recipe({"path": path}), "train")
+        assert file_conversations(path) == of_recipe
+        assert len(of_recipe) == len(TEXTS)
+
+
+def test_nan_is_read_alike_everywhere(recipe: Any, tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "output": "b", "score": math.nan}, {"instruction": "c", "output": "d", "score": 0.5}]
+    found = []
+    for suffix in (".jsonl", ".parquet", ".arrow"):
+        entry = {"path": str(write(tmp_path, suffix, rows))}
+        found += [repr(rows_of(recipe(entry))), repr(streamed(recipe({**entry, "streaming": True})))]
+    assert set(found) == {repr(rows)}

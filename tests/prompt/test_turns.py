@@ -1,0 +1,99 @@
+"""Every answer as it is served: calls, thoughts, greetings, and answers that nothing or two tokens end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from instructft.errors import TemplateError
+from instructft.prompt.loss_mask import encode_turns, encoder
+from tests.helpers.conversations import assistant, user, with_template
+
+TOOL = {"type": "function", "function": {"name": "weather", "description": "It.", "parameters": {"type": "object"}}}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "id": "a", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}],
+}
+RESULT = {"role": "tool", "content": "cold", "tool_call_id": "a", "name": "weather"}
+PLAIN = (
+    "{%- for m in messages -%}{%- if m.role == 'assistant' -%}<A>{{ m.content + eos_token }}"
+    "{%- else -%}<{{ m.role }}>{{ m.content }}\n{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}<A>{%- endif -%}"  # noqa: E501
+)
+
+
+def trained(tokenizer: Any, messages: Any, **given: Any) -> list[str]:
+    return [
+        tokenizer.decode([label for label in row["labels"] if label != -100])
+        for row in encode_turns(messages, tokenizer, **given)
+    ]
+
+
+def templated(tokenizer: Any, template: str, *tokens: str) -> Any:
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)} if tokens else {})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_call_is_trained_and_its_result_is_read(bare_tokenizer: Any) -> None:
+    tokenizer = with_template(bare_tokenizer(), "chatml")
+    messages = [user("Oslo?"), CALL, RESULT, assistant("It is cold.")]
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
+    assert trained(tokenizer, messages, tools=[TOOL]) == [call + "It is cold.<|im_end|>"]
+    as_text = {**CALL, "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]}
+    assert trained(tokenizer, [user("Oslo?"), as_text], tools=[TOOL]) == [call]
+
+
+def test_a_template_without_calls_refuses_them(bare_tokenizer: Any) -> None:
+    tokenizer = templated(bare_tokenizer(), PLAIN)
+    with pytest.raises(TemplateError, match="no place for tool calls"):
+        encode_turns([user("Oslo?"), CALL], tokenizer)
+    with pytest.raises(TemplateError, match="no place for tools"):
+        encode_turns([user("Oslo?"), assistant("Cold.")], tokenizer, tools=[TOOL])
+
+
+def test_what_a_template_leaves_out_is_named(bare_tokenizer: Any) -> None:
+    tokenizer = templated(bare_tokenizer(), PLAIN.replace("m.content + eos", "m.content.split('</think>')[-1] + eos"))
+    rows = encoder(tokenizer).encode([[user("1+1?"), assistant("<think>\neasy\n</think>\n\n2")]])
+    assert rows.left_out == [(0, "reasoning")]
+
+
+def test_a_thought_goes_where_the_template_reads_it(bare_tokenizer: Any) -> None:
+    block = "<A><think>{{ m.reasoning_content or '' }}</think>{{ m.content + eos_token }}"
+    tokenizer = templated(bare_tokenizer(), PLAIN.replace("<A>{{ m.content + eos_token }}", block))
+    expected = ["<think>easy</think>2" + tokenizer.eos_token]
+    for answer in ({"content": "2", "reasoning": "easy"}, {"content": "<think>\neasy\n</think>\n\n2"}):
+        assert trained(tokenizer, [user("1+1?"), {"role": "assistant", **answer}]) == expected
+
+
+def test_a_greeting_is_read_where_no_server_asks_for_it(bare_tokenizer: Any) -> None:
+    first = "{%- if messages[0].role == 'system' -%}{{ messages[0].content }}{%- endif -%}"
+    tokenizer = templated(bare_tokenizer(), first + PLAIN)
+    messages = [assistant("Welcome!"), user("Bye"), assistant("Goodbye.")]
+    assert trained(tokenizer, messages) == ["Goodbye." + tokenizer.eos_token]
+    assert encoder(tokenizer).encode([messages]).only_read == [(0, 1)]
+
+
+def test_two_special_tokens_end_an_answer(bare_tokenizer: Any) -> None:
+    template = PLAIN.replace("m.content + eos_token", "m.content + '<|END|>' + eos_token")
+    tokenizer = templated(bare_tokenizer(), template, "<|END|>")
+    assert trained(tokenizer, [user("a"), assistant("b")]) == ["b<|END|>" + tokenizer.eos_token]
+    assert encoder(tokenizer).stop_ids == [tokenizer.eos_token_id]
+
+
+def test_what_opens_the_next_turn_ends_an_answer_that_nothing_else_ends(bare_tokenizer: Any) -> None:
+    template = PLAIN.replace("{{ m.content + eos_token }}", "{{ m.content }}").replace("\n", "")
+    tokenizer = templated(bare_tokenizer(), template, "<A>", "<user>")
+    messages = [user("a"), assistant("b"), user("c"), assistant("d")]
+    assert trained(tokenizer, messages) == ["b<user>d<user>"]
+
+
+def test_a_refused_conversation_does_not_end_the_batch(bare_tokenizer: Any) -> None:
+    template = PLAIN + "{%- for m in messages -%}{%- if m.role == 'system' -%}{{ 1 + 'a' }}{%- endif -%}{%- endfor -%}"
+    tokenizer = templated(bare_tokenizer(), template)
+    good = [user("a"), assistant("b")]
+    refused: dict[int, TemplateError] = {}
+    rows = encoder(tokenizer).encode([good, [{"role": "system", "content": "s"}, *good], good], refused=refused)
+    assert rows.conversation.tolist() == [0, 2]
+    assert "TypeError" in str(refused[1])
