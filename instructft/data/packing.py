@@ -179,7 +179,14 @@ def probe(model: PreTrainedModel, device: Any, width: int = 64) -> float:
         # a loss of many unlike weights, so that nothing cancels
         sums = [(part.float() * torch.randn(part.shape, generator=generator).to(part.device)).sum()
                 for part in documents]  # fmt: skip
-        for scale in (2**14, 2**10, 16):  # as large as it stays finite, so that nothing vanishes in float16
+        for scale in (
+            2**13,
+            2**10,
+            2**7,
+            16,
+            1,
+            2**-4,
+        ):  # as large as it stays finite, so that nothing vanishes in float16
             grads = [torch.autograd.grad(one * scale, states, retain_graph=True) for one in sums]
             if all(bool(torch.isfinite(part).all()) for grad in grads for part in grad):
                 break
@@ -193,7 +200,9 @@ def probe(model: PreTrainedModel, device: Any, width: int = 64) -> float:
                  if one.dim() == 3 else None for one in grad]  # fmt: skip
         for part in parts:
             if part is not None:
-                leak = max(leak, float(torch.maximum(part[others], part[2]) / part[own].clamp(min=1e-30)))
+                seen = float(torch.maximum(part[others], part[2]))  # not a number is no zero either
+                share = seen / max(float(part[own].nan_to_num(1.0)), 1e-30)
+                leak = max(leak, share if share > 0 else float(seen != 0))
     packed = found[: sum(lengths)].detach().float()
     difference = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
     # a model may keep documents apart and still count their positions in its own way; rounding differs by the dtype

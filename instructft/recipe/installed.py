@@ -99,7 +99,7 @@ def _make_schedule(recipe: Recipe, given: dict[str, Any]) -> Any:
     from transformers import get_scheduler
 
     rate = float(recipe.train.get("learning_rate", 2e-5))
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
     return get_scheduler(
         recipe.train.get("lr_scheduler_type", "linear"), optimizer, 2, 1000, scheduler_specific_kwargs=given
     )

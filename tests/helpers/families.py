@@ -220,6 +220,17 @@ def smollm2() -> Files:
     return _files(config, ends, _published(core, about, pair=True), "apache-2.0")
 
 
+def smollm2_instruct() -> Files:
+    """The same with ChatML of its own, which puts a system message where a conversation has none."""
+    template = (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+        "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    return {**smollm2(), "chat_template.jinja": template}
+
+
 def llama3(version: str) -> Files:
     """`<|begin_of_text|>` put in front by the tokenizer, no pad token; 3.2 1B ties its head, 70B lies in shards."""
     small = version == "3.2"
@@ -282,6 +293,7 @@ MODELS: dict[str, Callable[[], Files]] = {
     "openai-community/gpt2-medium": gpt2,
     "EleutherAI/pythia-410m": pythia,
     "Qwen/Qwen3-0.6B-Base": qwen3,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": smollm2_instruct,
     "HuggingFaceTB/SmolLM2-360M": smollm2,
     "meta-llama/Llama-3.2-1B": lambda: llama3("3.2"),
     "meta-llama/Meta-Llama-3-70B": lambda: llama3("3"),

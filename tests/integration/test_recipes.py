@@ -44,6 +44,7 @@ ALPACA = (
     + INSTRUCTION
 )
 CHATML = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+SMOLLM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 ASKED = {
     "gpt2-dolly": (INSTRUCTION, "<|endoftext|>"),
     "gpt2-alpaca-gpt4": (ALPACA, "<|endoftext|>"),
@@ -53,7 +54,7 @@ ASKED = {
     "slimorca-chatml": (CHATML, "<|im_end|>"),
     "qwen3-0.6b": (CHATML, "<|im_end|>"),
     "smollm2-360m": (CHATML, "<|im_end|>"),
-    "smollm2-135m-instruct": (CHATML, "<|im_end|>"),
+    "smollm2-135m-instruct": (SMOLLM + CHATML, "<|im_end|>"),
     "llama-3.2-1b": ("<|begin_of_text|>" + CHATML, "<|im_end|>"),
     "llama-3-70b-qlora-fsdp2": ("<|begin_of_text|>" + INSTRUCTION, "<|end_of_text|>"),
     "mistral-7b-qlora": ("<s>" + CHATML, "<|im_end|>"),
