@@ -65,6 +65,7 @@ def train(
     import contextlib
     import signal
 
+    from instructft.checkpoints.manifest import full_disk_explained
     from instructft.checkpoints.run_folder import own
     from instructft.recipe.load import load_recipe
     from instructft.report.logs import lasting_output
@@ -76,7 +77,7 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     first = next((int(os.environ[name]) for name in _RANKS if name in os.environ), 0) == 0
     mine = own(loaded, resume) if first else contextlib.nullcontext()  # what can be told without torch is told at once
-    with lasting_output(), mine:
+    with lasting_output(), full_disk_explained(Path(loaded.output_dir)), mine:
         _quiet_libraries()
         from instructft.training.run import train as run_training
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +36,9 @@ def here(tmp_path, monkeypatch):
     """An empty current directory with a sound recipe `my.yaml` and its rows."""
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text(RECIPE, encoding="utf-8")
-    Path("rows.jsonl").write_text(f"{ROW}\n" * 20, encoding="utf-8")
+    unlike = [" ".join(random.Random(n).sample(string.ascii_lowercase, 20)) for n in range(20)]
+    rows = [json.dumps({"instruction": text, "input": "", "output": text[:9]}) for text in unlike]
+    Path("rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return tmp_path
 
 
@@ -101,8 +105,8 @@ BAD_RECIPES = {
     "wrong train type": ("max_steps: 1", "learning_rate: fast", ["train.learning_rate", "fast"]),
     "a field with another home": ("max_steps: 1", "output_dir: x", ["train.output_dir", "output_dir"]),
     "missing data file": ("rows.jsonl", "row.jsonl", ['there is no "row.jsonl"', "rows.jsonl"]),
-    "data file is a folder": ("rows.jsonl", ".", ["data.datasets", "folder"]),
-    "unknown ending": ("rows.jsonl", "my.yaml", ["data.datasets", "my.yaml", ".jsonl.gz"]),
+    "data file is a folder": ("rows.jsonl", ".", ["data.datasets[0]", "expected a list of rows"]),
+    "unknown ending": ("rows.jsonl", "my.yaml", ["data.datasets", "my.yaml", "save the rows as .jsonl"]),
     "missing model folder": (MODEL, "model: {name_or_path: ./nowhere}", ["line 2", "model.name_or_path", "./nowhere"]),
     "missing tokenizer folder": ("tokenizer: quickstart", "tokenizer: ./nowhere", ["model.tokenizer", "./nowhere"]),
     "no tokenizer": (", tokenizer: quickstart", "", ["model.tokenizer", "missing"]),
@@ -146,7 +150,7 @@ BAD_FILES = {
     "empty": ("a.json", "", ["a.json is empty"]),
     "no rows": ("a.json", "[]", ["a.json holds no rows"]),
     "not JSON": ("a.json", '[{"instruction": "a",\n  "output": }]', ["a.json, line 2, column 13: not JSON"]),
-    "an object": ("a.json", f'{{"data": [{ROW}]}}', ["a.json holds a JSON object, expected a list of rows"]),
+    "an object": ("a.json", '{"rows": 7}', ["a.json holds a JSON object, expected a list of rows"]),
     "a row that is none": ("a.json", f"[{ROW}, 7]", ["a.json: row 2 is a JSON number, expected an object"]),
     "a bad line": ("a.jsonl", f"{ROW}\n{{instruction: a}}\n", ["a.jsonl, line 2, column 2: not JSON"]),
     "not UTF-8": ("a.jsonl", b'{"instruction": "\xe9"}\n', ["a.jsonl: line 1, byte 18 is not UTF-8"]),
@@ -159,12 +163,16 @@ BAD_FILES = {
     "bad parquet": ("a.parquet", b"PAR1", ["a.parquet is not a whole Parquet file"]),
     "ragged CSV": ("a.csv", "instruction,output\na,b\na,b,c\n", ["a.csv, line 3: found 3 cells, expected 2"]),
     "unknown columns": ("a.jsonl", '{"question": "a", "reply": "b"}\n', [*KNOWN, "question, reply"]),
-    "unknown columns in CSV": ("a.csv", "instruction;output\na;b\n", [*KNOWN, "instruction;output"]),
-    "not text": ("a.jsonl", '{"instruction": "a", "output": 1}\n' * 3, ["a.jsonl can be trained on: 3 not text"]),
+    "unknown columns in CSV": ("a.csv", "question;reply\na;b\n", [*KNOWN, "question, reply"]),
+    "not text": (
+        "a.jsonl",
+        '{"instruction": "a", "output": "\\ud83d"}\n' * 3,
+        ["a.jsonl can be trained on: 3 with half a character"],
+    ),
     "no row left": (
         "a.jsonl",
         '{"instruction": "a", "output": ""}\n{"instruction": "", "output": "b"}\n{"instruction": "a"}\n',
-        ["no row of a.jsonl can be trained on: 2 empty answer, 1 empty prompt"],
+        ["no row of a.jsonl can be trained on: 2 with an empty answer, 1 with an empty question"],
     ),
 }
 
@@ -203,7 +211,10 @@ BAD_SETTINGS = {
         ["data.max_length=10", "data.on_too_long=error"],
         ["data.datasets[0]: row 1 of rows.jsonl has", "tokens, more than data.max_length (10)"],
     ),
-    "every answer cut away": (["data.max_length=5"], ["no row of rows.jsonl can be trained on: 20 answer cut away"]),
+    "every answer cut away": (
+        ["data.max_length=5"],
+        ["no row of rows.jsonl can be trained on: 20 whose answer begins behind data.max_length"],
+    ),
     "unknown Hub data set": (
         ["data.datasets=[{hub: no-such-org/no-such-data}]"],
         ["data.datasets[0]: no-such-org/no-such-data could not be fetched from the Hugging Face Hub"],

@@ -67,8 +67,9 @@ def own(recipe: Recipe, resume: str = "auto") -> Iterator[None]:
                 begun = {"instructft": __version__, "begun": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
                 write_whole(run / MARK, json.dumps(begun) + "\n")
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            why = "the disk is full" if full else error.strerror or error
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # told with the checkpoints that stand
+                raise
+            why = error.strerror or error
             raise UsageError(
                 f"output_dir: {run} cannot be written ({why}); choose another folder (output_dir=…)"
             ) from error

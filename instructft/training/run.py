@@ -85,7 +85,7 @@ def train(recipe: Recipe, *, resume: str = "auto", rehearsal: bool = True, conso
     run = Path(recipe.output_dir)
     refuse_what_cannot_run(recipe, state)
     check_against_installed(recipe, quantization.device(recipe))
-    with contextlib.ExitStack() as held:  # by the first process, for all
+    with full_disk_explained(run), contextlib.ExitStack() as held:  # by the first process, for all
         first_process(state, lambda: held.enter_context(own(recipe, resume)))
         return _train(recipe, run, resume, rehearsal, state, console)
 

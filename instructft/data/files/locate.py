@@ -146,7 +146,9 @@ def _folder(folder: Path, location: str, key: str) -> Splits:
 
 def _is_aside(path: Path, folder: Path) -> bool:
     inside = path.relative_to(folder)
-    return path.name in _NO_ROWS or path.name.lower() == "readme.md" or any(p[0] in "._" for p in inside.parts)
+    return (
+        path.name in _NO_ROWS or path.name.lower() == "readme.md" or any(p.startswith((".", "_")) for p in inside.parts)
+    )
 
 
 def _split_of(inside: Path) -> str | None:
