@@ -18,9 +18,13 @@ def write_whole(path: Path, text: str, *, sync: bool = False) -> None:
     """
     draft = path.with_name(f".{path.name}.part")
     draft.unlink(missing_ok=True)  # a link there would be followed
-    with draft.open("x", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)  # of a full disk nothing is left that the next try would stumble on
+        raise

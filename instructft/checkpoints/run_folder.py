@@ -59,6 +59,7 @@ def own(recipe: Recipe, resume: str = "auto") -> Iterator[None]:
     made = [path for path in (run, *run.parents) if not path.exists()]
     with contextlib.ExitStack() as undo:
         undo.callback(_remove_empty, made)
+        undo.callback(_remove_unmarked_lock, run)
         try:
             run.mkdir(parents=True, exist_ok=True)
             undo.enter_context(only_one(run / LOCK, f"output_dir: {run}: a run", "choose another output_dir"))
@@ -80,6 +81,13 @@ def own(recipe: Recipe, resume: str = "auto") -> Iterator[None]:
 def _unmark(run: Path) -> None:
     if run.is_dir() and {path.name for path in run.iterdir()} <= {MARK, LOCK}:
         (run / MARK).unlink(missing_ok=True)
+
+
+def _remove_unmarked_lock(run: Path) -> None:
+    """Of a folder that could not be marked nothing stays that the next try would take for somebody else's."""
+    if not (run / MARK).exists():
+        with contextlib.suppress(OSError):
+            (run / LOCK).unlink(missing_ok=True)
 
 
 def _remove_empty(made: list[Path]) -> None:

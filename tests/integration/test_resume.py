@@ -137,6 +137,7 @@ def test_a_full_disk_ends_a_run_with_a_word_and_harms_nothing(write: Any, tmp_pa
             newest = next(iter(run["left"]), None)
             stands = f"{newest} stands" if newest else "there is no checkpoint before it"
             assert stands in run["said"], run
+            assert "from" in run, run.get("error")
             assert run["from"] == [int(name.removeprefix("checkpoint-")) for name in run["left"]][:1], run
         assert run["status"] == 0, run
         assert (run["weights"], run["logged"]) == (whole["weights"], whole["logged"]), run
