@@ -11,10 +11,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FIGURES = HERE.parent / ".cache" / "real" / "figures.jsonl"
 
-HEAD = """# On a real model
+HEAD = """# On real vocabularies
 
-Written by `make real`: SmolLM2-135M-Instruct, rows of Alpaca-GPT4 and real vocabularies, all through pip, on a CPU.
-Each line is asserted by a test in `tests/real`.
+Written by `make real`: rows of Alpaca-GPT4 and real vocabularies, all through pip. Each line is asserted by a test in `tests/real`.
 
 | promise | how | figure |
 | --- | --- | --- |
