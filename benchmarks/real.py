@@ -13,7 +13,8 @@ FIGURES = HERE.parent / ".cache" / "real" / "figures.jsonl"
 
 HEAD = """# On real vocabularies
 
-Written by `make real`: rows of Alpaca-GPT4 and real vocabularies, all through pip. Each line is asserted by a test in `tests/real`.
+Written by `make real`: rows of Alpaca-GPT4 and real vocabularies, all through pip. Each line is asserted
+by a test in `tests/real`.
 
 | promise | how | figure |
 | --- | --- | --- |
