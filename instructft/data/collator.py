@@ -23,7 +23,9 @@ class CompletionOnlyCollator:
     only where the row has ended, or where `labels` already says -100.
 
     Rows with `seq_lengths` are packs: they get `position_ids` that start anew with each document, and no attention
-    mask, by which transformers keeps documents apart (see `instructft.data.packing`).
+    mask, by which transformers keeps documents apart (see `instructft.data.packing`). In a loop of your own call the
+    model with `use_cache=False`, as training here does: with a cache, which is the default outside of it, transformers
+    5.23 looks at no positions, and the documents see each other.
 
     Args:
         pad_token_id: fills `input_ids` behind the end of a row; any id will do, no token there is seen or trained.

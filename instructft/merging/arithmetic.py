@@ -65,20 +65,27 @@ def merged(
     Raises:
         ModelError: a merged value is not finite, or too large for `dtype`.
     """
+    return (stored for _, stored in rounded(base, edit, adapter, dtype, rounding))
+
+
+def rounded(
+    base: Stored, edit: Edit, adapter: Mapping[str, Stored], dtype: torch.dtype, rounding: str = NEAREST
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """As `merged`, each piece before and after it is rounded."""
     import torch
 
     round_ = Rounder(base.name, dtype, rounding if edit.names else NEAREST)
     for piece in unrounded(base, edit, adapter):
         if piece.dtype == dtype:  # as it stands: NaN or not is the base's matter
-            yield piece
+            yield piece, piece
             continue
-        piece = round_(piece)
-        if piece.numel() and not torch.isfinite(torch.stack(piece.aminmax())).all():  # the extremes of NaN are NaN
+        stored = round_(piece)
+        if stored.numel() and not torch.isfinite(torch.stack(stored.aminmax())).all():  # the extremes of NaN are NaN
             raise ModelError(
                 f"{base.name}: a merged value is infinite or not a number in {str(dtype).removeprefix('torch.')}; "
                 "train again, or merge with --dtype float32"
             )
-        yield piece
+        yield piece, stored
 
 
 def unrounded(base: Stored, edit: Edit, adapter: Mapping[str, Stored]) -> Iterator[torch.Tensor]:

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.errors import ModelError
 from instructft.formatting import first_line
-from instructft.merging.arithmetic import merged as merged_pieces
-from instructft.merging.arithmetic import unrounded
+from instructft.merging.arithmetic import rounded
 from instructft.merging.comparison import Seen, Texts, agreement, apart, look, look_once
 from instructft.merging.plan import Machine, Plan
 from instructft.merging.weight_proof import Changed, compare_weights
@@ -187,12 +186,11 @@ def _put(model: PreTrainedModel, merge: Merge, dtype: torch.dtype, rounding: str
             if not out.planned.dtype.is_floating_point:
                 continue
             start = 0
-            exact = unrounded(out.base, out.edit, merge.tensors)
-            for piece in merged_pieces(out.base, out.edit, merge.tensors, dtype, rounding):
+            for exact, piece in rounded(out.base, out.edit, merge.tensors, dtype, rounding):
                 stop = start + len(piece)
                 places[name].view(-1, *piece.shape[1:])[start:stop] = piece.to(places[name].dtype)
                 if name in merge.plan.changed:
-                    changed.count(piece.double(), next(exact).double(), out, start, stop)
+                    changed.count(piece.double(), exact.double(), out, start, stop)
                 start = stop
     return changed
 

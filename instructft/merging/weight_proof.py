@@ -48,37 +48,51 @@ def compare_weights(
         ModelError: a change is another one, or a value in a file is not its rounding.
     """
     compared, deviation, sums = 0, 0.0, Changed()
-    for name, dtype, weight in _as_merged(live, plan.changed.keys()):
-        out = plan.outputs[plan.changed[name]]
-        deviation = max(deviation, _compare(out, dtype, weight, adapter))
-        sums.add(out, adapter, files[plan.changed[name]], rounding)
-        compared += 1
+    for name, held, weight in _as_merged(live, plan.changed.keys()):
+        place = plan.changed[name]
+        off = _compare(plan.outputs[place], held, weight, adapter, files[place], rounding, sums)
+        deviation, compared = max(deviation, off), compared + 1
     if compared < len(plan.changed):
         raise ModelError(f"{len(plan.changed) - compared} merged tensors were not found in PEFT's model")
     return {"tensors": compared, "deviation": deviation, **sums.figures()}
 
 
-def _compare(out: Output, held: torch.dtype, theirs: torch.Tensor, adapter: Mapping[str, Stored]) -> float:
+def _compare(
+    out: Output,
+    held: torch.dtype,
+    theirs: torch.Tensor,
+    adapter: Mapping[str, Stored],
+    stored: Stored,
+    rounding: str,
+    sums: Changed,
+) -> float:
     """How far our change of a weight is from PEFT's, relative to its largest weight; refuse another one.
 
     Args:
         held: the dtype that PEFT's model holds the weight in; one that is narrower than the file's has rounded it.
+        stored: the weight in the merged file.
     """
     largest = float(theirs.abs().max())
     source = adapter[out.edit.replaced] if out.edit.replaced else out.base
     coarse = held.itemsize < source.dtype.itemsize
-    off, start = 0.0, 0
-    for ours in unrounded(out.base, out.edit, adapter):
-        value = theirs[start : start + len(ours)].cpu()
+    units = 1.001 if rounding == STOCHASTIC else 0.501  # of the last place: either neighbour, or the nearest
+    furthest, start = 0.0, 0
+    for exact in unrounded(out.base, out.edit, adapter):
+        stop, ours = start + len(exact), exact.double()
+        value = theirs[start:stop].cpu()
         allowed = PRECISION * largest + (unit_in_last_place(value, held) if coarse else 0)
-        difference = (ours.double() - value).abs()
+        difference = (ours - value).abs()
         if not bool((difference <= allowed).all()):  # not a number is no proof either
             raise ModelError(
                 f"{out.planned.name} is not merged as PEFT merges it: a value differs by "
                 f"{float(difference.max()):.3g}, and the largest weight in it is {largest:.3g}. Nothing was kept"
             )
-        off, start = max(off, float(difference.max())), start + len(ours)
-    return off / max(largest, 1e-300)
+        found = stored.read(start, stop).double()
+        if not bool(((found - ours).abs() <= units * unit_in_last_place(ours, stored.dtype)).all()):
+            raise ModelError(f"{stored.name} in the merged file is not the rounding of its merged value")
+        sums.count(found, ours, out, start, stop)
+        furthest, start = max(furthest, float(difference.max())), stop
+    return furthest / max(largest, 1e-300)
 
 
 class Changed:
@@ -88,25 +102,8 @@ class Changed:
         self.entries = self.vanished = 0
         self.kept = self.wanted = 0.0
 
-    def add(self, out: Output, adapter: Mapping[str, Stored], stored: Stored, rounding: str) -> None:
-        """Count one tensor.
-
-        Raises:
-            ModelError: a value in the file is not the rounding of the merged one.
-        """
-        units = 1.001 if rounding == STOCHASTIC else 0.501
-        start = 0
-        for value in unrounded(out.base, out.edit, adapter):
-            stop = start + len(value)
-            found = stored.read(start, stop).double()
-            unit = unit_in_last_place(value.double(), stored.dtype)
-            if not bool(((found - value).abs() <= units * unit).all()):
-                raise ModelError(f"{stored.name} in the merged file is not the rounding of its merged value")
-            self.count(found, value.double(), out, start, stop)
-            start = stop
-
     def count(self, found: torch.Tensor, value: torch.Tensor, out: Output, start: int, stop: int) -> None:
-        """Count some rows of it."""
+        """Count some rows of a tensor: as they are found in a file, and before they were rounded."""
         import torch
 
         known = min(stop, out.base.rows)

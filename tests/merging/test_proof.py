@@ -14,6 +14,7 @@ from instructft import merge_adapter
 from instructft.errors import ModelError
 from instructft.merging import arithmetic, merge, proof
 from instructft.merging.plan import Machine
+from instructft.merging.proof import better_rounding, costly
 from tests.helpers.merging import (
     CONFIGS,
     QUIET,
@@ -157,3 +158,38 @@ def test_a_quantized_run_merges_into_the_plain_base(tmp_path: Path, tokenizer: A
     # four bits are far coarser than the rounding of the merge, and nearer to it than no adapter at all
     assert facts["proof"]["difference"] < facts["quantized"]["difference"] < facts["proof"]["effect"]
     assert "4bit base" in (tmp_path / "out" / "README.md").read_text()
+
+
+def costs(**kl: float) -> dict[str, Any]:
+    rows = [{"dtype": "bfloat16", "rounding": name, "kl": value} for name, value in kl.items() if name != "float16"]
+    rows.append({"dtype": "float16", "rounding": "nearest", "kl": kl.get("float16")})
+    return {"costs": rows, "kl": kl["stochastic"], "effect_kl": 0.1}
+
+
+def test_the_rounding_that_loses_least_is_taken_and_a_draw_changes_nothing() -> None:
+    assert better_rounding(costs(nearest=8e-3, stochastic=2e-4), "bfloat16", "stochastic") == "stochastic"
+    assert better_rounding(costs(nearest=1e-4, stochastic=2e-4), "bfloat16", "stochastic") == "nearest"
+    assert better_rounding(costs(nearest=1.95e-4, stochastic=2e-4), "bfloat16", "stochastic") == "stochastic"
+    assert better_rounding({"costs": []}, "bfloat16", "stochastic") == "stochastic"
+
+
+def test_a_dtype_that_costs_more_than_a_hundredth_of_the_effect_names_those_that_do_not() -> None:
+    assert costly(costs(nearest=8e-3, stochastic=9e-4, float16=1e-6)) == []
+    assert costly(costs(nearest=8e-3, stochastic=2e-3, float16=1e-6)) == ["float16"]
+    assert costly(costs(nearest=8e-3, stochastic=2e-3)) == []  # float16 does not hold the values
+
+
+@pytest.mark.usefixtures("short_answers")
+def test_weights_are_written_again_where_the_other_rounding_loses_less(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "base", "llama", "bfloat16", tied=False)
+    adapter = with_tokenizer(make_adapter(tmp_path / "adapter", base), tokenizer)
+    monkeypatch.setattr(merge, "better_rounding", lambda *_: "nearest")
+    facts = merge_adapter(adapter, tmp_path / "again", console=QUIET).facts
+    assert facts["rounding"] == "nearest"
+    bytes_of = {}
+    for name in ("nearest", "stochastic"):
+        merge_adapter(adapter, tmp_path / name, rounding=name, verify=False, console=QUIET)
+        bytes_of[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == bytes_of["nearest"] != bytes_of["stochastic"]

@@ -9,7 +9,7 @@ import pytest
 
 from instructft import merge_adapter
 from instructft.errors import ModelError
-from instructft.merging import arithmetic
+from instructft.merging import arithmetic, merge
 from tests.helpers.merging import (
     QUIET,
     make_adapter,
@@ -35,3 +35,22 @@ def test_a_transposed_delta_is_refused(tmp_path: Path, tokenizer: Any, monkeypat
     monkeypatch.undo()
     torch.manual_seed(0)
     assert merge_adapter(adapter, tmp_path / "out", console=QUIET).facts["proof"]["difference"] < 1e-5
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_file_that_holds_something_else_than_the_rounded_merge_is_refused(
+    rounding: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right until it is written: one value in each piece is two units of the last place away."""
+    base = make_base(tmp_path / "base", "llama", "bfloat16", tied=False)
+    adapter = with_tokenizer(make_adapter(tmp_path / "adapter", base), tokenizer)
+
+    def spoiled(*arguments: Any) -> Any:
+        for piece in arithmetic.merged(*arguments):
+            piece = piece.clone()
+            piece.view(-1)[0] *= 1 + 2**-6
+            yield piece
+
+    monkeypatch.setattr(merge, "merged", spoiled)
+    with pytest.raises(ModelError, match="is not the rounding of its merged value"):
+        merge_adapter(adapter, tmp_path / "out", rounding=rounding, console=QUIET)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +43,27 @@ def note(real: Path) -> Callable[[str, str, str], None]:
             file.write(json.dumps({"promise": promise, "how": how, "figure": figure}) + "\n")
 
     return write
+
+
+@pytest.fixture(scope="session")
+def recipe_of(smollm: Path, rows: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """A recipe on the real model and on the short rows of the real set; `settings` are merged into its sections."""
+    import instructft
+
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "rows.json").write_text(json.dumps(rows[:200]), encoding="utf-8")
+
+    def make(name: str, *overrides: str) -> Any:
+        path = folder / f"{name}.yaml"
+        path.write_text(
+            f"model: {{name_or_path: {smollm}}}\n"
+            f"data: {{datasets: [{{path: {folder / 'rows.json'}}}], max_length: 128, splits: {{validation: 0.1}}}}\n"
+            "adapter: {type: lora, r: 16, alpha: 32, dropout: 0.0}\n"
+            "train: {max_steps: 6, per_device_train_batch_size: 4, learning_rate: 2e-4, warmup_steps: 0,\n"
+            "        use_cpu: true, report_to: none, eval_strategy: 'no', save_strategy: 'no', logging_steps: 1}\n"
+            f"output_dir: {folder / name}\n",
+            encoding="utf-8",
+        )
+        return instructft.load_recipe(path, list(overrides))
+
+    return make
