@@ -1,4 +1,4 @@
-"""The fast tokenizer is the library's on real texts, and stands aside for the vocabularies that it is not proved for."""
+"""The fast tokenizer is the library's on real texts, and stands aside where it is not proved for a vocabulary."""
 
 from __future__ import annotations
 
