@@ -67,13 +67,12 @@ def train(
 
     from instructft.checkpoints.manifest import full_disk_explained
     from instructft.checkpoints.run_folder import own
+    from instructft.launch.signals import SIGNALS, listen
     from instructft.recipe.load import load_recipe
     from instructft.report.logs import lasting_output
 
-    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):  # until training listens itself
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    ends = [number for number in SIGNALS if number != signal.SIGINT]  # of which Python makes KeyboardInterrupt
+    listen(lambda number, _: sys.exit(128 + number), ends)  # until training listens itself
     loaded = load_recipe(recipe, overrides or [])
     first = next((int(os.environ[name]) for name in _RANKS if name in os.environ), 0) == 0
     mine = own(loaded, resume) if first else contextlib.nullcontext()  # what can be told without torch is told at once

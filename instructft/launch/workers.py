@@ -33,14 +33,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psutil
 
 from instructft.errors import EXIT_FAILED, EXIT_SIGTERM, EXIT_USAGE, InstructftError
+from instructft.launch.signals import AGAIN, SIGNALS, TWICE, listen
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
 _MARK = "INSTRUCTFT_LAUNCH"  # in the environment of every process of a launch: "<pid of the launcher>-<random>"
-_AGAIN = 1.0  # seconds between two signals; what comes sooner is the same request, on another way
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-_TWICE = (signal.SIGTERM, signal.SIGINT)  # of the others a second one says nothing new
 _GRACE = 3.0  # seconds that a process has to end by itself once it should
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that comes when the parent ends
 
@@ -52,8 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     ended, nothing of the launch is left.
     """
     watched = _Launch(arguments)
-    heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, watched.pass_on) for number in heard}
+    before = listen(watched.pass_on)
     try:
         return watched.wait()
     finally:
@@ -81,11 +78,11 @@ class _Launch:
     def pass_on(self, number: int, frame: FrameType | None) -> None:
         """Send a signal to the workers; before there are any, to the process that would start them."""
         now = time.monotonic()
-        if self._signal and (now - self._since < _AGAIN or number not in _TWICE):
+        if self._signal and (now - self._since < AGAIN or number not in TWICE):
             return
         if self._asked:
             self._deadline = min(self._deadline, now + _GRACE)
-        self._signal, self._since, self._asked = self._signal or number, now, self._asked or number in _TWICE
+        self._signal, self._since, self._asked = self._signal or number, now, self._asked or number in TWICE
         with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended meanwhile
             agent = psutil.Process(self._process.pid)
             for process in agent.children() or [agent]:
@@ -146,7 +143,7 @@ def exit_code(codes: Iterable[int]) -> int:
     (1, 143, 2, 0)
     """
     found = {128 - code if code < 0 else code for code in codes} - {0}
-    stops = {128 + number for number in _SIGNALS}
+    stops = {128 + number for number in SIGNALS}
     if EXIT_USAGE in found:
         return EXIT_USAGE
     if found - stops:
@@ -162,7 +159,7 @@ def exit_code(codes: Iterable[int]) -> int:
 def run_accelerate(arguments: Sequence[str]) -> int:
     """Do what `accelerate launch ARGUMENTS` does; returns one exit code for its workers."""
     _end_with_the_launcher()
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, _before_torch_listens)
     if os.environ.get("INSTRUCTFT_TRACEBACK") != "1":
         logging.disable(logging.ERROR)  # the workers have said what happened

@@ -27,10 +27,7 @@ import torch
 from transformers import TrainerCallback
 
 from instructft.errors import Stopped
-
-_AGAIN = 1.0  # seconds; what comes sooner is the same request, on another way
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-_TWICE = (signal.SIGTERM, signal.SIGINT)  # of the others a second one says nothing new
+from instructft.launch.signals import AGAIN, TWICE, listen
 
 
 class Stop(TrainerCallback):
@@ -48,8 +45,7 @@ class Stop(TrainerCallback):
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
-            heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._received) for number in heard}
+            self._before = listen(self._received)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -58,9 +54,9 @@ class Stop(TrainerCallback):
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._since and number in _TWICE and now - self._since >= _AGAIN:
+        if self._since and number in TWICE and now - self._since >= AGAIN:
             os._exit(128 + number)  # now: nothing on the way out may hold it up
-        self._since = self._since or (now if number in _TWICE else 0.0)
+        self._since = self._since or (now if number in TWICE else 0.0)
         if self.signal:
             return
         self.signal = number

@@ -179,7 +179,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatc
 
     ends: list[int] = []
     monkeypatch.setattr(os, "_exit", ends.append)
-    monkeypatch.setattr(signals, "_AGAIN", 0.3)
+    monkeypatch.setattr(signals, "AGAIN", 0.3)
     with signals.Stop() as stopping:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
