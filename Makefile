@@ -37,7 +37,7 @@ quickstart-real: real-assets  ## the same with a real model: SmolLM2-135M-Instru
 real: export HF_HUB_OFFLINE := 1
 real: export OMP_NUM_THREADS := 1
 real: export INSTRUCTFT_REAL := $(CURDIR)/$(REAL)
-real: real-assets  ## what is proved on real vocabularies, its figures into benchmarks/REAL.md
+real: real-assets  ## promises on the real model and real vocabularies, figures into benchmarks/REAL.md
 	@rm -f $(REAL)/figures.jsonl
 	@$(BIN)/python -m pytest tests/real --numprocesses=2 --dist=loadfile --durations=8 $(ARGS)
 	@$(BIN)/python benchmarks/real.py

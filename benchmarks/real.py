@@ -11,10 +11,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FIGURES = HERE.parent / ".cache" / "real" / "figures.jsonl"
 
-HEAD = """# On real vocabularies
+HEAD = """# On a real model
 
-Written by `make real`: rows of Alpaca-GPT4 and real vocabularies, all through pip. Each line is asserted
-by a test in `tests/real`.
+Written by `make real`: SmolLM2-135M-Instruct, rows of Alpaca-GPT4, real vocabularies, all through pip. Each
+line is asserted by a test in `tests/real`, or stands beside another.
 
 | promise | how | figure |
 | --- | --- | --- |
