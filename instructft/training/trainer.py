@@ -21,8 +21,8 @@ from instructft.data.packing import flat
 from instructft.data.row_order import LengthGrouped, set_epoch
 from instructft.errors import CheckpointError, DivergedError, NotFiniteError, OutOfMemoryError
 from instructft.formatting import first_line
+from instructft.models.kernels.fused_loss import add_supervised_head, scores
 from instructft.training.batch_size import MicroBatches
-from instructft.training.fused_loss import add_supervised_head, scores
 from instructft.training.out_of_memory import ran_out
 from instructft.training.resumable import Progress, Sealing, gathered, random_states_kept
 from instructft.training.step_checks import StepChecks

@@ -20,10 +20,10 @@ from instructft.adapters import quantization
 from instructft.adapters.adapter_folder import read_adapter
 from instructft.adapters.frozen_check import AdapterProof
 from instructft.errors import InstructftError, RecipeError, UsageError
+from instructft.models.kernels import fused_loss
+from instructft.models.kernels.fused_loss import add_supervised_head
 from instructft.models.load import weights_dtype
 from instructft.models.starting_point import starting_point
-from instructft.training import fused_loss
-from instructft.training.fused_loss import add_supervised_head
 from tests.helpers.adapters import (
     LINEAR,
     QUIET,

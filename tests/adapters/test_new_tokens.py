@@ -12,8 +12,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 import instructft
 from instructft.adapters.adapter_folder import read_adapter
+from instructft.models.kernels.fused_loss import add_supervised_head
 from instructft.models.tokenizer import new_tokens
-from instructft.training.fused_loss import add_supervised_head
 from tests.helpers.adapters import (
     batch,
     logits,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from instructft.errors import ModelError
-from instructft.training.fused_loss import add_plain_head, from_logits, scores
+from instructft.models.kernels.fused_loss import add_plain_head, from_logits, scores
 from instructft.training.out_of_memory import ran_out
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import torch
 from accelerate.utils import send_to_device
 
 from instructft.errors import ModelError
+from instructft.models.kernels.fused_loss import scores
 from instructft.prompt.loss_mask import IGNORE_INDEX
-from instructft.training.fused_loss import scores
 
 if TYPE_CHECKING:
     from instructft.training.trainer import Trainer

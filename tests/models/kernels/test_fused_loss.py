@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from instructft.training import fused_loss
-from instructft.training.fused_loss import add_supervised_head
+from instructft.models.kernels import fused_loss
+from instructft.models.kernels.fused_loss import add_supervised_head
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 211, "n_positions": 32},
