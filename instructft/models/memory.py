@@ -200,7 +200,7 @@ def memory(
 def head_bytes(shape: Any, trained: bool, supervised: int, device: str) -> int:
     """The output head: its gradient, hidden states that carry loss with theirs, and blocks of logits.
 
-    On a CPU `instructft.models.kernels.fused_loss` scores blocks of 24 MiB in two buffers. On a GPU it is TRL's head (trl
+    On a CPU `fused_loss` scores blocks of 24 MiB in two buffers. On a GPU it is TRL's head (trl
     1.16), tiles of 4,096 tokens by 32,768 entries in float32.
     """
     vocabulary, hidden = shape
