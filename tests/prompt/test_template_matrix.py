@@ -30,20 +30,20 @@ def held(found: dict[tuple[str, str], Verdict]) -> None:
 
 
 def test_no_published_template_is_trained_in_another_way_than_it_is_served() -> None:
-    found = verdicts("GPT-2", templates())
+    found = verdicts("Qwen", templates())
     held(found)
     count = Counter(verdict.kind for verdict in found.values())
     assert len(templates()) >= 40
     assert count["right"] >= 400  # of 533; what is refused a server cannot serve either
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen"])
+@pytest.mark.parametrize("kind", ["Llama", "GPT-2"])
 def test_with_other_tokenizers_too(kind: str) -> None:
     held(verdicts(kind, FEW))
 
 
 @pytest.mark.battery
-@pytest.mark.parametrize("kind", ["Llama", "Qwen"])
+@pytest.mark.parametrize("kind", ["Llama", "GPT-2"])
 def test_all_of_them_with_other_tokenizers(kind: str) -> None:
     held(verdicts(kind, templates()))
 
