@@ -39,6 +39,9 @@ PARTS: dict[str, tuple[str, float, float]] = {
     "speed.seed": ("speed", 90, 20),
     "speed.qwen": ("speed", 90, 25),
     "speed.llama1b": ("speed", 80, 25),
+    "packs": ("packs", 40, 10),
+    "resume": ("resume", 90, 15),
+    "qlora": ("qlora", 90, 20),
     "speed.llama8b": ("speed", 150, 60),
 }
 
