@@ -42,7 +42,12 @@ PARTS: dict[str, tuple[str, float, float]] = {
     "packs": ("packs", 40, 10),
     "resume": ("resume", 90, 15),
     "qlora": ("qlora", 90, 20),
+    "memory": ("memory", 75, 20),
+    "quickstart": ("quickstart", 70, 15),
+    "fp8": ("fp8", 120, 25),
+    "heads": ("heads", 90, 20),
     "speed.llama8b": ("speed", 150, 60),
+    "tests": ("suite", 240, 30),
 }
 
 

@@ -51,6 +51,7 @@ class Job:
 
     Args:
         work: called there with `given`; what it returns is written into the results.
+        given: `seconds`, where that is among them, becomes the time that the work has to end by itself.
         limit: seconds after which the process is ended.
         killed: it is right that it ends itself by SIGKILL.
     """
@@ -86,9 +87,10 @@ def run(job: Job, seconds: float, log: Path, method: str) -> Result:
         except Exception as error:
             return _timed({"failed": in_words(error)}, began)
     limit = min(job.limit, seconds)
+    given = {**job.given, **({"seconds": limit - 15} if "seconds" in job.given else {})}
     context: Any = multiprocessing.get_context(method)
     ours, theirs = context.Pipe()
-    process = context.Process(target=_child, args=(job.work, dict(job.given), theirs, str(log)))
+    process = context.Process(target=_child, args=(job.work, given, theirs, str(log)))
     process.start()
     theirs.close()
     found: Result | None = None

@@ -31,8 +31,9 @@ def adapt(settings: Settings, bits: str) -> Result:
     merged = folder / f"merged-{bits}"
     merge = instructft.merge_adapter(run, merged)
     answers = instructft.generate(str(merged), ["What is the capital of Norway?"], max_new_tokens=8)
-    curve = losses(run)
-    found: Result = {"first loss": curve[0], "last loss": curve[-1], "answers": len(answers), "merge": str(merge)[:300]}
+    curve, proof = losses(run), merge.facts
+    found: Result = {"first loss": curve[0], "last loss": curve[-1], "answers": len(answers)}
+    found |= {name: proof.get(name) for name in ("difference", "exact", "tolerance", "effect", "device", "precision")}
     if not settings.tiny:
         import torch
 
@@ -47,8 +48,8 @@ def jobs(settings: Settings) -> Iterator[Job]:
         return
     bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
     for bits in ("4bit", "8bit", "none"):
-        if settings.tiny and bits == "8bit":
-            continue  # bitsandbytes has no such layers on every CPU
+        if settings.tiny and bits != "4bit":
+            continue
         if bits == "none" or bitsandbytes:
             yield Job(bits, adapt, {"settings": settings, "bits": bits}, limit=50)
         else:
@@ -62,8 +63,16 @@ def missing() -> Result:
 
 def table(found: list[Result]) -> list[str]:
     """Rows of Markdown."""
-    rows = ["| base | first loss | last loss | merge | GiB |", "| --- | ---: | ---: | --- | ---: |"]
-    return rows + [
-        f"| {one['job']} | {one['first loss']:.4f} | {one['last loss']:.4f} | {one['merge']} | {one.get('GiB', '')} |"
-        for one in found if "first loss" in one
-    ]  # fmt: skip
+    rows = [
+        "A logit of the merged model differs from the adapter's on its base by `difference`, by `exact` with the "
+        "rounding undone (allowed: `tolerance`); the adapter itself changes logits by `effect`\n",
+        "| base | first loss | last loss | difference | exact | tolerance | effect | GiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for one in found:
+        if "first loss" in one:
+            proof = " | ".join("" if one[name] is None else f"{one[name]:.1e}"
+                               for name in ("difference", "exact", "tolerance", "effect"))  # fmt: skip
+            rows.append(f"| {one['job']} | {one['first loss']:.4f} | {one['last loss']:.4f} | {proof} | "
+                        f"{one.get('GiB', '')} |")  # fmt: skip
+    return rows
