@@ -10,7 +10,7 @@ unexport TOKENIZERS_PARALLELISM
 
 TEST := -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --durations=12
 
-.PHONY: help quickstart quickstart-real test real real-assets test-latest lint types docs battery gpu-check bench-gpu venv clean
+.PHONY: help quickstart quickstart-real test real real-assets test-latest lint types docs battery gpu-check bench-gpu gpu-wheels venv clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -77,6 +77,9 @@ gpu-check: venv  ## everything that only a GPU shows, in 8 minutes, no network; 
 
 bench-gpu: venv  ## of gpu-check, the speed beside TRL and a plain loop
 	@$(BIN)/python benchmarks/gpu_check.py --only speed $(ARGS)
+
+gpu-wheels: venv  ## the wheels that a machine with torch and no network lacks for gpu-check; ARGS="FOLDER --python 3.12"
+	@$(BIN)/python scripts/gpu_wheels.py $(ARGS)
 
 venv:  ## the virtual environment with the tested versions, made once
 	@sh scripts/venv.sh

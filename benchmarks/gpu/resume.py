@@ -57,7 +57,7 @@ def compare(settings: Settings, first: str, second: str) -> Result:
 
 def jobs(settings: Settings) -> Iterator[Job]:
     """Unbroken twice, killed and resumed; for each way."""
-    for way, options in WAYS.items():
+    for way, options in list(WAYS.items())[: 1 if settings.tiny else None]:
         word = way.replace(" ", "-")
         given = {"settings": settings, "options": options}
         first = yield Job(f"{way}, unbroken", run, {**given, "name": f"{word}-unbroken"})
