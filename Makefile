@@ -10,7 +10,7 @@ unexport TOKENIZERS_PARALLELISM
 
 TEST := -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --durations=12
 
-.PHONY: help quickstart quickstart-real test real real-assets test-latest lint types docs battery bench-gpu venv clean
+.PHONY: help quickstart quickstart-real test real real-assets test-latest lint types docs battery gpu-check bench-gpu gpu-wheels venv clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -72,8 +72,14 @@ docs: venv  ## the documentation as a site in site/, from docs/; installs MkDocs
 battery: export INSTRUCTFT_KILLS := 17
 battery: lint types docs test test-latest quickstart  ## everything above, with fifty killed runs: what a release must pass
 
-bench-gpu: venv  ## speed on one NVIDIA GPU beside TRL and a plain loop; ARGS="--only gpt2" goes to the script
-	@$(BIN)/python benchmarks/gpu.py $(ARGS)
+gpu-check: venv  ## everything that only a GPU shows, in 8 minutes, no network; ARGS="--only packs" goes to the script
+	@$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+
+bench-gpu: venv  ## of gpu-check, the speed beside TRL and a plain loop
+	@$(BIN)/python benchmarks/gpu_check.py --only speed $(ARGS)
+
+gpu-wheels: venv  ## the wheels that a machine with torch and no network lacks for gpu-check; ARGS="FOLDER --python 3.12"
+	@$(BIN)/python scripts/gpu_wheels.py $(ARGS)
 
 venv:  ## the virtual environment with the tested versions, made once
 	@sh scripts/venv.sh

@@ -1,9 +1,10 @@
 """One training run of ours, of TRL's `SFTTrainer`, or of a plain PyTorch loop, each in a process of its own.
 
-Used by `train_cpu.py`, `gpu.py` and `scaling.py`. A `Task` says what to train; the model is a folder that all load, and
-the rows that TRL and the plain loop get are those of ours, tokenized and masked, in the order in which ours takes them.
+Used by `train_cpu.py`, `gpu/speed.py` and `scaling.py`. A `Task` says what to train; the model is a folder that all
+load, and the rows that TRL and the plain loop get are those of ours, tokenized and masked, in the order in which ours
+takes them.
 Ours is the whole road, `instructft.train` on a recipe, with its callbacks; only a stopwatch is added. Dropout is 0, so
-that losses can be compared. All log each step and save no checkpoint.
+that losses can be compared. All log at the same steps and save no checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,13 @@ class Task:
         which: ours | trl | plain | prepare | model.
         here: in this process, which is quick and unfair: to try a script.
         sampling: group_by_length | sequential, of ours; the others take the rows in the order that comes out.
-        packing: ours and plain take our packs; TRL makes its own of the same rows.
+        packing: ours and plain take our packs.
+        packs: with packing TRL makes its `own` of the same rows, or takes `ours`, or takes the rows without packing
+            (`none`), of like length side by side.
         warmup: steps at the beginning that are trained and not timed.
         attention: as `model.attn_implementation`; of ours and TRL's.
+        logging: steps between two lines of the log; on a GPU each of them waits for the device.
+        seconds: the run ends at the first line of the log after so many seconds of timed steps.
         low: bfloat16 autocast (full), or a base in bfloat16 (adapter); else all is float32.
         options: more fields of SFTConfig for TRL, more keys of `train:` for ours.
         shape: configuration of the model, for `model`.
@@ -52,11 +57,14 @@ class Task:
     tokenizer: str = ""
     sampling: str = "group_by_length"
     packing: bool = False
+    packs: str = "own"
     max_length: int = 512
     batch: int = 8
     accumulation: int = 1
     steps: int = 10
     warmup: int = 2
+    logging: int = 1
+    seconds: float = float("inf")
     gpu: bool = False
     low: bool = False
     adapter: bool = False
@@ -68,7 +76,8 @@ class Task:
     @property
     def rows_file(self) -> Path:
         """Our rows in the order of training, or for TRL's packing all rows unpacked."""
-        kind = "packs" if self.packing and self.which != "trl" else "plain" if self.packing else self.sampling
+        loose = self.which == "trl" and self.packs != "ours"
+        kind = "plain" if self.packing and loose else "packs" if self.packing else self.sampling
         return Path(self.folder) / f"{kind}-{self.max_length}.json"
 
 
@@ -121,7 +130,7 @@ def recipe_of(task: Task) -> Path:
             "per_device_train_batch_size": task.batch,
             "gradient_accumulation_steps": task.accumulation,
             "learning_rate": LEARNING_RATE,
-            "logging_steps": 1,
+            "logging_steps": task.logging,
             "save_strategy": "no",
             "train_sampling_strategy": task.sampling,
             **({} if task.gpu else {"use_cpu": True}),
@@ -135,7 +144,11 @@ def recipe_of(task: Task) -> Path:
 
 
 def prepare_rows(task: Task) -> dict[str, Any]:
-    """Write our rows in the order in which ours trains them, enough for all steps."""
+    """Write our rows in the order in which ours trains them, enough for all steps.
+
+    Returns the share of tokens that carry loss, documents in a row, and tokens that attention has before it: half of
+    `attended`, which is the length of a token's document on average.
+    """
     from instructft.data.packing import flat
     from instructft.data.prepare import prepare
     from instructft.data.row_order import LengthGrouped
@@ -150,11 +163,19 @@ def prepare_rows(task: Task) -> dict[str, Any]:
         order = LengthGrouped(flat(train)[2], step, recipe.train["seed"])
     if len(train) < task.steps * step:
         raise SystemExit(f"{len(train)} rows are too few for {task.steps} steps of {step}: ask for more --rows")
-    task.rows_file.write_text(json.dumps([train[i] for i in itertools.islice(order, task.steps * step)]))
+    rows = [train[i] for i in itertools.islice(order, task.steps * step)]
+    task.rows_file.write_text(json.dumps(rows))
     if task.packing:
         loose = prepare_of(dataclasses.replace(task, packing=False, sampling="sequential"))
-        dataclasses.replace(task, which="trl").rows_file.write_text(json.dumps(loose))
-    return {}
+        dataclasses.replace(task, which="trl", packs="own").rows_file.write_text(json.dumps(loose))
+    lengths = [n for row in rows for n in row.get("seq_lengths") or [len(row["input_ids"])]]
+    supervised = sum(label != -100 for row in rows for label in row["labels"][1:])
+    return {
+        "supervised_share": supervised / sum(lengths),
+        "documents": len(lengths) / len(rows),
+        "attended": sum(n * n for n in lengths) / sum(lengths),
+        "fill": sum(lengths) / len(rows) / task.max_length,
+    }
 
 
 def prepare_of(task: Task) -> list[dict[str, Any]]:
@@ -201,26 +222,31 @@ def theirs(task: Task) -> dict[str, Any]:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
+    watch = stopwatch(task)
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(task.tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     rows = json.loads(task.rows_file.read_text())
+    columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in rows[0]]
+    packing = task.packing and task.packs != "none"
+    ready = {"dataset_kwargs": {"skip_prepare_dataset": True}} if task.packing and task.packs == "ours" else {}
     given: dict[str, Any] = {
         "max_steps": task.steps,
         "per_device_train_batch_size": task.batch,
         "gradient_accumulation_steps": task.accumulation,
         "learning_rate": LEARNING_RATE,
-        "logging_steps": 1,
+        "logging_steps": task.logging,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "max_length": task.max_length if task.packing else None,  # rows are cut already
-        "packing": task.packing,
-        "train_sampling_strategy": "sequential",
+        "max_length": task.max_length if packing else None,  # rows are cut already
+        "packing": packing,
+        "train_sampling_strategy": "group_by_length" if task.packing and task.packs == "none" else "sequential",
         "gradient_checkpointing": False,
         "bf16": task.gpu and task.low,
         "use_cpu": not task.gpu,
         "dataloader_pin_memory": task.gpu,
+        **ready,
         **task.options,
     }
     peft_config = None
@@ -228,11 +254,10 @@ def theirs(task: Task) -> dict[str, Any]:
         from peft import LoraConfig
 
         peft_config = LoraConfig(**LORA)
-    watch = stopwatch(task)
     with tempfile.TemporaryDirectory(dir=task.folder) as out:
         trainer = SFTTrainer(
             load(task), SFTConfig(out, **given), processing_class=tokenizer, peft_config=peft_config,
-            train_dataset=datasets.Dataset.from_list([{k: r[k] for k in ("input_ids", "labels")} for r in rows]),
+            train_dataset=datasets.Dataset.from_list([{name: row[name] for name in columns} for row in rows]),
         )  # fmt: skip
         trainer.add_callback(watch)
         trainer.train()
@@ -243,6 +268,7 @@ def plain(task: Task) -> dict[str, Any]:
     """A loop as one writes it by hand, and a good one: only supervised positions are projected, AdamW is fused."""
     import torch
 
+    watch = stopwatch(task)
     rows = json.loads(task.rows_file.read_text())
     device = torch.device("cuda" if task.gpu else "cpu")
     model: Any = load(task).to(device).train()
@@ -255,7 +281,7 @@ def plain(task: Task) -> dict[str, Any]:
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / task.steps)
-    watch, losses, tokens = stopwatch(task), [], [0]
+    losses, tokens = [], [0]
     for step in range(task.steps):
         some = rows[step * task.batch * task.accumulation : (step + 1) * task.batch * task.accumulation]
         supervised = sum(label != -100 for row in some for label in row["labels"][1:])
@@ -275,7 +301,10 @@ def plain(task: Task) -> dict[str, Any]:
         optimizer.zero_grad()
         tokens.append(tokens[-1] + sum(len(row["input_ids"]) for row in some))
         watch.tick(step + 1)
-    return result(watch, [float(loss) for loss in losses], tokens[1:], task)
+        if watch.over:
+            break
+    lines = [losses[i : i + task.logging] for i in range(0, len(losses), task.logging)]
+    return result(watch, [float(sum(line) / len(line)) for line in lines], dict(enumerate(tokens)), task)
 
 
 def collate(rows: list[dict[str, Any]], device: Any) -> tuple[dict[str, Any], Any]:
@@ -315,21 +344,29 @@ def load(task: Task) -> Any:
 
 
 def stopwatch(task: Task) -> Any:
-    """A trainer callback that notes when steps end; a GPU is waited for at the first and the last that count."""
+    """A trainer callback that notes when steps end; a GPU is waited for at the first and the last that count.
+
+    `first_step_seconds` counts from here, so it is made before anything is loaded.
+    """
     import torch
     from transformers import TrainerCallback
 
     class Stopwatch(TrainerCallback):
         def __init__(self) -> None:
+            self.began = time.perf_counter()
             self.ends: list[float] = []
+            self.over = False
 
         def tick(self, step: int) -> None:
-            if task.gpu and step in (task.warmup, task.steps):
+            if task.gpu and (step == task.warmup or step % task.logging == 0 or step == task.steps):
                 torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
+            timed = self.ends[-1] - self.ends[min(step, task.warmup) - 1]
+            self.over = timed > task.seconds and step % task.logging == 0
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.tick(state.global_step)
+            control.should_training_stop |= self.over
 
     return Stopwatch()
 
@@ -337,16 +374,21 @@ def stopwatch(task: Task) -> Any:
 def of_trainer(trainer: Any, watch: Any, task: Task) -> dict[str, Any]:
     """The figures of ours and TRL's, which log under the same names."""
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    found = result(watch, [e["loss"] for e in logs], [e["num_tokens"] for e in logs], task)
+    found = result(watch, [e["loss"] for e in logs], {e["step"]: e["num_tokens"] for e in logs}, task)
     return found | {name: [e[name] for e in logs] for name in ("entropy", "mean_token_accuracy")}
 
 
-def result(watch: Any, losses: list[float], tokens: Sequence[float], task: Task) -> dict[str, Any]:
-    """Tokens a second over the steps after the first `warmup`, from the end of a step to the end of the last."""
+def result(watch: Any, losses: list[float], tokens: Mapping[int, float], task: Task) -> dict[str, Any]:
+    """Tokens a second over the steps after the first `warmup`, from the end of a step to the end of the last.
+
+    Args:
+        losses: of each line of the log: the mean of `task.logging` steps.
+        tokens: step -> tokens that were trained by then.
+    """
     import torch
 
-    first = task.warmup - 1
-    seconds = watch.ends[-1] - watch.ends[first]
+    steps = len(watch.ends)
+    seconds = watch.ends[-1] - watch.ends[task.warmup - 1]
     if task.gpu:
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
@@ -354,10 +396,11 @@ def result(watch: Any, losses: list[float], tokens: Sequence[float], task: Task)
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if platform.system() == "Linux" else 2**20)
     device = torch.cuda.get_device_name() if task.gpu else "cpu"
-    counted = tokens[-1] - tokens[first]
+    counted = tokens[steps] - tokens[task.warmup]
     return {
         "tokens_per_second": counted / seconds,
-        "step_seconds": seconds / (task.steps - task.warmup),
+        "step_seconds": seconds / (steps - task.warmup),
+        "first_step_seconds": watch.ends[0] - watch.began,
         "tokens": counted,
         "losses": losses,
         "peak_mib": peak,

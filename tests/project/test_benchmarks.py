@@ -67,26 +67,6 @@ def test_losses_that_differ_end_the_comparison(script: Any) -> None:
         compare("padded", {"instructft": mine, "TRL": {**mine, "mean_token_accuracy": [0.0, 0.6]}})
 
 
-def test_gpu_runs_every_model_on_a_cpu(tiny: Any, script: Any) -> None:
-    text = tiny("gpu")
-    assert "failed" not in text
-    found = [(cells[0], cells[1]) for cells in rows(text)]
-    models = list(script("gpu").MODELS)
-    who = ["instructft", "plain loop", "TRL, packs flattened", "TRL, one pack at a time", "TRL, wrapped"]
-    assert found == [(f"{model}, 64", name) for model in models for name in who]
-
-
-def test_share_of_the_peak(script: Any) -> None:
-    gpu = script("gpu")
-    assert gpu.peak_of("NVIDIA H100 80GB HBM3") == 989e12
-    assert gpu.peak_of("NVIDIA H100 PCIe") == 756e12
-    assert gpu.peak_of("NVIDIA L40S") == 362e12
-    assert gpu.peak_of("cpu") is None
-    weights = {"body": 100, "head": 10}
-    assert gpu.operations(weights, adapter=False, supervised_share=0.5) == 6 * 105
-    assert gpu.operations(weights, adapter=True, supervised_share=0.5) == 4 * 105
-
-
 @pytest.mark.battery
 def test_a_contestant_in_a_process_of_its_own(script: Any, tmp_path: Path) -> None:
     contestants = script("contestants")

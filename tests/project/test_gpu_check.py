@@ -1,0 +1,159 @@
+"""`make gpu-check` runs whole on a CPU, so that it is known to run before a GPU is there; and what ends a job early."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a module of the check."""
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.mark.timeout(600)
+def test_every_part_runs_on_a_cpu(script: Any, tmp_path: Path) -> None:
+    """From another folder and with nothing but the checkout, as on a bare machine."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(REPO / "benchmarks" / "gpu_check.py"), "--tiny", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["parts"]
+    assert list(found) == list(script("gpu_check").PARTS)
+    wrong = [f"{one['part']} · {one['job']}: {one['failed']}" for part in found.values() for one in part
+             if "failed" in one]  # fmt: skip
+    assert not wrong
+    assert [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()] == [
+        one for part in found.values() for one in part
+    ]
+    who = {one["job"]: one for one in found["speed.gpt2"]}
+    assert {"instructft", "TRL, rows of like length", "TRL, wrapped", "plain loop"} < set(who)
+    same = [one["losses"] for one in who.values() if one.get("kind") in ("ours", "same")]
+    assert len(same) == 4
+    assert all(losses == pytest.approx(same[0], abs=1e-4) for losses in same)
+    [resumed] = [one for one in found["resume"] if "same bits" in one]
+    assert resumed["same bits"]
+    tables = (tmp_path / "out" / "results.md").read_text()
+    assert "the table failed" not in tables
+    for words in ("TRL's fastest correct: ", "TRL's fastest leaking: ", "| sdpa | ", "resumed beside unbroken | yes"):
+        assert words in tables, words
+
+
+def sleep() -> None:
+    time.sleep(60)
+
+
+def end_by(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def count(seconds: float) -> dict[str, float]:
+    print("counted")
+    return {"given": seconds}
+
+
+def wrong() -> None:
+    raise ValueError("no\nsuch thing")
+
+
+def test_a_job_has_a_limit_and_its_end_is_told(script: Any, tmp_path: Path) -> None:
+    jobs = script("gpu.jobs")
+
+    def run(job: Any, seconds: float = 50) -> dict[str, Any]:
+        found: dict[str, Any] = jobs.run(job, seconds, tmp_path / "log", "fork")
+        found.pop("seconds")
+        return found
+
+    began = time.monotonic()
+    assert run(jobs.Job("slow", sleep, limit=0.5)) == {"failed": "not done after 0 s"}
+    assert run(jobs.Job("slow", sleep), seconds=0.5) == {"failed": "not done after 0 s"}
+    assert time.monotonic() - began < 40
+    assert run(jobs.Job("fine", count, {"seconds": 0}, limit=40)) == {"given": 25}
+    assert "counted" in (tmp_path / "log").read_text()
+    assert run(jobs.Job("wrong", wrong)) == {"failed": "ValueError: no such thing"}
+    killed = {"number": signal.SIGKILL}
+    assert run(jobs.Job("killed", end_by, killed, killed=True)) == {}
+    assert "exit code -9" in run(jobs.Job("killed", end_by, killed))["failed"]
+    assert "exit code -15" in run(jobs.Job("ended", end_by, {"number": signal.SIGTERM}, killed=True))["failed"]
+
+
+def test_results_are_written_as_they_come(script: Any, tmp_path: Path, capsys: Any) -> None:
+    check = script("gpu_check")
+    results = check.Results(tmp_path)
+    results.add("packs", "sdpa", {"failed": "it leaks", "seconds": 2.0})
+    results.add("packs", "eager", {"attention": "eager", "gpt2 float32": "1e-07", "seconds": 1.0})
+    assert [json.loads(line)["job"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == [
+        "sdpa", "eager",
+    ]  # fmt: skip
+    text = (tmp_path / "results.md").read_text()
+    assert "| eager | 1e-07 |" in text
+    assert "- sdpa: failed, it leaks" in text
+    assert "packs · sdpa: failed it leaks" in capsys.readouterr().out
+
+
+def test_only_takes_parts_and_what_begins_with_them(script: Any) -> None:
+    check = script("gpu_check")
+    assert check.chosen("") == list(check.PARTS)
+    assert check.chosen("packs,speed.gpt2") == ["speed.gpt2", "packs"]
+    assert check.chosen("speed") == [part for part in check.PARTS if part.startswith("speed.")]
+    with pytest.raises(SystemExit, match="found spead, expected some of ceilings"):
+        check.chosen("spead")
+
+
+def test_no_time_is_said_and_not_waited_for(script: Any, tmp_path: Path) -> None:
+    check = script("gpu_check")
+    settings = script("gpu.jobs").Settings(tmp_path)
+    results = check.Results(tmp_path / "out")
+    check.check(["ceilings", "tests"], settings, results, 3.0, "fork")
+    assert [one["left out"] for found in results.found.values() for one in found] == [
+        "no time left (3 s, it wants 5 or more)", "no time left (3 s, it wants 30 or more)",
+    ]  # fmt: skip
+
+
+def test_share_of_the_peak(script: Any) -> None:
+    speed = script("gpu.speed")
+    assert speed.peak_of("NVIDIA H100 80GB HBM3") == 989e12
+    assert speed.peak_of("NVIDIA H100 PCIe") == 756e12
+    assert speed.peak_of("NVIDIA L40S") == 362e12
+    assert speed.peak_of("cpu") is None
+    made = {"body": 100, "head": 10, "supervised_share": 0.5, "attended": 3.0}
+    config = {"n_layer": 2, "n_embd": 8}
+    attention = 6 * 2 * 8 * 3  # operations of a token in causal attention, forward and backward
+    assert speed.operations(made, config, adapter=False) == 6 * 105 + attention
+    assert speed.operations(made, config, adapter=True) == 4 * 105 + attention
+    wide = {"num_hidden_layers": 2, "hidden_size": 8, "head_dim": 8, "num_attention_heads": 2}
+    assert speed.operations(made, wide, adapter=False) == 6 * 105 + 2 * attention
+
+
+def test_losses_of_other_batches_are_not_compared(script: Any) -> None:
+    apart = script("gpu.speed").apart
+    mine = {"losses": [2.0, 1.0], "kind": "ours"}
+    assert apart(mine, {"losses": [2.0, 1.001], "kind": "same"}) == "1.0e-03"
+    assert apart(mine, {"losses": [2.0, 1.1], "kind": "same"}) == "1.0e-01 DIFFER"
+    assert apart(mine, {"losses": [3.0, 1.1], "kind": "leaks"}) == ""
+
+
+def test_wheels_are_what_is_pinned_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPO / "scripts"))
+    wheels = importlib.import_module("gpu_wheels")
+    environment = {**wheels.default_environment(), "python_version": "3.12", "python_full_version": "3.12.0",
+                   "platform_machine": "x86_64", "sys_platform": "linux"}  # fmt: skip
+    names = [line.partition("==")[0] for line in wheels.wanted(environment)]
+    assert {"transformers", "trl", "peft", "accelerate", "bitsandbytes", "pytest", "tokenizers"} < set(names)
+    assert not {name for name in names if name.startswith(("torch", "nvidia", "triton"))} - {"torchao"}
+    unpinned = [line for line in wheels.wanted(environment) if "==" not in line]
+    assert unpinned == list(wheels.FASTER)
