@@ -76,7 +76,7 @@ def load_model(
     quantization.check(recipe)
     dtype = weights_dtype(recipe)
     how = {"dtype": dtype, "attn_implementation": recipe.model.attn_implementation}
-    if how["attn_implementation"] == "auto":
+    if how["attn_implementation"] in ("auto", "varlen"):  # a run switches a loaded model to varlen, for its packs alone
         how["attn_implementation"] = None
     config = copy.deepcopy(start.config)
     if not start.name:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -67,9 +68,9 @@ def switch_off(model: Any) -> None:
         model.set_attn_implementation("eager")
 
 
-def own_attention(kind: type) -> bool:
+def own_attention(kind: Any) -> bool:
     """Whether an architecture computes attention in its own code, where no function of another name is called."""
-    return not kind._can_set_attn_implementation()  # type: ignore[attr-defined]
+    return not kind._can_set_attn_implementation()
 
 
 def refusal(config: Any) -> str:
@@ -150,7 +151,7 @@ def attend(
     }
     if any(lacks.values()):
         what = ", ".join(name for name, there in lacks.items() if there)
-        raise ModelError(f"attention {NAME} has no {what}; write model.attn_implementation=sdpa")
+        raise ModelError(f"attention {NAME} cannot compute {what}; write model.attn_implementation=sdpa")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # transformers counts the query's own position in a window, the kernel only what lies before it
     left = -1 if sliding_window is None else sliding_window - 1
@@ -177,7 +178,7 @@ def _kernel() -> Callable[..., torch.Tensor]:
     def call(q: Any, k: Any, v: Any, borders: Any, most: int, scale: float, left: int) -> torch.Tensor:
         how: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if grouped else {}
         out = varlen_attn(q, k, v, borders, borders, most, most, scale=scale, window_size=(left, 0), **how)
-        return out  # type: ignore[no-any-return]
+        return out
 
     return call
 
@@ -229,7 +230,7 @@ def _documents(q: Any, k: Any, v: Any, borders: Any, scale: float, left: int) ->
     places = borders.tolist()
     if places[-1] != q.shape[0]:
         raise ModelError(f"attention {NAME}: the borders of documents end at {places[-1]} of {q.shape[0]} tokens")
-    for start, end in zip(places[:-1], places[1:], strict=True):
+    for start, end in itertools.pairwise(places):
         if end == start:  # borders are filled up to a fixed number with empty documents
             continue
         queries, keys, values = (x[start:end].transpose(0, 1).to(wide) for x in (q, k, v))

@@ -68,7 +68,9 @@ def step(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> tuple[torc
 
 
 def documents() -> list[tuple[int, slice]]:
-    return [(row, slice(sum(pack[:i]), sum(pack[: i + 1]))) for row, pack in enumerate(LENGTHS) for i in range(len(pack))]
+    return [
+        (row, slice(sum(pack[:i]), sum(pack[: i + 1]))) for row, pack in enumerate(LENGTHS) for i in range(len(pack))
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,7 +163,8 @@ def test_below_an_adapter() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(model_of(FAMILIES["Llama"]), LoraConfig(r=2, target_modules="all-linear"))
-    assert varlen.switch_on(model) and varlen.takes_borders(model)
+    assert varlen.switch_on(model)
+    assert varlen.takes_borders(model)
     with varlen.plain(model):
         assert not varlen.takes_borders(model)
     assert model.get_base_model().config._attn_implementation == varlen.NAME
@@ -170,7 +173,7 @@ def test_below_an_adapter() -> None:
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ({**GPT2, "attn_pdrop": 0.1}, r"attention dropout of 0\.1 \(attn_pdrop\).*model\.overrides=\{attn_pdrop: 0\.0\}"),
+        ({**GPT2, "attn_pdrop": 0.1}, r"dropout of 0\.1 \(attn_pdrop\).* model\.overrides=\{attn_pdrop: 0\.0\}"),
         ({"model_type": "llama", **SMALL, "attention_dropout": 0.2}, r"\(attention_dropout\)"),
         ({"model_type": "gemma2", **GROUPED}, "capped at 50"),
         ({"model_type": "gpt_oss", **GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}, "attention sinks"),
