@@ -244,8 +244,8 @@ class Trainer(SFTTrainer):
         inputs = send_to_device(inputs, self.args.device)
         lengths = inputs.pop("row_lengths")
         flat, tokens = "cu_seq_lens_q" in inputs, inputs["input_ids"].numel()
-        # packs of a fixed width, or end to end with no padding between them
-        width = inputs["max_length_q"] if flat and tokens != int(lengths.sum()) else None
+        # packs of one width, each with its padding, or end to end with none
+        width = tokens // len(lengths) if flat and tokens != int(lengths.sum()) else None
         without_borders = contextlib.nullcontext() if flat else plain(self.model)
         with torch.no_grad(), self.compute_loss_context_manager(), without_borders:
             out = scores(model, inputs)

@@ -84,7 +84,7 @@ WAYS = {
 @pytest.mark.parametrize(
     ("model", "way"),
     [*((GPT2, way) for way in WAYS if way != "LoRA"), (QWEN3, "full"), (QWEN3, "LoRA")],
-    ids=lambda value: value.partition(",")[0],
+    ids=lambda value: value.partition(",")[0].removeprefix("{model_type: "),
 )
 def test_the_figures_are_those_of_masked_packs(tmp_path: Path, model: str, way: str) -> None:
     text = base_of(tmp_path, model) if "LoRA" in way else PACKED

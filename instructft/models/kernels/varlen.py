@@ -15,16 +15,22 @@ A CPU has no such kernel, and the kernel no float32: there each document is atte
 from __future__ import annotations
 
 import contextlib
-import functools
+import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 
 from instructft.errors import ModelError
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+_ASKS_FOR_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters  # from 2.12
 
 # Without "flash" in it, or transformers would look for the flash-attn package; "sdpa" and "flex" mean something too.
 NAME = "varlen"
@@ -140,18 +146,17 @@ def attend(
             "end to end, and anything else runs under instructft.models.kernels.varlen.plain(model)"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    lacks = {
-        f"a dropout of {dropout:g}": dropout,
-        f"soft-capped logits ({softcap})": softcap is not None,
-        "attention sinks": s_aux is not None,
-        "biases by position": position_bias is not None,
-        "attention to later tokens": not causal,
-        "keys that are not the queries' own tokens": key.shape[2] != query.shape[2],
-        f"values {value.shape[-1]} wide beside queries of {query.shape[-1]}": value.shape[-1] != query.shape[-1],
-    }
-    if any(lacks.values()):
-        what = ", ".join(name for name, there in lacks.items() if there)
-        raise ModelError(f"attention {NAME} cannot compute {what}; write model.attn_implementation=sdpa")
+    for asked, what in (
+        (bool(dropout), "dropout in attention"),
+        (softcap is not None, "soft-capped logits"),
+        (s_aux is not None, "attention sinks"),
+        (position_bias is not None, "biases by position"),
+        (not causal, "attention to later tokens"),
+        (key.shape[2] != query.shape[2], "keys of other tokens than the queries'"),
+        (value.shape[-1] != query.shape[-1], "values of another width than the queries"),
+    ):
+        if asked:
+            raise ModelError(f"attention {NAME} cannot compute {what}; write model.attn_implementation=sdpa")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # transformers counts the query's own position in a window, the kernel only what lies before it
     left = -1 if sliding_window is None else sliding_window - 1
@@ -160,27 +165,25 @@ def attend(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, H or G, D)
     if kind == "cuda" and dtype in _HALF:
-        # views would do for the kernel; a compiler sees fixed strides
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        return _kernel()(q, k, v, cu_seq_lens_q, max_length_q, scale, left)[None], None
+        return by_kernel(q, k, v, cu_seq_lens_q, max_length_q, scale, left)[None], None
     return by_document(q, k, v, cu_seq_lens_q, scale, left)[None], None
 
 
-@functools.cache
-def _kernel() -> Callable[..., torch.Tensor]:
-    """torch's own `varlen_attn`, called alike in every release from `OLDEST_TORCH` on."""
-    import inspect
+def by_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: torch.Tensor, most: int, scale: float, left: int
+) -> torch.Tensor:
+    """`by_document` by torch's own kernel, in 16 bits on CUDA, called as each release from `OLDEST_TORCH` on takes it.
 
-    from torch.nn.attention.varlen import varlen_attn
-
-    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from 2.12 on; before, nobody asks
-
-    def call(q: Any, k: Any, v: Any, borders: Any, most: int, scale: float, left: int) -> torch.Tensor:
-        how: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if grouped else {}
-        out = varlen_attn(q, k, v, borders, borders, most, most, scale=scale, window_size=(left, 0), **how)
-        return out
-
-    return call
+    Args:
+        most: tokens of a document at most.
+    """
+    # slices of one product for all three (GPT-2) are read where they are; the kernel wants each head in one piece
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if _ASKS_FOR_GROUPS else {}
+    out: torch.Tensor = varlen_attn(
+        q, k, v, borders, borders, most, most, scale=scale, window_size=(left, 0), **grouped
+    )
+    return out
 
 
 # --------------------------------------------------------------------------------------------------------------------

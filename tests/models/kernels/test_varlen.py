@@ -203,7 +203,7 @@ def test_what_it_can_do_is_not_refused(family: str) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"dropout": 0.1}, "a dropout of 0.1"),
+        ({"dropout": 0.1}, "dropout in attention"),
         ({"softcap": 50.0}, "soft-capped"),
         ({"s_aux": torch.zeros(4)}, "sinks"),
         ({"position_bias": torch.zeros(1)}, "biases by position"),
@@ -223,6 +223,48 @@ def test_borders_that_leave_tokens_without_a_document_are_refused() -> None:
     x = torch.zeros(1, 4, 6, 8)
     with pytest.raises(ModelError, match="end at 5 of 6 tokens"):
         varlen.attend(torch.nn.Module(), x, x, x, None, cu_seq_lens_q=torch.tensor([0, 5]), max_length_q=6)
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Qwen3"])
+def test_a_compiler_sees_one_graph(family: str) -> None:
+    model = model_of(FAMILIES[family])
+    varlen.switch_on(model)
+    _, flat, labels = packs()
+    wanted, grads = step(model, flat, labels)
+    torch._dynamo.reset()
+    for block in model.base_model.h if family == "GPT-2" else model.base_model.layers:
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    found, found_grads = step(model, flat, labels)
+    torch.testing.assert_close(found, wanted)
+    for name, grad in grads.items():
+        torch.testing.assert_close(found_grads[name], grad, msg=name)
+
+
+def test_the_kernel_of_torch_is_called_as_every_release_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def kernel(q: Any, k: Any, v: Any, one: Any, other: Any, most: int, longest: int, **how: Any) -> Any:
+        assert all(x.stride(-1) == 1 for x in (q, k, v))
+        assert one is other
+        assert most == longest == 6
+        calls.append(how)
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    q, k, v = (torch.empty(8, 6, heads).permute(1, 2, 0) for heads in (4, 2, 2))
+    for groups in (False, True):
+        monkeypatch.setattr(varlen, "_ASKS_FOR_GROUPS", groups)
+        assert varlen.by_kernel(q, k, v, torch.tensor([0, 6]), 6, 0.5, 3).shape == (6, 4, 8)
+    same = {"scale": 0.5, "window_size": (3, 0)}
+    assert calls == [same, {**same, "enable_gqa": True}]
+
+
+def test_the_kernel_of_this_torch_takes_these_arguments() -> None:
+    import inspect
+
+    takes = inspect.signature(varlen.varlen_attn).parameters
+    assert list(takes)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size"} <= takes.keys()
 
 
 def test_an_architecture_with_attention_of_its_own_is_left_as_it_is() -> None:
