@@ -48,6 +48,7 @@ OWN: dict[str, tuple[str, str]] = {
     "model.subfolder": ("", "latest"),
     "model.dtype": ("", "bfloat16"),
     "model.attn_implementation": ("", "sdpa"),
+    "model.overrides": ("", "{attn_pdrop: 0.0}"),
     "model.quantization": ("bits a weight", "4bit"),
     "data.datasets": ("", "dolly-15k"),
     "data.template": ("", "chatml"),

@@ -53,8 +53,9 @@ def check(
     from instructft.adapters import quantization
     from instructft.check.audit import audit
     from instructft.data.prepare import prepare
+    from instructft.models.attention import check_attention
     from instructft.models.memory import estimate, resident
-    from instructft.models.starting_point import check_attention, starting_point
+    from instructft.models.starting_point import starting_point
     from instructft.models.tokenizer import load_tokenizer
     from instructft.recipe.installed import check_against_installed
     from instructft.training.arguments import training_arguments

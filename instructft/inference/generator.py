@@ -208,6 +208,8 @@ class Generator:
         """No dropout, no gradients; also in the middle of training, which then goes on as before."""
         import torch
 
+        from instructft.models.kernels.varlen import plain
+
         was_training = self.model.training
         self.model.eval()
         # with it a mixture computes the loss of its router, for which a batch with a cache has the wrong shape
@@ -219,7 +221,7 @@ class Generator:
         # under FSDP2 training goes on with what is gathered here, and could not with tensors of inference mode
         mode = torch.no_grad if hasattr(self.model, "unshard") else torch.inference_mode
         try:
-            with mode():
+            with mode(), plain(self.model):  # prompts are padded, and have no borders
                 yield
         finally:
             self.model.train(was_training)

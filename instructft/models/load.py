@@ -15,6 +15,7 @@ from instructft.adapters.adapter_folder import AdapterFolder
 from instructft.adapters.attach import attach
 from instructft.adapters.lora import fit_embeddings
 from instructft.errors import ModelError, UsageError
+from instructft.models.kernels.activations import fuse_activations
 from instructft.models.latest import resolve_latest
 from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import not_loaded
@@ -75,7 +76,7 @@ def load_model(
     quantization.check(recipe)
     dtype = weights_dtype(recipe)
     how = {"dtype": dtype, "attn_implementation": recipe.model.attn_implementation}
-    if how["attn_implementation"] == "auto":
+    if how["attn_implementation"] in ("auto", "varlen"):  # a run switches a loaded model to varlen, for its packs alone
         how["attn_implementation"] = None
     config = copy.deepcopy(start.config)
     if not start.name:
@@ -91,6 +92,7 @@ def load_model(
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ModelError(not_loaded("model.name_or_path", start.name, "a model", error)) from error
     quantization.fix_layout(model)
+    fuse_activations(model)
     if start.adapter is not None:
         return _train_further(start.adapter, model, tokenizer)
     fit_embeddings(model, len(tokenizer))

@@ -15,6 +15,7 @@ from instructft.adapters.adapter_folder import AdapterFolder, is_adapter, read_a
 from instructft.adapters.attach import attach, check_fit, locate_base
 from instructft.errors import ModelError, UsageError
 from instructft.formatting import first_line
+from instructft.models.kernels.activations import fuse_activations
 from instructft.models.tokenizer import adds_bos
 from instructft.prompt.templates import TEMPLATES
 from instructft.weights import remote_code
@@ -195,6 +196,7 @@ def _load_weights(name: str, location: str, **options: Any) -> PreTrainedModel:
             f"{name} is not whole: it holds no weights for {', '.join(missing[:3])} ({len(missing)} in all)"
         )
     placed = model if "device_map" in options else model.to(device)
+    fuse_activations(placed)
     return cast("PreTrainedModel", quantization.fix_layout(placed).eval())
 
 

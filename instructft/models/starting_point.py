@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from instructft.adapters import lora
 from instructft.adapters.adapter_folder import AdapterFolder, is_adapter, read_adapter
 from instructft.adapters.attach import locate_base
 from instructft.errors import UsageError
-from instructft.formatting import first_line
+from instructft.formatting import nearest
 from instructft.models.latest import resolve_latest
 from instructft.models.tokenizer import new_tokens, not_loaded
+from instructft.recipe.schema import thaw
 from instructft.weights import remote_code
 from instructft.weights.base_record import BaseModelRecord, base_fingerprint, commit_of, is_hub_id
 
@@ -32,6 +32,10 @@ _FIXED = {
     "use_dora": "use_dora",
     "use_rslora": "use_rslora",
 }
+
+# What follows from the weights, the tokenizer or another key of the recipe.
+_NOT_OVERRIDDEN = {"model_type", "architectures", "vocab_size", "quantization_config", "transformers_version", "dtype"}
+_NOT_OVERRIDDEN |= {"bos_token_id", "eos_token_id", "pad_token_id", "auto_map"}
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,8 @@ def starting_point(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Starti
     if adapter is not None:
         where = (str(locate_base(adapter)), "main", "")
     config = _published_config(*where) if model.config is None else _own_config(model.config, tokenizer)
+    if model.overrides:
+        _override(config, model.overrides, recipe.adapter.type)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and recipe.data.max_length > positions:
         raise UsageError(
@@ -145,28 +151,6 @@ def starting_point(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Starti
         added = new_tokens(recipe, tokenizer, config.get_text_config().vocab_size)
         lora.check(recipe, config, added)
     return StartingPoint(*where, named, adapter, config, added, len(tokenizer))
-
-
-def check_attention(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Refuse an attention that this machine or this architecture does not have; done on shapes alone.
-
-    Raises:
-        UsageError: what is missing, and what to write instead.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    asked = recipe.model.attn_implementation
-    if asked == "auto" or "/" in asked:  # a kernel on the Hub is fetched when it is used
-        return
-    try:
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=asked, **remote_code.flag())
-    except (ImportError, ValueError) as error:
-        raise UsageError(
-            f"model.attn_implementation: {asked} cannot be used here: {first_line(error).rstrip('.')}; or write "
-            "model.attn_implementation=auto"
-        ) from error
 
 
 def adapter_to_train_further(recipe: Recipe) -> AdapterFolder | None:
@@ -213,6 +197,27 @@ def _published_config(name: str, revision: str, subfolder: str) -> PretrainedCon
         )
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(not_loaded("model.name_or_path", name, "a model", error)) from error
+
+
+def _override(config: PretrainedConfig, fields: Mapping[str, Any], adapter: str) -> None:
+    """Set fields of a published configuration anew, where they mean something and will be known afterwards."""
+    text = config.get_text_config()
+    known = text.to_dict()
+    for name, value in fields.items():
+        key = f"model.overrides.{name}"
+        if name not in known or name in _NOT_OVERRIDDEN:
+            hint = nearest(name, sorted(known.keys() - _NOT_OVERRIDDEN))
+            raise UsageError(f"{key}: {text.model_type} has no such field that could be set anew{hint}")
+        if adapter != "none" and "drop" not in name:
+            raise UsageError(
+                f"{key}: an adapter is loaded over its base's own configuration later, which would not have this; over "
+                "an adapter only dropout may be set anew, which trains and does not answer"
+            )
+        old = known[name]
+        numbers = [isinstance(x, int | float) and not isinstance(x, bool) for x in (old, value)]
+        if numbers == [True, False]:
+            raise UsageError(f"{key}: found {value!r}, expected a number such as {old!r}, which the model has")
+        setattr(text, name, thaw(value))
 
 
 def _own_config(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:

@@ -105,6 +105,9 @@ def _streaming(recipe: Recipe) -> Iterator[Contradiction]:
 
 def _model(recipe: Recipe) -> Iterator[Contradiction]:
     model = recipe.model
+    if model.attn_implementation == "varlen" and not recipe.data.packing:
+        say = "varlen attends to packs by their borders, and data.packing is false; set it to true, or write auto"
+        yield (("model", "attn_implementation"), ("data", "packing")), say
     name, config = ("model", "name_or_path"), ("model", "config")
     if model.name_or_path is None and model.config is None:
         say = "missing; expected a Hub id or a folder, or model.config to start from random weights"
@@ -122,6 +125,8 @@ def _model(recipe: Recipe) -> Iterator[Contradiction]:
         for key in ("revision", "subfolder"):
             if getattr(model, key) is not None:
                 yield (("model", key),), "has no effect on random weights (model.config)"
+        if model.overrides is not None:
+            yield (("model", "overrides"),), "is for a published configuration; write these fields into model.config"
         if recipe.adapter.type != "none":
             say = (
                 f"found {recipe.adapter.type} over random weights (model.config), a base that nobody could load again; "
@@ -150,8 +155,9 @@ def _train(recipe: Recipe) -> Iterator[Contradiction]:
     if on("tokens_per_step") and train.get("gradient_accumulation_steps") is not None:
         say = "contradicts train.tokens_per_step, which sets it from the number of processes; keep one"
         yield at("gradient_accumulation_steps"), say
-    if on("auto_find_batch_size") and recipe.data.packing and "flash" in recipe.model.attn_implementation:
-        say = "flash-attention gets packs as one row, which cannot be halved; set train.per_device_train_batch_size"
+    attention = recipe.model.attn_implementation
+    if on("auto_find_batch_size") and recipe.data.packing and ("flash" in attention or attention == "varlen"):
+        say = f"{attention} gets packs as one row, which cannot be halved; set train.per_device_train_batch_size"
         yield at("auto_find_batch_size"), say
     for one, two in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
         if on(one) and on(two):

@@ -127,7 +127,11 @@ class ModelSection(_Section):
     attn_implementation: str = Field(
         default="auto",
         min_length=1,
-        description="auto, eager, sdpa, flash_attention_2 or another that transformers knows",
+        description="auto, eager, sdpa, varlen (packs by their borders), flash_attention_2 or another that "
+        "transformers knows; auto takes varlen for packs on CUDA where the model allows it",
+    )
+    overrides: FrozenMap | None = Field(
+        default=None, description="fields of the model's own config.json that are set anew, e.g. {attn_pdrop: 0.0}"
     )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         default="none", description="bits of the frozen base weights; needs adapter.type: lora"

@@ -34,7 +34,8 @@ from instructft.recipe.yaml_reader import Document, KeyPath, dotted
 from instructft.redaction import is_secret
 from instructft.weights.base_record import is_hub_id, stays_inside
 
-_ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+_FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+_ATTENTION = ("auto", "eager", "sdpa", "varlen", *_FLASH, "flex_attention")
 _OWN_ADAPTER = section_keys(AdapterSection)
 
 

@@ -18,9 +18,10 @@ from instructft.checkpoints.run_folder import make_folder, own, refuse_used_fold
 from instructft.data.prepare import Prepared, prepare, prepare_held_out
 from instructft.data.streaming import Streamed, prepare_stream
 from instructft.launch.workers import first_process
+from instructft.models.attention import Attention, check_attention, choose_attention, switch_attention
 from instructft.models.latest import asks_for_latest, forget_newest, resolve_latest
 from instructft.models.load import load_model
-from instructft.models.starting_point import StartingPoint, check_attention, starting_point
+from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import load_tokenizer
 from instructft.recipe.installed import check_against_installed
 from instructft.recipe.schema import Recipe
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from instructft.hub.background import Publisher, Status
     from instructft.training.rehearsal.rehearse import Rehearsal
     from instructft.training.trainer import Trainer
-
-PROBE_WORK = 1e11  # weights times tokens; on a CPU a pack of more is not tried at its full length
 
 
 @dataclass(frozen=True)
@@ -111,9 +110,11 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
         console.print(f"{run} is finished, {facts['train']['steps']:,} steps: there is nothing to resume")
         return Result(run, facts)
 
+    attention = choose_attention(recipe, origin.config, args)
     model = load_model(recipe, tokenizer, start=origin)
+    attention = switch_attention(model, attention)
     base = origin.facts()  # now, since a branch on the Hub may move while the run lasts
-    announce(recipe, tokenizer, data, model, args, precision, console)
+    announce(recipe, tokenizer, data, model, args, precision, attention, console)
     for line in start.lines():
         console.print(line, markup=False, highlight=False)
     with full_disk_explained(run), uploads(recipe, run, state.is_main_process, console) as publisher:
@@ -126,7 +127,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
         trainer = build_trainer(recipe, tokenizer, data, model, args, origin, start, console)
         trainer.publisher = publisher
         if recipe.data.packing:
-            prove_isolation(trainer, recipe.data.max_length, console)
+            attention = packs_apart(trainer, attention, recipe.data.max_length, console)
         found = rehearse_run(trainer, data, console) if rehearsal else None
         proof = watch_adapter(trainer, found.reach.may_stay if found else ())
 
@@ -136,6 +137,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
                 adapter = prove_adapter(proof, trainer, console)
                 metrics = final_metrics(trainer)
                 facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter | {"base": base}
+                facts["attention"] = attention.facts()
                 facts["rehearsal"] = found.facts if found else None
 
         save(trainer, recipe, tokenizer, facts, data)
@@ -180,6 +182,7 @@ def announce(
     model: PreTrainedModel,
     args: SFTConfig,
     precision: str,
+    attention: Attention,
     console: Console,
 ) -> None:
     """Say what is about to be trained: model, rows, tokens, the share that carries loss, what was dropped or cut."""
@@ -198,6 +201,7 @@ def announce(
         share += f", base in {recipe.model.quantization}"
     table.add_row("model", escape(f"{start} · {total:,} parameters, {share}"))
     table.add_row("device", escape(f"{args.device.type} × {args.world_size} · {precision}"))
+    table.add_row("attention", escape(str(attention)))
     for what, how_much in data.account(recipe.data.max_length):
         table.add_row(what, f"{recipe.data.train_on}: {how_much}" if what == "loss on" else how_much)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -212,20 +216,11 @@ def announce(
     console.print()
 
 
-def prove_isolation(trainer: Trainer, max_length: int, console: Console) -> None:
+def packs_apart(trainer: Trainer, attention: Attention, max_length: int, console: Console) -> Attention:
     """Ask the model whether documents of a pack see each other; stops the run when they do."""
-    from instructft.data.packing import probe
+    from instructft.training.rehearsal.isolation import prove_isolation
 
-    width = max_length
-    if trainer.args.device.type == "cpu" and count_parameters(trainer.model)[1] * width > PROBE_WORK:
-        width = min(width, 256)
-    with trainer.compute_loss_context_manager():
-        difference = probe(trainer.model, trainer.model.device, width)
-    console.print(
-        f"packs are clean: no gradient from a document to its neighbour in a pack of {width:,} tokens; its logits "
-        f"alone and in a pack differ by {difference:.1e} at most\n",
-        highlight=False,
-    )
+    return prove_isolation(trainer, attention, max_length, console)
 
 
 def rehearse_run(trainer: Trainer, data: Prepared | Streamed, console: Console) -> Rehearsal:
@@ -251,6 +246,7 @@ def build_trainer(
 
     from instructft.data.collator import CompletionOnlyCollator
     from instructft.inference.generator import Generator
+    from instructft.models.kernels.varlen import takes_borders
     from instructft.training.callbacks import MetricsFile, Outlasted, ProgressLine, Samples
     from instructft.training.run_warnings import RunWarnings
     from instructft.training.stopping import EarlyStopping
@@ -277,7 +273,7 @@ def build_trainer(
     metadata = None
     if is_peft(model) and args.should_save:
         metadata = AdapterMetadata(origin.record(model, recipe.model.quantization))
-    flatten = "flash" in str(model.config._attn_implementation)
+    flatten = takes_borders(model)
     trainer = Trainer(
         model=model,
         args=args,

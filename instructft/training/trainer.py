@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from instructft.data.row_order import LengthGrouped, set_epoch
 from instructft.errors import CheckpointError, DivergedError, NotFiniteError, OutOfMemoryError
 from instructft.formatting import first_line
 from instructft.models.kernels.fused_loss import add_supervised_head, scores
+from instructft.models.kernels.varlen import plain
 from instructft.training.batch_size import MicroBatches
 from instructft.training.out_of_memory import ran_out
 from instructft.training.resumable import Progress, Sealing, gathered, random_states_kept
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 # What upstream sets in a model's configuration for training. A model that is saved with `output_router_logits` fails as
 # soon as it answers in a batch (transformers#29087).
 _SET_BY_TRAINING = ("output_router_logits", "router_aux_loss_coef", "use_cache")
+# What a batch says of itself for a step, and no model takes.
+_FOR_TRAINING = ("counts", "supervised", "supervised_labels")
 
 
 class Trainer(SFTTrainer):
@@ -235,12 +239,19 @@ class Trainer(SFTTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Loss of one validation batch; its sums are kept, row by row, for the mean over all tokens."""
         self.micro_batches.under_way = ("validation", tuple(inputs["input_ids"].shape))
+        # an evaluation looks at every position
+        inputs = {name: value for name, value in inputs.items() if name not in _FOR_TRAINING}
         inputs = send_to_device(inputs, self.args.device)
         lengths = inputs.pop("row_lengths")
-        with torch.no_grad(), self.compute_loss_context_manager():
+        flat, tokens = "cu_seq_lens_q" in inputs, inputs["input_ids"].numel()
+        # packs of one width, each with its padding, or end to end with none
+        width = tokens // len(lengths) if flat and tokens != int(lengths.sum()) else None
+        without_borders = contextlib.nullcontext() if flat else plain(self.model)
+        with torch.no_grad(), self.compute_loss_context_manager(), without_borders:
             out = scores(model, inputs)
         values = torch.stack([-out.log_probs, out.label_mask, out.entropy, out.is_top1])  # (4, B, T - 1), 0: no loss
-        sums = _sums_of_rows(values.to(torch.float64 if values.device.type == "cpu" else torch.float32), lengths)
+        values = values.to(torch.float64 if values.device.type == "cpu" else torch.float32)
+        sums = _sums_of_rows(values, lengths, width)
         # (B, 4) of every process; rows that only fill up the last batch of a distributed evaluation are left out
         self._eval_sums.append(self.accelerator.gather_for_metrics(sums).cpu())
         total = sums.sum(0)
@@ -351,20 +362,23 @@ class _WithRowLengths:
         return {**self.collate(rows), "row_lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
 
 
-def _sums_of_rows(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def _sums_of_rows(values: torch.Tensor, lengths: torch.Tensor, width: int | None = None) -> torch.Tensor:
     """Sums over each row of a batch; flattened packs, of which the batch has one row, are taken apart.
 
     Args:
         values: (4, B, T - 1), or (4, 1, T - 1) of packs end to end; of the token that each position predicts.
         lengths: (B,), tokens of each row.
+        width: tokens from one pack to the next, where each is followed by its padding; None: by nothing.
 
     Returns:
         (B, 4).
     """
-    if values.shape[1] == len(lengths):
+    if width is None and values.shape[1] == len(lengths):
         return values.sum(2).T
     whole = torch.nn.functional.pad(values[:, 0], (0, 1))  # (4, T): nothing is predicted across a border
-    return torch.stack([part.sum(1) for part in whole.split(lengths.tolist(), dim=1)])
+    if width is None:
+        return torch.stack([part.sum(1) for part in whole.split(lengths.tolist(), dim=1)])
+    return whole.unflatten(1, (-1, width)).sum(2).T[: len(lengths)]
 
 
 def _gather_head(model: Any, *_: Any) -> None:
