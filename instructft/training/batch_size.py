@@ -111,10 +111,12 @@ class MicroBatches:
 
     def _counted(self) -> Any:
         metrics = {name: list(values) for name, values in self.trainer._metrics["train"].items()}
-        return self.trainer.counts.clone(), metrics, self.trainer._total_train_tokens
+        sums = dict(self.trainer.step_checks.sums)
+        return self.trainer.counts.clone(), metrics, self.trainer._total_train_tokens, sums
 
     def _put_back(self, counted: Any) -> None:
-        counts, metrics, self.trainer._total_train_tokens = counted
+        counts, metrics, self.trainer._total_train_tokens, sums = counted
+        self.trainer.step_checks.sums = dict(sums)
         self.trainer.counts = counts.clone()
         self.trainer._metrics["train"].clear()
         self.trainer._metrics["train"].update({name: list(values) for name, values in metrics.items()})

@@ -69,6 +69,7 @@ class Progress(TrainerCallback):
         trainer.counts = torch.tensor(known["counts"], dtype=torch.int64, device=args.device)
         trainer.micro_batches.rows_at_once = known.get("rows_at_once")
         trainer.step_checks.recent_losses, trainer.step_checks.spikes = known["recent_losses"], known["spikes"]
+        trainer.step_checks.since_log = known.get("since_log", {})  # older checkpoints have it under `metrics`
         for mode, metrics in known["metrics"].items():
             for name, values in metrics.items():
                 trainer._metrics[mode][name] = list(values)
@@ -98,6 +99,7 @@ class Progress(TrainerCallback):
             "rows_at_once": trainer.micro_batches.rows_at_once,
             "recent_losses": trainer.step_checks.recent_losses,
             "spikes": trainer.step_checks.spikes,
+            "since_log": trainer.step_checks.since_log,
             "metrics": metrics,
             "evaluation_is_due": trainer.stop.left_evaluation,
             # upstream keeps the random states of CPU and CUDA, and not of a Mac's GPU (transformers 5.23)

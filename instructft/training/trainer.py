@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import trl.trainer.utils
 from accelerate.utils import send_to_device
 from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_utils import EvalLoopOutput
@@ -21,7 +22,7 @@ from instructft.data.packing import flat
 from instructft.data.row_order import LengthGrouped, set_epoch
 from instructft.errors import CheckpointError, DivergedError, NotFiniteError, OutOfMemoryError
 from instructft.formatting import first_line
-from instructft.models.kernels.fused_loss import add_supervised_head, scores
+from instructft.models.kernels.fused_loss import add_supervised_head, nll_of, scores
 from instructft.training.batch_size import MicroBatches
 from instructft.training.out_of_memory import ran_out
 from instructft.training.resumable import Progress, Sealing, gathered, random_states_kept
@@ -94,6 +95,7 @@ class Trainer(SFTTrainer):
         self.counts = torch.zeros(3, dtype=torch.int64, device=self.args.device)
         self.micro_batches = MicroBatches(self, find_batch, say)
         self.step_checks = StepChecks(self, spike_limit, skip_spikes, say)
+        self._flos_per_token: int | None = None
         self._say, self._stepping = say, 0  # the step that a micro-batch was last computed in, less one
         self.stop = Stop()
         self.progress = Progress(self)
@@ -155,12 +157,8 @@ class Trainer(SFTTrainer):
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm of the step's gradient before it was clipped, kept for `StepChecks`, which no callback is told.
-
-        What is left of it after clipping would not do: where a norm overflows, zeros are left, which look sound.
-        """
-        self.step_checks.norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self.step_checks.norm
+        """The norm of the step's gradient before it was clipped, as a number: `StepChecks` reads it with all else."""
+        return self.step_checks.read(super()._get_grad_norm(model, grad_norm=grad_norm))
 
     @property
     def seen(self) -> dict[str, int]:
@@ -169,22 +167,59 @@ class Trainer(SFTTrainer):
         return {"tokens": tokens, "supervised_tokens": supervised, "slots": slots}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss of a batch: the sum over its supervised tokens, divided by those of the whole step."""
+        """The loss of a batch: the sum over its supervised tokens, divided by those of the whole step.
+
+        Upstream reads five numbers back for each micro-batch (trl 1.16). Here what is logged stays where it is computed
+        until `StepChecks` reads the step. Losses of another kind are upstream's.
+        """
         if not self.model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        self._count_tokens(inputs)
+        if not self._plain_loss:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        out = model(**{**inputs, **router, "use_cache": False, "fused_lm_head": True})
+        items: Any = kwargs.get("num_items_in_batch")
+        nll, supervised = nll_of(out), out.label_mask.sum()
+        loss = nll / torch.as_tensor(supervised if items is None else items).clamp(min=1)
+        if items is not None and self.args.average_tokens_across_devices:  # DDP averages gradients over processes
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        sums = {"supervised": supervised, "entropy": out.entropy.detach().sum(), "top1": out.is_top1.sum()}
+        if self.aux_loss_enabled:
+            steps = self.current_gradient_accumulation_steps if items is not None else 1
+            loss = loss + self.router_aux_loss_coef * out.aux_loss / steps
+            sums |= {"aux_loss": out.aux_loss.detach(), "batches": torch.ones_like(supervised)}
+        self.step_checks.count(**sums)
+        return loss
+
+    @property
+    def _plain_loss(self) -> bool:
+        """Whether the loss is the mean of -log p, which is computed here; else it is upstream's."""
+        return (
+            hasattr(trl.trainer.utils, "add_fused_lm_head")  # trl 1.15
+            and self.args.loss_type == "nll"
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+            and getattr(self.accelerator, "parallelism_config", None) is None
+        )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations of a batch; upstream counts all parameters anew for each micro-batch."""
+        if self._flos_per_token is None:
+            self._flos_per_token = int(super().floating_point_ops({"input_ids": torch.empty(1)}))
+        return self._flos_per_token * int(inputs["input_ids"].numel())
+
+    def _count_tokens(self, inputs: dict[str, Any]) -> None:
         labels, attention_mask, positions = inputs["labels"], inputs.get("attention_mask"), inputs.get("position_ids")
         if attention_mask is not None:
             tokens = attention_mask.sum()
         elif positions is None:
-            tokens = labels.new_tensor(labels.numel())
+            tokens = torch.full((), labels.numel(), device=labels.device)
         else:  # a pad stands alone: its position is 0, and so is the next (a document has two tokens at least)
             following = torch.nn.functional.pad(positions[:, 1:], (0, 1))
             tokens = ((positions != 0) | (following != 0)).sum()
-        counts = [tokens, (labels[:, 1:] != -100).sum(), labels.new_tensor(labels.numel())]
+        counts = [tokens, (labels[:, 1:] != -100).sum(), torch.full_like(tokens, labels.numel())]
         self.counts += torch.stack([count.to(self.counts.device) for count in counts])
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self._metrics["train"]["num_tokens"] = [self.seen["tokens"]]
-        return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -297,7 +332,20 @@ class Trainer(SFTTrainer):
                 return
             steps = max(self.state.global_step, 1)
             logs["train_loss"] = (self.progress.loss_before + self._total_loss_scalar) / steps
+        if self.model.training:
+            self._metrics["train"].update(self._logged_metrics())
         super().log(logs, *args, **kwargs)
+
+    def _logged_metrics(self) -> dict[str, list[float]]:
+        """Upstream's metrics of the steps since the last log, each token counted once; there may be none."""
+        sums, self.step_checks.since_log = self.step_checks.since_log, {}
+        found = {}
+        if sums:
+            tokens = max(sums["supervised"], 1.0)
+            found = {"entropy": [sums["entropy"] / tokens], "mean_token_accuracy": [sums["top1"] / tokens]}
+            if "aux_loss" in sums:
+                found["aux_loss"] = [sums["aux_loss"] / sums["batches"]]
+        return {**found, "num_tokens": [self.seen["tokens"]]} if found or self._metrics["train"] else {}
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

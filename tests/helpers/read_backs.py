@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from typing import Any
 
@@ -25,17 +26,19 @@ class ReadBacks:
 
     def __init__(self) -> None:
         self.found: list[tuple[str, str]] = []
-        self._modes: list[Any] = []
+        self._modes = contextlib.ExitStack()
 
     def __enter__(self) -> ReadBacks:
-        self._modes = [_Operators(self.found), _Methods(self.found)]
-        for mode in self._modes:
-            mode.__enter__()
+        self._modes.enter_context(_Operators(self.found))
+        self._modes.enter_context(_Methods(self.found))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
+        self.close()
+
+    def close(self) -> None:
+        """Count no longer."""
+        self._modes.close()
 
 
 def _place() -> str:
