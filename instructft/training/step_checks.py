@@ -25,6 +25,7 @@ from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
 from instructft.checkpoints.manifest import NOT_FINITE, SPIKE
+from instructft.data.batches.flat_packs import rows_in, some_rows
 from instructft.errors import NotFiniteError
 
 WINDOW = 50  # steps whose median loss is what is usual
@@ -156,10 +157,9 @@ class StepChecks(TrainerCallback):
     def _rows(self) -> Iterator[dict[str, torch.Tensor]]:
         """The rows (packs) of the step, each as a batch of one."""
         for batch in self.batches:
-            count = batch["input_ids"].shape[0]
-            for i in range(count):
-                yield {name: value[i : i + 1] if value.shape[:1] == (count,) else value
-                       for name, value in batch.items()}  # fmt: skip
+            for i in range(rows_in(batch)[0]):
+                one = some_rows(batch, i, i + 1)
+                yield {name: value for name, value in one.items() if not name.startswith("supervised")}
 
     def _loss_of(self, one: dict[str, torch.Tensor]) -> float:
         trainer = self.trainer

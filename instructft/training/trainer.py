@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,11 @@ from trl import SFTTrainer
 
 from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import token_rows
-from instructft.data.packing import flat
+from instructft.data.batches.counts import Counting, Counts, taken
+from instructft.data.batches.flat_packs import FlatPacks
+from instructft.data.batches.row_slices import row_slices
 from instructft.data.row_order import LengthGrouped, set_epoch
-from instructft.errors import CheckpointError, DivergedError, NotFiniteError, OutOfMemoryError
+from instructft.errors import CheckpointError, DivergedError, NotFiniteError, OutOfMemoryError, UsageError
 from instructft.formatting import first_line
 from instructft.models.kernels.fused_loss import add_supervised_head, nll_of, scores
 from instructft.training.batch_size import MicroBatches
@@ -56,9 +59,11 @@ class Trainer(SFTTrainer):
         spike_limit, skip_spikes: what is done about a loss that leaps, see `step_checks`.
         say: told in one line what a person should know.
         identity, versions: what every checkpoint says of the run, see `resumable`.
+        pack_width: slots of a pack, where training takes packs end to end, see `flat_packs`; else None.
     """
 
     data_collator: Any
+    train_dataset: Any
     current_gradient_accumulation_steps: int  # of upstream: micro-batches in the step under way
 
     def __init__(
@@ -72,6 +77,7 @@ class Trainer(SFTTrainer):
         say: Callable[[str], Any] = print,
         identity: Mapping[str, Any] | None = None,
         versions: Mapping[str, str] | None = None,
+        pack_width: int | None = None,
         **kwargs: Any,
     ):
         text = kwargs["model"].config.get_text_config()
@@ -92,7 +98,15 @@ class Trainer(SFTTrainer):
         self._eval_sums: list[torch.Tensor] = []
         self._eval_order = np.arange(0)
         # tokens, supervised tokens and slots (tokens with padding) that this process has trained
-        self.counts = torch.zeros(3, dtype=torch.int64, device=self.args.device)
+        self.counts: Counts = (0, 0, 0)
+        self._pack_width = pack_width
+        if pack_width:  # a row that holds all packs cannot be divided among processes; each one makes its own
+            if self.accelerator.dispatch_batches:
+                raise UsageError(
+                    "train.accelerator_config.dispatch_batches: true divides a batch along its rows, and with "
+                    f"attention {self.model.config._attn_implementation} all its packs are one row; leave it out"
+                )
+            self.accelerator.dataloader_config.dispatch_batches = False
         self.micro_batches = MicroBatches(self, find_batch, say)
         self.step_checks = StepChecks(self, spike_limit, skip_spikes, say)
         self._flos_per_token: int | None = None
@@ -152,7 +166,10 @@ class Trainer(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Loss and gradient of one micro-batch, in parts where it does not fit into memory as a whole."""
         self._stepping = self.state.global_step
+        counts = taken(inputs)
         loss = self.micro_batches.train(super().training_step, model, inputs, num_items_in_batch)
+        tokens, supervised, slots = (before + more for before, more in zip(self.counts, counts, strict=True))
+        self.counts = tokens, supervised, slots
         self.step_checks.add(loss)
         return loss
 
@@ -162,8 +179,12 @@ class Trainer(SFTTrainer):
 
     @property
     def seen(self) -> dict[str, int]:
-        """Tokens, supervised tokens and slots (tokens with padding) of the batches trained so far."""
-        tokens, supervised, slots = self.accelerator.reduce(self.counts, "sum").tolist()
+        """Tokens, supervised tokens and slots (tokens with padding) of the batches trained so far, by all processes."""
+        tokens, supervised, slots = self.counts
+        if self.args.world_size > 1:
+            alike = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # processes that share a batch
+            counts = torch.tensor(self.counts, device=self.args.device)
+            tokens, supervised, slots = (self.accelerator.reduce(counts, "sum") // alike).tolist()
         return {"tokens": tokens, "supervised_tokens": supervised, "slots": slots}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -174,7 +195,6 @@ class Trainer(SFTTrainer):
         """
         if not self.model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        self._count_tokens(inputs)
         if not self._plain_loss:
             return super().compute_loss(model, inputs, *args, **kwargs)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
@@ -209,17 +229,22 @@ class Trainer(SFTTrainer):
             self._flos_per_token = int(super().floating_point_ops({"input_ids": torch.empty(1)}))
         return self._flos_per_token * int(inputs["input_ids"].numel())
 
-    def _count_tokens(self, inputs: dict[str, Any]) -> None:
-        labels, attention_mask, positions = inputs["labels"], inputs.get("attention_mask"), inputs.get("position_ids")
-        if attention_mask is not None:
-            tokens = attention_mask.sum()
-        elif positions is None:
-            tokens = torch.full((), labels.numel(), device=labels.device)
-        else:  # a pad stands alone: its position is 0, and so is the next (a document has two tokens at least)
-            following = torch.nn.functional.pad(positions[:, 1:], (0, 1))
-            tokens = ((positions != 0) | (following != 0)).sum()
-        counts = [tokens, (labels[:, 1:] != -100).sum(), torch.full_like(tokens, labels.numel())]
-        self.counts += torch.stack([count.to(self.counts.device) for count in counts])
+    def get_train_dataloader(self) -> Any:
+        """Rows as slices of Arrow's columns; each batch says how much it holds, and flat packs have a fixed shape."""
+        rows, collate = row_slices(self.train_dataset), self.data_collator
+        if self._pack_width:
+            processes = self.args.world_size if self.accelerator.split_batches else 1
+            packs = self._train_batch_size // processes
+            collate = FlatPacks.of(rows, collate.pad_token_id, self._pack_width, packs)
+        with _in_place(self, train_dataset=rows, data_collator=self._counting(rows, collate)):
+            return super().get_train_dataloader()
+
+    def _counting(self, rows: Any, collate: Any) -> Any:
+        """A collator that counts, unless one process makes batches for all: they are divided, and are tensors alone."""
+        dispatching = self.accelerator.dispatch_batches
+        if dispatching is None:  # then accelerate dispatches what has no length
+            dispatching = not hasattr(rows, "__len__")
+        return collate if dispatching else Counting(collate)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -227,7 +252,7 @@ class Trainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGrouped(flat(dataset)[2], step, args.seed if args.data_seed is None else args.data_seed)
+        return LengthGrouped(row_slices(dataset).lengths, step, args.seed if args.data_seed is None else args.data_seed)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
@@ -271,7 +296,7 @@ class Trainer(SFTTrainer):
         """Loss of one validation batch; its sums are kept, row by row, for the mean over all tokens."""
         self.micro_batches.under_way = ("validation", tuple(inputs["input_ids"].shape))
         inputs = send_to_device(inputs, self.args.device)
-        lengths = inputs.pop("row_lengths")
+        lengths, _ = inputs.pop("row_lengths"), inputs.pop("counts", None)
         with torch.no_grad(), self.compute_loss_context_manager():
             out = scores(model, inputs)
         values = torch.stack([-out.log_probs, out.label_mask, out.entropy, out.is_top1])  # (4, B, T - 1), 0: no loss
@@ -308,19 +333,16 @@ class Trainer(SFTTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Every held-out row once, whatever becomes of the last rows in training; batches say how long rows are."""
-        collate: Any = self.data_collator
-        drop = self.args.dataloader_drop_last
-        self.data_collator, self.args.dataloader_drop_last = _WithRowLengths(collate), False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator, self.args.dataloader_drop_last = collate, drop
+        rows = row_slices(self.eval_dataset if eval_dataset is None else eval_dataset)
+        collate = self._counting(rows, _WithRowLengths(self.data_collator))
+        with _in_place(self, data_collator=collate), _in_place(self.args, dataloader_drop_last=False):
+            return super().get_eval_dataloader(rows)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """The longest rows first: little padding is computed, and memory that does not suffice shows at once."""
         if not hasattr(eval_dataset, "__len__"):
             return super()._get_eval_sampler(eval_dataset)
-        self._eval_order = np.argsort(-flat(eval_dataset)[2], kind="stable")
+        self._eval_order = np.argsort(-row_slices(eval_dataset).lengths, kind="stable")
         return self._eval_order.tolist()
 
     # -- logging and saving -----------------------------------------------------------------------------------------
@@ -387,6 +409,19 @@ class Trainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Upstream writes its own card at every checkpoint; ours is written once, when the run is done."""
+
+
+@contextlib.contextmanager
+def _in_place(owner: Any, **values: Any) -> Iterator[None]:
+    """Attributes with other values for a while: what upstream reads from itself and takes from nobody."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 class _WithRowLengths:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
@@ -19,12 +18,13 @@ from tests.helpers.read_backs import ReadBacks
 
 RECIPE = """
 model: {config: {model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 32, n_positions: 128}, tokenizer: quickstart}
-data: {datasets: [{name: quickstart, rows: 60}], max_length: 64, splits: {validation: 0}, template: instruction}
+data: {datasets: [{name: quickstart, rows: 60}], max_length: 64, packing: true, splits: {validation: 0},
+       template: instruction}
 train: {max_steps: 6, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, save_strategy: "no",
         use_cpu: true, logging_steps: 2, report_to: none}
 """
 # what no GPU is asked for: batches are made on the host, and masks are the attention's, which needs none on a GPU
-NOT_OF_THE_STEP = ("data/collator.py", "gpu_head.py:107 supervised_positions < training/test_", "masking_utils.py")
+NOT_OF_THE_STEP = ("data/collator.py", "batches/", "masking_utils.py")
 
 
 class Look(TrainerCallback):
@@ -55,17 +55,6 @@ class Look(TrainerCallback):
             self.open.close()
 
 
-def said_by_the_collator(collate: Any) -> Any:
-    """What the collator of a GPU says beside the rows: positions that carry loss, on the host."""
-
-    def collated(rows: Any) -> Any:
-        batch = collate(rows)
-        where, wanted = gpu_head.supervised_positions(batch["labels"])
-        return {**batch, "supervised": where, "supervised_labels": wanted}
-
-    return collated
-
-
 @pytest.fixture
 def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(*overrides: str) -> dict[int, list[str]]:
@@ -77,7 +66,7 @@ def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
         def watched(*args: Any) -> Any:
             trainer = build(*args)
-            trainer.data_collator = said_by_the_collator(trainer.data_collator)
+            trainer._pack_width = 64  # flat packs, as an attention that keeps to borders has them
             trainer.add_callback(seen)
             return trainer
 
