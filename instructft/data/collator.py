@@ -63,44 +63,54 @@ class CompletionOnlyCollator:
         if self.pad_to_multiple_of:
             length += -length % self.pad_to_multiple_of
         shape = (len(rows), length)
-        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)  # (B, T)
-        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)  # (B, T)
-        attention_mask = torch.zeros(shape, dtype=torch.long)  # (B, T)
+        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)  # (B, T)
+        labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)  # (B, T)
+        lengths = []
         for i, row in enumerate(rows):
-            ids, row_labels = torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])
-            if ids.shape != row_labels.shape:
-                raise DataError(f"row {i} of the batch has {len(ids)} input_ids and {len(row_labels)} labels")
-            # position 0 has nothing before it that could predict it, so a label there is no loss
-            if not (row_labels[1:] != IGNORE_INDEX).any():
-                raise DataError(
-                    f"row {i} of the batch has no token that carries loss: its labels are all {IGNORE_INDEX}. "
-                    "prepare_dataset drops and counts such rows; drop them before training."
-                )
+            ids, row_labels = checked(row, i)
             n = len(ids)
-            input_ids[i, :n], labels[i, :n], attention_mask[i, :n] = ids, row_labels, 1
+            input_ids[i, :n], labels[i, :n] = ids, row_labels
+            lengths.append(n)
+        batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
         if packed:
             positions = [position_ids(row["seq_lengths"], length) for row in rows]
-            return {"input_ids": input_ids, "labels": labels, "position_ids": torch.from_numpy(np.stack(positions))}
-        return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+            return {**batch, "position_ids": torch.from_numpy(np.stack(positions))}
+        mask = np.arange(length) < np.array(lengths)[:, None]
+        return {**batch, "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
     def _flat(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Packs end to end in one row, with the borders of documents as flash-attention's kernels take them."""
         import torch
 
-        def joined(column: str) -> torch.Tensor:
-            return torch.cat([torch.as_tensor(row[column], dtype=torch.long) for row in rows])
+        def joined(column: str) -> np.ndarray:
+            return np.concatenate([np.asarray(row[column]) for row in rows], dtype=np.int64)
 
         lengths = joined("seq_lengths")
-        borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        ends = np.cumsum(lengths)
         labels = joined("labels")
-        labels[borders[:-1].long()] = IGNORE_INDEX  # nothing is predicted across a border
+        labels[ends - lengths] = IGNORE_INDEX  # nothing is predicted across a border
+        borders = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
         longest = int(lengths.max())
         return {
-            "input_ids": joined("input_ids")[None],
-            "labels": labels[None],
-            "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
+            "input_ids": torch.from_numpy(joined("input_ids"))[None],
+            "labels": torch.from_numpy(labels)[None],
+            "position_ids": torch.from_numpy(position_ids(lengths, len(labels)))[None],
             "cu_seq_lens_q": borders,
             "cu_seq_lens_k": borders,
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+
+def checked(row: Mapping[str, Any], i: int) -> tuple[np.ndarray, np.ndarray]:
+    """`input_ids` and `labels` of row `i` of a batch, which fit each other and carry loss."""
+    ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
+    if ids.shape != labels.shape:
+        raise DataError(f"row {i} of the batch has {len(ids)} input_ids and {len(labels)} labels")
+    # position 0 has nothing before it that could predict it, so a label there is no loss
+    if not (labels[1:] != IGNORE_INDEX).any():
+        raise DataError(
+            f"row {i} of the batch has no token that carries loss: its labels are all {IGNORE_INDEX}. "
+            "prepare_dataset drops and counts such rows; drop them before training."
+        )
+    return ids, labels

@@ -117,17 +117,16 @@ def _lists(dataset: Dataset, column: str) -> pa.ListArray:
     return dataset.select_columns([column]).with_format("arrow")[:].column(column).combine_chunks()
 
 
-def position_ids(seq_lengths: Sequence[int], width: int) -> np.ndarray:
+def position_ids(seq_lengths: Sequence[int] | np.ndarray, width: int) -> np.ndarray:
     """Positions of a pack's tokens, each document from 0, each pad 0: (width,) int64.
 
     >>> position_ids([3, 2], width=7).tolist()
     [0, 1, 2, 0, 1, 0, 0]
     """
+    lengths = np.asarray(seq_lengths, dtype=np.int64)
+    ends = np.cumsum(lengths)
     positions = np.zeros(width, dtype=np.int64)
-    start = 0
-    for length in seq_lengths:
-        positions[start : start + length] = np.arange(length)
-        start += length
+    positions[: ends[-1]] = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
     return positions
 
 

@@ -3,7 +3,7 @@
 Upstream starts the run anew with nine tenths of the batch, from weights that some steps have changed already, and with
 another number of rows in a step. Here the step under way is taken back and done again with half as many rows at a time:
 
-    4 rows × 2  ──►  step 7: memory runs out  ──►  gradients, counts and random states of step 7 are put back
+    4 rows × 2  ──►  step 7: memory runs out  ──►  gradients, metrics and random states of step 7 are put back
                                               ──►  2 rows × 4: the same rows, the same step, and all that follow
 
 A loss is a sum over tokens divided by the tokens of the whole step, so the parts add up to the gradient of the whole.
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 
+from instructft.data.batches.flat_packs import rows_in, some_rows
 from instructft.training.out_of_memory import ran_out
 
 
@@ -78,7 +79,7 @@ class MicroBatches:
     ) -> torch.Tensor:
         """Train a micro-batch, `rows_at_once` rows after the other; the sum of their losses."""
         trainer = self.trainer
-        rows = inputs["input_ids"].shape[0]
+        rows, _ = rows_in(inputs)
         size = min(self.rows_at_once or rows, rows)
         parts = math.ceil(rows / size)
         accumulated = trainer.current_gradient_accumulation_steps
@@ -87,10 +88,8 @@ class MicroBatches:
         losses = []
         try:
             for start in range(0, rows, size):
-                part = inputs
-                if parts > 1:
-                    part = {name: _rows(value, start, start + size, rows) for name, value in inputs.items()}
-                self.under_way = (f"step {trainer.state.global_step + 1}", tuple(part["input_ids"].shape))
+                part = some_rows(inputs, start, start + size) if parts > 1 else inputs
+                self.under_way = (f"step {trainer.state.global_step + 1}", rows_in(part))
                 losses.append(step(model, part, items))
         finally:
             trainer.current_gradient_accumulation_steps = accumulated
@@ -102,7 +101,7 @@ class MicroBatches:
         if shape[0] < 2:
             return False
         self.rows_at_once = math.ceil(shape[0] / 2)
-        step = sum(batch["input_ids"].shape[0] for batch in self.batches)
+        step = sum(rows_in(batch)[0] for batch in self.batches)
         self.say(
             f"{what}: {shape[0]} rows at a time do not fit into memory; {self.rows_at_once} are taken from now on "
             f"(a step keeps its {step} rows)"
@@ -111,17 +110,13 @@ class MicroBatches:
 
     def _counted(self) -> Any:
         metrics = {name: list(values) for name, values in self.trainer._metrics["train"].items()}
-        return self.trainer.counts.clone(), metrics, self.trainer._total_train_tokens
+        return metrics, self.trainer._total_train_tokens, dict(self.trainer.step_checks.sums)
 
     def _put_back(self, counted: Any) -> None:
-        counts, metrics, self.trainer._total_train_tokens = counted
-        self.trainer.counts = counts.clone()
+        metrics, self.trainer._total_train_tokens, sums = counted
+        self.trainer.step_checks.sums = dict(sums)
         self.trainer._metrics["train"].clear()
         self.trainer._metrics["train"].update({name: list(values) for name, values in metrics.items()})
-
-
-def _rows(value: Any, start: int, stop: int, rows: int) -> Any:
-    return value[start:stop] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
 
 
 def _random_states(device: torch.device) -> tuple[Any, ...]:

@@ -66,9 +66,10 @@ class Progress(TrainerCallback):
             best = Path(args.output_dir) / f"checkpoint-{step}"
             state.best_model_checkpoint = str(best) if best.is_dir() else state.best_model_checkpoint
         self.resumes = [*known["resumes"], *self.resumes]
-        trainer.counts = torch.tensor(known["counts"], dtype=torch.int64, device=args.device)
+        trainer.counts = tuple(known["counts"])
         trainer.micro_batches.rows_at_once = known.get("rows_at_once")
         trainer.step_checks.recent_losses, trainer.step_checks.spikes = known["recent_losses"], known["spikes"]
+        trainer.step_checks.since_log = known.get("since_log", {})  # older checkpoints have it under `metrics`
         for mode, metrics in known["metrics"].items():
             for name, values in metrics.items():
                 trainer._metrics[mode][name] = list(values)
@@ -94,10 +95,11 @@ class Progress(TrainerCallback):
             "loss": self.loss_before + trainer._total_loss_scalar,
             "seconds": self.seconds + time.perf_counter() - self._began,
             "resumes": self.resumes,
-            "counts": trainer.counts.tolist(),
+            "counts": trainer.counts,
             "rows_at_once": trainer.micro_batches.rows_at_once,
             "recent_losses": trainer.step_checks.recent_losses,
             "spikes": trainer.step_checks.spikes,
+            "since_log": trainer.step_checks.since_log,
             "metrics": metrics,
             "evaluation_is_due": trainer.stop.left_evaluation,
             # upstream keeps the random states of CPU and CUDA, and not of a Mac's GPU (transformers 5.23)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import trl.trainer.utils
 from accelerate.utils import send_to_device
 from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_utils import EvalLoopOutput
@@ -18,11 +19,13 @@ from trl import SFTTrainer
 
 from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import token_rows
-from instructft.data.packing import flat
+from instructft.data.batches.counts import Counting, Counts, taken
+from instructft.data.batches.flat_packs import FlatPacks
+from instructft.data.batches.row_slices import row_slices
 from instructft.data.row_order import LengthGrouped, set_epoch
-from instructft.errors import CheckpointError, DivergedError, NotFiniteError, OutOfMemoryError
+from instructft.errors import CheckpointError, DivergedError, NotFiniteError, OutOfMemoryError, UsageError
 from instructft.formatting import first_line
-from instructft.models.kernels.fused_loss import add_supervised_head, scores
+from instructft.models.kernels.fused_loss import add_supervised_head, nll_of, scores
 from instructft.models.kernels.varlen import plain
 from instructft.training.batch_size import MicroBatches
 from instructft.training.out_of_memory import ran_out
@@ -59,9 +62,11 @@ class Trainer(SFTTrainer):
         spike_limit, skip_spikes: what is done about a loss that leaps, see `step_checks`.
         say: told in one line what a person should know.
         identity, versions: what every checkpoint says of the run, see `resumable`.
+        pack_width: slots of a pack, where training takes packs end to end, see `flat_packs`; else None.
     """
 
     data_collator: Any
+    train_dataset: Any
     current_gradient_accumulation_steps: int  # of upstream: micro-batches in the step under way
 
     def __init__(
@@ -75,6 +80,7 @@ class Trainer(SFTTrainer):
         say: Callable[[str], Any] = print,
         identity: Mapping[str, Any] | None = None,
         versions: Mapping[str, str] | None = None,
+        pack_width: int | None = None,
         **kwargs: Any,
     ):
         text = kwargs["model"].config.get_text_config()
@@ -95,9 +101,18 @@ class Trainer(SFTTrainer):
         self._eval_sums: list[torch.Tensor] = []
         self._eval_order = np.arange(0)
         # tokens, supervised tokens and slots (tokens with padding) that this process has trained
-        self.counts = torch.zeros(3, dtype=torch.int64, device=self.args.device)
+        self.counts: Counts = (0, 0, 0)
+        self._pack_width = pack_width
+        if pack_width:  # a row that holds all packs cannot be divided among processes; each one makes its own
+            if self.accelerator.dispatch_batches:
+                raise UsageError(
+                    "train.accelerator_config.dispatch_batches: true divides a batch along its rows, and with "
+                    f"attention {self.model.config._attn_implementation} all its packs are one row; leave it out"
+                )
+            self.accelerator.dataloader_config.dispatch_batches = False
         self.micro_batches = MicroBatches(self, find_batch, say)
         self.step_checks = StepChecks(self, spike_limit, skip_spikes, say)
+        self._flos_per_token: int | None = None
         self._say, self._stepping = say, 0  # the step that a micro-batch was last computed in, less one
         self.stop = Stop()
         self.progress = Progress(self)
@@ -154,41 +169,85 @@ class Trainer(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Loss and gradient of one micro-batch, in parts where it does not fit into memory as a whole."""
         self._stepping = self.state.global_step
+        counts = taken(inputs)
         loss = self.micro_batches.train(super().training_step, model, inputs, num_items_in_batch)
+        tokens, supervised, slots = (before + more for before, more in zip(self.counts, counts, strict=True))
+        self.counts = tokens, supervised, slots
         self.step_checks.add(loss)
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm of the step's gradient before it was clipped, kept for `StepChecks`, which no callback is told.
-
-        What is left of it after clipping would not do: where a norm overflows, zeros are left, which look sound.
-        """
-        self.step_checks.norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self.step_checks.norm
+        """The norm of the step's gradient before it was clipped, as a number: `StepChecks` reads it with all else."""
+        return self.step_checks.read(super()._get_grad_norm(model, grad_norm=grad_norm))
 
     @property
     def seen(self) -> dict[str, int]:
-        """Tokens, supervised tokens and slots (tokens with padding) of the batches trained so far."""
-        tokens, supervised, slots = self.accelerator.reduce(self.counts, "sum").tolist()
+        """Tokens, supervised tokens and slots (tokens with padding) of the batches trained so far, by all processes."""
+        tokens, supervised, slots = self.counts
+        if self.args.world_size > 1:
+            alike = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # processes that share a batch
+            counts = torch.tensor(self.counts, device=self.args.device)
+            tokens, supervised, slots = (self.accelerator.reduce(counts, "sum") // alike).tolist()
         return {"tokens": tokens, "supervised_tokens": supervised, "slots": slots}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss of a batch: the sum over its supervised tokens, divided by those of the whole step."""
+        """The loss of a batch: the sum over its supervised tokens, divided by those of the whole step.
+
+        Upstream reads five numbers back for each micro-batch (trl 1.16). Here what is logged stays where it is computed
+        until `StepChecks` reads the step. Losses of another kind are upstream's.
+        """
         if not self.model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        labels, attention_mask, positions = inputs["labels"], inputs.get("attention_mask"), inputs.get("position_ids")
-        if attention_mask is not None:
-            tokens = attention_mask.sum()
-        elif positions is None:
-            tokens = labels.new_tensor(labels.numel())
-        else:  # a pad stands alone: its position is 0, and so is the next (a document has two tokens at least)
-            following = torch.nn.functional.pad(positions[:, 1:], (0, 1))
-            tokens = ((positions != 0) | (following != 0)).sum()
-        counts = [tokens, (labels[:, 1:] != -100).sum(), labels.new_tensor(labels.numel())]
-        self.counts += torch.stack([count.to(self.counts.device) for count in counts])
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self._metrics["train"]["num_tokens"] = [self.seen["tokens"]]
+        if not self._plain_loss:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        out = model(**{**inputs, **router, "use_cache": False, "fused_lm_head": True})
+        items: Any = kwargs.get("num_items_in_batch")
+        nll, supervised = nll_of(out), out.label_mask.sum()
+        loss = nll / torch.as_tensor(supervised if items is None else items).clamp(min=1)
+        if items is not None and self.args.average_tokens_across_devices:  # DDP averages gradients over processes
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        sums = {"supervised": supervised, "entropy": out.entropy.detach().sum(), "top1": out.is_top1.sum()}
+        if self.aux_loss_enabled:
+            steps = self.current_gradient_accumulation_steps if items is not None else 1
+            loss = loss + self.router_aux_loss_coef * out.aux_loss / steps
+            sums |= {"aux_loss": out.aux_loss.detach(), "batches": torch.ones_like(supervised)}
+        self.step_checks.count(**sums)
         return loss
+
+    @property
+    def _plain_loss(self) -> bool:
+        """Whether the loss is the mean of -log p, which is computed here; else it is upstream's."""
+        return (
+            hasattr(trl.trainer.utils, "add_fused_lm_head")  # trl 1.15
+            and self.args.loss_type == "nll"
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+            and getattr(self.accelerator, "parallelism_config", None) is None
+        )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations of a batch; upstream counts all parameters anew for each micro-batch."""
+        if self._flos_per_token is None:
+            self._flos_per_token = int(super().floating_point_ops({"input_ids": torch.empty(1)}))
+        return self._flos_per_token * int(inputs["input_ids"].numel())
+
+    def get_train_dataloader(self) -> Any:
+        """Rows as slices of Arrow's columns; each batch says how much it holds, and flat packs have a fixed shape."""
+        rows, collate = row_slices(self.train_dataset), self.data_collator
+        if self._pack_width:
+            processes = self.args.world_size if self.accelerator.split_batches else 1
+            packs = self._train_batch_size // processes
+            collate = FlatPacks.of(rows, collate.pad_token_id, self._pack_width, packs)
+        with _in_place(self, train_dataset=rows, data_collator=self._counting(rows, collate)):
+            return super().get_train_dataloader()
+
+    def _counting(self, rows: Any, collate: Any) -> Any:
+        """A collator that counts, unless one process makes batches for all: they are divided, and are tensors alone."""
+        dispatching = self.accelerator.dispatch_batches
+        if dispatching is None:  # then accelerate dispatches what has no length
+            dispatching = not hasattr(rows, "__len__")
+        return collate if dispatching else Counting(collate)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -196,7 +255,7 @@ class Trainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGrouped(flat(dataset)[2], step, args.seed if args.data_seed is None else args.data_seed)
+        return LengthGrouped(row_slices(dataset).lengths, step, args.seed if args.data_seed is None else args.data_seed)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
@@ -242,7 +301,7 @@ class Trainer(SFTTrainer):
         # an evaluation looks at every position
         inputs = {name: value for name, value in inputs.items() if name not in _FOR_TRAINING}
         inputs = send_to_device(inputs, self.args.device)
-        lengths = inputs.pop("row_lengths")
+        lengths, _ = inputs.pop("row_lengths"), inputs.pop("counts", None)
         flat, tokens = "cu_seq_lens_q" in inputs, inputs["input_ids"].numel()
         # packs of one width, each with its padding, or end to end with none
         width = tokens // len(lengths) if flat and tokens != int(lengths.sum()) else None
@@ -284,19 +343,16 @@ class Trainer(SFTTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Every held-out row once, whatever becomes of the last rows in training; batches say how long rows are."""
-        collate: Any = self.data_collator
-        drop = self.args.dataloader_drop_last
-        self.data_collator, self.args.dataloader_drop_last = _WithRowLengths(collate), False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator, self.args.dataloader_drop_last = collate, drop
+        rows = row_slices(self.eval_dataset if eval_dataset is None else eval_dataset)
+        collate = self._counting(rows, _WithRowLengths(self.data_collator))
+        with _in_place(self, data_collator=collate), _in_place(self.args, dataloader_drop_last=False):
+            return super().get_eval_dataloader(rows)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """The longest rows first: little padding is computed, and memory that does not suffice shows at once."""
         if not hasattr(eval_dataset, "__len__"):
             return super()._get_eval_sampler(eval_dataset)
-        self._eval_order = np.argsort(-flat(eval_dataset)[2], kind="stable")
+        self._eval_order = np.argsort(-row_slices(eval_dataset).lengths, kind="stable")
         return self._eval_order.tolist()
 
     # -- logging and saving -----------------------------------------------------------------------------------------
@@ -308,7 +364,20 @@ class Trainer(SFTTrainer):
                 return
             steps = max(self.state.global_step, 1)
             logs["train_loss"] = (self.progress.loss_before + self._total_loss_scalar) / steps
+        if self.model.training:
+            self._metrics["train"].update(self._logged_metrics())
         super().log(logs, *args, **kwargs)
+
+    def _logged_metrics(self) -> dict[str, list[float]]:
+        """Upstream's metrics of the steps since the last log, each token counted once; there may be none."""
+        sums, self.step_checks.since_log = self.step_checks.since_log, {}
+        found = {}
+        if sums:
+            tokens = max(sums["supervised"], 1.0)
+            found = {"entropy": [sums["entropy"] / tokens], "mean_token_accuracy": [sums["top1"] / tokens]}
+            if "aux_loss" in sums:
+                found["aux_loss"] = [sums["aux_loss"] / sums["batches"]]
+        return {**found, "num_tokens": [self.seen["tokens"]]} if found or self._metrics["train"] else {}
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -350,6 +419,19 @@ class Trainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Upstream writes its own card at every checkpoint; ours is written once, when the run is done."""
+
+
+@contextlib.contextmanager
+def _in_place(owner: Any, **values: Any) -> Iterator[None]:
+    """Attributes with other values for a while: what upstream reads from itself and takes from nobody."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 class _WithRowLengths:

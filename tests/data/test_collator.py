@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
+from instructft.data.batches.row_slices import RowSlices
 from instructft.data.collator import CompletionOnlyCollator
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import encode_conversation
 from tests.helpers.conversations import assistant, user, with_template
+from tests.helpers.plain_batches import plain_batch, random_rows, same
 
 
 def test_collator_keeps_the_loss_on_an_eos_that_is_also_the_pad(bare_tokenizer: Any) -> None:
@@ -62,3 +66,33 @@ def test_a_batch_of_packs() -> None:
     assert flat["cu_seq_lens_q"].tolist() == flat["cu_seq_lens_k"].tolist() == [0, 3, 5, 7]
     assert flat["cu_seq_lens_q"].dtype == torch.int32
     assert (flat["max_length_q"], flat["max_length_k"]) == (3, 3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_batches_are_those_made_token_by_token(packed: bool) -> None:
+    """Of lists, of arrays and of the slices that training takes."""
+    for seed in range(20):
+        rows: list[Any] = random_rows(6, packed, seed=seed)
+        wanted = plain_batch(rows, pad=3)
+        arrays = [{name: np.array(values, dtype=np.int32) for name, values in row.items()} for row in rows]
+        slices = RowSlices(Dataset.from_list(rows))
+        for some in (rows, arrays, slices.__getitems__(range(6))):
+            assert same(CompletionOnlyCollator(3)(some), wanted)
+        wider = plain_batch(rows, pad=3, width=-(-wanted["labels"].shape[1] // 16) * 16)
+        assert same(CompletionOnlyCollator(3, pad_to_multiple_of=16)(rows), wider)
+        if packed:
+            flat = CompletionOnlyCollator(3, flatten=True)(slices.__getitems__(range(6)))
+            assert same(flat, plain_flat(rows))
+
+
+def plain_flat(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Packs end to end without padding."""
+    whole = {name: [value for row in rows for value in row[name]] for name in ("input_ids", "labels", "seq_lengths")}
+    borders = torch.tensor([0, *whole["seq_lengths"]]).cumsum(0)
+    return {
+        "input_ids": torch.tensor([whole["input_ids"]]),
+        "labels": torch.tensor([whole["labels"]]),
+        "position_ids": torch.cat([torch.arange(n) for n in whole["seq_lengths"]])[None],
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders.int()),
+        **dict.fromkeys(("max_length_q", "max_length_k"), max(whole["seq_lengths"])),
+    }

@@ -35,9 +35,10 @@ def test_a_macs_gpu_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.mps, "set_rng_state", lambda new: state.__setitem__(0, new))
     trainer: Any = SimpleNamespace(
         args=SimpleNamespace(device=torch.device("mps"), process_index=0), _metrics={}, _tr_loss=0.0,
-        _globalstep_last_logged=0, _total_loss_scalar=0.0, counts=torch.zeros(3),
+        _globalstep_last_logged=0, _total_loss_scalar=0.0, counts=(0, 0, 0),
         micro_batches=SimpleNamespace(rows_at_once=None),
-        step_checks=SimpleNamespace(recent_losses=[], spikes=[]), stop=SimpleNamespace(left_evaluation=False),
+        step_checks=SimpleNamespace(recent_losses=[], spikes=[], since_log={}),
+        stop=SimpleNamespace(left_evaluation=False),
     )  # fmt: skip
     progress = Progress(trainer)
     with progress.training(None):

@@ -1,16 +1,16 @@
-"""The output head without Triton: projects only positions that carry loss, and makes their gradient in the same pass.
+"""The output head: projects only positions that carry loss, and makes their gradient in the same pass.
 
 On a CPU or a Mac's GPU, TRL's fused head scores every position, prompt and padding included, in blocks of up to half
 a gigabyte that the allocator takes from the system and returns at every step. Here a block of logits stays below
 `_BLOCK_BYTES`, lives in two buffers that are used again, and gives log-probability, entropy, top-1 and gradient at
-once, as Liger's fused cross-entropy does on GPUs (https://arxiv.org/abs/2410.10989). With CUDA TRL's own head stays,
-whose Triton kernels score supervised positions only, too.
+once, as Liger's fused cross-entropy does on GPUs (https://arxiv.org/abs/2410.10989). With CUDA it is `gpu_head`'s.
 """
 
 from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from instructft.adapters.lora import token_rows
+from instructft.models.kernels import gpu_head
 
 # Where TRL has no Triton, scores every position, and nothing is compiled for each new number of them.
 _DEVICES = ("cpu", "mps")
@@ -28,6 +29,9 @@ _DEVICES = ("cpu", "mps")
 # glibc hands blocks above 32 MiB back to the system when they are freed, and every page of the next one is faulted in
 # anew; that alone was half of the time of a step.
 _BLOCK_BYTES = 24 << 20
+
+# What a batch says beside a model's inputs: flat positions (S,) whose next token carries loss, that token, and counts.
+_OF_THE_COLLATOR = ("supervised", "supervised_labels", "counts")
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Scores(ModelOutput):
         loss: scalar, the mean of -log p over the batch's supervised tokens.
         log_probs, entropy, is_top1, label_mask: (B, T - 1), of the token that each position predicts.
         aux_loss: scalar, of a mixture's router; None where there is none.
+        nll: scalar, the sum of -log p; its gradient costs least.
     """
 
     loss: torch.Tensor | None = None
@@ -46,6 +51,12 @@ class Scores(ModelOutput):
     is_top1: torch.Tensor | None = None
     label_mask: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
+    nll: torch.Tensor | None = None
+
+
+def nll_of(out: Any) -> torch.Tensor:
+    """The sum of -log p over a batch, as `scores` found it by any head."""
+    return -out.log_probs.sum() if getattr(out, "nll", None) is None else out.nll
 
 
 def scores(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
@@ -191,8 +202,8 @@ def _is_top1(z: torch.Tensor, labels: torch.Tensor, largest: torch.Tensor) -> to
 def add_supervised_head(model: PreTrainedModel) -> bool:
     """Let `model(..., labels=…, fused_lm_head=True)` score only what carries loss; True when it applies.
 
-    Call it after TRL's `add_fused_lm_head`, whose forward keeps every other case: CUDA, low precision, logits that
-    the architecture scales or caps, mixtures of experts, sharded heads.
+    Call it after TRL's `add_fused_lm_head`, whose forward keeps every other case: logits that the architecture scales
+    or caps, mixtures of experts, sharded heads, on a CPU low precision, on a GPU rows of new tokens.
     """
     config = model.config.get_text_config()
     head, _, _ = _head(model)
@@ -206,32 +217,77 @@ def add_supervised_head(model: PreTrainedModel) -> bool:
     plain = not any(getattr(config, name, None) for name in changes_logits) and not hasattr(
         config, "output_router_logits"
     )
-    if not plain or not isinstance(head, torch.nn.Linear) or head.weight.dtype != torch.float32:
-        return False
+    applies = plain and isinstance(head, torch.nn.Linear) and head.weight.dtype.is_floating_point
     upstream = model.forward
 
     # Keep the signature: `generate` checks its arguments against it, and `Trainer` the columns of a batch.
     @functools.wraps(upstream)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        head, rows, ids = _head(self)
-        weight = head.weight
-        labels = kwargs.get("labels")
-        kind = weight.device.type
-        here = kind in _DEVICES and not isinstance(weight, DTensor) and not torch.is_autocast_enabled(kind)
-        if not (kwargs.get("fused_lm_head") and here) or labels is None or kwargs.get("shift_labels") is not None:
+        positions = [kwargs.pop(name, None) for name in _OF_THE_COLLATOR]
+        way = None
+        if applies and kwargs.get("fused_lm_head") and kwargs.get("labels") is not None:
+            way = _way(*_head(self)[:2]) if kwargs.get("shift_labels") is None else None
+        if way is None:
             return upstream(*args, **kwargs)
-        inputs = {k: v for k, v in kwargs.items() if k not in ("fused_lm_head", "labels", "num_items_in_batch")}
-        states = self.base_model(*args, **{**inputs, "use_cache": False}).last_hidden_state[:, :-1]  # (B, T - 1, D)
-        labels = labels[:, 1:]
-        mask = labels != -100  # (B, T - 1)
-        values = _SupervisedLogProbs.apply(states[mask], weight, head.bias, labels[mask], rows, ids)
-        log_probs, entropy, is_top1 = (v.new_zeros(mask.shape).masked_scatter(mask, v) for v in values)
+        labels = kwargs["labels"]
         # `num_items_in_batch` is TRL's business: it divides the sum of `log_probs` itself
-        loss = -log_probs.sum() / mask.sum().clamp(min=1)
-        return Scores(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+        inputs = {k: v for k, v in kwargs.items() if k not in ("fused_lm_head", "labels", "num_items_in_batch")}
+        states = self.base_model(*args, **{**inputs, "use_cache": False}).last_hidden_state  # (B, T, D)
+        return way(self, states, labels, positions)
 
     model.forward = types.MethodType(forward, model)
-    return True
+    return applies
+
+
+def _way(head: Any, rows: torch.Tensor | None) -> Callable[..., Scores] | None:
+    """Which head of ours scores here; None for TRL's."""
+    weight = head.weight
+    kind = weight.device.type
+    if isinstance(weight, DTensor) or hasattr(weight, "ds_id"):  # a part of it lies here (FSDP2, ZeRO-3)
+        return None
+    if kind in _DEVICES:
+        whole = weight.dtype == torch.float32 and not torch.is_autocast_enabled(kind)
+        return _scores_of_masked if whole else None
+    parts = gpu_head.head_for(weight.device)
+    return None if parts is None or rows is not None else functools.partial(_scores_at_positions, parts)
+
+
+def _scores_of_masked(
+    model: Any, states: torch.Tensor, labels: torch.Tensor, positions: list[torch.Tensor | None]
+) -> Scores:
+    """The CPU's way: positions by a mask, which costs nothing where the host computes."""
+    head, rows, ids = _head(model)
+    states, labels = states[:, :-1], labels[:, 1:]  # (B, T - 1, D), (B, T - 1)
+    weight, bias = head.weight, head.bias
+    mask = labels != -100
+    if not torch.is_grad_enabled():  # an autograd function is told what wants a gradient, not whether one is recorded
+        states, weight, bias, rows = (None if x is None else x.detach() for x in (states, weight, bias, rows))
+    values = _SupervisedLogProbs.apply(states[mask], weight, bias, labels[mask], rows, ids)
+    log_probs, entropy, is_top1 = (v.new_zeros(mask.shape).masked_scatter(mask, v) for v in values)
+    nll = -log_probs.sum()
+    loss = nll / mask.sum().clamp(min=1)
+    return Scores(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask, nll=nll)
+
+
+def _scores_at_positions(
+    parts: gpu_head.Parts, model: Any, states: torch.Tensor, labels: torch.Tensor, positions: list[torch.Tensor | None]
+) -> Scores:
+    """A GPU's way: positions from the collator, so that nothing waits for the device."""
+    head = model.get_output_embeddings()
+    where, wanted = positions[:2]
+    if where is None or wanted is None:
+        where, wanted = gpu_head.supervised_positions(labels)
+    batch, width = labels.shape
+    rows = states.to(head.weight.device).reshape(batch * width, -1).index_select(0, where)
+    nll, *values = gpu_head.score(rows, head.weight, head.bias, wanted, parts)
+    # what fills up `where` points to position 0, and adds a zero to it
+    log_probs, entropy, is_top1 = (
+        v.new_zeros(batch * width, dtype=torch.float32).index_add(0, where, v.float()).view(batch, width)[:, :-1]
+        for v in values
+    )
+    mask = labels[:, 1:] != -100
+    loss = nll / mask.sum().clamp(min=1)
+    return Scores(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1.bool(), label_mask=mask, nll=nll)
 
 
 def _head(model: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:

@@ -91,7 +91,6 @@ def _gradients(trainer: Trainer, batch: dict[str, torch.Tensor], *, training: bo
     """Names of the weights that get a gradient, and of those where one number of it at least is not zero."""
     model: Any = trainer.model
     was = model.training
-    counts = trainer.counts.clone()
     model.train(training)
     try:
         with trainer.compute_loss_context_manager():
@@ -103,7 +102,6 @@ def _gradients(trainer: Trainer, batch: dict[str, torch.Tensor], *, training: bo
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was)
-        trainer.counts = counts
 
 
 def _kind(name: str) -> str:

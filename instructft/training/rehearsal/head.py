@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from instructft.errors import ModelError
-from instructft.models.kernels.fused_loss import add_plain_head, from_logits, scores
+from instructft.models.kernels.fused_loss import add_plain_head, from_logits, nll_of, scores
 from instructft.training.out_of_memory import ran_out
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _looked_at(model: Any, batch: Batch, scale: float, *, plain: bool) -> tuple[
             hook.remove()
     gradient = None
     if states and seen.log_probs is not None:
-        gradient = torch.autograd.grad(-seen.log_probs.sum(), states[-1], allow_unused=True)[0]
+        gradient = torch.autograd.grad(nll_of(seen), states[-1], allow_unused=True)[0]
     found = {"log_probs": seen.log_probs, "entropy": seen.entropy, "gradient": gradient}
     return {name: None if value is None else value.detach().float() for name, value in found.items()}, largest
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -25,6 +26,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 OUTPUTS = ("log_probs", "entropy", "is_top1")
+
+
+class Products(TorchDispatchMode):
+    """The sizes (n, k, m) of all products of matrices, in place or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            one, other = args[-2:]
+            self.shapes.append((*one.shape, other.shape[1]))
+        return func(*args, **(kwargs or {}))
 
 
 def models(shape: str) -> tuple[Any, Any]:
@@ -100,6 +115,15 @@ def test_without_gradient_and_without_labels() -> None:
         )
         plain = {k: v for k, v in inputs.items() if k != "labels"}
         torch.testing.assert_close(ours(**plain).logits, theirs(**plain).logits)
+
+
+def test_an_evaluation_makes_no_gradient() -> None:
+    ours, _ = models("gpt2")
+    head, width = ours.get_output_embeddings(), SHAPES["gpt2"]["n_embd"]
+    with torch.no_grad(), Products() as counter:
+        out = ours(**batch(), fused_lm_head=True)
+    products = [shape for shape in counter.shapes if head.out_features in shape]
+    assert products == [(int(out.label_mask.sum()), width, head.out_features)]
 
 
 def test_a_batch_without_loss_gives_a_zero_that_can_be_differentiated() -> None:

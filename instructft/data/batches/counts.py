@@ -1,0 +1,59 @@
+"""What a batch holds, counted where it is made: a number that is on the host already needs no device to be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from instructft.prompt.loss_mask import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    import torch
+
+Counts = tuple[int, int, int]  # tokens, supervised tokens, slots (tokens with padding)
+
+
+class Counting:
+    """A collator whose batches say how much they hold, under `counts`; `taken` takes it out again.
+
+    `counts` is a plain tuple of Python ints, which no library copies to a device.
+    """
+
+    def __init__(self, collate: Callable[..., dict[str, Any]]):
+        self.collate = collate
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        tokens = sum(len(row["input_ids"]) for row in rows)
+        return {**batch, "counts": (tokens, *_of_labels(batch["labels"]))}
+
+
+def taken(batch: dict[str, Any]) -> Counts:
+    """Take the counts out of a batch, which is then what a model is called with.
+
+    A batch that accelerate has put together of several and divided among processes has none, and is counted here.
+    """
+    counts = batch.pop("counts", None)
+    if counts is None:
+        return counted(batch)
+    tokens, supervised, slots = counts
+    return tokens, supervised, slots
+
+
+def counted(batch: Mapping[str, torch.Tensor]) -> Counts:
+    """Counts of a batch (B, T) by its tensors. On a GPU this waits for the device."""
+    import torch
+
+    labels, attention_mask, positions = batch["labels"], batch.get("attention_mask"), batch.get("position_ids")
+    if attention_mask is not None:
+        tokens = int(attention_mask.sum())
+    elif positions is None:
+        tokens = labels.numel()
+    else:  # a pad stands alone: its position is 0, and so is the next (a document has two tokens at least)
+        following = torch.nn.functional.pad(positions[:, 1:], (0, 1))
+        tokens = int(((positions != 0) | (following != 0)).sum())
+    return (tokens, *_of_labels(labels))
+
+
+def _of_labels(labels: torch.Tensor) -> tuple[int, int]:
+    return int((labels[:, 1:] != IGNORE_INDEX).sum()), labels.numel()
