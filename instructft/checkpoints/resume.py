@@ -30,6 +30,7 @@ _FREE = (
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     "dataloader_multiprocessing_context",
     *("ddp_", "use_cpu", "fp16_full_eval", "bf16_full_eval", "enable_jit_checkpoint"),
+    "torch_compile",  # how blocks are computed: last bits may differ, and what was done stands in run.json
 )
 # Fields that may change on purpose; a change is recorded.
 _OPEN = ("train.loss_spike_limit", "train.on_loss_spike", "train.early_stopping_patience", "train.on_divergence")
@@ -150,6 +151,8 @@ def refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> dict[str, 
         ResumeError: names every field that must not change, with what it was.
     """
     then, now = {**_LATER, **checkpoint.identity}, {**_LATER, **now}
+    free = tuple(f"train.{name}" for name in _FREE)  # some were fixed once
+    then = {key: value for key, value in then.items() if not key.startswith(free)}
     now = {key: value for key, value in now.items() if key in then or key not in _UNKNOWN}
     changed = {key: [then.get(key), now.get(key)] for key in sorted({*then, *now}) if then.get(key) != now.get(key)}
     # the rows follow from these keys; told apart, they would only be said twice

@@ -20,7 +20,7 @@ from instructft.recipe.aliases import ADAPTER_HOMES, TRAIN_BOUNDS, TRAIN_HOMES, 
 from instructft.recipe.yaml_reader import KeyPath
 from instructft.redaction import is_secret
 
-# Keys of `train:` that are ours; all the others are fields of SFTConfig.
+# Keys of `train:` that are ours, also where SFTConfig has one of that name; all the others are fields of SFTConfig.
 OWN_TRAIN_FIELDS: dict[str, dict[str, Any]] = {
     "tokens_per_step": {
         "kinds": ["int", "null"],
@@ -49,6 +49,15 @@ OWN_TRAIN_FIELDS: dict[str, dict[str, Any]] = {
         "default": None,
         "help": "evaluations without a lower validation loss after which training ends, with the best checkpoint",
     },
+    "torch_compile": {
+        "kinds": ["bool", "str"],
+        "default": "auto",
+        "choices": ["auto"],
+        "help": "compile each block of the model, once; auto: on a GPU, where batches have one shape and the run is "
+        "long enough to earn it",
+    },
+    "torch_compile_backend": {"kinds": ["str", "null"], "default": None, "help": "compiler; null: inductor"},
+    "torch_compile_mode": {"kinds": ["str", "null"], "default": None, "help": "mode of the compiler inductor"},
 }
 _KIND_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _KIND_WORDS |= {"list": "a list", "dict": "a mapping", "null": "null"}
@@ -64,7 +73,8 @@ def _shipped_fields() -> dict[str, Any]:
 def legal_train_fields() -> dict[str, dict[str, Any]]:
     """Name -> kinds, default, choices and help of every key that `train:` takes."""
     fields = {name: row for name, row in _shipped_fields()["sft_config"].items() if name not in TRAIN_HOMES}
-    return OWN_TRAIN_FIELDS | {name: row for name, row in fields.items() if not is_secret(name)}
+    theirs = {name: row for name, row in fields.items() if name not in OWN_TRAIN_FIELDS and not is_secret(name)}
+    return OWN_TRAIN_FIELDS | theirs
 
 
 @functools.cache

@@ -162,7 +162,7 @@ def _settings(recipe: Recipe, device: str, known: list[str]) -> Iterator[str]:
     except _REFUSALS as error:
         yield _of_which(fields, recipe, error)
         return
-    yield from _compiler(args)
+    yield from _compiler(recipe)
     if "optim_args" not in about_known:
         try:
             _make_optimizer(args, device)
@@ -186,25 +186,26 @@ def _make_settings(fields: dict[str, Any]) -> SFTConfig:
         logging.set_verbosity(verbosity)
 
 
-def _compiler(args: SFTConfig) -> Iterator[str]:
+def _compiler(recipe: Recipe) -> Iterator[str]:
     """A backend or a mode that torch.compile does not know."""
     import torch
     from accelerate.utils import DynamoBackend
 
-    if not args.torch_compile:
-        return
-    known = [backend.value.lower() for backend in DynamoBackend if backend.value != "NO"]
-    if args.torch_compile_backend not in known:
+    backend, mode = recipe.train["torch_compile_backend"], recipe.train["torch_compile_mode"]
+    known = [one.value.lower() for one in DynamoBackend if one.value != "NO"]
+    if backend is not None and backend not in known:
         yield (
-            f"train.torch_compile_backend: found {show(args.torch_compile_backend)}, expected one of "
-            f"{', '.join(known)}{nearest(str(args.torch_compile_backend), known)}"
+            f"train.torch_compile_backend: found {show(backend)}, expected one of {', '.join(known)}"
+            f"{nearest(backend, known)}"
         )
         return
+    if (backend, mode) == (None, None):
+        return
     try:
-        torch.compile(torch.nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        torch.compile(torch.nn.Identity(), backend=backend or "inductor", mode=mode)
     except _REFUSALS as error:
-        key = "torch_compile_mode" if args.torch_compile_mode else "torch_compile_backend"
-        yield f"train.{key}: found {show(getattr(args, key))}, which cannot be used here: {first_line(error)}"
+        key = "torch_compile_mode" if mode else "torch_compile_backend"
+        yield f"train.{key}: found {show(recipe.train[key])}, which cannot be used here: {first_line(error)}"
 
 
 def _of_which(fields: dict[str, Any], recipe: Recipe, error: Exception) -> str:

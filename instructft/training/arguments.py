@@ -105,6 +105,12 @@ def refuse_what_cannot_run(recipe: Recipe, state: PartialState) -> None:
             "train.on_loss_spike: skip has no effect under DeepSpeed, which takes each step by itself; write warn, or "
             "divide the model with --strategy fsdp2"
         )
+    if (compiler := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
+        raise UsageError(
+            f"accelerate's configuration says dynamo_backend: {compiler.upper()}, which compiles the whole model anew "
+            "for every number of supervised tokens; take it out, and write train.torch_compile=true, which compiles "
+            "each block once"
+        )
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if sharded and state.num_processes > 1 and state.distributed_type.value == "MULTI_CPU":
         raise UsageError(

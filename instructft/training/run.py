@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from instructft.adapters.frozen_check import AdapterProof
     from instructft.checkpoints.manifest import Checkpoint
     from instructft.hub.background import Publisher, Status
+    from instructft.models.kernels.compiled_blocks import CompiledBlocks
     from instructft.training.rehearsal.rehearse import Rehearsal
     from instructft.training.trainer import Trainer
 
@@ -131,7 +132,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
         found = rehearse_run(trainer, data, console) if rehearsal else None
         proof = watch_adapter(trainer, found.reach.may_stay if found else ())
 
-        with explained(recipe, trainer):
+        with explained(recipe, trainer), compiled_blocks(recipe, trainer, data, console) as compiled:
             _run(trainer, start, console)
             with kept_unproved(trainer, tokenizer, console):
                 adapter = prove_adapter(proof, trainer, console)
@@ -139,6 +140,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
                 facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter | {"base": base}
                 facts["attention"] = attention.facts()
                 facts["rehearsal"] = found.facts if found else None
+                facts["torch_compile"] = compiled.facts() if compiled else None
 
         save(trainer, recipe, tokenizer, facts, data)
         state.wait_for_everyone()  # the others need not wait for an upload
@@ -300,6 +302,49 @@ def build_trainer(
     ]
     warnings.stop = trainer.stop
     return trainer
+
+
+@contextlib.contextmanager
+def compiled_blocks(
+    recipe: Recipe, trainer: Trainer, data: Prepared | Streamed, console: Console
+) -> Iterator[CompiledBlocks | None]:
+    """Compile the blocks of the model while it trains, where the recipe says so or the run earns it; say which."""
+    from instructft.models.kernels.compiled_blocks import SHAPES, CompiledBlocks, Run, decide
+    from instructft.models.memory import steps
+
+    args, asked = trainer.args, recipe.train["torch_compile"]
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    count = steps(data, args, args.world_size)["steps"] if isinstance(data, Prepared) else args.max_steps
+    trainable, total = count_parameters(trainer.model)
+    # rows end to end have one shape; the name of the attention is no mask's (`varlen`), which other kernels need not be
+    fixed = recipe.data.packing and trainer.model.config._attn_implementation == "varlen"
+    on, why = decide(
+        asked,
+        Run(
+            cuda=args.device.type == "cuda",
+            fixed=fixed,
+            shared=bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled),
+            quantized=recipe.model.quantization != "none",
+            # forward takes 2 a weight and token, backward twice that; frozen weights need no gradient of their own
+            operations=count * rows * data.tokens_per_row * (6 * trainable + 4 * (total - trainable)),
+        ),
+    )
+    if on or (args.device.type == "cuda" and asked is not False):
+        console.print(f"blocks are {'' if on else 'not '}compiled: {why}", markup=False, highlight=False)
+    if not on:
+        yield None
+        return
+    blocks = CompiledBlocks(
+        trainer.model,
+        shapes=1 if fixed else SHAPES,
+        backend=recipe.train["torch_compile_backend"],
+        mode=recipe.train["torch_compile_mode"],
+        say=functools.partial(console.print, markup=False, highlight=False),
+    )
+    try:
+        yield blocks
+    finally:
+        blocks.undo()
 
 
 # --------------------------------------------------------------------------------------------------------------------
