@@ -49,6 +49,12 @@ OWN_TRAIN_FIELDS: dict[str, dict[str, Any]] = {
         "default": None,
         "help": "evaluations without a lower validation loss after which training ends, with the best checkpoint",
     },
+    "evaluation_budget": {
+        "kinds": ["float", "null"],
+        "default": 0.1,
+        "help": "share of the time trained that evaluations, samples and warnings may take; what is due waits, the "
+        "last never. null: nothing waits, and the default where eval_steps or eval_strategy is written",
+    },
 }
 _KIND_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _KIND_WORDS |= {"list": "a list", "dict": "a mapping", "null": "null"}

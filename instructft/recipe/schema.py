@@ -59,6 +59,8 @@ def train_defaults(written: Mapping[str, Any], validation: bool) -> dict[str, An
         defaults["eval_strategy"] = "no"  # there is nothing to evaluate on
     if {**defaults, **written}["eval_strategy"] == "steps":
         defaults["eval_steps"] = chosen["save_steps"] if best else 0.1  # share of all steps
+    if "eval_steps" in written or "eval_strategy" in written:
+        defaults["evaluation_budget"] = None  # somebody has said when
     if "per_device_train_batch_size" in written:  # what fits in training fits in evaluation
         defaults["per_device_eval_batch_size"] = written["per_device_train_batch_size"]
     if metric_name(written) in ("perplexity", "entropy"):

@@ -66,6 +66,7 @@ class Progress(TrainerCallback):
             best = Path(args.output_dir) / f"checkpoint-{step}"
             state.best_model_checkpoint = str(best) if best.is_dir() else state.best_model_checkpoint
         self.resumes = [*known["resumes"], *self.resumes]
+        trainer.budget.restore(known.get("budget", {}))
         trainer.counts = torch.tensor(known["counts"], dtype=torch.int64, device=args.device)
         trainer.micro_batches.rows_at_once = known.get("rows_at_once")
         trainer.step_checks.recent_losses, trainer.step_checks.spikes = known["recent_losses"], known["spikes"]
@@ -99,7 +100,8 @@ class Progress(TrainerCallback):
             "recent_losses": trainer.step_checks.recent_losses,
             "spikes": trainer.step_checks.spikes,
             "metrics": metrics,
-            "evaluation_is_due": trainer.stop.left_evaluation,
+            "evaluation_is_due": trainer.stop.left_evaluation or trainer.budget.waiting,
+            "budget": trainer.budget.state(),
             # upstream keeps the random states of CPU and CUDA, and not of a Mac's GPU (transformers 5.23)
             **({"mps": torch.mps.get_rng_state().tolist()} if trainer.args.device.type == "mps" else {}),
         }

@@ -251,6 +251,7 @@ def build_trainer(
 
     from instructft.data.collator import CompletionOnlyCollator
     from instructft.inference.generator import Generator
+    from instructft.training.budget import Budget, decides
     from instructft.training.callbacks import MetricsFile, Outlasted, ProgressLine, Samples
     from instructft.training.run_warnings import RunWarnings
     from instructft.training.stopping import EarlyStopping
@@ -258,22 +259,27 @@ def build_trainer(
 
     run = Path(args.output_dir)
     say = functools.partial(console.print, markup=False, highlight=False)
-    callbacks: list[TrainerCallback] = [MetricsFile(run / "metrics.jsonl", say), ProgressLine(console)]
+    validation = data.splits.get("validation")
+    budget = Budget(
+        recipe.train["evaluation_budget"], decides(recipe.train), 0 if validation is None else len(validation), say
+    )
+    callbacks: list[TrainerCallback] = [budget, MetricsFile(run / "metrics.jsonl", say), ProgressLine(console)]
     writer = None
     if args.process_index == 0 and "tensorboard" in reporters(recipe):
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(run / "tensorboard"), purge_step=start.step + 1 if start.step else None)
         callbacks.append(Outlasted(TensorBoardCallback(writer)))
-    if recipe.samples:
-        path, trackers = run / "samples.jsonl", args.report_to or ()
-        callbacks.append(Samples(recipe.samples, Generator(model, tokenizer), path, console, writer, trackers))
-    asked = data.splits.get("validation", data.for_training)
+    generator = Generator(model, tokenizer)
+    asked = data.for_training if validation is None else validation
     stop_diverged = recipe.train["on_divergence"] == "stop"
-    warnings = RunWarnings(Generator(model, tokenizer), asked, run, console, stop_diverged)
+    warnings = RunWarnings(generator, asked, run, console, budget, stop_diverged)
     callbacks.append(warnings)
     if patience := recipe.train["early_stopping_patience"]:
         callbacks.append(EarlyStopping(patience, say))
+    if recipe.samples:  # after what may end the run: by then it is known which evaluation is the last
+        path, trackers = run / "samples.jsonl", args.report_to or ()
+        callbacks.append(Samples(recipe.samples, generator, path, console, writer, budget, trackers))
     metadata = None
     if is_peft(model) and args.should_save:
         metadata = AdapterMetadata(origin.record(model, recipe.model.quantization))
@@ -283,8 +289,9 @@ def build_trainer(
         args=args,
         data_collator=CompletionOnlyCollator(tokenizer.pad_token_id, args.pad_to_multiple_of, flatten),
         train_dataset=data.for_training,
-        eval_dataset=data.splits.get("validation"),
+        eval_dataset=validation,
         eval_groups=data.groups,
+        budget=budget,
         find_batch=bool(recipe.train.get("auto_find_batch_size")),
         spike_limit=recipe.train["loss_spike_limit"],
         skip_spikes=recipe.train["on_loss_spike"] == "skip",
@@ -302,6 +309,7 @@ def build_trainer(
         for callback in handler.callbacks
     ]
     warnings.stop = trainer.stop
+    generator.precision = trainer.accelerator.autocast
     return trainer
 
 
