@@ -183,6 +183,7 @@ def announce(
     console: Console,
 ) -> None:
     """Say what is about to be trained: model, rows, tokens, the share that carries loss, what was dropped or cut."""
+    import torch
     from rich.markup import escape
     from rich.table import Table
 
@@ -197,7 +198,9 @@ def announce(
     if recipe.model.quantization != "none":
         share += f", base in {recipe.model.quantization}"
     table.add_row("model", escape(f"{start} · {total:,} parameters, {share}"))
-    table.add_row("device", escape(f"{args.device.type} × {args.world_size} · {precision}"))
+    there = torch.cuda.device_count() if args.device.type == "cuda" else 0
+    of = f" of {there} here" if there > args.world_size else ""
+    table.add_row("device", escape(f"{args.device.type} × {args.world_size}{of} · {precision}"))
     for what, how_much in data.account(recipe.data.max_length):
         table.add_row(what, f"{recipe.data.train_on}: {how_much}" if what == "loss on" else how_much)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
