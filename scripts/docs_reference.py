@@ -92,6 +92,7 @@ OWN: dict[str, tuple[str, str]] = {
     "train.on_loss_spike": ("", "skip"),
     "train.on_divergence": ("", "warn"),
     "train.early_stopping_patience": ("evaluations", "3"),
+    "train.evaluation_budget": ("share of the time trained", "0.05"),
     "hub.repo_id": ("", "ada/support"),
     "hub.private": ("", "false"),
     "hub.path_in_repo": ("", "instruct/"),

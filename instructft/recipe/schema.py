@@ -285,7 +285,7 @@ class Recipe(_Section):
     adapter: AdapterSection = Field(default=AdapterSection(), description="all weights, or a LoRA adapter")
     train: FrozenMap = Field(default_factory=FrozenDict, description="our own keys, and fields of trl.SFTConfig")
     samples: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        default=(), description="prompts answered at every evaluation"
+        default=(), description="prompts answered at evaluations, as train.evaluation_budget allows"
     )
     hub: HubSection = Field(default=HubSection(), description="where the result goes")
     check: CheckSection = Field(default=CheckSection(), description="limits for `instructft check`")
