@@ -49,24 +49,27 @@ StrategyOption = Annotated[
 ]
 
 
-_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
-
-
 @app.command()
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     resume: ResumeOption = "auto",
+    processes: Annotated[str, typer.Option(metavar="auto|N", help="auto is one for each GPU, one without.")] = "auto",
     no_rehearsal: Annotated[
         bool, typer.Option("--no-rehearsal", help="Begin without a try of the run on one short batch.")
     ] = False,
 ) -> None:
-    """Train the model of a recipe; what comes out is its run folder. The same command again resumes a run."""
+    """Train the model of a recipe; what comes out is its run folder. The same command again resumes a run.
+
+    Where there are several GPUs, each gets a process, as with `instructft launch`.
+    """
     import contextlib
     import signal
 
     from instructft.checkpoints.manifest import full_disk_explained
     from instructft.checkpoints.run_folder import own
+    from instructft.launch.command import RANKS, processes_of_train
+    from instructft.launch.command import launch as launch_processes
     from instructft.launch.signals import SIGNALS, listen
     from instructft.recipe.load import load_recipe
     from instructft.report.logs import lasting_output
@@ -74,7 +77,14 @@ def train(
     ends = [number for number in SIGNALS if number != signal.SIGINT]  # of which Python makes KeyboardInterrupt
     listen(lambda number, _: sys.exit(128 + number), ends)  # until training listens itself
     loaded = load_recipe(recipe, overrides or [])
-    first = next((int(os.environ[name]) for name in _RANKS if name in os.environ), 0) == 0
+    count, why = processes_of_train(loaded, processes)
+    if why:
+        print(why, flush=True)
+    if count > 1:
+        raise typer.Exit(
+            launch_processes(recipe, overrides or [], processes=str(count), resume=resume, rehearsal=not no_rehearsal)
+        )
+    first = next((int(os.environ[name]) for name in RANKS if name in os.environ), 0) == 0
     mine = own(loaded, resume) if first else contextlib.nullcontext()  # what can be told without torch is told at once
     with lasting_output(), full_disk_explained(Path(loaded.output_dir)), mine:
         _quiet_libraries()

@@ -23,7 +23,19 @@ if TYPE_CHECKING:
 
 # Fields of `train:` that change nothing that is trained; all the others are fixed for a run's life.
 _FREE = (
-    *("logging_", "eval_", "save_", "log_", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "debug"),
+    *(
+        "evaluation_budget",
+        "logging_",
+        "eval_",
+        "save_",
+        "log_",
+        "report_to",
+        "run_name",
+        "project",
+        "trackio_",
+        "disable_tqdm",
+        "debug",
+    ),
     *("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "include_", "batch_eval_metrics"),
     *("per_device_eval_batch_size", "prediction_loss_only", "do_", "torch_empty", "skip_memory_metrics"),
     # how rows are loaded, not which: `dataloader_drop_last` is fixed

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from instructft.inference.generator import Generator
 
+# tokens after which it is read how many rows have ended: each time a GPU is waited for, a CPU has no queue
+READ_EVERY = {"cpu": 1}
+READ_EVERY_ELSEWHERE = 8
 LEAVE = 4  # one row in this many ends before rows leave and join: each time the cache is copied
 
 
@@ -127,11 +130,14 @@ class Batch:
         room = torch.tensor([row.limit - len(row.made) for row in rows], device=device)
         stops = torch.tensor(generator.stop_ids, device=device)
         done = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        every = READ_EVERY.get(device.type, READ_EVERY_ELSEWHERE)
 
         def ended(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             nonlocal done
-            done = done | torch.isin(input_ids[:, -1], stops) | (input_ids.shape[1] - width >= room)
-            return torch.ones_like(done) if int(done.sum()) >= enough else done
+            made = input_ids.shape[1] - width
+            done = done | torch.isin(input_ids[:, -1], stops) | (made >= room)
+            # all rows that have ended end the call without this
+            return torch.ones_like(done) if made % every == 0 and int(done.sum()) >= enough else done
 
         options = {**generator.options(steps, *self.settings), "return_dict_in_generate": True}
         if cache is not None:

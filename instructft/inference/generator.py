@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Generator as Generator_
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,9 @@ class Generator:
         self.pad_id = self.stop_ids[0] if pad is None else pad
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
         self.context = positions if positions > 0 else UNLIMITED  # tokens that the model can attend to
+        self.precision: Callable[[], AbstractContextManager[Any]] = (
+            nullcontext  # of the training under way: its autocast
+        )
         self._fits = GPU_BATCH  # prompts at once; less after memory ran out
         self._together: bool | None = None  # whether a prompt gets the same answer in a batch; None: not yet asked
 
@@ -221,7 +224,7 @@ class Generator:
         # under FSDP2 training goes on with what is gathered here, and could not with tensors of inference mode
         mode = torch.no_grad if hasattr(self.model, "unshard") else torch.inference_mode
         try:
-            with mode(), plain(self.model):  # prompts are padded, and have no borders
+            with mode(), self.precision(), plain(self.model):  # prompts are padded, and have no borders
                 yield
         finally:
             self.model.train(was_training)

@@ -16,8 +16,10 @@ from instructft.checkpoints.run_folder import own
 from instructft.errors import InstructftError, UsageError
 from instructft.launch.workers import run
 from instructft.recipe.load import load_recipe
+from instructft.recipe.schema import Recipe
 from instructft.weights import remote_code
 
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 
 
@@ -32,6 +34,7 @@ def launch(
     main_address: str | None = None,
     main_port: int = 29500,
     resume: str = "auto",
+    rehearsal: bool = True,
     dry_run: bool = False,
 ) -> int:
     """Print the `accelerate launch` line of a training on several processes, and run it; returns its exit code.
@@ -64,6 +67,8 @@ def launch(
         arguments.append("train.use_cpu=true")
     if resume != "auto":
         arguments += ["--resume", resume]
+    if not rehearsal:
+        arguments.append("--no-rehearsal")
     if not dry_run and not machine_rank:
         with own(loaded, resume):  # said at once; the first process takes it for good
             pass
@@ -71,12 +76,53 @@ def launch(
     return 0 if dry_run else run(arguments)
 
 
+def processes_of_train(recipe: Recipe, asked: str = "auto") -> tuple[int, str]:
+    """In how many processes `instructft train` trains here, and why, in words; "" where there is nothing to say.
+
+    One process for each GPU: a single one would use the first alone (TRL refuses `nn.DataParallel`).
+
+    >>> processes_of_train(load_recipe("quickstart"))  # eight GPUs
+    (8, '8 GPUs: one process for each (--processes 1 takes one of them)')
+
+    Raises:
+        UsageError: `asked` is no number, or a launcher has started this process.
+    """
+    if problem := _processes_problem(asked):
+        raise UsageError(problem)
+    if any(name in os.environ for name in (*RANKS, "LOCAL_RANK")):
+        if asked != "auto":
+            raise UsageError(f"--processes {asked}: a launcher has started this process; its own option says how many")
+        return 1, ""
+    if asked != "auto":
+        return int(asked), ""
+    gpus = count_gpus() if not recipe.train.get("use_cpu") and _may_have_several_gpus() else 1
+    if gpus < 2:
+        return 1, ""
+    if recipe.train.get("auto_find_batch_size"):
+        return 1, f"{gpus} GPUs: one of them is used, since train.auto_find_batch_size works in one process alone"
+    return gpus, f"{gpus} GPUs: one process for each (--processes 1 takes one of them)"
+
+
+def _may_have_several_gpus() -> bool:
+    """Whether it is worth to ask torch, which takes seconds."""
+    if "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
+        return False
+    others = [Path("/dev/kfd"), Path("/dev/dxg")]  # AMD's, and those of Windows beneath
+    return len(list(Path("/dev").glob("nvidia[0-9]*"))) > 1 or any(path.exists() for path in others)
+
+
+def _processes_problem(asked: str) -> str:
+    if asked == "auto" or (asked.isascii() and asked.isdigit() and int(asked) > 0):
+        return ""
+    return f"--processes: found {asked}, expected auto or a whole number from 1"
+
+
 def _check(strategy: str, processes: str, machines: int, rank: int | None, address: str | None) -> None:
     problems = []
     if strategy not in STRATEGIES:
         problems.append(f"--strategy: found {strategy}, expected {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}")
-    if processes != "auto" and not (processes.isascii() and processes.isdigit() and int(processes) > 0):
-        problems.append(f"--processes: found {processes}, expected auto or a whole number from 1")
+    if problem := _processes_problem(processes):
+        problems.append(problem)
     if machines > 1 and rank is None:
         problems.append(f"--machine-rank is missing: which of the {machines} machines is this one, from 0?")
     if rank is not None and not 0 <= rank < machines:

@@ -227,6 +227,7 @@ VALUE_HINTS: dict[tuple[str, str], str] = {
 TRAIN_BOUNDS: dict[str, tuple[float | None, float | None, str]] = {
     "tokens_per_step": (1, None, "a whole number above 0 (tokens in a global batch)"),
     "early_stopping_patience": (1, None, "a whole number above 0 (evaluations), or null"),
+    "evaluation_budget": (0, 1, "a share of the time trained, from 0 (only the last) to 1, or null (nothing waits)"),
     "loss_spike_limit": (1 + 1e-9, None, "a number above 1 (times the usual loss), or null"),
     "per_device_train_batch_size": (1, None, "a whole number above 0 (rows)"),
     "per_device_eval_batch_size": (1, None, "a whole number above 0 (rows)"),

@@ -58,6 +58,12 @@ OWN_TRAIN_FIELDS: dict[str, dict[str, Any]] = {
     },
     "torch_compile_backend": {"kinds": ["str", "null"], "default": None, "help": "compiler; null: inductor"},
     "torch_compile_mode": {"kinds": ["str", "null"], "default": None, "help": "mode of the compiler inductor"},
+    "evaluation_budget": {
+        "kinds": ["float", "null"],
+        "default": 0.1,
+        "help": "share of the time trained that evaluations, samples and warnings may take; what is due waits, the "
+        "last never. null: nothing waits, and the default where eval_steps or eval_strategy is written",
+    },
 }
 _KIND_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _KIND_WORDS |= {"list": "a list", "dict": "a mapping", "null": "null"}

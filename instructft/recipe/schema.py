@@ -59,6 +59,8 @@ def train_defaults(written: Mapping[str, Any], validation: bool) -> dict[str, An
         defaults["eval_strategy"] = "no"  # there is nothing to evaluate on
     if {**defaults, **written}["eval_strategy"] == "steps":
         defaults["eval_steps"] = chosen["save_steps"] if best else 0.1  # share of all steps
+    if "eval_steps" in written or "eval_strategy" in written:
+        defaults["evaluation_budget"] = None  # somebody has said when
     if "per_device_train_batch_size" in written:  # what fits in training fits in evaluation
         defaults["per_device_eval_batch_size"] = written["per_device_train_batch_size"]
     if metric_name(written) in ("perplexity", "entropy"):
@@ -287,7 +289,7 @@ class Recipe(_Section):
     adapter: AdapterSection = Field(default=AdapterSection(), description="all weights, or a LoRA adapter")
     train: FrozenMap = Field(default_factory=FrozenDict, description="our own keys, and fields of trl.SFTConfig")
     samples: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        default=(), description="prompts answered at every evaluation"
+        default=(), description="prompts answered at evaluations, as train.evaluation_budget allows"
     )
     hub: HubSection = Field(default=HubSection(), description="where the result goes")
     check: CheckSection = Field(default=CheckSection(), description="limits for `instructft check`")

@@ -42,6 +42,8 @@ def training_arguments(recipe: Recipe, data: Prepared | Streamed, state: Partial
     )
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every parameter takes part in every step; looking costs time
+    if args.n_gpu > 1:  # others are visible to one process: upstream would spread batches over them by `DataParallel`
+        args._n_gpu = 1
     args.disable_tqdm = True  # `callbacks.ProgressLine` shows progress
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn

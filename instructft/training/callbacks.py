@@ -27,6 +27,7 @@ from instructft.formatting import first_line, perplexity
 from instructft.inference.generator import Generator
 from instructft.prompt.token_view import visible
 from instructft.report.logs import append_log, attempt, keep_until
+from instructft.training.budget import Budget
 
 Texts = Sequence[tuple[str, str]]  # prompt, answer
 _SHOWN = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}"}
@@ -172,17 +173,21 @@ class ProgressLine(TrainerCallback):
 
 
 class Samples(TrainerCallback):
-    """Answers the recipe's `samples` at every evaluation: printed, kept in `samples.jsonl`, sent to the trackers."""
+    """Answers the recipe's `samples` at every evaluation, as far as the run's budget allows, and at the last one.
+
+    They are printed, kept in `samples.jsonl`, and sent to the trackers.
+    """
 
     def __init__(
         self, prompts: tuple[str, ...], generator: Generator, path: Path, console: Console, writer: Any,
-        reporters: Sequence[str] = (),
+        budget: Budget, reporters: Sequence[str] = (),
     ):  # fmt: skip
         self.prompts = prompts
         self.generator = generator
         self.path = path
         self.console = console
         self.writer = writer
+        self.budget = budget
         self.reporters = list(reporters)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -196,13 +201,15 @@ class Samples(TrainerCallback):
             self._answer(state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Answer all samples."""
-        self._answer(state)
+        """Answer all samples, if there is time for it."""
+        if self.budget.allows("samples", args, state, control):
+            self._answer(state)
 
     def _answer(self, state: Any) -> None:
         # under FSDP2 a model can be run by all processes together only
         if state.is_world_process_zero or isinstance(self.generator.model, FSDPModule):
-            self.answer(state.global_step, write=state.is_world_process_zero)
+            with self.budget.part("samples"):
+                self.answer(state.global_step, write=state.is_world_process_zero)
 
     def answer(self, step: int, write: bool = True) -> None:
         """Answer all samples greedily with the model as it is now."""

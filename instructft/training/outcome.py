@@ -59,6 +59,7 @@ def collect_facts(
         },
         "train": {
             "seconds": seconds,
+            "seconds_by_part": {name: round(value, 3) for name, value in trainer.budget.seconds.items()},
             "steps": trainer.state.global_step,
             "tokens": seen["tokens"],
             "supervised_tokens": seen["supervised_tokens"],

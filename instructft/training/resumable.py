@@ -67,6 +67,7 @@ class Progress(TrainerCallback):
             state.best_model_checkpoint = str(best) if best.is_dir() else state.best_model_checkpoint
         self.resumes = [*known["resumes"], *self.resumes]
         trainer.counts = tuple(known["counts"])
+        trainer.budget.restore(known.get("budget", {}))
         trainer.micro_batches.rows_at_once = known.get("rows_at_once")
         trainer.step_checks.recent_losses, trainer.step_checks.spikes = known["recent_losses"], known["spikes"]
         trainer.step_checks.since_log = known.get("since_log", {})  # older checkpoints have it under `metrics`
@@ -101,7 +102,8 @@ class Progress(TrainerCallback):
             "spikes": trainer.step_checks.spikes,
             "since_log": trainer.step_checks.since_log,
             "metrics": metrics,
-            "evaluation_is_due": trainer.stop.left_evaluation,
+            "evaluation_is_due": trainer.stop.left_evaluation or trainer.budget.waiting,
+            "budget": trainer.budget.state(),
             # upstream keeps the random states of CPU and CUDA, and not of a Mac's GPU (transformers 5.23)
             **({"mps": torch.mps.get_rng_state().tolist()} if trainer.args.device.type == "mps" else {}),
         }

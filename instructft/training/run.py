@@ -188,6 +188,7 @@ def announce(
     console: Console,
 ) -> None:
     """Say what is about to be trained: model, rows, tokens, the share that carries loss, what was dropped or cut."""
+    import torch
     from rich.markup import escape
     from rich.table import Table
 
@@ -202,7 +203,9 @@ def announce(
     if recipe.model.quantization != "none":
         share += f", base in {recipe.model.quantization}"
     table.add_row("model", escape(f"{start} · {total:,} parameters, {share}"))
-    table.add_row("device", escape(f"{args.device.type} × {args.world_size} · {precision}"))
+    there = torch.cuda.device_count() if args.device.type == "cuda" else 0
+    of = f" of {there} here" if there > args.world_size else ""
+    table.add_row("device", escape(f"{args.device.type} × {args.world_size}{of} · {precision}"))
     table.add_row("attention", escape(str(attention)))
     for what, how_much in data.account(recipe.data.max_length):
         table.add_row(what, f"{recipe.data.train_on}: {how_much}" if what == "loss on" else how_much)
@@ -248,6 +251,7 @@ def build_trainer(
 
     from instructft.data.collator import CompletionOnlyCollator
     from instructft.inference.generator import Generator
+    from instructft.training.budget import Budget, decides
     from instructft.models.kernels.varlen import takes_borders
     from instructft.training.callbacks import MetricsFile, Outlasted, ProgressLine, Samples
     from instructft.training.run_warnings import RunWarnings
@@ -256,22 +260,27 @@ def build_trainer(
 
     run = Path(args.output_dir)
     say = functools.partial(console.print, markup=False, highlight=False)
-    callbacks: list[TrainerCallback] = [MetricsFile(run / "metrics.jsonl", say), ProgressLine(console)]
+    validation = data.splits.get("validation")
+    budget = Budget(
+        recipe.train["evaluation_budget"], decides(recipe.train), 0 if validation is None else len(validation), say
+    )
+    callbacks: list[TrainerCallback] = [budget, MetricsFile(run / "metrics.jsonl", say), ProgressLine(console)]
     writer = None
     if args.process_index == 0 and "tensorboard" in reporters(recipe):
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(run / "tensorboard"), purge_step=start.step + 1 if start.step else None)
         callbacks.append(Outlasted(TensorBoardCallback(writer)))
-    if recipe.samples:
-        path, trackers = run / "samples.jsonl", args.report_to or ()
-        callbacks.append(Samples(recipe.samples, Generator(model, tokenizer), path, console, writer, trackers))
-    asked = data.splits.get("validation", data.for_training)
+    generator = Generator(model, tokenizer)
+    asked = data.for_training if validation is None else validation
     stop_diverged = recipe.train["on_divergence"] == "stop"
-    warnings = RunWarnings(Generator(model, tokenizer), asked, run, console, stop_diverged)
+    warnings = RunWarnings(generator, asked, run, console, budget, stop_diverged)
     callbacks.append(warnings)
     if patience := recipe.train["early_stopping_patience"]:
         callbacks.append(EarlyStopping(patience, say))
+    if recipe.samples:  # after what may end the run: by then it is known which evaluation is the last
+        path, trackers = run / "samples.jsonl", args.report_to or ()
+        callbacks.append(Samples(recipe.samples, generator, path, console, writer, budget, trackers))
     metadata = None
     if is_peft(model) and args.should_save:
         metadata = AdapterMetadata(origin.record(model, recipe.model.quantization))
@@ -281,8 +290,9 @@ def build_trainer(
         args=args,
         data_collator=CompletionOnlyCollator(tokenizer.pad_token_id, args.pad_to_multiple_of, flatten),
         train_dataset=data.for_training,
-        eval_dataset=data.splits.get("validation"),
+        eval_dataset=validation,
         eval_groups=data.groups,
+        budget=budget,
         find_batch=bool(recipe.train.get("auto_find_batch_size")),
         spike_limit=recipe.train["loss_spike_limit"],
         skip_spikes=recipe.train["on_loss_spike"] == "skip",
@@ -301,6 +311,7 @@ def build_trainer(
         for callback in handler.callbacks
     ]
     warnings.stop = trainer.stop
+    generator.precision = trainer.accelerator.autocast
     return trainer
 
 

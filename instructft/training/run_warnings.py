@@ -6,9 +6,10 @@
     template        answers continue with the template's own headings, such as `### Instruction:`
     never_stops     answers run on until they are cut off
 
-The first three are read from the trainer's history. For the other two some held-out questions are answered at the
-evaluations of the second half of a run (at its end where there are none). A sign that was told before a resume is not
-told again: `warnings.jsonl` in the run folder holds them, as `samples.jsonl` holds samples.
+The first three are read from the trainer's history. For the other two some held-out questions are answered twice, as
+far as the run's budget allows: at the first evaluation of its second half, and at the last (at its end where there is
+none). A sign that was told before a resume is not told again: `warnings.jsonl` in the run folder holds them, as
+`samples.jsonl` holds samples.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from instructft.inference.continuous_batching import Row
 from instructft.inference.generator import Generator
 from instructft.prompt.loss_mask import IGNORE_INDEX
 from instructft.report.logs import append_log, keep_until, read_log, take_troubles
+from instructft.training.budget import Budget
 
 FILE = "warnings.jsonl"
 RISES = 3  # evaluations since the best one
@@ -39,6 +41,8 @@ PROBES = 8  # questions
 CANDIDATES = 64  # rows that they are chosen from
 LEAST_STEPS = 20  # a run that is shorter has not had the time to learn to stop
 UNENDED = 0.75  # share of answers that run on
+ANSWER = 64  # tokens of an answer, where those of the rows are shorter than half of it
+LONGEST = 256  # tokens of any answer
 REPEATING = 0.25  # share of answers with a heading of the template
 
 
@@ -172,18 +176,20 @@ class RunWarnings(TrainerCallback):
         rows: encoded rows with questions to ask: the validation rows, or the training rows.
         folder: the run folder.
         console: told in one line of each.
+        budget: says when there is time for questions.
         stop_diverged: end a run that has diverged, in place of telling it alone.
     """
 
-    def __init__(self, generator: Generator, rows: Any, folder: Path, console: Any, stop_diverged: bool = False):
-        self.stop_diverged = stop_diverged
+    def __init__(
+        self, generator: Generator, rows: Any, folder: Path, console: Any, budget: Budget, stop_diverged: bool = False
+    ):
+        self.budget, self.stop_diverged = budget, stop_diverged
         self.vocabulary = int(generator.model.config.get_text_config().vocab_size)
         self.generator, self.folder, self.console = generator, folder, console
         self.probes = probes(rows, generator.stop_ids)
         self.headings = headings(generator)
         self.stop: Any = None  # `instructft.training.stopping.Stop`: after a signal nothing more is asked
         self._told: set[str] = set()
-        self._asked = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what was told up to the step that the run continues from."""
@@ -211,7 +217,8 @@ class RunWarnings(TrainerCallback):
         """Look at the validation loss, and late in the run at answers."""
         self._look_for_divergence(state)
         self._tell(state, "overfitting", overfits(state.log_history))
-        if 2 * state.global_step >= state.max_steps:
+        late, last = 2 * state.global_step >= state.max_steps, state.global_step >= state.max_steps
+        if last or (late and not self.budget.done("warnings") and self.budget.allows("warnings", args, state, control)):
             self._ask(state)
 
     def _look_for_divergence(self, state: Any) -> None:
@@ -227,7 +234,7 @@ class RunWarnings(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask once where no evaluation has."""
         self.on_step_end(args, state, control)
-        if not self._asked and not (self.stop is not None and self.stop.agreed):
+        if not self.budget.done("warnings") and not (self.stop is not None and self.stop.agreed):
             self._ask(state)
 
     def _ask(self, state: Any) -> None:
@@ -237,11 +244,15 @@ class RunWarnings(TrainerCallback):
             return
         if not self.probes or not open_signs or state.global_step < LEAST_STEPS or is_deepspeed_zero3_enabled():
             return
-        self._asked = True
-        if not (state.is_world_process_zero or together):
-            return
+        with self.budget.part("warnings"):
+            if state.is_world_process_zero or together:
+                self._judge_answers(state)
+
+    def _judge_answers(self, state: Any) -> None:
         longest = max(len(probe.prompt) for probe in self.probes)
-        limit = min(256, max(32, 4 * max(probe.tokens for probe in self.probes)), self.generator.context - longest)
+        expected = max(probe.tokens for probe in self.probes)
+        limit = max(min(ANSWER, max(32, 4 * expected)), 2 * expected)
+        limit = min(limit, LONGEST, self.generator.context - longest)
         if limit < 1:
             return
         rows = [Row(i, probe.prompt, limit) for i, probe in enumerate(self.probes)]

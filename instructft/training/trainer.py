@@ -28,6 +28,7 @@ from instructft.formatting import first_line
 from instructft.models.kernels.fused_loss import add_supervised_head, nll_of, scores
 from instructft.models.kernels.varlen import plain
 from instructft.training.batch_size import MicroBatches
+from instructft.training.budget import Budget
 from instructft.training.out_of_memory import ran_out
 from instructft.training.resumable import Progress, Sealing, gathered, random_states_kept
 from instructft.training.step_checks import StepChecks
@@ -58,6 +59,7 @@ class Trainer(SFTTrainer):
     Args:
         eval_groups: data set -> rows, in the order of the validation set; each gets an `eval_<name>_loss` of its own.
         metadata: written into each folder that holds the adapter.
+        budget: when evaluations are made; it must be among the callbacks.
         find_batch: `auto_find_batch_size`, see `batch_size`.
         spike_limit, skip_spikes: what is done about a loss that leaps, see `step_checks`.
         say: told in one line what a person should know.
@@ -74,6 +76,7 @@ class Trainer(SFTTrainer):
         *,
         eval_groups: dict[str, int] | None = None,
         metadata: AdapterMetadata | None = None,
+        budget: Budget,
         find_batch: bool = False,
         spike_limit: float | None = None,
         skip_spikes: bool = False,
@@ -97,6 +100,7 @@ class Trainer(SFTTrainer):
         if token_rows(bare.get_output_embeddings()) is not None:
             bare.base_model.register_forward_pre_hook(functools.partial(_gather_head, bare))
         self._metadata = metadata
+        self.budget = budget
         self._eval_groups = eval_groups or {}
         self._eval_sums: list[torch.Tensor] = []
         self._eval_order = np.arange(0)
@@ -282,8 +286,11 @@ class Trainer(SFTTrainer):
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if kwargs.get("skip_scheduler") and self.state.global_step:  # `eval_on_start`, which the run has had
             return {}
+        if not self.budget.evaluation_is_due(self.args, self.state, self.control):
+            return {}
         try:
-            found: dict[str, float] = super()._evaluate(*args, **kwargs)
+            with self.budget.part("evaluation"):
+                found: dict[str, float] = super()._evaluate(*args, **kwargs)
             return found
         except EvaluationLeft:
             self.stop.left_evaluation = True
@@ -386,7 +393,7 @@ class Trainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with self._sealing.checkpoint(folder):
+        with self.budget.part("checkpoints"), self._sealing.checkpoint(folder):
             super()._save_checkpoint(model, trial)
             self.progress.write(folder)
         self.last_checkpoint = folder.name

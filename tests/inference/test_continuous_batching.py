@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from instructft.inference import continuous_batching
 from instructft.inference.continuous_batching import Batch, Row
 from instructft.inference.generator import Generator
 from instructft.prompt.loss_mask import encode_prompt
@@ -53,3 +54,22 @@ def test_a_cache_that_cannot_be_cut_is_left_alone(tokenizer: Any) -> None:
     assert not batch.rolls
     asked = [ask("7" * (i * 5 % 40)) for i in range(1, 10)]
     assert generator.answers(asked, 12, batch_size=4) == [generator.answers([one], 12)[0] for one in asked]
+
+
+def test_it_is_read_once_in_eight_tokens_which_rows_have_ended(
+    tiny_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharpen(tiny_model)
+    with torch.no_grad():
+        tiny_model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 3
+    generator = Generator(tiny_model, tokenizer)
+    asked = [ask("7" * (i * 7 % 60) + f" {i}?") for i in range(30)]
+    found, counts, read = [], [], torch.Tensor.__int__
+    for every in (1, 8):
+        reads: list[int] = []
+        monkeypatch.setattr(continuous_batching, "READ_EVERY", {"cpu": every})
+        monkeypatch.setattr(torch.Tensor, "__int__", lambda self, reads=reads: (reads.append(1), read(self))[1])
+        found.append(generator.answers(asked, 24, batch_size=8))
+        counts.append(len(reads))
+    assert found[0] == found[1]
+    assert 0 < counts[1] <= counts[0] / 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import warnings
@@ -243,6 +244,20 @@ def test_training_goes_on_as_before(tokenizer: Any, tiny_model: Any) -> None:
     assert generator.answers([ask("Hi")], 8) == generator.answers([ask("Hi")], 8)  # no dropout
     assert "".join(generator.stream(ask("Hi"), 8)).strip() == generator.answers([ask("Hi")], 8)[0].text
     assert tiny_model.training
+
+
+def test_answers_in_training_are_computed_in_its_precision(
+    tokenizer: Any, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT generates past the call that accelerate puts under autocast: an adapter would answer in float32."""
+    generator, seen = Generator(tiny_model, tokenizer), []
+    tiny_model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    generator.answers([ask("Hi")], 4)
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    generator.precision = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    generator.answers([ask("Hi")], 4)
+    assert set(seen) == {torch.bfloat16}
 
 
 @pytest.fixture(params=sorted(TEMPLATES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -162,3 +163,66 @@ def test_gpus_are_counted_by_torch_in_another_process(monkeypatch: pytest.Monkey
     monkeypatch.setattr(subprocess, "run", answer)
     assert command.count_gpus() == 3
     assert asked == [[sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# `instructft train` where there are several
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[list[str], str]]:
+    """Runs `instructft train` on a machine with so many GPUs: what it starts, and what it prints."""
+
+    def train(*arguments: str, gpus: int = 4) -> tuple[list[str], str]:
+        started: list[str] = []
+        monkeypatch.setattr(command, "count_gpus", lambda: gpus)
+        monkeypatch.setattr(command, "_may_have_several_gpus", lambda: True)
+        monkeypatch.setattr(command, "run", lambda line: (started.extend(line), 7)[1])
+        monkeypatch.setattr("instructft.training.run.train", lambda *args, **kwargs: sys.exit(5))
+        monkeypatch.setattr(sys, "argv", ["instructft", "train", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        assert ended.value.code == (7 if started else 2 if err else 5)
+        return started, out + err
+
+    return train
+
+
+def test_train_starts_a_process_for_each_gpu(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    started, said = train("quickstart", "train.max_steps=2", "--resume", "never", "--no-rehearsal")
+    line = shlex.join(started)
+    assert "ddp.yaml --num_processes 4 --num_machines 1 -m instructft train quickstart train.max_steps=2" in line
+    assert line.endswith("train.max_steps=2 --resume never --no-rehearsal")
+    assert said.startswith("4 GPUs: one process for each (--processes 1 takes one of them)\naccelerate launch ")
+    assert "--num_processes 2 " in shlex.join(train("quickstart", "--processes", "2")[0])
+
+
+def test_train_stays_in_one_process(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train("quickstart", gpus=1) == ([], "")
+    assert train("quickstart", "train.use_cpu=true") == ([], "")
+    assert train("quickstart", "--processes", "1") == ([], "")
+    started, said = train("quickstart", "train.auto_find_batch_size=true")
+    assert not started
+    assert said == "4 GPUs: one of them is used, since train.auto_find_batch_size works in one process alone\n"
+    monkeypatch.setenv("RANK", "3")  # a launcher has started this one
+    assert train("quickstart") == ([], "")
+    assert "a launcher has started this process" in train("quickstart", "--processes", "2")[1]
+
+
+def test_processes_of_train_in_numbers(train: Any) -> None:
+    assert "--processes: found two, expected auto or a whole number from 1" in train("quickstart", "--processes=two")[1]
+
+
+@pytest.mark.timeout(300)
+def test_train_in_two_processes_on_the_cpu(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    words = ["train", str(write_recipe()), "train.max_steps=2", "train.report_to=none", "--processes", "2"]
+    line = [sys.executable, "-m", "instructft", *words]
+    done = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "cpu × 2" in done.stdout
+    facts = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert (facts["hardware"]["processes"], facts["train"]["steps"]) == (2, 2)
