@@ -45,6 +45,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="make battery runs it"))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Draw curves where a test is marked `drawn` alone: they are half of the time of a tiny run.
+
+    A hook, since a fixture of one test comes after those that a whole module shares, which train.
+    """
+    from instructft.report import curves, page
+
+    drawn = item.get_closest_marker("drawn") is not None
+    for module, name, instead in (
+        (curves, "plot_loss", lambda *_: []),
+        (page, "chart", lambda *_: None),
+        (page, "bars", lambda title, *_: curves.Chart(title, "", "", [], [], [])),
+    ):
+        real = _DRAWS.setdefault(name, getattr(module, name))
+        setattr(module, name, real if drawn else instead)
+
+
+_DRAWS: dict[str, Any] = {}  # what draws, as the package has it
 _FROZEN = [len(sys.modules)]  # modules that were there when the collector was last told to pass them over
 
 

@@ -221,7 +221,7 @@ def _perplexity_axis(ax: Any) -> None:
 
 
 def _lay_out(fig: Any) -> None:
-    """Place what a figure holds, once: `savefig` would do so for each file, and draw everything a second time for it."""
+    """Place what a figure holds, once: `savefig` would do so for each file, and draw all of it once more for that."""
     fig.get_layout_engine().execute(fig)
     fig.set_layout_engine("none")
 

@@ -19,8 +19,8 @@ from subprocess import CompletedProcess
 
 # What a run has imported by its end. The server passes over what is not installed.
 PRELOADED = [
-    "bitsandbytes", "datasets", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf",
-    "matplotlib.backends.backend_svg", "peft", "rich.console", "torch.distributed.tensor",
+    "bitsandbytes", "datasets", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf",
+    "matplotlib.backends.backend_svg", "matplotlib.figure", "peft", "rich.console", "torch.distributed.tensor",
     "transformers.models.auto.modeling_auto", "transformers.models.gpt2.modeling_gpt2", "trl.trainer.sft_trainer",
     "instructft.report.page", "instructft.training.callbacks", "instructft.training.rehearsal.rehearse",
     "instructft.training.run", "instructft.training.trainer",
@@ -31,7 +31,7 @@ _FORKS = multiprocessing.get_context("forkserver")
 
 
 def python(command: Sequence[str], folder: Path, **environment: str) -> CompletedProcess[str]:
-    """What `python PROGRAM ARGUMENTS` does, with its output in a file in `folder` meanwhile."""
+    """What `python PROGRAM ARGUMENTS` or `python -m MODULE ARGUMENTS` does; its output lies in `folder` meanwhile."""
     return _together(command, folder, [environment])
 
 
@@ -58,7 +58,7 @@ def launch(config: str, command: Sequence[str], folder: Path, **environment: str
 
 def _together(command: Sequence[str], folder: Path, environments: Sequence[Mapping[str, str]]) -> CompletedProcess[str]:
     _FORKS.set_forkserver_preload(PRELOADED)
-    said = [folder / f"said-{rank}.txt" for rank in range(len(environments))]
+    said = [folder / f"rank-{rank}" for rank in range(len(environments))]
     group = [
         _FORKS.Process(target=_program, args=(list(command), {**os.environ, **environment}, str(Path.cwd()), str(file)))
         for environment, file in zip(environments, said, strict=True)
@@ -77,8 +77,9 @@ def _together(command: Sequence[str], folder: Path, environments: Sequence[Mappi
                 process.kill()
             if process.pid:
                 process.join()
-    code = next((process.exitcode for process in group if process.exitcode), 0)
-    return CompletedProcess(list(command), code or 0, "", "\n".join(file.read_text() for file in said if file.exists()))
+    code = next((process.exitcode for process in group if process.exitcode), 0) or 0
+    out, err = ("".join(Path(f"{file}.{end}").read_text() for file in said) for end in ("out", "err"))
+    return CompletedProcess(list(command), code, out, err)
 
 
 def _program(command: list[str], environment: dict[str, str], folder: str, said: str) -> None:
@@ -87,8 +88,11 @@ def _program(command: list[str], environment: dict[str, str], folder: str, said:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.argv = list(command)
-    runpy.run_path(command[0], run_name="__main__")
+    for stream, end in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
+    if command[0] == "-m":
+        sys.argv = list(command[1:])
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(command)
+        runpy.run_path(command[0], run_name="__main__")
