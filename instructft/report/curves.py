@@ -130,6 +130,7 @@ def plot_loss(run: Path, title: str) -> list[Path]:
         ax.set_ylabel("loss (nats per supervised token)")
         ax.legend(frameon=False)
         _perplexity_axis(ax)
+        _lay_out(fig)
         fig.savefig(paths[0], dpi=160)
         fig.savefig(paths[1], metadata={"CreationDate": None})
     return paths
@@ -219,10 +220,17 @@ def _perplexity_axis(ax: Any) -> None:
     right.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
 
 
+def _lay_out(fig: Any) -> None:
+    """Place what a figure holds, once: `savefig` would do so for each file, and draw all of it once more for that."""
+    fig.get_layout_engine().execute(fig)
+    fig.set_layout_engine("none")
+
+
 def _svg(fig: Any, title: str, said: str) -> str:
     """A figure as SVG for the middle of a page, with a title and a description for who cannot see it."""
     for artist in fig.findobj(lambda one: hasattr(one, "set_clip_on")):
         artist.set_clip_on(False)  # a clip path has an id, which another chart on the page could have too
+    _lay_out(fig)
     written = io.StringIO()
     fig.savefig(written, format="svg", transparent=True, metadata={"Date": None})
     text = written.getvalue()

@@ -47,12 +47,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any, str]]:
-    """Trains and gives (result, the model that was trained, what was printed); draws no curves."""
+    """Trains and gives (result, the model that was trained, what was printed)."""
     module = import_module("instructft.training.run")
     kept: list[Any] = []
     load = module.load_model
     monkeypatch.setattr(module, "load_model", lambda *a, **k: kept.append(load(*a, **k)) or kept[-1])
-    monkeypatch.setattr("instructft.report.curves.plot_loss", lambda *args: None)
 
     def run(recipe: Any) -> tuple[Any, Any, str]:
         printed = io.StringIO()

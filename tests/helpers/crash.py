@@ -1,7 +1,6 @@
 """Runs that are killed, or whose disk is full: imports once, then forks a child for every attempt.
 
-    python tests/crash.py RECIPE OUT HITS SEED kill
-    unshare --map-root-user --mount python tests/crash.py RECIPE OUT HITS SEED fill
+    python tests/helpers/crash.py RECIPE OUT HITS SEED kill|fill
 
 Started by `test_resume.py` as a program. Trains RECIPE once without harm, counting the moments at which a run can be
 hit (each training step, and each call that writes, syncs, renames or removes). Then, HITS times, a run is hit at a
@@ -14,6 +13,7 @@ ended, from which step it went on, and a hash of its final weights and of what i
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib
 import json
@@ -94,6 +94,17 @@ def run(recipe: str, out: Path, hit_at: int | None, halfway: bool, fill: Path | 
     report.write_text(json.dumps(facts))
 
 
+def own_mounts() -> None:
+    """What `unshare --map-root-user --mount` does: what this process mounts is seen by it alone, and goes with it."""
+    new_mounts, new_user, user, group = 0x00020000, 0x10000000, os.getuid(), os.getgid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(new_user | new_mounts):
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, content in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(content)
+
+
 def child(*args: Any) -> int:
     """Run in a fork; its exit status as `os.waitpid` gives it."""
     process = os.fork()
@@ -135,6 +146,7 @@ def main() -> None:
     disk = out / "disk"
     disk.mkdir(parents=True)
     if how == "fill":
+        own_mounts()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], check=True)
 
     def whole() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import instructft
 from tests.conftest import OWN_PORT
+from tests.helpers.processes import launch
 
 RECIPE = """
 model:
@@ -65,15 +66,14 @@ for recipe in {recipes!r}:  # by the same processes: they take longer to start t
 """
 
 
-def launched(folder: Path, text: str = RECIPE, **recipes: dict[str, Any]) -> list[str]:
-    """Write recipes for two processes, 2 rows a micro-batch, 8 a step; the command that trains one after the other."""
+def written(folder: Path, text: str = RECIPE, **recipes: dict[str, Any]) -> list[str]:
+    """Recipes for two processes, 2 rows a micro-batch, 8 a step: a configuration, and a program that trains them."""
     for name, values in recipes.items():
         (folder / f"{name}.yaml").write_text(text.format(out=folder / name, **values))
     driver = folder / f"{'-'.join(recipes)}.py"
     driver.write_text(DRIVER.format(recipes=[str(folder / f"{name}.yaml") for name in recipes]))
     (folder / "ddp.yaml").write_text(DDP)
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "ddp.yaml")]
-    return [*accelerate, str(driver)]
+    return [str(folder / "ddp.yaml"), str(driver)]
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -109,11 +109,12 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def test_two_processes_are_one(data: Path) -> None:
     """A run and one on a stream, in one launch, since its start takes longer; looked at against one process."""
     folder = data.parent
-    done = run(launched(
+    config, driver = written(
         folder,
         rows={"data": data, "streaming": "", "held_out": 0.1},
         stream={"data": data, "streaming": ", streaming: true", "held_out": 0},
-    ))  # fmt: skip
+    )
+    done = launch(config, [driver], folder)
     assert done.returncode == 0, done.stderr[-3000:]
     one = one_process(folder / "rows", 4, 2)
     losses_and_weights_are_those_of_one_process(folder / "rows", one)
@@ -153,10 +154,11 @@ LASTING = (
 def test_two_processes_that_were_stopped_go_on_bit_for_bit(data: Path) -> None:
     """SIGTERM to one of two, then to the launcher; dropout, and a random state of its own on each."""
     folder, given = data.parent, {"data": data, "streaming": "", "held_out": 0.1}
-    done = run(launched(folder, LASTING, whole=given))
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    done = run([*accelerate, *written(folder, LASTING, whole=given)])
     assert done.returncode == 0, done.stderr[-3000:]
     whole, out = folder / "whole", folder / "stopped"
-    command = launched(folder, LASTING, stopped=given)
+    command = [*accelerate, *written(folder, LASTING, stopped=given)]
 
     done = run(command, STOP="1:2")
     assert done.returncode != 0

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ import instructft
 from instructft.checkpoints.manifest import read_manifest, verify
 from instructft.errors import UsageError
 from instructft.models.load_for_inference import load_for_inference
-from tests.conftest import OWN_PORT
+from tests.helpers.processes import launch
 
 CONFIG = """compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
@@ -83,12 +80,7 @@ def trained(folder: Path, name: str) -> list[list[dict[str, Any]]]:
     (folder / "plan.json").write_text(json.dumps(plan))
     (folder / "fsdp.yaml").write_text(CONFIG)
     program = str(Path(__file__).parents[1] / "helpers" / "fsdp.py")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "fsdp.yaml")]
-    done = subprocess.run(
-        [*launch, program, str(folder / "plan.json")],
-        capture_output=True, text=True, check=False,
-        env={**os.environ, **OWN_PORT, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-    )  # fmt: skip
+    done = launch(str(folder / "fsdp.yaml"), [program, str(folder / "plan.json")], folder)
     assert done.returncode == 0, [line for line in done.stderr.splitlines() if "Error" in line]
     return [[json.loads(line) for line in (folder / f"notes-{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)]
 

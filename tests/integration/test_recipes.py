@@ -194,6 +194,7 @@ def test_all_are_run_here() -> None:
     assert used == {*DATA, None}  # the book's is a file on GitHub
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", sorted(ASKED))
 def test_it_runs_from_the_hub(name: str, hub: Any, book: None, tmp_path: Path) -> None:
     from transformers import GenerationConfig

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import instructft
 from instructft.checkpoints.manifest import verify
 from instructft.errors import CheckpointError, NotFiniteError, ResumeError, Stopped, UsageError
 from instructft.training.run import train
+from tests.helpers.processes import python
 from tests.helpers.stops import SignalAt, interrupt
 
 # Of each kind of run, and at as many steps; `make battery` asks for more.
@@ -97,28 +97,20 @@ def test_a_killed_run_goes_on_bit_for_bit(kind: str, write: Any, tmp_path: Path)
         assert (run["weights"], run["logged"]) == (whole["weights"], whole["logged"]), run
 
 
-def hit(recipe: Path, tmp_path: Path, hits: int, how: str, under: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def hit(recipe: Path, tmp_path: Path, hits: int, how: str) -> list[dict[str, Any]]:
     """What `crash.py` found: the run that nothing hit, then those that were."""
     program = str(Path(__file__).parents[1] / "helpers" / "crash.py")
-    done = subprocess.run(
-        [*under, sys.executable, program, str(recipe), str(tmp_path / "out"), str(hits), "7", how],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    done = python([program, str(recipe), str(tmp_path / "out"), str(hits), "7", how], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 # A full disk
 
-OWN_MOUNTS = ("unshare", "--map-root-user", "--mount")  # what is mounted there goes with the process
-
 
 def _can_mount(folder: Path) -> bool:
     try:
-        command = [*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", str(folder)]
+        command = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", str(folder)]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except OSError:  # there is no such program
         return False
@@ -129,7 +121,7 @@ def test_a_full_disk_ends_a_run_with_a_word_and_harms_nothing(write: Any, tmp_pa
     """A small disk of the run's own, without a free byte from some writing moment on; with room it goes on."""
     if not _can_mount(tmp_path):
         pytest.skip("this machine lets nobody mount a tmpfs")
-    whole, *filled = hit(write(), tmp_path, 2 * KILLS, "fill", OWN_MOUNTS)
+    whole, *filled = hit(write(), tmp_path, 2 * KILLS, "fill")
     assert len(filled) == 2 * KILLS
     for run in filled:
         if run["ended"]:  # the last moments need no room

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from tests.conftest import BATTERY
-from tests.integration.test_distributed import metrics, run
+from tests.helpers.processes import launch
+from tests.integration.test_distributed import DDP, metrics
 
-EPOCHS, STEPS = 3, 7  # of 54 rows, 8 a step: the last one of an epoch is not full
+EPOCHS, STEPS = 3 if BATTERY else 2, 7  # of 54 rows, 8 a step: the last one of an epoch is not full
 RECIPE = """
 model:
   config: {{model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 16, n_positions: 128, resid_pdrop: 0.3}}
@@ -107,14 +107,10 @@ def test_two_processes_stopped_in_every_epoch_go_on_bit_for_bit(
     assert different == []
 
 
-def launched(folder: Path, runs: list[tuple[str, list[int]]], text: str = DRIVER) -> subprocess.CompletedProcess[str]:
-    driver, config = folder / "driver.py", folder / "ddp.yaml"
-    driver.write_text(text)
-    config.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
-    )
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    return run([*accelerate, str(driver), json.dumps(runs)])
+def launched(folder: Path, runs: list[tuple[str, list[int]]], text: str = DRIVER) -> CompletedProcess[str]:
+    (folder / "driver.py").write_text(text)
+    (folder / "ddp.yaml").write_text(DDP)
+    return launch(str(folder / "ddp.yaml"), [str(folder / "driver.py"), json.dumps(runs)], folder)
 
 
 def logged(folder: Path) -> list[dict[str, float]]:

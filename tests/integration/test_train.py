@@ -21,6 +21,8 @@ from instructft.errors import UsageError
 from instructft.prompt.loss_mask import encode_prompt
 from tests.conftest import GPT2, ROWS, TINY
 
+pytestmark = pytest.mark.drawn
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from tests.helpers.merging import (
     rewrite,
     with_tokenizer,
 )
+from tests.helpers.processes import python
 
 
 def test_one_shard_and_five_are_the_same_model(tmp_path: Path) -> None:
@@ -111,17 +110,14 @@ def test_a_checkpoint_of_a_run_brings_what_its_run_holds(tmp_path: Path, tokeniz
     assert json.loads((tmp_path / "out" / "run.json").read_text())["seed"] == 7
 
 
-def test_the_command_refuses_with_exit_2_and_writes_nothing(tmp_path: Path) -> None:
+def test_the_command_refuses_with_exit_2_and_writes_nothing(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     base = make_base(tmp_path / "base", "gpt2")
     adapter = make_adapter(tmp_path / "adapter", base)
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    made = subprocess.run(
-        [sys.executable, "-m", "instructft", "merge", str(adapter), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    made = python(["-m", "instructft", "merge", str(adapter), str(tmp_path / "out")], tmp_path_factory.mktemp("said"))
     assert made.returncode == 2
     assert "cut short" in made.stderr
     assert "Traceback" not in made.stderr

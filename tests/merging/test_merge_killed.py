@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 
 from instructft import merge_adapter
 from instructft.weights import tensor_io
-from tests.conftest import BATTERY, REPO
+from tests.conftest import BATTERY
 from tests.helpers.merging import (
     CONFIGS,
     QUIET,
@@ -25,6 +24,7 @@ from tests.helpers.merging import (
     make_adapter,
     make_base,
 )
+from tests.helpers.processes import python
 
 POINTS = 50 if BATTERY else 10  # the first call, the last, and some between
 
@@ -103,13 +103,7 @@ def driver(folder: Path, points: int) -> None:
 def test_a_killed_merge_leaves_nothing_that_is_wrong(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "gpt2", shards="100KB")
     make_adapter(tmp_path / "adapter", base, **CONFIGS["tokens"])
-    made = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), str(POINTS)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
-        check=False,
-    )
+    made = python([__file__, str(tmp_path), str(POINTS)], tmp_path)
     line = next((line for line in made.stdout.splitlines() if line.startswith("RESULT ")), None)
     assert line, made.stdout[-2000:] + made.stderr[-4000:]
     result = json.loads(line.removeprefix("RESULT "))

@@ -12,6 +12,8 @@ from instructft.report import curves
 from instructft.report.curves import Series, bars, chart, plot_loss, thinned
 from tests.helpers.report import LINES, Read, fill
 
+pytestmark = pytest.mark.drawn
+
 
 def test_the_examples_in_the_docstrings() -> None:
     found = doctest.testmod(curves, optionflags=doctest.ELLIPSIS)

@@ -21,6 +21,8 @@ from tests.helpers.report import EVIL, LINES, Read, facts_of, fill
 
 RECIPE = TINY + "samples: [Hi there]\n"
 
+pytestmark = pytest.mark.drawn
+
 
 @pytest.fixture
 def recipe(write_recipe: Any) -> Any:

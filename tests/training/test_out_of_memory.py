@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +15,7 @@ from instructft.errors import OutOfMemoryError
 from instructft.training.out_of_memory import ran_out
 from instructft.training.run import train
 from tests.helpers.out_of_memory import CUDA, out_of_memory, proposed
+from tests.helpers.processes import python
 
 QUIET = Console(quiet=True)
 
@@ -145,10 +143,8 @@ sys.argv = ["instructft", "train", {str(tmp_path / "big.yaml")!r}]
 from instructft.cli import main
 main()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    (tmp_path / "program.py").write_text(program)
+    done = python([str(tmp_path / "program.py")], tmp_path)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "step 1: memory ran out on cpu, with a batch of 32 × " in done.stderr
     assert "train.per_device_train_batch_size=16 train.gradient_accumulation_steps=4" in done.stderr
