@@ -251,8 +251,8 @@ def build_trainer(
 
     from instructft.data.collator import CompletionOnlyCollator
     from instructft.inference.generator import Generator
-    from instructft.training.budget import Budget, decides
     from instructft.models.kernels.varlen import takes_borders
+    from instructft.training.budget import Budget, decides
     from instructft.training.callbacks import MetricsFile, Outlasted, ProgressLine, Samples
     from instructft.training.run_warnings import RunWarnings
     from instructft.training.stopping import EarlyStopping
