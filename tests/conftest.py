@@ -1,4 +1,4 @@
-"""What all tests share: no network, no GPU, tiny models, and a tokenizer that is made in the process."""
+"""What all tests share: no network, tiny models, a tokenizer that is made in the process, and the CPU or one GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.helpers.device import DEVICE, ON_GPU, here
 
 # The address of the Hub that the fixture `hub` starts: kept for this process, because the libraries read it at import.
 # Bound and not listening: outside of such a test it is refused.
@@ -31,10 +33,24 @@ for _mine in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE
     os.environ.pop(_mine, None)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it brings
+if ON_GPU:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # sums in one order, so that runs can be compared
+else:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests whatever the machine has
 os.environ["COLUMNS"] = "120"
 os.environ.pop("INSTRUCTFT_TRACEBACK", None)
 
 BATTERY = int(os.environ.get("INSTRUCTFT_KILLS", "0")) > 3  # `make battery`: the same tests with larger counts
+
+
+def pytest_configure() -> None:
+    """On a GPU: it has to be there, and sums are made in one order where there are kernels for that."""
+    if ON_GPU:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError(f"INSTRUCTFT_TEST_DEVICE: found {DEVICE}, and torch sees no such device here")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -99,6 +115,12 @@ def bare_tokenizer() -> Callable[[], Any]:
     return make
 
 
+@pytest.fixture(scope="session")
+def device() -> str:
+    """The device on which the tests have their models: cpu or cuda."""
+    return DEVICE
+
+
 @pytest.fixture
 def tokenizer() -> Any:
     """The bundled tokenizer with the template `instruction`."""
@@ -127,7 +149,7 @@ def tiny_model(tokenizer: Any) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return GPT2LMHeadModel(config).eval()
+    return GPT2LMHeadModel(config).eval().to(DEVICE)
 
 
 TINY = """
@@ -155,7 +177,7 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
         path = tmp_path / name
         if "output_dir" not in text:
             text = f"{text}\noutput_dir: {tmp_path / 'run'}\n"
-        path.write_text(text, encoding="utf-8")
+        path.write_text(here(text), encoding="utf-8")
         return path
 
     return write
@@ -187,6 +209,8 @@ def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool
     Where it is, they would lay their weights out anew in evaluation mode (`quantization.fix_layout`).
     """
     pytest.importorskip("bitsandbytes")
+    if ON_GPU and not request.param:
+        pytest.skip("is the same on a GPU")
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: request.param)
     return bool(request.param)
 

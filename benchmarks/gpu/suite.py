@@ -22,7 +22,7 @@ def run(settings: Settings, seconds: float) -> Result:
     chosen = [f"tests/{name}" for name in (TINY if settings.tiny else FOLDERS)]
     command = [sys.executable, "-m", "pytest", *chosen, "-vv", "--tb=line", "-p", "no:cacheprovider", "-rfE"]
     if importlib.util.find_spec("xdist") and not settings.tiny:
-        command += [f"--numprocesses={min(8, os.cpu_count() or 1)}", "--dist=worksteal"]
+        command += [f"--numprocesses={min(14, os.cpu_count() or 1)}", "--dist=worksteal"]
     environment = {**os.environ, "INSTRUCTFT_TEST_DEVICE": settings.device}
     process = subprocess.Popen(
         command, cwd=REPO, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

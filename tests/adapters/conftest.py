@@ -19,6 +19,7 @@ from transformers import (
 
 import instructft
 from tests.helpers.adapters import SHAPES, WIDE, make_adapter, make_base
+from tests.helpers.device import ON_GPU
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,10 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any, str]
     def run(recipe: Any) -> tuple[Any, Any, str]:
         printed = io.StringIO()
         result = instructft.train(recipe, console=Console(file=printed, width=200))
-        return result, kept[-1].eval(), printed.getvalue()
+        model = kept[-1].eval()
+        if ON_GPU and getattr(model.config, "quantization_config", None) is None:
+            model = model.cpu()  # where the models are that it is held against
+        return result, model, printed.getvalue()
 
     return run
 

@@ -31,6 +31,7 @@ from tests.helpers.adapters import (
     make_adapter,
     record_base,
 )
+from tests.helpers.device import apart, on
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -54,7 +55,7 @@ def test_the_model_that_was_trained_comes_back(
         warnings.filterwarnings("error", module="peft")  # not one word about missing keys
         model, tokenizer = load_for_inference(str(folder))
     with torch.no_grad():
-        assert (model(ids).logits - live(ids).logits).abs().max() <= 1e-6
+        assert apart(model, live, ids) <= 1e-6
     assert not model.training
     assert model.generation_config.pad_token_id == 7
     assert not any(weight.requires_grad for weight in model.parameters())
@@ -76,7 +77,7 @@ def test_without_its_adapter_it_is_its_base(kind: str, base: str, bases: dict[st
     start = load_base(adapter)
     fit_embeddings(start, adapter.base.vocab_size)
     with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
-        difference = (model(ids).logits - start(ids).logits).abs().max()
+        difference = apart(model, start, ids)
     if leaves_base_as_it_is(adapter):
         assert difference == 0
     else:
@@ -113,7 +114,7 @@ def test_a_checkpoint_takes_base_and_tokenizer_from_its_run(bases: dict[str, Pat
     live.save_pretrained(checkpoint, save_embedding_layers=False)
     model, tokenizer = load_for_inference(str(checkpoint))
     assert len(tokenizer) == model.get_input_embeddings().weight.shape[0]
-    assert (model(ids).logits - live(ids).logits).abs().max() <= 1e-6
+    assert apart(model, live, ids) <= 1e-6
     record = read_adapter(checkpoint).base
     assert record == read_adapter(run).base
     (run / "base.json").write_text(json.dumps({**record.__dict__, "fingerprint": "sha256:0"}), encoding="utf-8")
@@ -139,7 +140,7 @@ def test_an_adapter_of_peft_alone(bases: dict[str, Path], tmp_path: Path, capfd:
     model, _ = load_for_inference(str(folder))
     notes = [line for line in capfd.readouterr().err.splitlines() if "verified" in line]
     assert notes == [f"{folder} has no base.json: that {bases['gpt2']} is the base it was trained on is not verified."]
-    assert (model(ids).logits - live(ids).logits).abs().max() <= 1e-6
+    assert apart(model, live, ids) <= 1e-6
 
 
 def test_an_adapter_of_peft_alone_with_its_whole_embedding(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_an_adapter_of_peft_alone_with_its_whole_embedding(bases: dict[str, Path
     assert not leaves_base_as_it_is(adapter)
     model = attach(load_base(adapter), adapter)
     ids = torch.tensor([[1, 2, rows + 4]])
-    assert (model(ids).logits - live.eval()(ids).logits).abs().max() <= 1e-6
+    assert apart(model, live.eval(), ids) <= 1e-6
 
 
 def test_a_base_that_moved_together_with_its_run_is_found(
@@ -206,7 +207,7 @@ def test_base_and_adapter_from_the_cache_of_the_hub(
     cached("org/adapter", "c" * 40, folder)
     for name in (str(folder), "org/adapter", f"org/adapter@{'c' * 40}"):
         model, tokenizer = load_for_inference(name)
-        assert (model(ids).logits - live(ids).logits).abs().max() <= 1e-6
+        assert apart(model, live, ids) <= 1e-6
     assert locate_base(read_adapter(folder)).name == "a" * 40
     tokenizer.save_pretrained(cache / "models--org--base" / "snapshots" / ("a" * 40))
     for file in folder.glob("tokenizer*"):
@@ -232,7 +233,8 @@ def test_a_quantized_base_comes_as_it_was_in_training(
     assert isinstance(layer, kind)
     assert not isinstance(model.get_output_embeddings(), kind)
     with torch.no_grad():
-        near = (model(ids).logits - live(ids).logits).abs().mean() / live(ids).logits.abs().mean()
+        wanted = live(ids).logits
+        near = (model(on(model, ids)).logits.cpu() - wanted).abs().mean() / wanted.abs().mean()
     assert 1e-4 < near < 0.5
     monkeypatch.setattr(quantization, "trouble_with", lambda *_: "is not installed")
     capfd.readouterr()
@@ -240,7 +242,7 @@ def test_a_quantized_base_comes_as_it_was_in_training(
     assert f"{how} weights through bitsandbytes, which is not installed: the base is loaded unquantized" in (
         capfd.readouterr().err
     )
-    assert (model(ids).logits - live(ids).logits).abs().max() <= 1e-6
+    assert apart(model, live, ids) <= 1e-6
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from tests.helpers.adapters import (
     recipe,
     reloaded,
 )
+from tests.helpers.device import DEVICE, of_the_cpu
 
 VARIANTS = [*((kind, []) for kind in SHAPES), *((kind, ["adapter.use_dora=true"]) for kind in ("gpt2", "llama"))]
 VARIANTS += [(kind, ["adapter.use_rslora=true", "adapter.dropout=0.1"]) for kind in ("gpt2", "qwen2")]
@@ -184,7 +185,7 @@ def test_a_quantized_base_is_trained_over(kind: str, bits: str, base: Any, tmp_p
     assert read_adapter(result.output_dir).base.quantization == bits
 
     config = quantization.configuration(bits, torch.float32)
-    again = reloaded(result.output_dir, quantization_config=config, device_map={"": "cpu"})
+    again = reloaded(result.output_dir, quantization_config=config, device_map={"": DEVICE})
     torch.testing.assert_close(logits(again, 1492), logits(model, 1492), atol=1e-5, rtol=0)
 
 
@@ -196,6 +197,7 @@ def test_packed_weights_are_stored_so_that_fsdp_can_shard_them() -> None:
         assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
 
 
+@of_the_cpu
 @pytest.mark.parametrize("broken", ["missing", "device", "wrong"])
 def test_without_a_working_bitsandbytes_it_is_refused_before_weights(
     broken: str, base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -220,6 +222,7 @@ def test_without_a_working_bitsandbytes_it_is_refused_before_weights(
     quantization.trouble_with.cache_clear()
 
 
+@of_the_cpu
 def test_the_type_of_frozen_weights(base: Any, tmp_path: Path) -> None:
     asked = recipe(base("gpt2"), tmp_path)
     assert weights_dtype(asked, "cpu") == torch.float32
@@ -243,6 +246,7 @@ def test_biases_may_be_trained_where_the_recipe_says_so(base: Any, tmp_path: Pat
     torch.testing.assert_close(logits(reloaded(result.output_dir)), logits(model), atol=1e-6, rtol=0)
 
 
+@of_the_cpu
 @pytest.mark.parametrize("more", [["data.template=chatml"], ["model.quantization=4bit", "model.dtype=bfloat16"]])
 def test_shards_of_fsdp_carry_the_adapter(more: list[str], base: Any, tmp_path: Path) -> None:
     """FSDP2 in one process: the same loss, a gradient for every B, and the proof reads whole weights."""

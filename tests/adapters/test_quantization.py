@@ -24,6 +24,7 @@ from instructft.evaluation.metrics import evaluate
 from instructft.inference.generator import Generator
 from instructft.merging import comparison
 from instructft.models import load_for_inference as loading
+from tests.helpers.device import here, in_float32, of_the_cpu, on
 
 QUIET = Console(quiet=True)
 pytest.importorskip("bitsandbytes")
@@ -51,7 +52,7 @@ def recipe(base: Path, tmp_path: Path, *overrides: str) -> Any:
     """Steps and evaluations in turn, with sample answers between them."""
     path = tmp_path / "qlora.yaml"
     path.write_text(
-        f"""
+        here(f"""
 model: {{name_or_path: {base}, quantization: 4bit}}
 data: {{datasets: [{{name: quickstart, rows: 24}}], template: instruction, max_length: 128,
         splits: {{validation: 0.2}}}}
@@ -60,9 +61,9 @@ train: {{max_steps: 3, per_device_train_batch_size: 4, logging_steps: 1, warmup_
          eval_strategy: steps, eval_steps: 1, use_cpu: true, save_strategy: steps, save_steps: 1, report_to: none}}
 samples: [Name a colour.]
 output_dir: {tmp_path / "run"}
-"""
+""")
     )
-    return instructft.load_recipe(path, overrides)
+    return instructft.load_recipe(path, in_float32(*overrides))
 
 
 def packed(model: Any) -> dict[str, torch.Tensor]:
@@ -156,7 +157,7 @@ def test_a_base_that_comes_packed_keeps_its_layout(base: Path, tmp_path: Path, l
     loaded, _ = loading.load_bare(str(tmp_path / "packed"))
     ids = torch.randint(0, 1400, (2, 9))
     with torch.inference_mode():
-        loaded(ids)
+        loaded(on(loaded, ids))
     same(packed(loaded), loads[0][1])
 
 
@@ -170,6 +171,7 @@ def test_the_layer_has_the_setting_that_fixes_its_layout() -> None:
     assert quantization.fix_layout(torch.nn.Sequential(layer))[0].support_avx512bf16_for_cpu is False
 
 
+@of_the_cpu
 def test_weights_that_a_kernel_laid_out_are_not_called_changed(base: Path, tmp_path: Path) -> None:
     """As they lie after bitsandbytes' own packing, which `fix_layout` keeps from happening."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu
@@ -188,6 +190,7 @@ def test_weights_that_a_kernel_laid_out_are_not_called_changed(base: Path, tmp_p
 # -- what a CPU cannot unpack ----------------------------------------------------------------------------------------
 
 
+@of_the_cpu
 def test_rows_of_parts_of_blocks_are_refused_where_they_are_unpacked_wrongly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +233,7 @@ def test_what_fails_after_the_last_step_loses_nothing(
     proved, _ = loading.load_for_inference(str(result.output_dir))
     ids = torch.randint(0, 1400, (2, 9))
     with torch.inference_mode():
-        assert torch.equal(left(ids).logits, proved(ids).logits)
+        assert torch.equal(left(on(left, ids)).logits, proved(on(proved, ids)).logits)
     assert not kept.exists()
 
 

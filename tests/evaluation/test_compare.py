@@ -23,6 +23,7 @@ from instructft.inference.generator import Generator
 from instructft.inference.reference_model import ReferenceModel
 from instructft.models.load_for_inference import load_for_inference
 from instructft.prompt.loss_mask import encode_conversation
+from tests.helpers.device import here
 from tests.helpers.evaluation import FIGURES, ROWS, plain_loss
 
 
@@ -220,7 +221,7 @@ train: {{max_steps: 240, per_device_train_batch_size: 16, learning_rate: 1e-2, s
         seed: {seed}, logging_steps: 80, report_to: none, lr_scheduler_type: constant, use_cpu: true}}
 output_dir: {folder / f"run-{seed}"}
 """
-        (folder / "two.yaml").write_text(text, encoding="utf-8")
+        (folder / "two.yaml").write_text(here(text), encoding="utf-8")
         instructft.train(instructft.load_recipe(folder / "two.yaml"), console=Console(quiet=True))
         made[seed] = folder / f"run-{seed}"
     return made

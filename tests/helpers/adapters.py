@@ -26,6 +26,7 @@ from instructft.adapters.lora import fit_embeddings
 from instructft.prompt.templates import TEMPLATES
 from instructft.weights.base_record import BaseModelRecord, base_folder, commit_of
 from instructft.weights.weight_files import fingerprint
+from tests.helpers.device import here, in_float32, on
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 
@@ -66,16 +67,16 @@ QUIET = Console(quiet=True)
 def recipe(base: Path, tmp_path: Path, *overrides: str) -> Any:
     path = tmp_path / "lora.yaml"
     path.write_text(
-        f"""
+        here(f"""
 model: {{name_or_path: {base}}}
 data: {{datasets: [{{name: quickstart, rows: 12}}], template: instruction, max_length: 128, splits: {{validation: 0}}}}
 adapter: {{type: lora, r: 4, alpha: 8, dropout: 0.0}}
 train: {{max_steps: 3, per_device_train_batch_size: 4, logging_steps: 1, warmup_steps: 0, learning_rate: 1e-2,
          use_cpu: true, save_strategy: "no", report_to: none}}
 output_dir: {tmp_path / "run"}
-"""
+""")
     )
-    return instructft.load_recipe(path, overrides)
+    return instructft.load_recipe(path, in_float32(*overrides))
 
 
 def reloaded(folder: Path, trainable: bool = False, **kwargs: Any) -> Any:
@@ -88,7 +89,7 @@ def logits(model: Any, rows: int = 1400) -> torch.Tensor:
     torch.manual_seed(1)
     ids = torch.cat([torch.randint(0, 1400, (2, 15)), torch.tensor([[rows - 1], [rows - 2]])], dim=1)
     with torch.no_grad():
-        result: torch.Tensor = model.eval()(ids).logits
+        result: torch.Tensor = model.eval()(on(model, ids)).logits.cpu()
     return result
 
 

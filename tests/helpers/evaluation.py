@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from tests.helpers.device import on
+
 ROWS: list[dict[str, Any]] = [
     {"instruction": "Name the capital of France.", "output": "Paris"},
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello there, you. \n"}]},
@@ -36,7 +38,7 @@ def plain_loss(model: Any, rows: list[dict[str, list[int]]]) -> float:
     total, tokens = 0.0, 0
     for row in rows:
         with torch.no_grad():
-            logits = model(torch.tensor([row["input_ids"]])).logits[0].double()
+            logits = model(on(model, torch.tensor([row["input_ids"]]))).logits[0].double()
         for position in range(1, len(row["input_ids"])):
             if row["labels"][position] != -100:
                 total -= float(logits[position - 1].log_softmax(-1)[row["labels"][position]])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from instructft.prompt.loss_mask import encode_prompt
+from tests.helpers.device import on
 
 CAPITALS = {"France": "Paris.", "Japan": "東京 🗼!", "Peru": "Lima\nis it.", "Cuba": "La Habana, Cuba."}
 
@@ -38,7 +39,7 @@ def reference(model: Any, tokenizer: Any, messages: list[Any], max_new_tokens: i
     start = len(ids)
     with torch.no_grad():
         while len(ids) - start < max_new_tokens and len(ids) < model.config.max_position_embeddings:
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            ids.append(int(model(on(model, torch.tensor([ids]))).logits[0, -1].argmax()))
             if ids[-1] == tokenizer.eos_token_id:
                 break
     return ids[start:]

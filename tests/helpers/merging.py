@@ -15,6 +15,7 @@ from instructft.errors import InstructftError
 from instructft.merging.plan import make_plan
 from instructft.weights import tensor_io
 from tests.helpers.adapters import record_base
+from tests.helpers.device import on
 
 QUIET = Console(quiet=True)
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -85,7 +86,7 @@ def logits_of(model: Any) -> Any:
 
     ids = torch.arange(5, 1485, 37).reshape(2, -1)  # (2, 20)
     with torch.inference_mode():
-        return model.eval()(input_ids=ids).logits
+        return model.eval()(input_ids=on(model, ids)).logits.cpu()
 
 
 def live(adapter: Path, base: Path) -> Any:

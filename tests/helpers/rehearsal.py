@@ -15,10 +15,11 @@ from instructft.models.starting_point import starting_point
 from instructft.models.tokenizer import load_tokenizer
 from instructft.training.arguments import training_arguments
 from instructft.training.run import build_trainer
+from tests.helpers.device import ON_GPU
 
 
 def trainer_of(recipe: Any) -> Any:
-    state = PartialState(cpu=True)
+    state = PartialState(cpu=not ON_GPU)
     tokenizer = load_tokenizer(recipe)
     origin = starting_point(recipe, tokenizer)
     data = prepare(recipe, tokenizer)

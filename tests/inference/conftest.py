@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from instructft.prompt.loss_mask import encode_conversation
 from instructft.prompt.templates import TEMPLATES
+from tests.helpers.device import DEVICE
 from tests.helpers.inference import (
     CAPITALS,
     said,
@@ -27,7 +28,7 @@ def trained() -> tuple[Any, Any]:
     torch.manual_seed(0)
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 96}
     config = GPT2Config(vocab_size=len(tokenizer), **shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    model = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config).to(DEVICE)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     rows = [
@@ -35,7 +36,7 @@ def trained() -> tuple[Any, Any]:
         for country, city in CAPITALS.items()
     ]
     for _ in range(80):
-        loss = sum(model(**{k: torch.tensor([v]) for k, v in row.items()}).loss for row in rows)
+        loss = sum(model(**{k: torch.tensor([v], device=DEVICE) for k, v in row.items()}).loss for row in rows)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -47,7 +48,8 @@ def trained() -> tuple[Any, Any]:
 def llama(tokenizer: Any) -> Any:
     torch.manual_seed(1)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **shape)).eval()
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **shape)
+    return LlamaForCausalLM(config).eval().to(DEVICE)
 
 
 @pytest.fixture

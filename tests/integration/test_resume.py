@@ -19,6 +19,7 @@ import instructft
 from instructft.checkpoints.manifest import verify
 from instructft.errors import CheckpointError, NotFiniteError, ResumeError, Stopped, UsageError
 from instructft.training.run import train
+from tests.helpers.device import here
 from tests.helpers.processes import python
 from tests.helpers.stops import SignalAt, interrupt
 
@@ -66,7 +67,7 @@ def write(tmp_path: Path, base: Path) -> Any:
         for old, new in changes.items():
             text = text.replace(old, new)
         path = tmp_path / f"{kind}.yaml"
-        path.write_text(f"{text}output_dir: {tmp_path / 'run'}\n")
+        path.write_text(here(f"{text}output_dir: {tmp_path / 'run'}\n"))
         return path
 
     return write

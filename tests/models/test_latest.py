@@ -12,6 +12,7 @@ import instructft
 from instructft.errors import UsageError
 from instructft.models.latest import checkpoint_name, forget_newest, newest_checkpoint, progress, resolve_latest
 from instructft.training.run import train
+from tests.helpers.device import here
 from tests.helpers.stops import SignalAt, interrupt
 
 QUIET = Console(quiet=True)
@@ -117,7 +118,7 @@ def model(tokenizer: Any, tiny_model: Any, tmp_path: Path) -> Any:
 
 def recipe(tmp_path: Path, name: str, subfolder: str = "latest", out: str = "run") -> Any:
     path = tmp_path / "further.yaml"
-    path.write_text(RECIPE.format(name=name, subfolder=subfolder, out=tmp_path / out))
+    path.write_text(here(RECIPE.format(name=name, subfolder=subfolder, out=tmp_path / out)))
     return instructft.load_recipe(path)
 
 

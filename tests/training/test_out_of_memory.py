@@ -14,6 +14,7 @@ from rich.console import Console
 from instructft.errors import OutOfMemoryError
 from instructft.training.out_of_memory import ran_out
 from instructft.training.run import train
+from tests.helpers.device import of_the_cpu
 from tests.helpers.out_of_memory import CUDA, out_of_memory, proposed
 from tests.helpers.processes import python
 
@@ -32,13 +33,13 @@ QUIET = Console(quiet=True)
     ],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
-def test_it_ends_with_one_message(recipe: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_it_ends_with_one_message(recipe: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, device: str) -> None:
     asked = recipe()
     out_of_memory(monkeypatch, lambda trainer, rows: trainer.state.global_step == 2, error)
     with pytest.raises(OutOfMemoryError) as caught:
         train(asked, console=QUIET)
     said = str(caught.value)
-    assert said.startswith("step 3: memory ran out on cpu, with a batch of 4 × ")
+    assert re.match(rf"step 3: memory ran out on {device}(:0)?, with a batch of 4 × ", said)
     assert ("2.0 GiB more were asked for" in said) == bool(str(error))
     held = {name: float(value) for name, value in re.findall(r"(weights|gradients|optimizer state) ([\d.]+) KiB", said)}
     assert held["weights"] > 300
@@ -126,6 +127,7 @@ def test_a_model_that_is_too_large_gets_other_advice(recipe: Any, monkeypatch: p
     assert advice(asked, trainer, held)[0][0] == "train.per_device_eval_batch_size=2"
 
 
+@of_the_cpu
 def test_a_process_whose_memory_is_limited(recipe: Any, tmp_path: Path) -> None:
     """A real allocation that fails, in the command: exit 1, the message, and no traceback."""
     asked = recipe("train.per_device_train_batch_size=32", "model.config.n_embd=512")  # some 400 MB of activations

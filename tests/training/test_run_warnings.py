@@ -17,6 +17,7 @@ from instructft.inference.generator import Generator
 from instructft.prompt.templates import TEMPLATES
 from instructft.training.run import train
 from instructft.training.run_warnings import at_zero, diverged, headings, overfits, probes, told
+from tests.helpers.device import here
 from tests.helpers.stops import SignalAt, interrupt
 
 WORDS = ["tea", "bread", "honey", "milk", "rice", "salt", "soup", "cake", "fish", "corn", "plum", "nuts"]
@@ -56,7 +57,7 @@ train: {{max_steps: 80, per_device_train_batch_size: 16, learning_rate: 1e-2, ev
         save_strategy: "no", report_to: none, use_cpu: true}}
 output_dir: {tmp_path / name}
 """
-        (tmp_path / "ill.yaml").write_text(recipe)
+        (tmp_path / "ill.yaml").write_text(here(recipe))
         console = Console(record=True, soft_wrap=True, file=io.StringIO())
         result = train(instructft.load_recipe(tmp_path / "ill.yaml", list(overrides)), console=console)
         return result, console.export_text()

@@ -16,6 +16,7 @@ import instructft
 from instructft.errors import Stopped, UsageError
 from instructft.training.run import train
 from instructft.training.step_checks import FEWEST, usual_loss
+from tests.helpers.device import here
 from tests.helpers.stops import SignalAt, interrupt
 
 RECIPE = """
@@ -65,7 +66,7 @@ class Leap(TrainerCallback):
 def spiked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(*overrides: str, name: str = "run", stop_at: int | None = None) -> Any:
         path = tmp_path / "leap.yaml"
-        path.write_text(RECIPE)
+        path.write_text(here(RECIPE))
         recipe = instructft.load_recipe(path, [f"output_dir={tmp_path / name}", *overrides])
         leap, console = Leap(), Console(record=True, soft_wrap=True, file=io.StringIO())
         with monkeypatch.context() as patch:

@@ -17,6 +17,7 @@ import instructft
 from instructft.errors import RecipeError, Stopped
 from instructft.training.run import train
 from instructft.training.stopping import since_best
+from tests.helpers.device import here
 from tests.helpers.stops import SignalAt, interrupt
 
 RECIPE = """
@@ -44,7 +45,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path / "stop.yaml"
 
     def load(*overrides: str, name: str = "run") -> Any:
-        path.write_text(RECIPE.replace("ROWS", str(tmp_path / "rows.jsonl")).replace("RUN", str(tmp_path / name)))
+        text = RECIPE.replace("ROWS", str(tmp_path / "rows.jsonl")).replace("RUN", str(tmp_path / name))
+        path.write_text(here(text))
         return instructft.load_recipe(path, list(overrides))
 
     return load

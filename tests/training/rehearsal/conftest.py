@@ -10,6 +10,7 @@ import pytest
 
 import instructft
 from tests.conftest import TINY
+from tests.helpers.device import here
 
 GPT2 = "{model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 32, n_positions: 128}"
 
@@ -29,7 +30,7 @@ def recipe_of(write_recipe: Callable[..., Path]) -> Callable[..., Any]:
                 tokenizer = instructft.load_tokenizer(plain)
                 instructft.load_model(plain, tokenizer).save_pretrained(base)
                 tokenizer.save_pretrained(base)
-            path.write_text(text.replace(f"config: {config}\n  tokenizer: quickstart", f"name_or_path: {base}"))
+            path.write_text(here(text).replace(f"config: {config}\n  tokenizer: quickstart", f"name_or_path: {base}"))
         return instructft.load_recipe(path, settings)
 
     return make
