@@ -157,7 +157,8 @@ def _train(recipe: Recipe) -> Iterator[Contradiction]:
         yield at("gradient_accumulation_steps"), say
     attention = recipe.model.attn_implementation
     if on("auto_find_batch_size") and recipe.data.packing and ("flash" in attention or attention == "varlen"):
-        say = f"{attention} gets packs as one row, which cannot be halved; set train.per_device_train_batch_size"
+        name = "varlen" if attention == "varlen" else "flash-attention"
+        say = f"{name} gets packs as one row, which cannot be halved; set train.per_device_train_batch_size"
         yield at("auto_find_batch_size"), say
     for one, two in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
         if on(one) and on(two):

@@ -127,3 +127,24 @@ def test_auto_on_a_cpu_says_why_it_takes_a_mask(tmp_path: Path) -> None:
     result, _, printed = run(tmp_path, "run", "train.max_steps=1", "train.eval_strategy=no", "samples=[]")
     assert "attention  sdpa (not varlen: it is taken on CUDA)" in printed
     assert result.facts["attention"] == {"name": "sdpa", "why": "not varlen: it is taken on CUDA"}
+
+
+def test_padded_rows_are_evaluated_under_a_mask(tmp_path: Path) -> None:
+    from instructft.data.prepare import prepare
+    from instructft.models.kernels import varlen
+    from tests.helpers.rehearsal import trainer_of
+
+    path = tmp_path / "rows.yaml"
+    path.write_text(PACKED.replace("MODEL", GPT2) + f"output_dir: {tmp_path / 'run'}\n", encoding="utf-8")
+    recipe = instructft.load_recipe(path)
+    trainer = trainer_of(recipe)
+    padded = instructft.load_recipe(path, ["data.packing=false"])
+    rows = prepare(padded, instructft.load_tokenizer(padded)).splits["validation"]
+
+    def loss() -> float:
+        return float(trainer.evaluation_loop(trainer.get_eval_dataloader(rows), "eval").metrics["eval_loss"])
+
+    wanted = loss()
+    assert varlen.switch_on(trainer.model)
+    assert loss() == pytest.approx(wanted, abs=1e-6)
+    assert varlen.takes_borders(trainer.model)

@@ -27,6 +27,7 @@ def test_defaults_are_those_of_the_contract(load):
             "subfolder": None,
             "dtype": "auto",
             "attn_implementation": "auto",
+            "overrides": None,
             "quantization": "none",
         },
         "data": {

@@ -1,10 +1,11 @@
-"""Names that the trainer gives to metrics; what it trains, saves and resumes is tested in whole runs."""
+"""Sums and names of the trainer's metrics; what it trains, saves and resumes is tested in whole runs."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
-from instructft.training.trainer import _plain
+from instructft.training.trainer import _plain, _sums_of_rows
 
 
 @pytest.mark.parametrize(
@@ -13,3 +14,20 @@ from instructft.training.trainer import _plain
 )
 def test_names_of_data_sets_in_metrics(name: str, plain: str) -> None:
     assert _plain(name) == plain
+
+
+def test_sums_of_a_flat_evaluation_are_those_of_its_packs() -> None:
+    rows = [torch.arange(1.0, n + 1) for n in (4, 7, 5)]
+    rows = [torch.stack([row, row * 10, row * 100, row * 1000]) for row in rows]  # (4, n); no token behind the last
+    for row in rows:
+        row[:, -1] = 0  # it predicts nothing
+    wanted = torch.stack([row.sum(1) for row in rows])
+    lengths = torch.tensor([4, 7, 5])
+    padded = torch.stack([torch.nn.functional.pad(row, (0, 8 - row.shape[1])) for row in rows], dim=1)  # (4, 3, 8)
+    assert torch.equal(_sums_of_rows(padded[..., :-1], lengths), wanted)
+    end_to_end = torch.cat(rows, dim=1)[:, None, :-1]
+    assert torch.equal(_sums_of_rows(end_to_end, lengths), wanted)
+    fixed = padded.reshape(4, 1, -1)[..., :-1]
+    assert torch.equal(_sums_of_rows(fixed, lengths, width=8), wanted)
+    alone = _sums_of_rows(padded[:, :1].reshape(4, 1, -1)[..., :-1], lengths[:1], width=8)  # a batch of one pack
+    assert torch.equal(alone, wanted[:1])

@@ -52,6 +52,8 @@ TABLE = (
     # models and their layers
     Private("_parameters", MODULE, "adapters/frozen_check", "4-bit weights are not found under FSDP2"),
     Private("_buffers", MODULE, "models/fake_step", "the memory estimate cannot lay a model out on fake tensors"),
+    Private("_forward_hooks", MODULE, "models/kernels/activations", "a hook on an activation would be lost"),
+    Private("_forward_pre_hooks", MODULE, "models/kernels/activations", "a hook on an activation would be lost"),
     Private("_modules", MODULE, "adapters/lora", "rows of new tokens are not found"),
     Private("_orig_mod", "torch._dynamo.eval_frame:OptimizedModule", "weights/weight_files",
             "a compiled model's saved weights have other names than its own"),

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
 
 # What torch has in one kernel, as its `approximate`. The rest of transformers' activations are one kernel already, or
 # no function of torch (QuickGELU, squared ReLU, Laplace, clipped GELU).
@@ -25,12 +24,14 @@ _WRITTEN_OUT = {
 _BY_METHOD = {"_gelu_python": "none", "_gelu_tanh_python": "tanh"}
 
 
-def fuse_activations(model: PreTrainedModel) -> int:
+def fuse_activations(model: nn.Module) -> int:
     """Give each written-out GELU of a model, or of what PEFT made of it, torch's kernel; returns how many it were.
 
-    >>> model = AutoModelForCausalLM.from_pretrained("gpt2")
-    >>> fuse_activations(model)
-    12
+    >>> from torch import nn
+    >>> from transformers.activations import NewGELUActivation
+    >>> model = nn.Sequential(nn.Linear(2, 2), NewGELUActivation())
+    >>> fuse_activations(model), model[1]
+    (1, GELU(approximate='tanh'))
     """
     from torch import nn
 

@@ -82,9 +82,9 @@ def own_attention(kind: Any) -> bool:
 def refusal(config: Any) -> str:
     """Why a model cannot be trained with attention by borders, and the way out; "" where it can.
 
-    >>> refusal(AutoConfig.from_pretrained("gpt2"))
-    'the model trains with an attention dropout of 0.1 (attn_pdrop), which the kernel does not have; set
-     model.overrides={attn_pdrop: 0.0}'
+    >>> from transformers import GPT2Config
+    >>> refusal(GPT2Config(n_embd=1200, n_head=4, attn_pdrop=0.0))
+    'its heads are 300 wide, and the kernel takes multiples of 8 up to 256'
     """
     text = config.get_text_config()
     for name, value in text.to_dict().items():

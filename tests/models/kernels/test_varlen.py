@@ -124,6 +124,10 @@ def test_under_autocast_what_comes_in_float32_is_lowered(dtype: torch.dtype) -> 
         patch.setattr(varlen, "by_document", watch)
         found, found_grads = step(model, flat, labels)
     assert seen == {dtype}
+    x = torch.randn(1, 4, 6, 8)  # values too, where a model puts a norm on them
+    with torch.autocast("cpu", dtype):
+        out, _ = varlen.attend(torch.nn.Module(), x, x, x, None, cu_seq_lens_q=torch.tensor([0, 6]), max_length_q=6)
+    assert out.dtype == dtype
     assert float((found - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
     for name, grad in grads.items():
         assert float((found_grads[name] - grad).norm()) < 0.1 * float(grad.norm()), name
