@@ -25,14 +25,15 @@ def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, cu_seq_lens
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def flat(patch: pytest.MonkeyPatch, width: int) -> None:
-    """Let runs train packs of `width` end to end."""
+def flat(patch: pytest.MonkeyPatch) -> None:
+    """Let runs train packs end to end."""
     AttentionInterface.register(NAME, attend)
     made = Trainer.__init__
 
     def flattening(self: Any, **kwargs: Any) -> None:
         kwargs["model"].set_attn_implementation(NAME)
-        made(self, **{**kwargs, "pack_width": width})
+        kwargs["data_collator"].flatten = True
+        made(self, **kwargs)
 
     patch.setattr(Trainer, "__init__", flattening)
     patch.setattr(run, "prove_isolation", lambda *_: None)  # its packs have no borders

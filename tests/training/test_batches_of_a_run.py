@@ -146,7 +146,7 @@ def is_the_run(found: Any, wanted: Any, *, slots: int | None = None) -> None:
 
 def test_flat_packs_train_as_rows_do(recipe: Any, monkeypatch: pytest.MonkeyPatch, by_rows: Any) -> None:
     found = trained(monkeypatch)
-    borders.flat(monkeypatch, WIDTH)
+    borders.flat(monkeypatch)
     result = train(recipe(*FLAT), console=QUIET, rehearsal=False)
     assert {batch["input_ids"].shape for batch in found} == {(1, 4 * WIDTH)}
     assert len({batch["cu_seq_lens_q"].shape for batch in found}) == 1
@@ -156,7 +156,7 @@ def test_flat_packs_train_as_rows_do(recipe: Any, monkeypatch: pytest.MonkeyPatc
 def test_flat_packs_that_do_not_fit_are_trained_in_parts(
     recipe: Any, monkeypatch: pytest.MonkeyPatch, by_rows: Any
 ) -> None:
-    borders.flat(monkeypatch, WIDTH)
+    borders.flat(monkeypatch)
     begun: list[tuple[int, ...]] = []
 
     def runs_out(trainer: Any, _: int) -> bool:
@@ -177,7 +177,7 @@ def test_flat_packs_that_do_not_fit_are_trained_in_parts(
 
 def test_the_rows_of_a_flat_step_are_named_when_it_is_not_finite(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pack by pack, each scored alone."""
-    borders.flat(monkeypatch, WIDTH)
+    borders.flat(monkeypatch)
     monkeypatch.setattr(MicroBatches, "train", lambda *_: torch.tensor(float("nan")))
     asked = recipe(*FLAT)
     with pytest.raises(NotFiniteError, match="step 1: a gradient is not a finite number"):
@@ -189,9 +189,30 @@ def test_the_rows_of_a_flat_step_are_named_when_it_is_not_finite(recipe: Any, mo
     assert all(3 < row["loss"] < 12 for row in kept)
 
 
+def test_attention_that_gives_way_before_the_first_step_gets_rows(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    borders.flat(monkeypatch)
+    found = trained(monkeypatch)
+
+    def give_way(trainer: Any, *_: Any) -> None:
+        trainer.model.set_attn_implementation("sdpa")
+        trainer.data_collator.flatten = False
+
+    monkeypatch.setattr("instructft.training.run.prove_isolation", give_way)
+    train(recipe(*FLAT), console=QUIET, rehearsal=False)
+    assert {len(batch["input_ids"]) for batch in found} == {4}
+    assert not any("supervised" in batch for batch in found)
+
+
+def test_a_width_that_is_a_multiple(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    borders.flat(monkeypatch)
+    found = trained(monkeypatch)
+    train(recipe(*FLAT, "train.pad_to_multiple_of=64", "train.max_steps=1"), console=QUIET, rehearsal=False)
+    assert {batch["input_ids"].shape for batch in found} == {(1, 4 * 192)}
+
+
 def test_the_last_batch_of_an_epoch_has_the_shape_of_all(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = trained(monkeypatch)
-    borders.flat(monkeypatch, WIDTH)
+    borders.flat(monkeypatch)
     epoch = ("train.max_steps=-1", "train.num_train_epochs=1", "train.per_device_train_batch_size=3")
     asked = recipe(*FLAT, *epoch)
     result = train(asked, console=QUIET, rehearsal=False)
@@ -209,14 +230,14 @@ def test_a_stream_of_flat_packs(recipe: Any, monkeypatch: pytest.MonkeyPatch, tm
     own = train(recipe(*FLAT, stream, f"output_dir={tmp_path / 'own'}"), console=QUIET)
     with monkeypatch.context() as patch:
         found = trained(patch)
-        borders.flat(patch, WIDTH)
+        borders.flat(patch)
         flat = train(recipe(*FLAT, stream), console=QUIET, rehearsal=False)
     assert {batch["input_ids"].shape for batch in found} == {(1, 4 * WIDTH)}
     is_the_run(flat, own)
 
 
 def test_flat_packs_are_not_dispatched(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    borders.flat(monkeypatch, WIDTH)
+    borders.flat(monkeypatch)
     config = "train.accelerator_config={dispatch_batches: true, split_batches: true}"
     with pytest.raises(UsageError, match=r"dispatch_batches: true divides a batch .* attention borders"):
         train(recipe(*FLAT, config), console=QUIET, rehearsal=False)
