@@ -120,3 +120,11 @@ def test_templates(tiny: Any) -> None:
     assert "26 combinations" in text
     assert " 0 silently wrong" in text
     assert [row[0] for row in rows(text)] == ["cohere", "cohere2"]
+
+
+def test_batches_are_compared_and_timed(tiny: Any) -> None:
+    found = rows(tiny("batches"))
+    assert [(cells[0], cells[1].split(",")[0]) for cells in found] == [
+        (what, how) for what in ("rows, padded", "packs", "packs end to end") for how in ("lists", "slices")
+    ]
+    assert all(number(cells[3]) > 0 for cells in found)
