@@ -57,6 +57,15 @@ def test_train_cpu_compares_losses_and_prints_a_row_for_each(tiny: Any, script: 
     assert all(float(gap) < 1e-4 for _, gap in gaps)
 
 
+def test_heads_agree_with_trls(tiny: Any) -> None:
+    found = {cells[1]: cells for cells in rows(tiny("heads"))}
+    assert {"TRL", "ours, operators", "recomputed", "Liger", "torch"} <= set(found)
+    for name in ("ours, operators", "recomputed"):
+        assert number(found[name][2]) > 0
+        assert float(found[name][4]) < 1e-3
+        assert float(found[name][5]) < 1e-2
+
+
 def test_losses_that_differ_end_the_comparison(script: Any) -> None:
     compare = script("train_cpu").compare
     mine = {"losses": [2.0, 1.0], "entropy": [1.0, 1.0], "mean_token_accuracy": [0.0, 0.5]}

@@ -18,83 +18,50 @@ from typing import Any
 
 import torch
 
+from instructft.models.kernels import softmax_kernel
+from instructft.models.kernels.softmax_kernel import kernel_parts
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
 CHUNK = 4096  # positions whose logits are held at once
 _CHUNK_BYTES = 1 << 30  # of logits in 16 bits; wider vocabularies get smaller chunks
-_BLOCK = 1024  # logits that a kernel of TRL's reads at once
+_ALIGNED = 64  # the vocabulary is filled up to a multiple of it: without, cuBLAS takes kernels that are 5 times slower
 
-# logits (n, V), labels (n,), weights (n,) or None -> gradient (n, V), log-probability, entropy and top-1 (n,)
-Parts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, ...]]
+# logits (n, V) of which so many columns are real, labels (n,), weights (n,) or None
+# -> gradient (n, V), log-probability, entropy and top-1 (n,)
+Parts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, int], tuple[torch.Tensor, ...]]
 
 
 def head_for(device: torch.device) -> Parts | None:
     """What turns logits into a gradient on a device; None where TRL's whole head is to stay.
 
-    `benchmarks/heads.py` holds the choices against each other. With Triton a chunk of logits is read twice and written
-    twice; without it every operator reads and writes it in float32.
+    `benchmarks/heads.py` holds the choices against each other.
     """
     if device.type != "cuda":
         return None
-    kernels = _kernels()
-    return kernel_parts if kernels is not None and kernels._use_triton(device) else torch_parts
+    return kernel_parts if softmax_kernel.available() else torch_parts
 
 
-def torch_parts(z: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+def torch_parts(
+    z: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, width: int
+) -> tuple[torch.Tensor, ...]:
     """d (weights · -log p) / d logits in the dtype of z, and of each row log p of its label, entropy and top-1.
 
-    Plain operators without anything that waits or breaks a graph; all is zero where a label is -100. Without weights
-    no gradient is made, and what stands in its place means nothing.
+    Plain operators without anything that waits or breaks a graph. All is zero where a label is -100, and in columns
+    from `width` on, which are zero when they come. Without weights no gradient is made.
     """
     kept = labels != IGNORE_INDEX
     chosen = labels.clamp(min=0)[:, None]
-    x = z.float()
+    columns = torch.arange(z.shape[1], device=z.device)
+    plain = z.float()
+    x = plain if width == z.shape[1] else torch.where(columns < width, plain, float("-inf"))
     total = x.logsumexp(-1, keepdim=True)
     p = (x - total).exp()
-    log_probs = x.gather(1, chosen)[:, 0] - total[:, 0]
-    entropy = total[:, 0] - (p * x).sum(-1)
+    log_probs = plain.gather(1, chosen)[:, 0] - total[:, 0]
+    entropy = total[:, 0] - (p * plain).sum(-1)
     is_top1 = x.argmax(-1) == labels
     if weights is not None:
-        grad = (p - (torch.arange(z.shape[1], device=z.device) == chosen).float()) * (weights * kept)[:, None]
-        z = grad.to(z.dtype)
+        z = ((p - (columns == chosen).float()) * (weights * kept)[:, None]).to(z.dtype)
     return z, log_probs * kept, entropy * kept, is_top1
-
-
-def kernel_parts(z: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """The same by TRL's Triton kernels, which leave the gradient where the logits were."""
-    kernels = _kernels()
-    rows, width = z.shape
-    kept = labels != IGNORE_INDEX
-    top = z.new_full((rows,), float("-inf"), dtype=torch.float32)
-    before = top.clone()
-    total, moment, squares, sums, wanted = z.new_zeros(5, rows, dtype=torch.float32)
-    plain = {"logit_scale": 1.0, "softcap": 1.0, "inv_t": 1.0, "HAS_SOFTCAP": False, "BLOCK_SIZE": _BLOCK}
-    triton = kernels._use_triton(z.device)
-    read = kernels._forward_kernel[(rows,)] if triton else kernels._forward_tile
-    read(
-        z, z.stride(0), labels, top, total, moment, squares, sums, before, wanted, 0, width, **plain,
-        HAS_ENTROPY=True, HAS_LOG_SUM_SQ_PROBS=False, HAS_MEAN_LOGITS=False, HAS_IS_TOP1=True,
-    )  # fmt: skip
-    log_total = top + total.log()
-    entropy = log_total - moment / total
-    if weights is not None:
-        turn = kernels._backward_kernel[(rows, -(-width // _BLOCK))] if triton else kernels._backward_tile
-        scale = -weights * kept
-        turn(
-            z, z.stride(0), labels, log_total, entropy, scale, scale, 0, width, **plain,
-            HAS_LOGPROB_GRAD=True, HAS_ENTROPY_GRAD=False,
-        )  # fmt: skip
-    is_top1 = kept & (wanted >= top) & (wanted > before)
-    return z, (wanted - log_total) * kept, entropy * kept, is_top1
-
-
-def _kernels() -> Any:
-    """The module of TRL's kernels, with their stand-ins in torch for devices without Triton; None before trl 1.15."""
-    try:
-        from trl.kernels import chunked_logprob
-    except ImportError:
-        return None
-    return chunked_logprob if hasattr(chunked_logprob, "_forward_tile") else None
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,31 +142,44 @@ def _pass(
 ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None]]:
     """Log-probability, entropy and top-1 (S,), and the gradients of sum(weights · -log p) that are `needed`."""
     rows, weight, bias = inputs
-    w = weight.to(low)
-    count = len(labels)
+    count, (width, size) = len(labels), weight.shape
+    w, b = _filled_up(weight, low), None if bias is None else _filled_up(bias, low)
     log_probs, entropy = rows.new_zeros(2, count, dtype=torch.float32)
     is_top1 = torch.zeros(count, dtype=torch.bool, device=rows.device)
-    grad_rows = torch.zeros_like(rows, dtype=low) if needed[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
-    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None
-    chunk = chunk_size(weight.shape[0])
+    grad_rows = torch.zeros_like(rows, dtype=torch.float32) if needed[0] else None
+    grad_weight = rows.new_zeros(len(w), size, dtype=torch.float32) if needed[1] else None
+    grad_bias = rows.new_zeros(len(w), dtype=torch.float32) if b is not None and needed[2] else None
+    chunk = chunk_size(width)
     with torch.autocast(rows.device.type, enabled=False):
         for start in range(0, count, chunk):
             part = slice(start, start + chunk)
             h = rows[part].to(low)
             z = h @ w.t()  # (n, V)
-            if bias is not None:
-                z += bias.to(low)
-            grad, log_probs[part], entropy[part], is_top1[part] = parts(
-                z, labels[part], None if weights is None else weights[part]
-            )
+            if b is not None:
+                z += b
+            weighed = None if weights is None else weights[part]
+            grad, log_probs[part], entropy[part], is_top1[part] = parts(z, labels[part], weighed, width)
             if grad_rows is not None:
-                torch.mm(grad, w, out=grad_rows[part])
+                _add_product(grad_rows[part], grad, w)
             if grad_weight is not None:
                 _add_product(grad_weight, grad.t(), h)
             if grad_bias is not None:
                 grad_bias += grad.sum(0, dtype=torch.float32)
-    return (log_probs, entropy, is_top1), [grad_rows, grad_weight, grad_bias]
+    return (log_probs, entropy, is_top1), [
+        grad_rows,
+        *(None if g is None else g[:width] for g in (grad_weight, grad_bias)),
+    ]
+
+
+def _filled_up(tensor: torch.Tensor, low: torch.dtype) -> torch.Tensor:
+    """A head's weight (V, D) or bias (V,) in the dtype of its products, with zeros where there are no tokens."""
+    more = -len(tensor) % _ALIGNED
+    if not more:
+        return tensor.to(low)
+    filled = tensor.new_empty(len(tensor) + more, *tensor.shape[1:], dtype=low)
+    filled[: len(tensor)] = tensor
+    filled[len(tensor) :] = 0
+    return filled
 
 
 def chunk_size(vocabulary: int) -> int:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import pytest
 import torch
 
-from instructft.models.kernels import fused_loss, gpu_head
+from instructft.models.kernels import fused_loss, gpu_head, softmax_kernel
 from instructft.models.kernels.fused_loss import nll_of
 from tests.helpers.read_backs import ReadBacks
 from tests.models.kernels.test_fused_loss import OUTPUTS, SHAPES, Products, batch, models
 
-PARTS = {"operators": gpu_head.torch_parts, "kernels": gpu_head.kernel_parts}
+PARTS = {"operators": gpu_head.torch_parts, "kernel": gpu_head.kernel_parts}
+INTERPRETED = softmax_kernel.available() and os.environ.get("TRITON_INTERPRET") == "1"  # a kernel's way onto a CPU
 WIDTH, VOCABULARY = 16, 211
 
 
 @pytest.fixture(autouse=True, params=PARTS)
 def on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU taken for a GPU, chunks of eight positions, and what turns logits into a gradient there."""
-    if request.param == "kernels" and gpu_head._kernels() is None:
-        pytest.skip("this TRL has no kernels")
+    if request.param == "kernel" and not INTERPRETED:
+        pytest.skip("Triton is not here, or does not interpret (TRITON_INTERPRET=1)")
     monkeypatch.setattr(fused_loss, "_DEVICES", ())
     monkeypatch.setattr(gpu_head, "head_for", lambda device: PARTS[request.param])
     monkeypatch.setattr(gpu_head, "CHUNK", 8)
@@ -70,9 +72,9 @@ def test_tokens_of_unequal_weight(with_the_sum: bool) -> None:
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_products_in_sixteen_bits_are_summed_in_float32(weights: torch.dtype) -> None:
-    """Twelve thousand positions of one label: sums in bfloat16 stand still at 256 times what is added."""
+    """Two thousand positions of one label: sums in bfloat16 stand still at 256 times what is added."""
     torch.manual_seed(0)
-    count = 12_000
+    count = 2_000
     rows = (torch.ones(count, WIDTH) + 0.1 * torch.randn(count, WIDTH)).requires_grad_()
     weight = (0.02 * torch.randn(VOCABULARY, WIDTH)).to(weights).requires_grad_()
     labels = torch.full((count,), 3)
@@ -107,7 +109,7 @@ def test_products_are_as_few_as_can_be(frozen: bool | None, products: int) -> No
         nll, *_ = gpu_head.score(rows, weight, None, labels, parts)
         if frozen is not None:
             nll.backward()
-    assert sum(map(math.prod, counter.shapes)) == products * count * VOCABULARY * WIDTH
+    assert sum(map(math.prod, counter.shapes)) == products * count * 256 * WIDTH  # 211 tokens are filled up
     assert (weight.grad is None) == (frozen is not False)
 
 
