@@ -373,14 +373,14 @@ def result(watch: Any, losses: list[float], tokens: Sequence[float], task: Task)
 WORKERS = {"ours": ours, "trl": theirs, "plain": plain, "prepare": prepare_rows, "model": make_model}
 
 
-def run(task: Task, launcher: Sequence[str] = (sys.executable,)) -> dict[str, Any]:
-    """One contestant in a process of its own; `launcher` starts it, such as `accelerate launch …`."""
-    if task.here and launcher == (sys.executable,):
+def run(task: Task) -> dict[str, Any]:
+    """One contestant in a process of its own."""
+    if task.here:
         return WORKERS[task.which](task)
     cache = Path(task.folder) / "cache"
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore"}
-    command = [*launcher, __file__, json.dumps(dataclasses.asdict(task))]
+    command = [sys.executable, __file__, json.dumps(dataclasses.asdict(task))]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     line = next((line for line in out.stdout.splitlines() if line.startswith("RESULT ")), None)
     if line is None:

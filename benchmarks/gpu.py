@@ -28,8 +28,6 @@ from typing import Any
 
 from contestants import Task, make, run, source_and_tokenizer
 
-REPO = Path(__file__).resolve().parent.parent
-
 LLAMA = {
     "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
@@ -100,16 +98,8 @@ def contestants(task: Task) -> dict[str, tuple[Task, str]]:
             "TRL, Liger": with_options("trl", "liger_kernel", use_liger_kernel=True),
         }  # fmt: skip
         if not task.adapter:
-            found["instructft, fp8"] = with_options("ours", "torchao", bf16=False)
+            found["instructft, fp8"] = with_options("ours", "torchao", fp8=True)
     return found
-
-
-def launcher(name: str) -> tuple[str, ...]:
-    """How a contestant is started; FP8 comes from accelerate's configuration."""
-    if not name.endswith("fp8"):
-        return (sys.executable,)
-    config = str(REPO / "recipes" / "accelerate" / "fp8.yaml")
-    return (sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "1")
 
 
 def operations(weights: dict[str, Any], adapter: bool, supervised_share: float) -> float:
@@ -152,7 +142,7 @@ def measure(name: str, task: Task, repeats: int, say: Any) -> tuple[dict[str, li
     for _ in range(repeats):
         for who, (one, _) in list(entered.items()):
             try:
-                found.setdefault(who, []).append(run(one, launcher(who)))
+                found.setdefault(who, []).append(run(one))
                 say(f"{name} · {who}: {found[who][-1]['tokens_per_second']:,.0f} tokens/s")
             except RuntimeError as error:
                 notes.append(f"{name}: {who} failed: {str(error).strip().splitlines()[-1]}")

@@ -58,6 +58,16 @@ OWN_TRAIN_FIELDS: dict[str, dict[str, Any]] = {
     },
     "torch_compile_backend": {"kinds": ["str", "null"], "default": None, "help": "compiler; null: inductor"},
     "torch_compile_mode": {"kinds": ["str", "null"], "default": None, "help": "mode of the compiler inductor"},
+    "fp8": {
+        "kinds": ["bool"],
+        "default": False,
+        "help": "make the matrix products of the blocks in 8-bit floats, on GPUs that have them; trains all weights",
+    },
+    "deterministic": {
+        "kinds": ["bool"],
+        "default": False,
+        "help": "only kernels whose results never vary, so that runs on a GPU are equal to the last bit too; slower",
+    },
 }
 _KIND_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _KIND_WORDS |= {"list": "a list", "dict": "a mapping", "null": "null"}
