@@ -184,7 +184,7 @@ class CompiledBlocks:
         """Leave the blocks as they were, and room for the graphs of another run in this process (torch keeps 8)."""
         for block in self.blocks:
             block._compiled_call_impl = None
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
 
 class _Block:
