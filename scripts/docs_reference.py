@@ -97,6 +97,8 @@ OWN: dict[str, tuple[str, str]] = {
     "train.torch_compile_backend": ("", "aot_eager"),
     "train.torch_compile_mode": ("", "max-autotune-no-cudagraphs"),
     "train.evaluation_budget": ("share of the time trained", "0.05"),
+    "train.fp8": ("", "true"),
+    "train.deterministic": ("", "true"),
     "hub.repo_id": ("", "ada/support"),
     "hub.private": ("", "false"),
     "hub.path_in_repo": ("", "instruct/"),

@@ -48,6 +48,7 @@ _FREE = (
 _OPEN = ("train.loss_spike_limit", "train.on_loss_spike", "train.early_stopping_patience", "train.on_divergence")
 # Fields that older checkpoints do not hold, with what they were then unless someone set them.
 _LATER = {"train.dataloader_drop_last": False, "train.on_divergence": "stop", "model.overrides": None}
+_LATER |= {"train.fp8": False, "train.deterministic": False}
 # Facts that older checkpoints do not hold, and that nobody can tell now.
 _UNKNOWN = ("precision", "device")
 _LENGTH = ("train.max_steps", "train.num_train_epochs")
@@ -77,6 +78,11 @@ class RunStart:
         return self.checkpoint.step if self.checkpoint else 0
 
     @property
+    def exact(self) -> bool:
+        """Whether it goes on to the same bits: a GPU adds up in any order, unless it is held to one."""
+        return self.identity.get("device", "cpu") == "cpu" or bool(self.identity.get("train.deterministic"))
+
+    @property
     def folder(self) -> str | None:
         """What `Trainer.train` is told."""
         return str(self.checkpoint.folder) if self.checkpoint else None
@@ -93,6 +99,11 @@ class RunStart:
         lines = [f"passed over: {reason}" for reason in self.passed]
         if self.checkpoint:
             lines.append(f"resuming from {self.folder}, {self.step:,} steps done; every byte of it verified")
+            if not self.exact:
+                lines.append(
+                    f"on {self.identity['device']} it is equal to a run that was never stopped but for rounding; "
+                    "train.deterministic=true makes runs equal to the last bit"
+                )
             lines += [f"changed: {key}, {_short(then)} to {_short(now)}" for key, (then, now) in self.changed.items()]
         return lines
 
@@ -110,7 +121,8 @@ class RunStart:
             return []
         then = self.checkpoint.versions
         others = {name: [then.get(name), now] for name, now in versions.items() if then.get(name) != now}
-        return [{"step": self.step, "passed_over": self.passed, "changed": dict(self.changed), "versions": others}]
+        found = {"step": self.step, "passed_over": self.passed, "changed": dict(self.changed), "versions": others}
+        return [found | {"exact": self.exact}]
 
 
 def run_start(checkpoint: Checkpoint | None, passed: list[str], identity: Mapping[str, Any]) -> RunStart:

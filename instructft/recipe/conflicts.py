@@ -163,6 +163,12 @@ def _train(recipe: Recipe) -> Iterator[Contradiction]:
     for one, two in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
         if on(one) and on(two):
             yield (at(one) + at(two)), f"contradicts train.{two}; keep one"
+    if on("fp8"):
+        if recipe.adapter.type != "none":
+            say = f"trains all weights, and {recipe.adapter.type} leaves those of the products frozen; take it out"
+            yield (*at("fp8"), ("adapter", "type")), say
+        if on("fp16"):
+            yield at("fp8", "fp16"), "fp8 is made for bfloat16 around it; take fp16 out"
     for old, new in (
         ("gradient_checkpointing", "activation_checkpointing"),
         ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),

@@ -64,6 +64,16 @@ OWN_TRAIN_FIELDS: dict[str, dict[str, Any]] = {
         "help": "share of the time trained that evaluations, samples and warnings may take; what is due waits, the "
         "last never. null: nothing waits, and the default where eval_steps or eval_strategy is written",
     },
+    "fp8": {
+        "kinds": ["bool"],
+        "default": False,
+        "help": "make the matrix products of the blocks in 8-bit floats, on GPUs that have them; trains all weights",
+    },
+    "deterministic": {
+        "kinds": ["bool"],
+        "default": False,
+        "help": "only kernels whose results never vary, so that runs on a GPU are equal to the last bit too; slower",
+    },
 }
 _KIND_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _KIND_WORDS |= {"list": "a list", "dict": "a mapping", "null": "null"}

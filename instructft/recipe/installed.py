@@ -115,7 +115,9 @@ def _optimizer_arguments(recipe: Recipe) -> Iterator[str]:
 
 
 def _precision_and_kernels(recipe: Recipe, device: str) -> Iterator[str]:
-    """What a CPU does not have."""
+    """What this GPU, or a CPU, does not have."""
+    if recipe.train["fp8"]:
+        yield from _fp8(device)
     if device != "cpu":
         return
     here = "this run is on the CPU" + (" (train.use_cpu)" if recipe.train.get("use_cpu") else "")
@@ -129,6 +131,21 @@ def _precision_and_kernels(recipe: Recipe, device: str) -> Iterator[str]:
         yield f"train.activation_offloading: {here}, and there is no GPU to offload from; take it out"
     if recipe.train.get("use_liger_kernel"):
         yield f"train.use_liger_kernel: {here}, and these kernels are for GPUs; take it out"
+
+
+def _fp8(device: str) -> Iterator[str]:
+    """Why no products can be made in 8-bit floats here; a CPU emulates them."""
+    import importlib.util
+
+    import torch
+
+    if importlib.util.find_spec("torchao") is None:
+        yield "train.fp8: torchao is not installed; pip install 'instructft[fp8]', or take it out"
+    if device == "cuda" and (found := torch.cuda.get_device_capability()) < (8, 9):
+        card = f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}"
+        yield f"train.fp8: {card}, and 8-bit floats need 8.9 or more (H100, H200, B200, L40S, RTX 40); take it out"
+    elif device not in ("cuda", "cpu"):
+        yield f"train.fp8: {device} has no products of 8-bit floats; take it out"
 
 
 # Tracker -> its package on PyPI, and its part in transformers' `is_…_available`, where these are named otherwise.

@@ -169,7 +169,8 @@ def notes(facts: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> lis
     found = []
     if resumed := train.get("resumed"):
         steps = " and ".join(f"{entry['step']:,}" for entry in resumed)
-        found.append(f"The run was interrupted and resumed from step {steps}.")
+        equal = "" if all(entry.get("exact", True) for entry in resumed) else ", on a GPU: equal but for rounding"
+        found.append(f"The run was interrupted and resumed from step {steps}{equal}.")
         changed = sorted({key for entry in resumed for key in (*entry["changed"], *entry["versions"])})
         found += [f"Changed when it was resumed: {', '.join(changed)}."] if changed else []
     for spike in (train.get("loss_spikes") or [])[:5]:

@@ -113,7 +113,17 @@ def refuse_what_cannot_run(recipe: Recipe, state: PartialState) -> None:
             "for every number of supervised tokens; take it out, and write train.torch_compile=true, which compiles "
             "each block once"
         )
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+        raise UsageError(
+            "accelerate's configuration says mixed_precision: fp8, which converts no layer of a GPT-2 and does not say "
+            "so; write mixed_precision: 'no' there, and train.fp8=true in the recipe"
+        )
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if recipe.train["fp8"] and (sharded or deepspeed):
+        raise UsageError(
+            "train.fp8: the processes share the weights among them (FSDP or DeepSpeed), with which it has not been "
+            "tried; launch with --strategy ddp, or take it out"
+        )
     if sharded and state.num_processes > 1 and state.distributed_type.value == "MULTI_CPU":
         raise UsageError(
             "the launcher asks for FSDP, and accelerate leaves it out on CPUs: every process would hold the whole "

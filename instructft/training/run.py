@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from instructft.checkpoints.manifest import Checkpoint
     from instructft.hub.background import Publisher, Status
     from instructft.models.kernels.compiled_blocks import CompiledBlocks
+    from instructft.models.kernels.fp8 import Converted
     from instructft.training.rehearsal.rehearse import Rehearsal
     from instructft.training.trainer import Trainer
 
@@ -86,6 +87,11 @@ def train(recipe: Recipe, *, resume: str = "auto", rehearsal: bool = True, conso
     refuse_what_cannot_run(recipe, state)
     check_against_installed(recipe, quantization.device(recipe))
     with full_disk_explained(run), contextlib.ExitStack() as held:  # by the first process, for all
+        if recipe.train["deterministic"]:
+            from instructft.models.kernels.deterministic import COST, deterministic
+
+            console.print(COST, markup=False, highlight=False)
+            held.enter_context(deterministic())
         first_process(state, lambda: held.enter_context(own(recipe, resume)))
         return _train(recipe, run, resume, rehearsal, state, console)
 
@@ -132,7 +138,11 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
         found = rehearse_run(trainer, data, console) if rehearsal else None
         proof = watch_adapter(trainer, found.reach.may_stay if found else ())
 
-        with explained(recipe, trainer), compiled_blocks(recipe, trainer, data, console) as compiled:
+        with (
+            explained(recipe, trainer),
+            fp8_layers(recipe, trainer, console) as fp8,
+            compiled_blocks(recipe, trainer, data, console) as compiled,
+        ):
             _run(trainer, start, console)
             with kept_unproved(trainer, tokenizer, console):
                 adapter = prove_adapter(proof, trainer, console)
@@ -141,6 +151,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
                 facts["attention"] = attention.facts()
                 facts["rehearsal"] = found.facts if found else None
                 facts["torch_compile"] = compiled.facts() if compiled else None
+                facts["fp8"] = {"layers": fp8.layers, "of": fp8.of, "emulated": fp8.emulated} if fp8 else None
 
         save(trainer, recipe, tokenizer, facts, data)
         state.wait_for_everyone()  # the others need not wait for an upload
@@ -316,6 +327,23 @@ def build_trainer(
 
 
 @contextlib.contextmanager
+def fp8_layers(recipe: Recipe, trainer: Trainer, console: Console) -> Iterator[Converted | None]:
+    """While the model trains, make the products of its blocks in 8-bit floats, where the recipe says so; say how many.
+
+    What was proved before holds of the model as it is saved: a scale of 8-bit floats is of a whole batch, and
+    documents that are alone and packed would differ by more than rounding.
+    """
+    from instructft.models.kernels.fp8 import fp8_products
+
+    if not recipe.train["fp8"]:
+        yield None
+        return
+    with fp8_products(trainer.model, emulate=trainer.args.device.type == "cpu") as converted:
+        console.print(converted.line(), markup=False, highlight=False)
+        yield converted
+
+
+@contextlib.contextmanager
 def compiled_blocks(
     recipe: Recipe, trainer: Trainer, data: Prepared | Streamed, console: Console
 ) -> Iterator[CompiledBlocks | None]:
@@ -336,6 +364,7 @@ def compiled_blocks(
             fixed=fixed,
             shared=bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled),
             quantized=recipe.model.quantization != "none",
+            fp8=recipe.train["fp8"],
             # forward takes 2 a weight and token, backward twice that; frozen weights need no gradient of their own
             operations=count * rows * data.tokens_per_row * (6 * trainable + 4 * (total - trainable)),
         ),

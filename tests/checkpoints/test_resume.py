@@ -10,7 +10,7 @@ import pytest
 
 import instructft
 from instructft.checkpoints.manifest import Checkpoint
-from instructft.checkpoints.resume import fixed_keys, refuse_changes
+from instructft.checkpoints.resume import RunStart, fixed_keys, refuse_changes
 from instructft.errors import ResumeError
 
 
@@ -35,3 +35,25 @@ def test_a_checkpoint_of_an_older_version_is_resumed() -> None:
     assert refuse_changes(old, {"train.seed": 42, **later}) == {}
     with pytest.raises(ResumeError, match=r"train.dataloader_drop_last: false when checkpoint-3 was written, now true"):
         refuse_changes(old, {"train.seed": 42, "train.dataloader_drop_last": True})
+
+
+def test_how_blocks_are_computed_may_change() -> None:
+    """Also where a checkpoint of an older version holds it as fixed."""
+    old = Checkpoint(Path("run/checkpoint-3"), 3, {"train.seed": 42, "train.torch_compile": False}, {})
+    assert refuse_changes(old, {"train.seed": 42, "train.fp8": False, "train.deterministic": False}) == {}
+    for key in ("train.fp8", "train.deterministic"):
+        with pytest.raises(ResumeError, match=rf"{key}: false when checkpoint-3 was written, now true"):
+            refuse_changes(old, {"train.seed": 42, key: True})
+
+
+@pytest.mark.parametrize(
+    ("device", "deterministic", "exact"), [("cpu", False, True), ("cuda", False, False), ("cuda", True, True)]
+)
+def test_only_where_results_never_vary_is_a_resumed_run_said_to_be_exact(
+    device: str, deterministic: bool, exact: bool
+) -> None:
+    start = RunStart(
+        {"device": device, "train.deterministic": deterministic}, Checkpoint(Path("run/checkpoint-3"), 3, {}, {})
+    )
+    assert any("but for rounding; train.deterministic=true" in line for line in start.lines()) is not exact
+    assert start.record({})[0]["exact"] is exact

@@ -59,7 +59,7 @@ def pins(python: str) -> dict[str, Version]:
 
 def requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"dev", "docs", "eval", "gguf", "quant", "ui"}
+    assert set(extras) == {"dev", "docs", "eval", "fp8", "gguf", "quant", "ui"}
     return [Requirement(line) for group in [PROJECT["dependencies"], *extras.values()] for line in group]
 
 

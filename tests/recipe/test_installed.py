@@ -13,7 +13,7 @@ from rich.console import Console
 import instructft
 from instructft.errors import RecipeError, UsageError
 from instructft.recipe.fields import legal_train_fields
-from instructft.recipe.installed import check_against_installed
+from instructft.recipe.installed import _precision_and_kernels, check_against_installed
 from tests.helpers.recipes import GOOD
 
 TINY = """
@@ -115,6 +115,35 @@ def test_the_way_out_is_said(override: str, words: str, write_recipe: Any) -> No
     with pytest.raises(UsageError) as again:  # and training says the same, with nothing loaded
         instructft.train(recipe, console=Console(quiet=True))
     assert str(again.value) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "torchao", "says"),
+    [
+        ("cuda", (8, 0), True, "train.fp8: A100 has compute capability 8.0, and 8-bit floats need 8.9 or more"),
+        ("cuda", (8, 9), True, ""),
+        ("cuda", (9, 0), False, "train.fp8: torchao is not installed; pip install 'instructft[fp8]'"),
+        ("mps", None, True, "train.fp8: mps has no products of 8-bit floats"),
+        ("cpu", None, True, ""),  # emulated
+        ("cpu", None, False, "pip install 'instructft[fp8]'"),
+    ],
+)
+def test_where_fp8_cannot_be(
+    device: str, capability: Any, torchao: bool, says: str, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    here = {"torchao": find("torch") if torchao else None}
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *more: here[name] if name in here else find(name, *more)
+    )
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "A100")
+    recipe = instructft.load_recipe(write_recipe(TINY), ["train.fp8=true"])
+    found = "".join(_precision_and_kernels(recipe, device))
+    assert says in found
+    assert bool(found) is bool(says)
 
 
 def test_all_that_is_wrong_is_said_at_once_and_for_another_machine_what_is_wrong_there_too(write_recipe: Any) -> None:

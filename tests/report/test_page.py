@@ -125,6 +125,8 @@ def test_a_long_run_is_a_page_of_bounded_size(recipe: Any, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"train__resumed": [{"step": 20, "changed": {}, "versions": {}, "exact": False}]},
+         "resumed from step 20, on a GPU: equal but for rounding."),
         ({"train__resumed": [{"step": 20, "changed": {"train.logging_steps": [1, 2]}, "versions": {}}]},
          "interrupted and resumed from step 20.|Changed when it was resumed: train.logging_steps"),
         ({"train__loss_spikes": [{"step": 7, "loss": 9.0, "median": 2.0, "skipped": True}]},

@@ -67,6 +67,11 @@ TABLE = (
     Private("_python_dispatch", "torch.utils", "models/fake_step", "no memory estimate"),
     Private("_pytree", "torch.utils", "models/fake_step", "no memory estimate"),
     Private("_subclasses", "torch", "models/memory", "no memory estimate"),
+    Private("_dynamo", "torch", "models/kernels/compiled_blocks", "a block that cannot be compiled ends the run"),
+    Private("_functorch", "torch", "models/kernels/compiled_blocks",
+            "a backward pass that cannot be compiled ends the run"),
+    Private("_compiled_call_impl", MODULE, "models/kernels/compiled_blocks", "blocks are not compiled"),
+    Private("_call_impl", MODULE, "models/kernels/compiled_blocks", "evaluation enters compiled blocks"),
     # data
     Private("_fingerprint", "datasets.arrow_dataset:Dataset", "data/tokenize", "prepared rows are not found again"),
     Private("_indices", "datasets.arrow_dataset:Dataset", "data/batches/row_slices", "other rows are trained"),

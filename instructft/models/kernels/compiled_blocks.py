@@ -36,6 +36,7 @@ class Run:
         fixed: whether every batch has one shape (flat packs).
         shared: whether the processes share the weights among them (FSDP, DeepSpeed).
         quantized: whether the base is in 4 or 8 bit.
+        fp8: whether products are made in 8-bit floats.
         operations: of the whole run on one device, forward and backward.
     """
 
@@ -43,13 +44,14 @@ class Run:
     fixed: bool
     shared: bool
     quantized: bool
+    fp8: bool
     operations: float
 
 
 def decide(asked: bool | str, run: Run) -> tuple[bool, str]:
     """Whether blocks are compiled, and why, for `train.torch_compile`: auto, true or false.
 
-    >>> decide("auto", Run(cuda=False, fixed=True, shared=False, quantized=False, operations=1e18))
+    >>> decide("auto", Run(cuda=False, fixed=True, shared=False, quantized=False, fp8=False, operations=1e18))
     (False, 'no GPU')
     """
     if asked is False:
@@ -60,6 +62,8 @@ def decide(asked: bool | str, run: Run) -> tuple[bool, str]:
         return True, "train.torch_compile is true"
     if not run.cuda:
         return False, "no GPU"
+    if run.fp8:
+        return True, "FP8 is fast in compiled blocks alone"
     if run.quantized:
         return False, "the base is quantized (train.torch_compile=true tries it)"
     if not run.fixed:
@@ -124,11 +128,11 @@ class CompiledBlocks:
         self.failed: dict[str, int] = {}  # why -> blocks
         self.seconds, self._graphs, self._said, self._say = 0.0, counters["stats"]["unique_graphs"], False, say
         # else a backward pass is compiled when it first runs, where a failure can no longer be put right
-        torch._functorch.config.force_non_lazy_backward_lowering = True  # type: ignore[attr-defined]
+        torch._functorch.config.force_non_lazy_backward_lowering = True
         self.blocks = blocks_of(model)
         for block in self.blocks:
             block.compile(backend=backend or "inductor", mode=mode, fullgraph=True, dynamic=False)
-            block._compiled_call_impl = _Block(self, block, block._compiled_call_impl)  # type: ignore[assignment]
+            block._compiled_call_impl = _Block(self, block, block._compiled_call_impl)
 
     @property
     def graphs(self) -> int:
@@ -180,7 +184,7 @@ class CompiledBlocks:
         """Leave the blocks as they were, and room for the graphs of another run in this process (torch keeps 8)."""
         for block in self.blocks:
             block._compiled_call_impl = None
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
 
 class _Block:
@@ -191,7 +195,7 @@ class _Block:
         self.works, self.met = True, set[tuple[int, ...]]()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.get("hidden_states")
+        hidden: Any = args[0] if args else kwargs.get("hidden_states")
         shape = tuple(hidden.shape) if torch.is_tensor(hidden) else ()
         if not (self.works and self.block.training and self.owner.takes(shape)):
             return self.block._call_impl(*args, **kwargs)

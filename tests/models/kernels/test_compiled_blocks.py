@@ -259,7 +259,7 @@ def test_blocks_are_found_under_an_adapter_and_experts_are_not_blocks() -> None:
     assert len(blocks_of(mixture)) == 3
 
 
-RUN = Run(cuda=True, fixed=True, shared=False, quantized=False, operations=1e18)
+RUN = Run(cuda=True, fixed=True, shared=False, quantized=False, fp8=False, operations=1e18)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +271,8 @@ RUN = Run(cuda=True, fixed=True, shared=False, quantized=False, operations=1e18)
         ("auto", {"fixed": False}, False, "the shape of a batch varies"),
         ("auto", {"quantized": True}, False, "the base is quantized"),
         ("auto", {"shared": True}, False, "share the weights"),
+        ("auto", {"fp8": True, "operations": 1.0}, True, "FP8 is fast in compiled blocks alone"),
+        ("auto", {"fp8": True, "cuda": False}, False, "no GPU"),
         (True, {"cuda": False, "fixed": False, "operations": 1.0}, True, "train.torch_compile is true"),
         (True, {"shared": True}, False, "share the weights"),
         (False, {}, False, "train.torch_compile is false"),
