@@ -161,6 +161,9 @@ def check(
     tokens_per_second: Annotated[
         float | None, _option(min=1e-9, help="Speed to reckon the time by; default: the last run's.")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Find out by real steps here what fits, and how fast it is.")
+    ] = False,
     device: Annotated[str | None, _option(help="cpu or cuda; default: where it would train here.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
     strategy: StrategyOption = "ddp",
@@ -177,7 +180,9 @@ def check(
     _quiet_libraries()
     from instructft.check.report import run
 
-    asked: dict[str, Any] = {"device": device, "processes": processes, "strategy": strategy}
+    if measure and (device is not None or processes > 1):
+        raise UsageError("--measure takes steps on this machine, in one process; leave out --device and --processes")
+    asked: dict[str, Any] = {"device": device, "processes": processes, "strategy": strategy, "measure": measure}
     if not run(loaded, as_json, tokens_per_second=tokens_per_second, **asked):
         raise typer.Exit(EXIT_USAGE)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -37,14 +39,16 @@ def check(
     device: str | None = None,
     processes: int = 1,
     strategy: str = "ddp",
+    measured: Callable[[str], Any] | None = None,
 ) -> dict[str, Any]:
-    """The report as plain dicts and lists; nothing is trained, no weight is loaded.
+    """The report as plain dicts and lists; nothing is trained, and unless it is measured no weight is loaded.
 
     Args:
         tokens_per_second: of all processes together; default: what the last run of this recipe did.
         device: "cpu" or "cuda"; default: the one that training would take here.
         processes: that train together.
         strategy: ddp, fsdp2, zero2 or zero3.
+        measured: find out by real steps here what fits and how fast it is; told in one line of each try.
 
     Raises:
         UsageError: recipe or data are not right, as `instructft.train` would say.
@@ -70,7 +74,7 @@ def check(
         check_attention(recipe, start.config)
     base = resident()  # before the audit reads all rows, which training does not keep
     report: dict[str, Any] = {"schema": SCHEMA, "recipe": recipe.name, "data": audit(recipe, tokenizer)}
-    report |= {"training": None, "estimate": None, "limits": [], "problems": []}
+    report |= {"training": None, "estimate": None, "measured": None, "limits": [], "problems": []}
     try:
         data = prepare(recipe, tokenizer)
     except (DataError, TemplateError) as error:  # the audit stands, and says why
@@ -95,6 +99,15 @@ def check(
         asked["strategy"] = strategy
         report["estimate"] = estimate(recipe, start, data, args, base=base, **asked)
         report["estimate"]["precision"] = precision
+        if measured:
+            from instructft.check.measure import measure
+
+            accumulation = args.gradient_accumulation_steps
+            report["measured"] = measure(recipe, accumulation, args.device.type, measured)
+            if (best := report["measured"]["best"]) and tokens_per_second is None:
+                speed = best["tokens_per_second"]
+                seconds = report["estimate"]["schedule"]["total_tokens"] / speed
+                report["estimate"]["time"] = {"tokens_per_second": speed, "source": "measured", "seconds": seconds}
     report["limits"] = limits(recipe, report)
     report["ok"] = not report["problems"] and all(limit["kept"] for limit in report["limits"])
     return report
@@ -108,7 +121,9 @@ def limits(recipe: Recipe, report: dict[str, Any]) -> list[dict[str, Any]]:
         if allowed is None or report[path[0]] is None:
             continue
         value = _at(report, path)
-        value = value / (1 << 30) if name.endswith("_gib") else value
+        if name == "max_memory_gib":
+            own = report["measured"]["tries"][0] if report["measured"] else {"fits": False}
+            value = (own["memory"] if own["fits"] else value) / (1 << 30)
         found.append({"key": f"check.{name}", "found": value, "allowed": allowed, "kept": value <= allowed})
     return found
 
@@ -125,6 +140,8 @@ def run(recipe: Recipe, as_json: bool, **options: Any) -> bool:
     """Check and print; False when a limit is passed or the run could not start."""
     from rich.console import Console
 
+    if options.pop("measure", False):
+        options["measured"] = functools.partial(print, file=sys.stderr, flush=True)
     report = check(recipe, **options)
     if as_json:
         json.dump(report, sys.stdout, indent=2)
@@ -232,6 +249,8 @@ def _show_needs(report: dict[str, Any], console: Console) -> None:
     lines.append(("total", f"{memory_size(memory['total']):>10}{turns}"))
     title = f"memory of one {needs['device']}, {batch['rows']} {what} of {batch['width']:,} tokens"
     _grid(console, f"{title}, {needs['precision']}", lines)
+    if report["measured"]:
+        _show_measured(report["measured"], memory["total"], console)
     for part, exact in needs["exact"].items():
         if not exact:
             console.print(f"  {part}: by a rule of thumb, this kind is not known here\n", style="dim")
@@ -242,12 +261,21 @@ def _show_needs(report: dict[str, Any], console: Console) -> None:
         console.print(f"  host memory: {each} a process{more}, {total} in all\n")
 
 
+def _show_measured(found: dict[str, Any], estimated: int, console: Console) -> None:
+    from instructft.check.measure import in_words, keys
+
+    lines = [("", in_words(one)) for one in found["tries"]]
+    if found["tries"][0]["fits"]:
+        lines.append(("", f"the first is {found['tries'][0]['memory'] / estimated:.0%} of what was estimated"))
+    best = found["best"]
+    lines.append(("fastest", keys(best) if best else "nothing fits: it takes a smaller model, or more memory"))
+    _grid(console, f"measured on this {found['device']}, on the longest rows", lines)
+
+
 def _time(time: dict[str, Any]) -> str:
     if time["seconds"] is None:
-        return (
-            "unknown: no run of this recipe yet. Measure: train it with train.max_steps=20, or give --tokens-per-second"
-        )
-    source = "as given" if time["source"] == "given" else f"as in {time['source']}"
+        return "unknown: no run of this recipe yet. Measure: --measure, or give --tokens-per-second"
+    source = {"given": "as given", "measured": "as measured"}.get(time["source"], f"as in {time['source']}")
     return f"{clock(time['seconds'])} at {time['tokens_per_second']:,.0f} tokens/s, {source}"
 
 

@@ -151,11 +151,16 @@ def _peak(device: Any) -> tuple[int, str]:
         total = torch.cuda.get_device_properties(device).total_memory
         held = f"at most {memory_size(peak)} in all, {memory_size(reserved)} reserved by PyTorch"
         return peak, f"{held}, of {memory_size(total)} on the GPU"
-    if resource is None:
-        peak = resident()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_of_process()
     return peak, f"at most {memory_size(peak)} in all, of {memory_size(psutil.virtual_memory().total)} of this machine"
+
+
+def peak_of_process() -> int:
+    """The most bytes of the machine's memory that this process has held at once."""
+    if resource is None:
+        return resident()
+    held: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else held * 1024
 
 
 def _asked_for(text: str) -> int:
