@@ -122,8 +122,10 @@ def _script(renderer: Renderer, plan: _Plan, shown: Any) -> Script | TemplateErr
             answer = _answer(renderer, plan.messages[: i + 1], prompt, text)
             missing = list(_missing(plan.messages[i], answer))
             if "tool_calls" in missing:
+                calls = len(plan.messages[i]["tool_calls"])
+                place = "tool calls" if calls == 1 else f"all of the {calls} tool calls of this message"
                 raise TemplateError(
-                    f"message {i + 1}: the chat template has no place for tool calls, so the call would not be "
+                    f"message {i + 1}: the chat template has no place for {place}, so the call would not be "
                     "trained; set data.template to chatml, or to a template that renders tool_calls"
                 )
             left_out += missing
@@ -205,13 +207,15 @@ def _missing(message: Message, answer: str) -> Iterator[str]:
         yield "content"
     if thought.strip() not in answer:
         yield "reasoning"
-    for call in message.get("tool_calls") or ():
-        if _name(call) not in answer:
-            yield "tool_calls"
+    calls = message.get("tool_calls") or ()
+    for call in calls:
         given = (call.get("function") or call).get("arguments")
-        for value in given.values() if isinstance(given, dict) else ():
-            if isinstance(value, str) and not any(t in answer for t in (value.strip(), json.dumps(value)[1:-1])):
-                yield "arguments"
+        values = [v for v in given.values() if isinstance(v, str)] if isinstance(given, dict) else []
+        hidden = [v for v in values if not any(t in answer for t in (v.strip(), json.dumps(v)[1:-1]))]
+        if _name(call) not in answer or (hidden and len(calls) > 1):  # gpt-oss shows the first of several alone
+            yield "tool_calls"
+        elif hidden:
+            yield "arguments"
 
 
 def _name(tool: Any) -> str:

@@ -133,3 +133,10 @@ def test_profile_of_a_step(tiny: Any) -> None:
     assert {"forward: body, head and the head's gradient", "backward: body", "AdamW", "clipping"} <= set(parts)
     assert sum(parts.values()) == pytest.approx(100, abs=1)
     assert all(share > 0 for share in parts.values())
+
+
+def test_templates(tiny: Any) -> None:
+    text = tiny("templates")
+    assert "26 combinations" in text
+    assert " 0 silently wrong" in text
+    assert [row[0] for row in rows(text)] == ["cohere", "cohere2"]
