@@ -139,14 +139,16 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     _quiet_libraries()
     from instructft.data.prepare import prepare as prepare_data
     from instructft.models.starting_point import starting_point
-    from instructft.models.tokenizer import load_tokenizer
+    from instructft.models.tokenizer import date_in_prompts, load_tokenizer, said_of_date
 
     began = time.perf_counter()
     tokenizer = load_tokenizer(loaded)
     starting_point(loaded, tokenizer)
     data = prepare_data(loaded, tokenizer)
     seconds = time.perf_counter() - began
-    for what, how_much in [*data.account(loaded.data.max_length), ("fingerprint", data.fingerprint)]:
+    day = date_in_prompts(loaded, tokenizer)
+    lines = [*data.account(loaded.data.max_length), *([("date", said_of_date(day))] if day else [])]
+    for what, how_much in [*lines, ("fingerprint", data.fingerprint)]:
         print(f"{what:12} {how_much}")
     files = [file["filename"] for split in data.splits.values() for file in split.cache_files]
     print(f"{'cache':12} {Path(files[0]).parent if files else 'none needed: these rows are made in memory'}")

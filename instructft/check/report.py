@@ -60,7 +60,7 @@ def check(
     from instructft.models.attention import check_attention
     from instructft.models.memory import estimate, resident
     from instructft.models.starting_point import starting_point
-    from instructft.models.tokenizer import load_tokenizer
+    from instructft.models.tokenizer import date_in_prompts, load_tokenizer
     from instructft.recipe.installed import check_against_installed
     from instructft.training.arguments import training_arguments
 
@@ -91,6 +91,8 @@ def check(
             "dropped": dict(data.dropped),
             "tokens": data.tokens["train"],
             "supervised_tokens": data.supervised_tokens["train"],
+            "hidden": data.hidden.facts(),
+            "template_date": date_in_prompts(recipe, tokenizer),
             "packing": {"packs": packs, "capacity": recipe.data.max_length, "fill": fill}
             if recipe.data.packing
             else None,
@@ -221,6 +223,9 @@ def _show_findings(findings: dict[str, Any], console: Console) -> None:
 
 
 def _show_needs(report: dict[str, Any], console: Console) -> None:
+    from instructft.data.account import said_of_hidden
+    from instructft.models.tokenizer import said_of_date
+
     needs, training = report["estimate"], report["training"]
     counts, schedule, time, batch = needs["parameters"], needs["schedule"], needs["time"], needs["batch"]
     packing = training["packing"]
@@ -233,6 +238,9 @@ def _show_needs(report: dict[str, Any], console: Console) -> None:
     taken = {k: n for k, n in training["dropped"].items() if k in ("near_duplicate_of_held_out", "left_out_by_weight")}
     if taken:
         lines.append(("not trained", ", ".join(f"{n:,} {k.replace('_', ' ')}" for k, n in taken.items())))
+    lines += said_of_hidden(training["hidden"])
+    if training["template_date"]:
+        lines.append(("date", said_of_date(training["template_date"])))
     step = f"{schedule['rows_per_step']:,} {what}, about {schedule['tokens_per_step']:,} tokens"
     if schedule["gradient_accumulation_steps"] > 1 or schedule["processes"] > 1:
         step += f" ({schedule['gradient_accumulation_steps']} micro-batches × {schedule['processes']} processes)"

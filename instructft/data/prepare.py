@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from instructft.data.account import Hidden, said_of_hidden
 from instructft.data.deduplicate import Known
 from instructft.data.load import SPLITS, Part, load_parts
 from instructft.data.packing import flat, pack
@@ -43,6 +44,7 @@ class Prepared:
         cut: rows that were longer than `max_length` and are trained without their end.
         cut_tokens: tokens that these rows lost.
         groups: data set -> its rows (packs) in `validation`, in order; empty for a single data set.
+        hidden: what the template does to the training rows besides.
     """
 
     splits: DatasetDict
@@ -51,6 +53,7 @@ class Prepared:
     cut: int = 0
     cut_tokens: int = 0
     groups: dict[str, int] = field(default_factory=dict)
+    hidden: Hidden = field(default_factory=Hidden)
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -108,6 +111,7 @@ class Prepared:
         if self.cut:
             lost = f"{self.cut:,} rows longer than {max_length} tokens lost {self.cut_tokens:,} tokens"
             lines.append(("cut", f"{lost}; they do not teach the end of an answer"))
+        lines += said_of_hidden(self.hidden.facts())
         if "seq_lengths" in self.splits["train"].column_names:
             packs = len(self.splits["train"])
             fill = tokens / (packs * max_length)
@@ -164,6 +168,7 @@ class _Pieces:
         self.dropped: Counter[str] = Counter()
         self.weights: dict[str, float] = {}
         self.cut = self.cut_tokens = 0
+        self.hidden = Hidden()
         for part in parts:
             encoded = encode_part(part, recipe, tokenizer)
             used = np.sort(np.concatenate(list(part.rows.values())))
@@ -182,6 +187,7 @@ class _Pieces:
             _refuse_losses(part, reasons, len(used), recipe, examples)
             self.cut += int((lost[kept] > 0).sum())
             self.cut_tokens += int(lost[kept].sum())
+            self.hidden.add(encoded, np.sort(keep.get("train", kept[:0])))
             label = part.label if part.label not in self.weights else f"{part.label}-{len(self.weights)}"
             self.weights[label] = part.weight
             for name, rows in keep.items():
@@ -204,7 +210,7 @@ class _Pieces:
         several = len(recipe.data.validation or recipe.data.datasets) > 1
         groups = {label: len(rows) for label, rows in pieces["validation"].items()} if several or named else {}
         splits = {name: concatenate_datasets(list(found.values())) for name, found in pieces.items() if found}
-        return Prepared(DatasetDict(splits), counts, self.dropped, self.cut, self.cut_tokens, groups)
+        return Prepared(DatasetDict(splits), counts, self.dropped, self.cut, self.cut_tokens, groups, self.hidden)
 
 
 def _refuse_losses(part: Part, reasons: Counter[str], rows: int, recipe: Recipe, examples: str) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from instructft.data.account import Hidden, said_of_hidden
 from instructft.data.deduplicate import Known
 from instructft.data.load import Part, hub_id, label_of, not_read, rules_of, shape, shape_of, stream_files
 from instructft.data.packing import best_fit, flat
@@ -56,6 +57,7 @@ class _Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     cut: int = 0
     cut_tokens: int = 0
+    hidden: Hidden = field(default_factory=Hidden)
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ class Streamed:
         if tally.cut:
             lost = f"{tally.cut:,} of the first {tally.rows:,} rows are longer than {max_length} tokens"
             lines.append(("cut", f"{lost} and lose {tally.cut_tokens:,}; they do not teach the end of an answer"))
+        lines += said_of_hidden(tally.hidden.facts())
         if self._data.packing:
             fill = self.tokens_per_row / max_length
             lines.append(("packed", f"in windows of {ENCODED:,} rows, packs of {max_length} tokens, {fill:.1%} full"))
@@ -251,6 +254,7 @@ class Streamed:
             ids, labels, lengths, _, lost, verdicts, notes = stream.encode([row for _, row in batch], numbers)
             refuse_unread(stream.part, verdicts, notes, numbers)
             tally.dropped.update(verdict for verdict in verdicts if verdict)
+            tally.hidden.add_notes(note for verdict, note in zip(verdicts, notes, strict=True) if not verdict)
             tally.cut += int((lost > 0).sum())
             tally.cut_tokens += int(lost.sum())
             ends = np.cumsum(lengths)

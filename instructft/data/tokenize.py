@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from instructft.data.account import notes_of
 from instructft.data.load import Part
 from instructft.errors import DataError, TemplateError
 from instructft.prompt.conversation import Conversation
@@ -66,7 +67,8 @@ class Batches:
 
         Returns ids and labels end to end; for each row that is trained its tokens and the place of its raw row, of
         which a template that rewrites history makes several; for each raw row the tokens cut off, why it is dropped
-        ("" when it is not), and more about that: what was found, or for `UNREAD` the findings as JSON.
+        ("" when it is not), and more about that: what was found, for `UNREAD` the findings as JSON, or of a row that is
+        trained what `notes_of` says.
         """
         verdicts, notes = [""] * len(batch), [""] * len(batch)
         usable: list[Conversation] = []
@@ -121,6 +123,9 @@ class Batches:
         for i in np.flatnonzero(kept_rows == 0):
             if not verdicts[places[i]]:  # not refused
                 verdicts[places[i]] = "too_long" if long_rows[i] else "answer_cut_away" if over_rows[i] else "no_loss"
+        for at, note in notes_of(rows).items():
+            if not verdicts[places[at]]:
+                notes[places[at]] = note
         lost = np.bincount(of, weights=np.where(keep, over, 0), minlength=len(usable)).astype(np.int64)
         kept = fits & keep[row_of]
         return rows.input_ids[kept], rows.labels[kept], np.minimum(rows.lengths, most)[keep], of[keep], lost
@@ -150,7 +155,8 @@ class Batches:
             np.fromiter((t for _, row in pieces for t in row[name]), dtype=np.int32) for name in ("input_ids", "labels")
         )
         lengths, of = np.array([(len(row["input_ids"]), i) for i, row in pieces], dtype=np.int64).reshape(-1, 2).T
-        return Rows(ids, labels, lengths, of)
+        left_out = [(chats[at], what) for at, what in rows.left_out]
+        return Rows(ids, labels, lengths, of, left_out, [(chats[at], many) for at, many in rows.only_read])
 
     def _document(self, text: str) -> list[int]:
         """A text without speakers: every token carries loss, up to the token that ends it."""

@@ -75,7 +75,29 @@ def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             name, revision=revision, subfolder=(recipe.model.subfolder if own else None) or "", **trust
         )
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
-        raise UsageError(not_loaded(key, str(name), "a tokenizer", error)) from error
+        hint = ""
+        if _only_sentencepiece(str(name), revision, (recipe.model.subfolder if own else None) or ""):
+            hint = "its tokenizer.model is SentencePiece's, which is not installed here: pip install sentencepiece"
+        raise UsageError(not_loaded(key, str(name), "a tokenizer", error, hint)) from error
+
+
+def _only_sentencepiece(name: str, revision: str, subfolder: str) -> bool:
+    """Whether the package is missing that reads `tokenizer.model`, and there is no `tokenizer.json` beside it."""
+    from transformers.utils import is_sentencepiece_available
+
+    return not is_sentencepiece_available() and bool(
+        _file_of(name, "tokenizer.model", revision=revision, subfolder=subfolder)
+        and not _file_of(name, "tokenizer.json", revision=revision, subfolder=subfolder)
+    )
+
+
+def _file_of(name: str, file: str, **where: Any) -> str | None:
+    """The path of a file of a folder or of the Hub; None where it is not, or not to be had."""
+    from transformers.utils.hub import cached_file
+
+    quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
+    found: str | None = cached_file(name, file, **where, **quiet, _raise_exceptions_for_gated_repo=False)
+    return found
 
 
 def hand_on(recipe: Recipe, folder: Path) -> None:
@@ -84,8 +106,6 @@ def hand_on(recipe: Recipe, folder: Path) -> None:
     `tokenizer.model`, SentencePiece's own file, is not written by transformers; llama.cpp and others read it. How a
     tokenizer was found (`is_local`, `local_files_only`) says nothing where it is read.
     """
-    from transformers.utils.hub import cached_file
-
     path = folder / "tokenizer_config.json"
     if path.is_file():
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -95,8 +115,7 @@ def hand_on(recipe: Recipe, folder: Path) -> None:
     if not name or name == "quickstart" or (folder / "tokenizer.model").exists():
         return
     where = {"revision": recipe.model.revision, "subfolder": recipe.model.subfolder or ""} if own else {}
-    quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
-    if found := cached_file(name, "tokenizer.model", **where, **quiet, _raise_exceptions_for_gated_repo=False):
+    if found := _file_of(name, "tokenizer.model", **where):
         shutil.copyfile(found, folder / "tokenizer.model")
 
 
@@ -113,11 +132,11 @@ def new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: int) ->
     return sorted({*tokenizer.convert_tokens_to_ids(added), *range(rows, len(tokenizer))})
 
 
-def not_loaded(key: str, name: str, what: str, error: Exception) -> str:
+def not_loaded(key: str, name: str, what: str, error: Exception, hint: str = "") -> str:
     """The message for a model or tokenizer that could not be loaded: which key named it, why, and the way out."""
     reason = first_line(error)
     folder = Path(name).expanduser()
-    if hint := remote_code.wanted(error):
+    if hint := hint or remote_code.wanted(error):
         return f"{key}: {name} could not be loaded as {what}: {hint}."
     if folder.is_dir():
         holds = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
@@ -178,11 +197,29 @@ def with_date(text: str, day: str) -> str:
     formats = list(dict.fromkeys(re.findall(r"""strftime_now\(\s*(?:format\s*=\s*)?["']([^"']+)["']""", text)))
     if not formats:
         return text
+    text = _DATE.sub("", text)  # of a run that this one goes on from
     moment = datetime.strptime(day, "%Y-%m-%d")
     lines = ["{%- macro strftime_now(format) -%}"]
     for word, form in zip(["if", *["elif"] * len(formats)], formats, strict=False):
         lines.append("{%- " + word + " format == " + json.dumps(form) + " -%}" + moment.strftime(form))
     return "\n".join([*lines, "{%- endif -%}", "{%- endmacro -%}", text])
+
+
+_DATE = re.compile(r"\{%- macro strftime_now\(format\) -%\}.*?\{%- endmacro -%\}\n?", re.DOTALL)  # of `with_date`
+
+
+def date_in_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The day (YYYY-MM-DD) that the chat template puts into prompts; None where it asks for none."""
+    return recipe.data.template_date if _DATE.search(str(tokenizer.chat_template)) else None
+
+
+def said_of_date(day: str) -> str:
+    """That the date is pinned, for whoever reads a prompt and wonders.
+
+    >>> said_of_date("2024-07-26")
+    'prompts say 2024-07-26, here and wherever the model is served, not the day of the run (data.template_date)'
+    """
+    return f"prompts say {day}, here and wherever the model is served, not the day of the run (data.template_date)"
 
 
 def with_options(text: str, options: dict[str, Any]) -> str:

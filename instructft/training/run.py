@@ -22,7 +22,7 @@ from instructft.models.attention import Attention, check_attention, choose_atten
 from instructft.models.latest import asks_for_latest, forget_newest, resolve_latest
 from instructft.models.load import load_model
 from instructft.models.starting_point import StartingPoint, starting_point
-from instructft.models.tokenizer import load_tokenizer
+from instructft.models.tokenizer import date_in_prompts, load_tokenizer, said_of_date
 from instructft.recipe.installed import check_against_installed
 from instructft.recipe.schema import Recipe
 from instructft.training.arguments import refuse_what_cannot_run, reporters, training_arguments
@@ -220,6 +220,8 @@ def announce(
     table.add_row("attention", escape(str(attention)))
     for what, how_much in data.account(recipe.data.max_length):
         table.add_row(what, f"{recipe.data.train_on}: {how_much}" if what == "loss on" else how_much)
+    if day := date_in_prompts(recipe, tokenizer):
+        table.add_row("date", said_of_date(day))
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     what = "packs" if recipe.data.packing else "rows"
     table.add_row("step", f"{batch} {what}, about {round(batch * data.tokens_per_row):,} tokens")

@@ -124,6 +124,31 @@ def test_what_is_said_before_the_first_step(run: Any, device: str) -> None:
     assert "What is the capital of Norway?" in printed
 
 
+def test_a_date_that_the_template_puts_in_is_said(tmp_path: Path, write_recipe: Any, monkeypatch: Any) -> None:
+    """Before a run, by `prepare` and by `check`: a prompt that says another day than today's surprises."""
+    from typer.testing import CliRunner
+
+    from instructft.check.report import check, show
+    from instructft.cli import app
+    from instructft.training.run import announce
+
+    (tmp_path / "date.jinja").write_text(
+        "{{- strftime_now('%d %b %Y') -}}{%- for m in messages -%}{{- m.content + eos_token -}}{%- endfor -%}"
+    )
+    path = write_recipe(TINY.replace("template: instruction", f"template: {tmp_path / 'date.jinja'}"))
+    recipe = instructft.load_recipe(path)
+    tokenizer = instructft.load_tokenizer(recipe)
+    printed = io.StringIO()
+    console = Console(file=printed, width=200)
+    args: Any = SimpleNamespace(device=torch.device("cpu"), world_size=1, per_device_train_batch_size=4)
+    args.gradient_accumulation_steps = 1
+    model = instructft.load_model(recipe, tokenizer)
+    announce(recipe, tokenizer, prepare(recipe, tokenizer), model, args, "float32", console)
+    show(check(recipe), console)
+    assert printed.getvalue().count("prompts say 2024-07-26") == 2
+    assert "prompts say 2024-07-26" in CliRunner().invoke(app, ["prepare", str(path)]).output
+
+
 def test_samples_are_kept(run: Any) -> None:
     _, result, _ = run
     records = [json.loads(line) for line in (result.output_dir / "samples.jsonl").read_text().splitlines()]

@@ -12,6 +12,7 @@ import torch
 from instructft import load_model, load_recipe, load_tokenizer
 from instructft.errors import TemplateError, UsageError
 from instructft.models.starting_point import starting_point
+from instructft.models.tokenizer import date_in_prompts, said_of_date
 from instructft.prompt.loss_mask import encode_conversation, encode_prompt, render
 
 ONE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
@@ -169,6 +170,37 @@ def test_a_date_in_a_template_is_that_of_the_recipe_on_every_day(write_recipe: A
     assert render(ONE[:1], tokenizer) == f"Today: 26 Jul 2024Hi{tokenizer.eos_token}"
     other = load_tokenizer(recipe(write_recipe, base, f"data.template={file}", "data.template_date=2026-01-02"))
     assert render(ONE[:1], other).startswith("Today: 02 Jan 2026")
+
+
+def test_a_date_that_is_pinned_is_said_and_may_be_pinned_anew(write_recipe: Any, base: Path, tmp_path: Path) -> None:
+    """Also in a template that a run has saved, whose day must not outlive the recipe's."""
+    file = tmp_path / "date.jinja"
+    file.write_text("{{- strftime_now('%Y') -}}{%- for m in messages -%}{{- m.content + eos_token -}}{%- endfor -%}")
+    asked = recipe(write_recipe, base, f"data.template={file}")
+    saved = load_tokenizer(asked)
+    assert date_in_prompts(asked, saved) == "2024-07-26"
+    file.write_text(saved.chat_template)
+    later = recipe(write_recipe, base, f"data.template={file}", "data.template_date=2026-01-02")
+    assert render(ONE[:1], load_tokenizer(later)).startswith("2026Hi")
+    assert date_in_prompts(later, load_tokenizer(later)) == "2026-01-02"
+    assert later.data.template_date in said_of_date("2026-01-02")
+    plain = recipe(write_recipe, base, "data.template=chatml")
+    assert date_in_prompts(plain, load_tokenizer(plain)) is None
+
+
+def test_a_vocabulary_that_only_sentencepiece_reads(
+    write_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upstream falls back to another reader, and its error says that a line cannot be parsed."""
+    monkeypatch.setattr("transformers.utils.is_sentencepiece_available", lambda: False)
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    wanted = "its tokenizer.model is SentencePiece's, which is not installed here: pip install sentencepiece"
+    with pytest.raises(UsageError, match=rf"model.name_or_path: .*llama .*{wanted}"):
+        load_tokenizer(recipe(write_recipe, folder))
 
 
 def test_template_options_are_saved_with_the_template(write_recipe: Any, base: Path, tmp_path: Path) -> None:
