@@ -1,13 +1,13 @@
 """Jobs of `make gpu-check`: each a process with a limit of its own, started from one that has imported everything.
 
-Importing torch, transformers and TRL takes ten seconds, a hundred times in a whole check. So the check imports them
-once, touches no GPU, and forks. Where a fork cannot use CUDA, because something that was imported has woken the driver,
-jobs are started anew (`spawn`), which is slower and says so.
+Importing torch, transformers and TRL takes ten to twenty seconds, and a whole check has fifty jobs. So the check
+imports them once, touches no GPU, and forks. A job that needs what may not be imported so is started anew (`fresh`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -54,6 +54,7 @@ class Job:
         given: `seconds`, where that is among them, becomes the time that the work has to end by itself.
         limit: seconds after which the process is ended.
         killed: it is right that it ends itself by SIGKILL.
+        fresh: started anew, importing everything for itself.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Job:
     given: Mapping[str, Any] = field(default_factory=dict)
     limit: float = 60
     killed: bool = False
+    fresh: bool = False
 
 
 # A part: yields jobs, and is sent what each returned, or {"failed": …} or {"left out": …}
@@ -84,7 +86,7 @@ def run(job: Job, seconds: float, log: Path, method: str, patient: bool = False)
     began = time.perf_counter()
     limit = min(job.limit * (10 if patient else 1), seconds)
     given = {**job.given, **({"seconds": limit - 15} if "seconds" in job.given else {})}
-    context: Any = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context("spawn" if job.fresh else method)
     ours, theirs = context.Pipe()
     process = context.Process(target=_child, args=(job.work, given, theirs, str(log)))
     process.start()
@@ -145,46 +147,99 @@ def wake() -> Result:
     import torch
 
     torch.zeros(1, device="cuda")
-    return {"device": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
+    return {
+        "device": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(),
+        "devices": torch.cuda.device_count(),
+    }  # fmt: skip
+
+
+# What jobs need, in the order in which one imports the other
+IMPORTS = ("transformers", "datasets", "accelerate", "peft", "trl", "instructft.training.run")
+LAZY = {  # what is imported when it is asked for
+    "transformers": ("AutoModelForCausalLM", "AutoTokenizer", "Trainer"),
+    "trl": ("SFTConfig", "SFTTrainer"),
+}
+CAREFUL = "INSTRUCTFT_GPU_CHECK_CAREFUL"  # set for a second start: its scratch folder
 
 
 def warm(settings: Settings) -> str:
-    """Import what jobs need, once, and leave the driver asleep; returns how jobs are to be started.
+    """Import what jobs need, once, and leave the driver asleep: a fork of a process that woke it has no CUDA.
 
-    bitsandbytes, which PEFT imports, asks for the card's capability, and that would wake the driver. It is told what a
-    child found.
+    Returns what was not imported, in words, or "".
+
+    Raises:
+        SystemExit: there is no GPU.
     """
-    # asked of the driver's library instead of the driver, which after a fork could not be asked again
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    import torch
+    import torch  # noqa: F401
 
     log = settings.folder("logs") / "wake.log"
-    method = "fork"
-    asked = torch.cuda.get_device_capability
-    if not settings.tiny:
-        found = run(Job("wake", wake), 60, log, method)
-        if "failed" in found:
-            raise SystemExit(f"CUDA cannot be used here ({found['failed']}); --tiny tries the check on a CPU")
-        torch.cuda.get_device_capability = lambda *_: tuple(found["capability"])
+    if settings.tiny:
+        for name in IMPORTS:
+            _import(name)
+        return ""
+    found = run(Job("wake", wake), 60, log, "fork")
+    if "failed" in found:
+        raise SystemExit(f"CUDA cannot be used here ({found['failed']}); --tiny tries the check on a CPU")
+    if not os.environ.pop(CAREFUL, ""):
+        with asleep(found):
+            for name in IMPORTS:
+                _import(name)
+        if "failed" not in run(Job("wake", wake), 60, log, "fork"):
+            return ""
+        os.environ[CAREFUL] = str(settings.scratch)
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    left = []
+    with asleep(found):
+        for name in IMPORTS:  # one after the other, each first in a child
+            if "failed" in run(Job("trial", _trial, {"name": name}), 60, log, "fork"):
+                left.append(name)
+            else:
+                _import(name)
+    return f"importing {', '.join(left)} wakes the driver, so each job does that anew" if left else ""
+
+
+def _trial(name: str) -> None:
+    _import(name)
+    log = Path(os.devnull)
+    found = run(Job("wake", wake), 60, log, "fork")
+    if "failed" in found:
+        raise RuntimeError(found["failed"])
+
+
+def _import(name: str) -> None:
+    module = importlib.import_module(name)
+    for lazy in LAZY.get(name, ()):
+        getattr(module, lazy)
+    if name == "datasets":
+        module.disable_progress_bars()
+    elif name == "transformers":
+        module.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def asleep(found: Result) -> Iterator[None]:
+    """What imports ask of CUDA is answered with what a child found, and bitsandbytes, which PEFT imports, is hidden.
+
+    Without the driver's management library even `is_available` would wake it. Jobs that need bitsandbytes start anew.
+    """
+    import torch
+
+    count = found["devices"]
+    answers: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "device_count", lambda: count),
+        (torch.cuda, "get_device_capability", lambda *_: tuple(found["capability"])),
+        (torch.cuda, "get_device_name", lambda *_: found["device"]),
+        (torch._C, "_cuda_getDeviceCount", lambda: count),
+    ]
+    kept = [(owner, name, getattr(owner, name, None)) for owner, name, _ in answers]
+    for owner, name, answer in answers:
+        setattr(owner, name, answer)
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     try:
-        _import_all()
+        yield
     finally:
-        torch.cuda.get_device_capability = asked
-    if not settings.tiny and "failed" in run(Job("wake", wake), 60, log, method):
-        method = "spawn"
-    return method
-
-
-def _import_all() -> None:
-    import datasets
-    import peft  # noqa: F401
-    import transformers
-    import trl  # noqa: F401
-    from transformers import AutoModelForCausalLM  # noqa: F401
-    from trl import SFTConfig, SFTTrainer  # noqa: F401
-
-    import instructft.training.run
-    import instructft.training.trainer  # noqa: F401
-
-    datasets.disable_progress_bars()
-    transformers.logging.disable_progress_bar()
+        sys.modules.pop("bitsandbytes", None)
+        for owner, name, function in kept:
+            setattr(owner, name, function)

@@ -47,11 +47,13 @@ def jobs(settings: Settings) -> Iterator[Job]:
     if "failed" in made:
         return
     bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
-    for bits in ("4bit", "8bit", "none"):
+    for bits in ("none", "4bit", "8bit"):
         if settings.tiny and bits != "4bit":
             continue
         if bits == "none" or bitsandbytes:
-            yield Job(bits, adapt, {"settings": settings, "bits": bits}, limit=50)
+            yield Job(
+                bits, adapt, {"settings": settings, "bits": bits}, limit=70, fresh=bits != "none" and not settings.tiny
+            )
         else:
             yield Job(bits, missing)
 

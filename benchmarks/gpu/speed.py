@@ -135,7 +135,7 @@ def task_of(settings: Settings, name: str) -> tuple[Task, int]:
         warmup=2 if tiny else 5, logging=2 if tiny else 5, seconds=6, gpu=not tiny, low=not tiny,
         adapter=shape.adapter, shape={**shape.config, **(small if tiny else {})},
     )  # fmt: skip
-    return task, 80 if tiny else task.steps * task.batch * task.max_length // 100
+    return task, task.steps * task.batch * task.max_length // 32
 
 
 def train(task: Task, kind: str) -> Result:

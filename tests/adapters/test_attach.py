@@ -31,7 +31,7 @@ from tests.helpers.adapters import (
     make_adapter,
     record_base,
 )
-from tests.helpers.device import apart, on
+from tests.helpers.device import apart, near, on
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -234,8 +234,8 @@ def test_a_quantized_base_comes_as_it_was_in_training(
     assert not isinstance(model.get_output_embeddings(), kind)
     with torch.no_grad():
         wanted = live(ids).logits
-        near = (model(on(model, ids)).logits.cpu() - wanted).abs().mean() / wanted.abs().mean()
-    assert 1e-4 < near < 0.5
+        difference = (model(on(model, ids)).logits.cpu() - wanted).abs().mean() / wanted.abs().mean()
+    assert 1e-4 < difference < 0.5
     monkeypatch.setattr(quantization, "trouble_with", lambda *_: "is not installed")
     capfd.readouterr()
     model, _ = load_for_inference(str(folder))
@@ -285,10 +285,10 @@ def test_what_an_adapter_began_from(
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     for side, model in (("base", start), ("tuned", live)):
         expected = instructft.evaluate(model, rows, tokenizer=tokenizer, max_new_tokens=8)
-        assert results[side]["loss"] == pytest.approx(expected["loss"], abs=1e-6), side
+        assert results[side]["loss"] == pytest.approx(expected["loss"], abs=near(1e-6)), side
         for found, row in zip(results[side]["rows"], expected["rows"], strict=True):
             assert found.pop("dataset").endswith("rows.jsonl")  # which rows in memory do not have
-            assert found == {**row, "nll": pytest.approx(row["nll"], abs=1e-5)}, side
+            assert found == {**row, "nll": pytest.approx(row["nll"], abs=near(1e-5))}, side
     assert abs(results["base"]["loss"] - results["tuned"]["loss"]) > 1e-3
 
 

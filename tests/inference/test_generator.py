@@ -144,6 +144,7 @@ def test_out_of_memory_halves_and_remembers(trained: tuple[Any, Any], monkeypatc
 
 def test_sizes_by_length(trained: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     generator = Generator(*trained)
+    monkeypatch.setattr(generator, "model", type("OnCpu", (), {"device": torch.device("cpu")})())
     assert generator._auto_size(50) == answer_module.CPU_BATCH
     monkeypatch.setattr(generator, "model", type("OnGpu", (), {"device": torch.device("cuda")})())
     assert generator._auto_size(64) == answer_module.GPU_BATCH

@@ -24,6 +24,7 @@ from instructft.inference.reference_model import ReferenceModel
 from instructft.inference.web import Settings, Turn, free_port, markdown, reply
 from instructft.models.load_for_inference import load_for_inference
 from tests.helpers.browser import Watched, browser
+from tests.helpers.device import in_float32
 
 EVIL = '<img src="http://evil.example/x.png"><script>alert(1)</script> ![p](http://evil.example/y.png) **b** \x1b[31m'
 
@@ -175,7 +176,7 @@ adapter: {{type: lora, r: 8, alpha: 64}}
 train: {{max_steps: 6, learning_rate: 0.05, use_cpu: true, logging_steps: 6}}
 output_dir: {tmp_path / "run"}
 """
-    run = str(instructft.train(instructft.load_recipe(write_recipe(text, "lora.yaml"))).output_dir)
+    run = str(instructft.train(instructft.load_recipe(write_recipe(text, "lora.yaml"), in_float32())).output_dir)
     generator = Generator(*load_for_inference(run))
     base = Generator(*load_for_inference(str(tmp_path / "base")))
     reference = ReferenceModel.of(run, "start", generator)

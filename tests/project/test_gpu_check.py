@@ -91,6 +91,63 @@ def test_a_job_has_a_limit_and_its_end_is_told(script: Any, tmp_path: Path) -> N
     assert "exit code -15" in run(jobs.Job("ended", end_by, {"number": signal.SIGTERM}, killed=True))["failed"]
 
 
+class Card:
+    """Stands in for a GPU: which imports wake its driver, and what is imported and asked for."""
+
+    def __init__(self, jobs: Any, wakes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+        self.imported: list[str] = []
+        self.again: list[str] = []
+        self.jobs, self.wakes = jobs, wakes
+        monkeypatch.setattr(jobs, "run", self.run)
+        monkeypatch.setattr(jobs, "_import", self.take)
+        monkeypatch.setattr(jobs.os, "execv", self.start_again)
+
+    def take(self, name: str) -> None:
+        import torch
+
+        assert sys.modules["bitsandbytes"] is None
+        assert torch.cuda.is_available()
+        assert (torch.cuda.device_count(), torch.cuda.get_device_capability()) == (1, (9, 0))
+        self.imported.append(name)
+
+    def run(self, job: Any, *_: Any) -> dict[str, Any]:
+        known = [*self.imported, job.given["name"]] if job.name == "trial" else self.imported
+        if set(known) & set(self.wakes):
+            return {"failed": "RuntimeError: Cannot re-initialize CUDA in forked subprocess"}
+        return {"device": "H", "devices": 1, "capability": (9, 0)}
+
+    def start_again(self, program: str, arguments: list[str]) -> None:
+        self.again = [program, *arguments]
+        raise SystemExit
+
+
+def test_a_driver_that_an_import_would_wake_stays_asleep(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    jobs = script("gpu.jobs")
+    settings = jobs.Settings(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--only", "packs"])
+    monkeypatch.delenv(jobs.CAREFUL, raising=False)
+    before = torch.cuda.is_available, sys.modules.get("bitsandbytes")
+    card = Card(jobs, (), monkeypatch)
+    assert jobs.warm(settings) == ""
+    assert card.imported == list(jobs.IMPORTS)
+    assert torch.cuda.is_available is before[0]
+    assert sys.modules.get("bitsandbytes") is not None or "bitsandbytes" not in sys.modules
+
+    card = Card(jobs, ("peft",), monkeypatch)
+    with pytest.raises(SystemExit):
+        jobs.warm(settings)
+    assert card.again == [sys.executable, sys.executable, "gpu_check.py", "--only", "packs"]
+    assert os.environ[jobs.CAREFUL] == str(tmp_path)
+    card = Card(jobs, ("peft",), monkeypatch)
+    assert jobs.warm(settings) == "importing peft wakes the driver, so each job does that anew"
+    assert card.imported == [name for name in jobs.IMPORTS if name != "peft"]
+    assert jobs.CAREFUL not in os.environ
+
+
 def test_results_are_written_as_they_come(script: Any, tmp_path: Path, capsys: Any) -> None:
     check = script("gpu_check")
     results = check.Results(tmp_path)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from instructft.errors import OutOfMemoryError, RecipeError, Stopped, UsageError
 from instructft.training.run import train
+from tests.helpers.device import near
 from tests.helpers.out_of_memory import out_of_memory, proposed
 
 QUIET = Console(quiet=True)
@@ -57,10 +58,10 @@ def test_a_step_keeps_its_rows(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp
     assert found.facts["data"]["padding_share"] == whole.facts["data"]["padding_share"]
     kept = ("loss", "eval_loss", "grad_norm", "num_tokens", "learning_rate")
     for mine, other in zip(logged(found.output_dir, *kept), logged(whole.output_dir, *kept), strict=True):
-        assert mine == pytest.approx(other, abs=1e-5)
+        assert mine == pytest.approx(other, abs=near(1e-5))
     others = weights(whole.output_dir)
     for name, tensor in weights(found.output_dir).items():
-        torch.testing.assert_close(tensor, others[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(tensor, others[name], atol=near(1e-5), rtol=0)
 
 
 def runs_out_in_step_2(trainer: Any, rows: int) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 import instructft
 from tests.conftest import TINY
-from tests.helpers.device import here
+from tests.helpers.device import here, in_float32
 
 GPT2 = "{model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 32, n_positions: 128}"
 
@@ -24,6 +24,7 @@ def recipe_of(write_recipe: Callable[..., Path]) -> Callable[..., Any]:
         path = write_recipe(text)
         settings = ["train.report_to=[]", "train.save_strategy=no", f"output_dir={path.parent / 'run'}", *overrides]
         if any(setting.startswith("adapter") for setting in overrides):
+            settings = [*in_float32(), *settings]
             base = path.parent / "base"
             if not base.exists():
                 plain = instructft.load_recipe(path)

@@ -15,6 +15,7 @@ import instructft
 from instructft.errors import InstructftError
 from instructft.training.rehearsal.gradients import leave_out_unreached
 from instructft.training.rehearsal.rehearse import short_batch
+from tests.helpers.device import on
 from tests.helpers.rehearsal import trainer_of
 
 JAMBA = (
@@ -28,7 +29,7 @@ LORA = ("adapter.type=lora", "adapter.dropout=0", "train.learning_rate=1e-2")
 
 
 def looked(trainer: Any) -> Any:
-    return leave_out_unreached(trainer, short_batch(trainer, trainer.train_dataset[0]))
+    return leave_out_unreached(trainer, on(trainer.model, short_batch(trainer, trainer.train_dataset[0])))
 
 
 def test_all_of_a_plain_model_is_reached(recipe_of: Callable[..., Any]) -> None:
