@@ -194,6 +194,7 @@ def probe(
     try:
         with torch.inference_mode(), alone():
             single = torch.cat([logits(one, [len(one)]).float() for one in (first, second)])
+        torch.clear_autocast_cache()  # of weights lowered in inference mode, through which no gradient goes
         hook = embedding.register_forward_hook(watch)
         try:
             found = logits(ids, lengths, packed_by)

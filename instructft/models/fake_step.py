@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from instructft.adapters.lora import ADAPTERS, is_peft
+from instructft.models.kernels.activations import fuse_activations
 from instructft.weights import remote_code
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def meta_model(recipe: Recipe, start: StartingPoint, dtype: torch.dtype, device:
     chosen = {"auto": None, "eager": "eager"}.get(attention, "sdpa")  # flash-attention keeps what fused sdpa keeps
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=chosen, **remote_code.flag())
+        fuse_activations(model)  # as `load_model` does: it keeps a third of what GPT-2's own would
         model = ADAPTERS[recipe.adapter.type](model, recipe, start.new_tokens, only_shapes=True)
     return model.train(), config
 

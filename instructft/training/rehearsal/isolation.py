@@ -56,7 +56,8 @@ def prove_isolation(trainer: Trainer, attention: Attention, max_length: int, con
 def _difference(trainer: Trainer, width: int) -> float:
     """Between a document's logits alone, by a mask, and in a pack; what the kernel lacks in training shows here too."""
     model: Any = trainer.model
-    with trainer.compute_loss_context_manager():
+    # a step's autocast; the trainer leaves it to accelerate, which wraps the model when training begins
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         if str(model.config._attn_implementation) == VARLEN:
             _try_in_training(trainer)
         return probe(model, model.device, width, takes_borders(model), functools.partial(plain, model))

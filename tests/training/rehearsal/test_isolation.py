@@ -45,6 +45,29 @@ def test_borders_keep_documents_apart(proved: Any, config: str) -> None:
     assert trainer.model.training  # as it was
 
 
+@pytest.mark.parametrize("attention", ["varlen", "sdpa"])
+def test_the_proof_is_made_in_the_precision_of_a_step(
+    recipe_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    import torch
+
+    trainer = trainer_of(recipe_of(GPT2, "data.packing=true", "train.bf16=true"))
+    found = switch_attention(trainer.model, Attention(attention))
+    seen: set[torch.dtype] = set()
+    trainer.model.transformer.h[1].mlp.c_fc.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    real = varlen.by_document
+
+    def watch(q: Any, *rest: Any) -> Any:
+        seen.add(q.dtype)
+        return real(q, *rest)
+
+    monkeypatch.setattr(varlen, "by_document", watch)
+    said = io.StringIO()
+    assert prove_isolation(trainer, found, 96, Console(file=said, width=400)) == found
+    assert "packs are clean" in said.getvalue()
+    assert seen == {torch.bfloat16}
+
+
 def unseen_dropout(trainer: Any) -> None:
     for block in trainer.model.transformer.h:
         block.attn.attn_dropout.p = 0.3
