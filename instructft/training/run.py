@@ -291,7 +291,7 @@ def build_trainer(
         say=say,
         identity=start.identity,
         versions=library_versions(recipe),
-        pack_width=recipe.data.max_length if flatten and recipe.data.packing else None,
+        pack_width=recipe.data.max_length if recipe.data.packing else None,
         metadata=metadata,
         processing_class=tokenizer,
         callbacks=callbacks,

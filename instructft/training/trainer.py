@@ -59,7 +59,8 @@ class Trainer(SFTTrainer):
         spike_limit, skip_spikes: what is done about a loss that leaps, see `step_checks`.
         say: told in one line what a person should know.
         identity, versions: what every checkpoint says of the run, see `resumable`.
-        pack_width: slots of a pack, where training takes packs end to end, see `flat_packs`; else None.
+        pack_width: slots of a pack, where rows are packs; a collator that flattens them has them trained end to end,
+            see `flat_packs`.
     """
 
     data_collator: Any
@@ -100,13 +101,6 @@ class Trainer(SFTTrainer):
         # tokens, supervised tokens and slots (tokens with padding) that this process has trained
         self.counts: Counts = (0, 0, 0)
         self._pack_width = pack_width
-        if pack_width:  # a row that holds all packs cannot be divided among processes; each one makes its own
-            if self.accelerator.dispatch_batches:
-                raise UsageError(
-                    "train.accelerator_config.dispatch_batches: true divides a batch along its rows, and with "
-                    f"attention {self.model.config._attn_implementation} all its packs are one row; leave it out"
-                )
-            self.accelerator.dataloader_config.dispatch_batches = False
         self.micro_batches = MicroBatches(self, find_batch, say)
         self.step_checks = StepChecks(self, spike_limit, skip_spikes, say)
         self._flos_per_token: int | None = None
@@ -232,12 +226,21 @@ class Trainer(SFTTrainer):
     def get_train_dataloader(self) -> Any:
         """Rows as slices of Arrow's columns; each batch says how much it holds, and flat packs have a fixed shape."""
         rows, collate = row_slices(self.train_dataset), self.data_collator
-        if self._pack_width:
-            processes = self.args.world_size if self.accelerator.split_batches else 1
-            packs = self._train_batch_size // processes
-            collate = FlatPacks.of(rows, collate.pad_token_id, self._pack_width, packs)
+        if self._pack_width and collate.flatten:
+            width = self._pack_width + -self._pack_width % (collate.pad_to_multiple_of or 1)
+            collate = FlatPacks.of(rows, collate.pad_token_id, width, self._rows_of_a_process())
         with _in_place(self, train_dataset=rows, data_collator=self._counting(rows, collate)):
             return super().get_train_dataloader()
+
+    def _rows_of_a_process(self) -> int:
+        """Rows of a batch, which each process makes of its own: one row that holds all packs cannot be divided."""
+        if self.accelerator.dispatch_batches:
+            raise UsageError(
+                "train.accelerator_config.dispatch_batches: true divides a batch along its rows, and with attention "
+                f"{self.model.config._attn_implementation} all its packs are one row; leave it out"
+            )
+        self.accelerator.dataloader_config.dispatch_batches = False  # a stream's would be
+        return int(self._train_batch_size) // (self.args.world_size if self.accelerator.split_batches else 1)
 
     def _counting(self, rows: Any, collate: Any) -> Any:
         """A collator that counts, unless one process makes batches for all: they are divided, and are tensors alone."""

@@ -142,3 +142,11 @@ def test_profile_of_a_step(tiny: Any) -> None:
     assert {"forward: body, head and the head's gradient", "backward: body", "AdamW", "clipping"} <= set(parts)
     assert sum(parts.values()) == pytest.approx(100, abs=1)
     assert all(share > 0 for share in parts.values())
+
+
+def test_batches_are_compared_and_timed(tiny: Any) -> None:
+    found = rows(tiny("batches"))
+    assert [(cells[0], cells[1].split(",")[0]) for cells in found] == [
+        (what, how) for what in ("rows, padded", "packs", "packs end to end") for how in ("lists", "slices")
+    ]
+    assert all(number(cells[3]) > 0 for cells in found)

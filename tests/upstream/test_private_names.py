@@ -43,6 +43,7 @@ TABLE = (
     Private("_save", TRAINER, "training/trainer", "adapters of checkpoints have no metadata; FSDP2 saves no model"),
     Private("_get_train_sampler", TRAINER, "training/trainer", "group_by_length follows the micro-batch size"),
     Private("_get_eval_sampler", TRAINER, "training/trainer", "validation pads more; data sets' own losses mix rows"),
+    Private("_train_batch_size", TRAINER, "training/trainer", "flat packs have another shape than a batch has rows"),
     # what the trainer counts
     Private("_tr_loss", TRAINER, "training/resumable", "the first loss that a resumed run logs is wrong"),
     Private("_globalstep_last_logged", TRAINER, "training/resumable", "the first loss of a resumed run is wrong"),
@@ -64,6 +65,7 @@ TABLE = (
     Private("_subclasses", "torch", "models/memory", "no memory estimate"),
     # data
     Private("_fingerprint", "datasets.arrow_dataset:Dataset", "data/tokenize", "prepared rows are not found again"),
+    Private("_indices", "datasets.arrow_dataset:Dataset", "data/batches/row_slices", "other rows are trained"),
     Private("ExamplesIterable", "datasets.iterable_dataset", "data/streaming", "a stream pickles the tokenizer"),
     Private("_compile_jinja_template", "transformers.utils.chat_template_utils", "prompt/render",
             "rendering takes half as long again"),
