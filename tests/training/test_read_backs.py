@@ -75,8 +75,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
         def watched(*args: Any) -> Any:
             trainer = build(*args)
-            if flat:
-                trainer._pack_width = 64  # as an attention that keeps to borders has it
+            trainer.data_collator.flatten = flat  # as an attention that keeps to borders has it
             trainer.add_callback(look)
             return trainer
 
