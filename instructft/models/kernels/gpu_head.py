@@ -126,7 +126,7 @@ class _Score(torch.autograd.Function):
             _, grads = _pass((rows, weight, bias), labels, unequal, ctx.parts, ctx.low, ctx.needs_input_grad)
             scale = None
         out = [
-            None if g is None else (g if scale is None else g * scale).to(x.dtype)
+            None if g is None else (g if scale is None else g.mul_(scale)).to(x.dtype)
             for g, x in zip(grads, (rows, weight, bias), strict=True)
         ]
         return out[0], out[1], out[2], None, None
