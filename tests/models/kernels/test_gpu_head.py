@@ -164,6 +164,27 @@ def test_what_the_collator_says_reaches_no_other_forward() -> None:
         torch.testing.assert_close(ours(**said, fused_lm_head=True).loss, theirs(**batch(), fused_lm_head=True).loss)
 
 
+def test_a_kernel_that_does_not_compile_or_errs_is_not_used(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.undo()
+    here = torch.device(device)
+    monkeypatch.setattr(softmax_kernel, "available", lambda: True)
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("no such instruction\nin line 3")
+
+    def errs(*args: Any) -> Any:
+        grad, *rest = gpu_head.torch_parts(*args)
+        return grad * 1.1, *rest
+
+    for kernel, problem in (
+        (gpu_head.torch_parts, None),
+        (fails, "RuntimeError: no such instruction"),
+        (errs, "it computes something else than plain operators"),
+    ):
+        monkeypatch.setattr(gpu_head, "kernel_parts", kernel)
+        assert gpu_head.kernel_problem.__wrapped__(here) == problem
+
+
 def test_chunks_are_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert [gpu_head.chunk_size(v) for v in (256, 50_257, 151_936, 262_208, 10**9)] == [4096, 4096, 2048, 1024, 256]
