@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from instructft.models.kernels import gpu_head, softmax_kernel
+from instructft.models.kernels import gpu_head
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # rows, weight, labels -> sum of -log p
@@ -47,6 +47,13 @@ def trl(rows: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch
 def ours(rows: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, parts: gpu_head.Parts) -> torch.Tensor:
     """The gradient made in the forward pass, with entropy and top-1."""
     return gpu_head.score(rows, weight, None, labels, parts)[0]
+
+
+def kernel(rows: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The same by the kernel, where it compiles and is right; training takes it then."""
+    if problem := gpu_head.kernel_problem(rows.device):
+        raise ImportError(problem)
+    return ours(rows, weight, labels, gpu_head.kernel_parts)
 
 
 def liger(rows: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -91,8 +98,7 @@ def contenders(device: torch.device) -> dict[str, Head]:
     compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
     found: dict[str, Head] = {"TRL": trl, "ours, operators": functools.partial(ours, parts=gpu_head.torch_parts)}
     if device.type == "cuda":
-        if softmax_kernel.available():
-            found["ours, kernel"] = functools.partial(ours, parts=gpu_head.kernel_parts)
+        found["ours, kernel"] = kernel
         found["ours, operators compiled"] = functools.partial(ours, parts=compiled(gpu_head.torch_parts))
         found["recomputed, compiled"] = functools.partial(recomputed, of_chunk=compiled(chunk_loss))
     else:

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from instructft.data.packing import flat
 from instructft.models.fake_step import Batch, Step, measure_step, meta_model, to_fake_cpu
+from instructft.models.kernels.gpu_head import chunk_size
 from instructft.models.load import weights_dtype
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
@@ -200,15 +201,15 @@ def memory(
 def head_bytes(shape: Any, trained: bool, supervised: int, device: str) -> int:
     """The output head: its gradient, hidden states that carry loss with theirs, and blocks of logits.
 
-    On a CPU `fused_loss` scores blocks of 24 MiB in two buffers. On a GPU it is TRL's head (trl
-    1.16), tiles of 4,096 tokens by 32,768 entries in float32.
+    On a CPU `fused_loss` scores blocks of 24 MiB in two buffers. On a GPU `gpu_head` holds a chunk of logits and the
+    head's weight in 16 bits.
     """
     vocabulary, hidden = shape
     gradient = 4 * vocabulary * hidden if trained else 0
     if device == "cpu":
         tile = 2 * min(24 * MIB, 4 * vocabulary * max(supervised, 1))
     else:
-        tile = 4 * min(supervised, 4096) * min(vocabulary, 32768)
+        tile = 2 * min(supervised, chunk_size(vocabulary)) * vocabulary + 2 * vocabulary * hidden
     return gradient + tile + 2 * 4 * supervised * hidden
 
 

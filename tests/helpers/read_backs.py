@@ -1,11 +1,14 @@
-"""Where a program would wait for a GPU, counted on a CPU: each call whose result the host must know."""
+"""Where a program waits for a GPU: counted by CUDA, or on a CPU by the calls that would wait."""
 
 from __future__ import annotations
 
 import contextlib
 import traceback
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,11 +27,15 @@ _METHODS = {"tolist", "numpy", "cpu", "__array__"}  # read memory past the dispa
 class ReadBacks:
     """While it is open, `found` is filled with what was asked and where: two frames outside of torch."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_cuda: bool = False) -> None:
+        self.on_cuda = on_cuda
         self.found: list[tuple[str, str]] = []
         self._modes = contextlib.ExitStack()
 
     def __enter__(self) -> ReadBacks:
+        if self.on_cuda:
+            self._modes.enter_context(_asked_of_cuda(self.found))
+            return self
         self._modes.enter_context(_Operators(self.found))
         self._modes.enter_context(_Methods(self.found))
         return self
@@ -39,6 +46,22 @@ class ReadBacks:
     def close(self) -> None:
         """Count no longer."""
         self._modes.close()
+
+
+@contextlib.contextmanager
+def _asked_of_cuda(found: list[tuple[str, str]]) -> Iterator[None]:
+    """By a warning of CUDA's own at each call that waits."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *rest: (
+            found.append((str(message)[:60], _place())) if "synchroniz" in str(message) else None
+        )
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def _place() -> str:

@@ -1,12 +1,14 @@
-"""A step of training waits for the GPU once, and once more where it is logged, with the GPU's head or TRL's loss."""
+"""A step of training waits for the GPU once, and once more where it is logged; what is logged is what upstream logs."""
 
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
@@ -14,10 +16,14 @@ import instructft
 from instructft.models.kernels import fused_loss, gpu_head
 from instructft.training import run as run_module
 from instructft.training.run import train
+from instructft.training.trainer import Trainer
 from tests.helpers.read_backs import ReadBacks
 
 RECIPE = """
-model: {config: {model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 32, n_positions: 128}, tokenizer: quickstart}
+model:
+  config: {model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 32, n_positions: 128, attn_pdrop: 0.0, resid_pdrop: 0.0,
+           embd_pdrop: 0.0}
+  tokenizer: quickstart
 data: {datasets: [{name: quickstart, rows: 60}], max_length: 64, packing: true, splits: {validation: 0},
        template: instruction}
 train: {max_steps: 6, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, save_strategy: "no",
@@ -30,7 +36,8 @@ NOT_OF_THE_STEP = ("data/collator.py", "batches/", "masking_utils.py")
 class Look(TrainerCallback):
     """What was read back in each step, from the end of the one before to its own end, its log included."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_cuda: bool) -> None:
+        self.on_cuda = on_cuda
         self.steps: dict[int, list[str]] = {}
         self.open: ReadBacks | None = None
 
@@ -39,10 +46,10 @@ class Look(TrainerCallback):
             self.open.close()
             self.steps[step] = [f"{what} at {where}" for what, where in self.open.found
                                 if not any(name in where for name in NOT_OF_THE_STEP)]  # fmt: skip
-        self.open = ReadBacks().__enter__()
+        self.open = ReadBacks(self.on_cuda).__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The callback of a step that is not logged is its end; the log of one that is comes later."""
+        """The end of a step that is not logged; the log of one that is comes later."""
         if not control.should_log:
             self._next(state.global_step)
 
@@ -56,30 +63,73 @@ class Look(TrainerCallback):
 
 
 @pytest.fixture
-def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def run(*overrides: str) -> dict[int, list[str]]:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run of six steps, looked at; flat packs and the GPU's head stand for a GPU."""
+    ran: list[Path] = []
+
+    def run(*overrides: str, flat: bool = True, on_cuda: bool = False) -> tuple[Path, dict[int, list[str]]]:
         path = tmp_path / "looked.yaml"
         path.write_text(RECIPE)
-        seen, build = Look(), run_module.build_trainer
-        monkeypatch.setattr(fused_loss, "_DEVICES", ())
-        monkeypatch.setattr(gpu_head, "head_for", lambda device: gpu_head.torch_parts)
+        ran.append(tmp_path / f"run-{len(ran)}")
+        look, build = Look(on_cuda), run_module.build_trainer
 
         def watched(*args: Any) -> Any:
             trainer = build(*args)
-            trainer._pack_width = 64  # flat packs, as an attention that keeps to borders has them
-            trainer.add_callback(seen)
+            trainer.data_collator.flatten = flat  # as an attention that keeps to borders has it
+            trainer.add_callback(look)
             return trainer
 
-        monkeypatch.setattr(run_module, "build_trainer", watched)
-        recipe = instructft.load_recipe(path, [f"output_dir={tmp_path / 'run'}", *overrides])
-        train(recipe, console=Console(file=io.StringIO()))
-        return seen.steps
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "build_trainer", watched)
+            recipe = instructft.load_recipe(path, [f"output_dir={ran[-1]}", *overrides])
+            train(recipe, console=Console(file=io.StringIO()))
+        return ran[-1], look.steps
 
     return run
 
 
-def test_a_step_reads_once_and_its_log_once_more(look: Any) -> None:
-    steps = look()
+@pytest.fixture
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_loss, "_DEVICES", ())
+    monkeypatch.setattr(gpu_head, "head_for", lambda device: gpu_head.torch_parts)
+
+
+@pytest.mark.usefixtures("like_a_gpu")
+def test_a_step_reads_once_and_its_log_once_more(run: Any) -> None:
+    _, steps = run()
     assert sorted(steps) == [2, 3, 4, 5, 6]
-    assert {step: len(found) for step, found in steps.items() if step % 2} == {3: 1, 5: 1}, steps
+    assert {step: len(found) for step, found in steps.items()} == {2: 2, 3: 1, 4: 2, 5: 1, 6: 2}, steps
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks CUDA itself")
+def test_on_a_gpu_torch_counts_no_more(run: Any) -> None:
+    _, steps = run("train.use_cpu=false", flat=False, on_cuda=True)
     assert all(len(found) <= 2 for found in steps.values()), steps
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    kept = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "learning_rate")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in kept} for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_what_is_logged_is_what_upstream_logs(run: Any, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = ("train.logging_steps=1", "train.gradient_accumulation_steps=1", f"data.packing={packing}")
+    ours, _ = run(*each, flat=False)
+    monkeypatch.setattr(Trainer, "_plain_loss", False)
+    theirs, steps = run(*each, flat=False)
+    assert all(len(found) > 4 for found in steps.values()), steps  # the counter counts
+    assert len(logged(ours)) == 6
+    for mine, other in zip(logged(ours), logged(theirs), strict=True):
+        assert mine == pytest.approx(other, rel=1e-6)
+        assert (mine["loss"], mine["grad_norm"]) == (other["loss"], other["grad_norm"])
+
+
+def test_a_token_counts_once_in_what_is_logged_of_several_micro_batches(run: Any) -> None:
+    """Rows of unequal length: whether they come in one micro-batch or in four changes nothing."""
+    same = ("data.packing=false", "train.max_steps=2", "train.logging_steps=2")
+    parts, _ = run(*same, "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=4", flat=False)
+    whole, _ = run(*same, "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=1", flat=False)
+    (mine,), (other,) = logged(parts), logged(whole)
+    assert mine == pytest.approx(other, rel=1e-5)

@@ -230,6 +230,9 @@ def add_supervised_head(model: PreTrainedModel) -> bool:
         if way is None:
             return upstream(*args, **kwargs)
         labels = kwargs["labels"]
+        if positions[0] is None and labels.device.type not in _DEVICES:
+            # ahead of the model: this waits for what is queued, and now that is little
+            positions[:2] = gpu_head.supervised_positions(labels)
         # `num_items_in_batch` is TRL's business: it divides the sum of `log_probs` itself
         inputs = {k: v for k, v in kwargs.items() if k not in ("fused_lm_head", "labels", "num_items_in_batch")}
         states = self.base_model(*args, **{**inputs, "use_cache": False}).last_hidden_state  # (B, T, D)
@@ -252,9 +255,7 @@ def _way(head: Any, rows: torch.Tensor | None) -> Callable[..., Scores] | None:
     return None if parts is None or rows is not None else functools.partial(_scores_at_positions, parts)
 
 
-def _scores_of_masked(
-    model: Any, states: torch.Tensor, labels: torch.Tensor, positions: list[torch.Tensor | None]
-) -> Scores:
+def _scores_of_masked(model: Any, states: torch.Tensor, labels: torch.Tensor, positions: list[Any]) -> Scores:
     """The CPU's way: positions by a mask, which costs nothing where the host computes."""
     head, rows, ids = _head(model)
     states, labels = states[:, :-1], labels[:, 1:]  # (B, T - 1, D), (B, T - 1)
@@ -270,13 +271,11 @@ def _scores_of_masked(
 
 
 def _scores_at_positions(
-    parts: gpu_head.Parts, model: Any, states: torch.Tensor, labels: torch.Tensor, positions: list[torch.Tensor | None]
+    parts: gpu_head.Parts, model: Any, states: torch.Tensor, labels: torch.Tensor, positions: list[Any]
 ) -> Scores:
     """A GPU's way: positions from the collator, so that nothing waits for the device."""
     head = model.get_output_embeddings()
-    where, wanted = positions[:2]
-    if where is None or wanted is None:
-        where, wanted = gpu_head.supervised_positions(labels)
+    where, wanted, _ = positions
     batch, width = labels.shape
     rows = states.to(head.weight.device).reshape(batch * width, -1).index_select(0, where)
     nll, *values = gpu_head.score(rows, head.weight, head.bias, wanted, parts)

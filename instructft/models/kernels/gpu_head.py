@@ -13,11 +13,13 @@ So one chunk of logits is all that is held of them, and chunks have one shape wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from instructft.formatting import first_line
 from instructft.models.kernels import softmax_kernel
 from instructft.models.kernels.softmax_kernel import kernel_parts
 from instructft.prompt.loss_mask import IGNORE_INDEX
@@ -38,7 +40,26 @@ def head_for(device: torch.device) -> Parts | None:
     """
     if device.type != "cuda":
         return None
-    return kernel_parts if softmax_kernel.available() else torch_parts
+    return kernel_parts if kernel_problem(device) is None else torch_parts
+
+
+@functools.cache
+def kernel_problem(device: torch.device) -> str | None:
+    """Why the kernel is not used on a device: it does not compile there, or computes something else; tried once."""
+    if not softmax_kernel.available():
+        return "Triton is not installed"
+    real, width = 4500, 4544
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        z = 4 * torch.randn(3, width, generator=torch.Generator(device).manual_seed(0), device=device).bfloat16()
+        z[:, real:] = 0
+        labels = torch.tensor([7, IGNORE_INDEX, real - 1], device=device)
+        wanted = torch_parts(z, labels, torch.ones(3, device=device), real)
+        try:
+            found = kernel_parts(z.clone(), labels, torch.ones(3, device=device), real)
+        except Exception as error:  # a compiler or a driver: whatever it is, plain operators serve
+            return f"{type(error).__name__}: {first_line(error)}"
+    same = all(torch.allclose(a.float(), b.float(), atol=1e-3, rtol=1e-2) for a, b in zip(found, wanted, strict=True))
+    return None if same else "it computes something else than plain operators"
 
 
 def torch_parts(
@@ -126,7 +147,7 @@ class _Score(torch.autograd.Function):
             _, grads = _pass((rows, weight, bias), labels, unequal, ctx.parts, ctx.low, ctx.needs_input_grad)
             scale = None
         out = [
-            None if g is None else (g if scale is None else g * scale).to(x.dtype)
+            None if g is None else (g if scale is None else g.mul_(scale)).to(x.dtype)
             for g, x in zip(grads, (rows, weight, bias), strict=True)
         ]
         return out[0], out[1], out[2], None, None

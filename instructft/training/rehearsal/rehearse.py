@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 
+from instructft.models.kernels.gpu_head import kernel_problem
 from instructft.prompt.loss_mask import IGNORE_INDEX
 from instructft.training.rehearsal.adapter_loads import refuse_adapter_that_does_not_load
 from instructft.training.rehearsal.gradients import Reach, leave_out_unreached
@@ -61,6 +62,8 @@ def rehearse(trainer: Trainer, example: Any, say: Callable[[str], Any]) -> Rehea
         reach = leave_out_unreached(trainer, batch)
         refuse_adapter_that_does_not_load(trainer)
     lines = [*([head.why] if head.why else []), *reach.lines(trainer.processing_class.convert_ids_to_tokens)]
+    if trainer.args.device.type == "cuda" and (problem := kernel_problem(trainer.args.device)):
+        lines.append(f"the output head is computed by plain operators, which takes longer: {problem}")
     for line in lines:
         say(line)
     seconds = time.perf_counter() - began
