@@ -127,8 +127,12 @@ class CompiledBlocks:
         self.shapes, self.most = set[tuple[int, ...]](), shapes
         self.failed: dict[str, int] = {}  # why -> blocks
         self.seconds, self._graphs, self._said, self._say = 0.0, counters["stats"]["unique_graphs"], False, say
+        self._settings = contextlib.ExitStack()
         # else a backward pass is compiled when it first runs, where a failure can no longer be put right
-        torch._functorch.config.force_non_lazy_backward_lowering = True
+        self._settings.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
+        # several processes: graphs are cut where gradients are sent, which is between blocks anyway, and checkpoints
+        # inside a graph cannot be cut
+        self._settings.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
         self.blocks = blocks_of(model)
         for block in self.blocks:
             block.compile(backend=backend or "inductor", mode=mode, fullgraph=True, dynamic=False)
@@ -184,6 +188,7 @@ class CompiledBlocks:
         """Leave the blocks as they were, and room for the graphs of another run in this process (torch keeps 8)."""
         for block in self.blocks:
             block._compiled_call_impl = None
+        self._settings.close()
         torch.compiler.reset()
 
 
