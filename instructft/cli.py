@@ -168,6 +168,8 @@ def check(
     ] = False,
     device: Annotated[str | None, _option(help="cpu or cuda; default: where it would train here.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
+    devices: Annotated[int | None, _option(min=1, help="GPUs that are not here: memory and hours on paper.")] = None,
+    card: Annotated[str, typer.Option(metavar="h100|h200|a100", help="Which, with --devices.")] = "h100",
     strategy: StrategyOption = "ddp",
 ) -> None:
     """Validate a recipe, audit its data, estimate memory and time; nothing is trained."""
@@ -185,6 +187,14 @@ def check(
     if measure and (device is not None or processes > 1):
         raise UsageError("--measure takes steps on this machine, in one process; leave out --device and --processes")
     asked: dict[str, Any] = {"device": device, "processes": processes, "strategy": strategy, "measure": measure}
+    if devices is not None:
+        from instructft.models.several_devices import CARDS
+
+        if card not in CARDS:
+            raise UsageError(f"--card: found {card}, expected {', '.join(CARDS)}")
+        if measure or processes > 1 or device == "cpu":
+            raise UsageError("--devices is for GPUs that are not here; leave out --measure, --processes, --device cpu")
+        asked |= {"device": "cuda", "processes": devices, "card": card}
     if not run(loaded, as_json, tokens_per_second=tokens_per_second, **asked):
         raise typer.Exit(EXIT_USAGE)
 

@@ -68,7 +68,8 @@ def _longest(recipe: Recipe, data: Any) -> tuple[Any, int]:
 
     from instructft.data.packing import flat
 
-    rows, batches = recipe.train_resolved()["per_device_train_batch_size"], recipe.train["gradient_accumulation_steps"]
+    train = recipe.train_resolved()
+    rows, batches = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
     lengths = flat(data.splits["train"])[2]
     longest = np.resize(np.argsort(-lengths, kind="stable")[:rows], rows)  # again and again where there are fewer
     chosen = data.splits["train"].select(np.tile(longest, batches * STEPS))

@@ -39,6 +39,7 @@ def check(
     device: str | None = None,
     processes: int = 1,
     strategy: str = "ddp",
+    card: str | None = None,
     measured: Callable[[str], Any] | None = None,
 ) -> dict[str, Any]:
     """The report as plain dicts and lists; nothing is trained, and unless it is measured no weight is loaded.
@@ -48,19 +49,28 @@ def check(
         device: "cpu" or "cuda"; default: the one that training would take here.
         processes: that train together.
         strategy: ddp, fsdp2, zero2 or zero3.
+        card: a name of `instructft.models.several_devices.CARDS`: what the run would take there, on paper.
         measured: find out by real steps here what fits and how fast it is; told in one line of each try.
 
     Raises:
         UsageError: recipe or data are not right, as `instructft.train` would say.
     """
+    import torch
+
     import instructft.training.trainer  # noqa: F401 - what training imports counts in its memory
     from instructft.adapters import quantization
     from instructft.check.audit import audit
     from instructft.data.prepare import prepare
     from instructft.models.attention import check_attention
     from instructft.models.memory import estimate, resident
+<<<<<<< HEAD
     from instructft.models.starting_point import starting_point
     from instructft.models.tokenizer import date_in_prompts, load_tokenizer
+=======
+    from instructft.models.several_devices import on_paper
+    from instructft.models.starting_point import check_attention, starting_point
+    from instructft.models.tokenizer import load_tokenizer
+>>>>>>> budget
     from instructft.recipe.installed import check_against_installed
     from instructft.training.arguments import training_arguments
 
@@ -84,6 +94,8 @@ def check(
             args, precision = training_arguments(recipe, data, SimpleNamespace(num_processes=processes))
         except (ValueError, TypeError) as error:
             raise UsageError(f"train: {error}") from error
+        if card and not torch.cuda.is_available() and not args.fp16 and recipe.train.get("bf16") is None:
+            args.bf16, precision = True, "bfloat16 autocast, as a run would take there"
         packs = len(data.splits["train"])
         fill = data.tokens["train"] / (packs * recipe.data.max_length)
         report["training"] = {
@@ -101,6 +113,9 @@ def check(
         asked["strategy"] = strategy
         report["estimate"] = estimate(recipe, start, data, args, base=base, **asked)
         report["estimate"]["precision"] = precision
+        if card:
+            paper = on_paper(report["estimate"], strategy, card, element=2 if args.bf16 or args.fp16 else 4)
+            report["estimate"]["paper"] = paper
         if measured:
             from instructft.check.measure import measure
 
@@ -249,6 +264,8 @@ def _show_needs(report: dict[str, Any], console: Console) -> None:
         ("step", step),
         ("time", _time(time)),
     ]
+    if paper := needs.get("paper"):
+        lines.append(("on paper", _on_paper(paper, schedule["processes"])))
     _grid(console, "the run", lines)
     memory = needs["memory"]
     lines = [(name, f"{memory_size(size):>10}") for name, size in memory.items() if size and name != "total"]
@@ -267,6 +284,15 @@ def _show_needs(report: dict[str, Any], console: Console) -> None:
         each, first, total = (memory_size(host[key]) for key in ("process", "first", "total"))
         more = f", {first} the first to save" if host["first"] > host["process"] else ""
         console.print(f"  host memory: {each} a process{more}, {total} in all\n")
+
+
+def _on_paper(paper: dict[str, Any], devices: int) -> str:
+    speed = paper["tokens_per_second_per_device"]
+    return (
+        f"{clock(paper['seconds'])} on {devices} {paper['card'].upper()}: a step of {paper['step_seconds']:.3g} s, "
+        f"{speed:,.0f} tokens/s each; {paper['computing_seconds']:.3g} s of computing, while "
+        f"{memory_size(paper['bytes_between_devices'])} go to the others in {paper['communicating_seconds']:.3g} s"
+    )
 
 
 def _show_measured(found: dict[str, Any], estimated: int, console: Console) -> None:

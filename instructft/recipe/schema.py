@@ -278,7 +278,9 @@ class CheckSection(_Section):
     max_contradictions: int | None = Field(default=None, ge=0, description="rows; one question, different answers")
     max_leaks: int | None = Field(default=None, ge=0, description="rows; held out, and trained or nearly so")
     max_markers: int | None = Field(default=None, ge=0, description="rows; an answer holds the template's markers")
-    max_memory_gib: float | None = Field(default=None, gt=0, description="GiB on one device; as estimated")
+    max_memory_gib: float | None = Field(
+        default=None, gt=0, description="GiB on one device; as estimated, or measured with --measure"
+    )
 
 
 class Recipe(_Section):

@@ -1,4 +1,4 @@
-"""Which batches are tried, by processes that are made up; and real steps, which must be those of a run."""
+"""Which batches are tried, by processes that are made up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from instructft.check import measure
-from instructft.check.report import check
 from instructft.errors import InstructftError, UsageError
 from instructft.recipe.load import load_recipe
 
@@ -82,19 +81,3 @@ def test_a_stream_is_refused(write_recipe: Callable[..., Path], tmp_path: Path) 
     ]
     with pytest.raises(UsageError, match="a stream does not tell"):
         measure.measure(load_recipe(write_recipe(), streamed), 1, "cpu", lambda line: None)
-
-
-def test_real_steps_put_the_estimate_right(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = load_recipe(write_recipe(), ["check.max_memory_gib=0.001"])
-    said: list[str] = []
-    report = check(recipe, measured=said.append)
-    (one,) = report["measured"]["tries"]  # a step of one batch has no other division
-    assert said == [measure.in_words(one)]
-    assert one["fits"]
-    assert one["memory"] > 100 << 20
-    assert report["estimate"]["time"]["source"] == "measured"
-    assert report["estimate"]["time"]["tokens_per_second"] == one["tokens_per_second"] > 0
-    (limit,) = [limit for limit in report["limits"] if limit["key"] == "check.max_memory_gib"]
-    assert limit["found"] == one["memory"] / (1 << 30)
-    assert not limit["kept"]
-    assert not (tmp_path / "run").exists()
