@@ -63,14 +63,9 @@ def check(
     from instructft.data.prepare import prepare
     from instructft.models.attention import check_attention
     from instructft.models.memory import estimate, resident
-<<<<<<< HEAD
+    from instructft.models.several_devices import on_paper
     from instructft.models.starting_point import starting_point
     from instructft.models.tokenizer import date_in_prompts, load_tokenizer
-=======
-    from instructft.models.several_devices import on_paper
-    from instructft.models.starting_point import check_attention, starting_point
-    from instructft.models.tokenizer import load_tokenizer
->>>>>>> budget
     from instructft.recipe.installed import check_against_installed
     from instructft.training.arguments import training_arguments
 
