@@ -19,9 +19,7 @@ from instructft.checkpoints.run_folder import MARK
 from instructft.data.prepare import prepare
 from instructft.errors import UsageError
 from instructft.prompt.loss_mask import encode_prompt
-from tests.conftest import GPT2, ROWS, TINY
-
-pytestmark = pytest.mark.drawn
+from tests.conftest import GPT2, ROWS, TINY, draw_curves
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +33,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, str]:
     path.write_text(f"{text}samples: [What is the capital of Norway?]\noutput_dir: {folder / 'run'}\n")
     recipe = instructft.load_recipe(path)
     printed = io.StringIO()
+    draw_curves(True)
     result = instructft.train(recipe, console=Console(file=printed, width=100))
+    draw_curves(False)
     return recipe, result, printed.getvalue()
 
 
