@@ -66,9 +66,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     A hook, since a fixture of one test comes after those that a whole module shares, which train.
     """
+    draw_curves(item.get_closest_marker("drawn") is not None)
+
+
+def draw_curves(drawn: bool) -> None:
+    """Whether runs draw their curves, from here to the next test."""
     from instructft.report import curves, page
 
-    drawn = item.get_closest_marker("drawn") is not None
     for module, name, instead in (
         (curves, "plot_loss", lambda *_: []),
         (page, "chart", lambda *_: None),

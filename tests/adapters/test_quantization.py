@@ -279,6 +279,7 @@ def child(tmp_path: Path) -> Callable[[str], tuple[set[str], str]]:
         "    raise OSError('no network')\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package.parent), *sys.path])}
+    environment["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes decorates with torch.compile, whose import takes a second
 
     def run(program: str) -> tuple[set[str], str]:
         asked.write_text("")

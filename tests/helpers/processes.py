@@ -35,7 +35,9 @@ def python(command: Sequence[str], folder: Path, **environment: str) -> Complete
     return _together(command, folder, [environment])
 
 
-def launch(config: str, command: Sequence[str], folder: Path, **environment: str) -> CompletedProcess[str]:
+def launch(
+    config: str, command: Sequence[str], folder: Path, processes: int | None = None, **environment: str
+) -> CompletedProcess[str]:
     """What `accelerate launch --config_file CONFIG PROGRAM ARGUMENTS` does, on one machine.
 
     The environment of the workers comes from accelerate, and they meet at a store that this process holds, as with
@@ -44,7 +46,8 @@ def launch(config: str, command: Sequence[str], folder: Path, **environment: str
     from accelerate.commands import launch as accelerate
     from torch.distributed import TCPStore
 
-    arguments = ["--config_file", config, *command]
+    number = ["--num_processes", str(processes)] if processes else []
+    arguments = ["--config_file", config, *number, *command]
     parsed, _, _ = accelerate._validate_launch_command(accelerate.launch_command_parser().parse_args(arguments))
     given = {**accelerate.prepare_multi_gpu_env(parsed), **environment}
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from tests.helpers.inference import (
     read,
     write,
 )
+from tests.helpers.processes import python
 
 
 @pytest.fixture
@@ -301,14 +299,9 @@ def test_killed_many_times_and_continued(folder: str, tmp_path: Path) -> None:
         "            with open(name, 'ab') as file:\n"
         '                file.write(b\'{"prompt": "\')\n'
     )
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, folder, str(source), str(target)],
-        env=env,
-        capture_output=True,
-        check=True,
-        timeout=200,
-    )
+    (tmp_path / "script.py").write_text(script)
+    done = python([str(tmp_path / "script.py"), folder, str(source), str(target)], tmp_path)
+    assert done.returncode == 0, done.stderr
     *killed, last = [json.loads(line) for line in done.stdout.splitlines()]
     assert last[1] == 0
     assert len(killed) >= 3

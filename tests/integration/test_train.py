@@ -19,10 +19,14 @@ from instructft.checkpoints.run_folder import MARK
 from instructft.data.prepare import prepare
 from instructft.errors import UsageError
 from instructft.prompt.loss_mask import encode_prompt
+<<<<<<< HEAD
 from tests.conftest import GPT2, ROWS, TINY
 from tests.helpers.device import here, near
 
 pytestmark = pytest.mark.drawn
+=======
+from tests.conftest import GPT2, ROWS, TINY, draw_curves
+>>>>>>> suite
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, str]:
     path.write_text(here(f"{text}samples: [What is the capital of Norway?]\noutput_dir: {folder / 'run'}\n"))
     recipe = instructft.load_recipe(path)
     printed = io.StringIO()
+    draw_curves(True)
     result = instructft.train(recipe, console=Console(file=printed, width=100))
+    draw_curves(False)
     return recipe, result, printed.getvalue()
 
 

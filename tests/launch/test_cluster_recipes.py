@@ -19,12 +19,12 @@ ENVIRONMENT = {**os.environ, **OWN_PORT, "OMP_NUM_THREADS": "1", "PYTHONPATH": s
 
 
 class Stage:
-    """A PATH on which `instructft` notes what it was asked, and then really prints its line; and other stand-ins."""
+    """A PATH with stand-ins; `instructft` really prints its line, or ends with END where that is set."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin = folder, folder / "bin"
         self.bin.mkdir()
-        self.put("instructft", f'"{sys.executable}" -m instructft "$@" --dry-run >>"$LOG"; exit ${{END:-0}}')
+        self.put("instructft", f'[ "$END" ] && exit "$END"; "{sys.executable}" -m instructft "$@" --dry-run >>"$LOG"')
 
     def put(self, name: str, body: str) -> None:
         (self.bin / name).write_text(f"#!/bin/bash\n{body}\n")
