@@ -19,14 +19,8 @@ from instructft.checkpoints.run_folder import MARK
 from instructft.data.prepare import prepare
 from instructft.errors import UsageError
 from instructft.prompt.loss_mask import encode_prompt
-<<<<<<< HEAD
-from tests.conftest import GPT2, ROWS, TINY
-from tests.helpers.device import here, near
-
-pytestmark = pytest.mark.drawn
-=======
 from tests.conftest import GPT2, ROWS, TINY, draw_curves
->>>>>>> suite
+from tests.helpers.device import here, near
 
 
 @pytest.fixture(scope="module")
