@@ -7,8 +7,14 @@ A loss that leaps far above what it was comes from rows that are not what they s
 high; PaLM's authors went back and left such batches out (arXiv:2204.02311, section 5.1). Here the step can be left out
 before it is taken: the weights and the optimizer stay as they are, the schedule proceeds.
 
-All that the host must know of a step comes in one read, when its gradient is there: reading is waiting for the GPU,
-which does nothing afterwards until it is told what to do next.
+All that the host must know of a step comes in one read. Reading is waiting for the GPU, which then does nothing until
+it is told what to do next, so on a GPU it is done one step late, when that step's work is queued:
+
+    step 7: forward, backward ─► finite? ─► optimizer, which takes no step where the GPU itself found one that is not
+    step 8: forward, backward ─► read of step 7: raise, tell, add up ─► optimizer
+
+fused AdamW leaves weights and state as they are where `found_inf` is 1 (torch.optim's own contract with its scaler), so
+that a step that is not finite is never taken, and nothing is logged, saved or evaluated before it was read.
 """
 
 from __future__ import annotations
@@ -16,7 +22,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +53,33 @@ def usual_loss(recent: list[float], loss: float, limit: float | None) -> float |
     return median if loss > limit * median and loss > median + LEAST else None
 
 
+def refuses_steps(optimizer: Any) -> bool:
+    """Whether an optimizer takes no step where its `found_inf`, a tensor beside the weights, is 1.
+
+    >>> refuses_steps(torch.optim.AdamW([torch.zeros(2)], fused=True)), refuses_steps(torch.optim.SGD([torch.zeros(2)]))
+    (True, False)
+    """
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A step whose figures are on their way to the host: whether it is finite, its loss, the sums of what is logged."""
+
+    step: int
+    values: torch.Tensor
+    arrived: Any  # an event of CUDA; None on a CPU
+    names: tuple[str, ...]
+    batches: tuple[dict[str, torch.Tensor], ...]
+
+
 class StepChecks(TrainerCallback):
     """Asked before every optimizer step, when gradients are summed over processes, unscaled and clipped.
 
+    What it reads late (`late`), `settle` reads at once; the trainer calls it before it logs, saves or evaluates.
+
     Args:
-        trainer: whose steps these are; it calls `begin`, `count`, `add` and `read`.
+        trainer: whose steps these are; it calls `begin`, `count`, `add`, `read` and `settle`.
         spike_limit: times the median loss of the last 50 steps; None looks for no spike.
         skip_spikes: leave such a step out. Its loss counts as recent all the same, so that a level that stays is taken
             for what is usual after some steps, and training proceeds.
@@ -65,7 +94,19 @@ class StepChecks(TrainerCallback):
         self.recent_losses: list[float] = []
         self.spikes: list[dict[str, Any]] = []
         self.since_log: dict[str, float] = {}
+        self.late = False  # whether a step is read when the next one is queued
+        self._unread: _Unread | None = None
         self.begin(())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """See whether the optimizer can refuse a step by itself; a step that may be left out is looked at before."""
+        self._optimizer = getattr(optimizer, "optimizer", optimizer)
+        divided = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
+        self.late = (
+            args.device.type == "cuda" and not divided and not self.skip_spikes and refuses_steps(self._optimizer)
+            and getattr(self.trainer.accelerator, "scaler", None) is None
+        )  # fmt: skip
+        self._unread = None
 
     def begin(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         """Keep the micro-batches of a step until it is taken, in case its rows have to be named."""
@@ -102,26 +143,67 @@ class StepChecks(TrainerCallback):
         together = torch.cat([bad[None], together])
         if world > 1:
             torch.distributed.all_reduce(together)
+        if self.late and alone:
+            self._read_later(together)
+            return norm
         bad_ones, loss, *sums = torch.cat([together, *(v[None] for v in alone)]).tolist()
         if alone:
             norm = sums.pop()
         elif norm is not None and not scaled:  # DeepSpeed's, which is a number
             bad_ones += not math.isfinite(norm)
         self.finite, self.mean_loss = not bad_ones, loss / world
-        for name, value in zip(self.sums, sums, strict=True):
-            self.since_log[name] = self.since_log.get(name, 0.0) + value
+        self._add_up(tuple(self.sums), sums)
         return norm
+
+    def _read_later(self, together: torch.Tensor) -> None:
+        """Send the figures of this step to the host, and look at those of the step before."""
+        self._optimizer.found_inf = (together[0] > 0).to(torch.float32)
+        on_cuda = together.is_cuda
+        values = torch.empty_like(together, device="cpu", pin_memory=on_cuda).copy_(together, non_blocking=True)
+        arrived = torch.cuda.Event() if on_cuda else None
+        if arrived is not None:
+            arrived.record()
+        self.settle()
+        step = self.trainer.state.global_step + 1
+        self._unread = _Unread(step, values, arrived, tuple(self.sums), self.batches)
+
+    def settle(self) -> None:
+        """Read the last step, if it was not read yet; before anything is logged, saved or evaluated.
+
+        Raises:
+            NotFiniteError: it is not finite; the optimizer has not taken it.
+        """
+        unread, self._unread = self._unread, None
+        if unread is None:
+            return
+        if unread.arrived is not None:
+            unread.arrived.synchronize()
+        bad_ones, loss, *sums = unread.values.tolist()
+        if bad_ones:
+            self._refuse(unread.step, unread.batches)
+        self._add_up(unread.names, sums)
+        if self.spike_limit is not None:
+            self._look_for_spike(unread.step, loss / self.trainer.args.world_size, unread.batches)
+
+    def _add_up(self, names: Sequence[str], sums: Sequence[float]) -> None:
+        for name, value in zip(names, sums, strict=True):
+            self.since_log[name] = self.since_log.get(name, 0.0) + value
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the run at what is not a number; at a spike, take the gradients away where the step is left out."""
         if not self.finite:
-            self._refuse(state.global_step + 1)
+            self._refuse(state.global_step + 1, self.batches)
         if self.spike_limit is not None and self.mean_loss is not None:
-            self._look_for_spike(state.global_step + 1, self.mean_loss)
+            self._look_for_spike(state.global_step + 1, self.mean_loss, self.batches)
 
-    def _refuse(self, step: int) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the last step there is no other that would read it."""
+        if state.global_step >= state.max_steps:
+            self.settle()
+
+    def _refuse(self, step: int, batches: Sequence[dict[str, torch.Tensor]]) -> None:
         self.trainer.model.zero_grad()
-        rows = [{"loss": self._loss_of(one), **self._text_of(one)} for one in self._rows()]
+        rows = [{"loss": self._loss_of(one), **self._text_of(one)} for one in self._rows(batches)]
         rows.sort(key=lambda row: math.isfinite(row["loss"]))
         bad = sum(not math.isfinite(row["loss"]) for row in rows)
         path = self._write(NOT_FINITE, step, [
@@ -134,7 +216,7 @@ class StepChecks(TrainerCallback):
             "train.bf16 in place of train.fp16 help most often"
         )
 
-    def _look_for_spike(self, step: int, value: float) -> None:
+    def _look_for_spike(self, step: int, value: float, batches: Sequence[dict[str, torch.Tensor]]) -> None:
         usual = usual_loss(self.recent_losses, value, self.spike_limit)
         self.recent_losses = [*self.recent_losses, value][-WINDOW:]
         if usual is None:
@@ -143,7 +225,7 @@ class StepChecks(TrainerCallback):
         done = "the step is left out" if self.skip_spikes else "the step is taken (train.on_loss_spike: warn)"
         where = ""
         if len(self.spikes) <= FILES:
-            where = f". Its rows are in {self._write(SPIKE, step, map(self._text_of, self._rows()))}"
+            where = f". Its rows are in {self._write(SPIKE, step, map(self._text_of, self._rows(batches)))}"
         self.say(f"step {step}: a loss of {value:.4f}, where {usual:.4f} was usual; {done}{where}")
         if self.skip_spikes:  # an optimizer passes over parameters without a gradient
             self.trainer.model_wrapped.zero_grad(set_to_none=True)
@@ -154,9 +236,9 @@ class StepChecks(TrainerCallback):
         path.write_text("".join(json.dumps({"step": step, **row}) + "\n" for row in rows), encoding="utf-8")
         return path
 
-    def _rows(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The rows (packs) of the step, each as a batch of one."""
-        for batch in self.batches:
+    def _rows(self, batches: Sequence[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+        """The rows (packs) of a step, each as a batch of one."""
+        for batch in batches:
             for i in range(rows_in(batch)[0]):
                 one = some_rows(batch, i, i + 1)
                 yield {name: value for name, value in one.items() if not name.startswith("supervised")}

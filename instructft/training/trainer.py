@@ -291,6 +291,7 @@ class Trainer(SFTTrainer):
             return {}
         if not self.budget.evaluation_is_due(self.args, self.state, self.control):
             return {}
+        self.step_checks.settle()
         try:
             with self.budget.part("evaluation"):
                 found: dict[str, float] = super()._evaluate(*args, **kwargs)
@@ -369,6 +370,7 @@ class Trainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log; the mean loss of a run counts the steps before a resume too, and is told at its end only."""
+        self.step_checks.settle()
         if "train_loss" in logs:
             if self.stop.agreed:
                 return
@@ -395,6 +397,7 @@ class Trainer(SFTTrainer):
             self.progress.restore_random_states(Path(checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.step_checks.settle()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with self.budget.part("checkpoints"), self._sealing.checkpoint(folder):
             super()._save_checkpoint(model, trial)
