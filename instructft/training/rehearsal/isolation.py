@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,10 @@ def prove_isolation(trainer: Trainer, attention: Attention, max_length: int, con
 def _difference(trainer: Trainer, width: int) -> float:
     """Between a document's logits alone, by a mask, and in a pack; what the kernel lacks in training shows here too."""
     model: Any = trainer.model
-    # a step's autocast; the trainer leaves it to accelerate, which wraps the model when training begins
-    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+    # A kernel of 16 bits is asked under a step's autocast, which the trainer leaves to accelerate, and that wraps the
+    # model only when training begins. A mask is asked in the type of the weights, where less is rounded.
+    precision = trainer.accelerator.autocast() if takes_borders(model) else contextlib.nullcontext()
+    with trainer.compute_loss_context_manager(), precision:
         if str(model.config._attn_implementation) == VARLEN:
             _try_in_training(trainer)
         return probe(model, model.device, width, takes_borders(model), functools.partial(plain, model))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from instructft.errors import ModelError
@@ -45,12 +46,10 @@ def test_borders_keep_documents_apart(proved: Any, config: str) -> None:
     assert trainer.model.training  # as it was
 
 
-@pytest.mark.parametrize("attention", ["varlen", "sdpa"])
-def test_the_proof_is_made_in_the_precision_of_a_step(
-    recipe_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, attention: str
+@pytest.mark.parametrize(("attention", "dtype"), [("varlen", torch.bfloat16), ("sdpa", torch.float32)])
+def test_a_kernel_is_proved_in_the_precision_of_a_step(
+    recipe_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, attention: str, dtype: torch.dtype
 ) -> None:
-    import torch
-
     trainer = trainer_of(recipe_of(GPT2, "data.packing=true", "train.bf16=true"))
     found = switch_attention(trainer.model, Attention(attention))
     seen: set[torch.dtype] = set()
@@ -65,7 +64,7 @@ def test_the_proof_is_made_in_the_precision_of_a_step(
     said = io.StringIO()
     assert prove_isolation(trainer, found, 96, Console(file=said, width=400)) == found
     assert "packs are clean" in said.getvalue()
-    assert seen == {torch.bfloat16}
+    assert seen == {dtype}
 
 
 def unseen_dropout(trainer: Any) -> None:
