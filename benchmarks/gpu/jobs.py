@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
@@ -147,9 +148,12 @@ def wake() -> Result:
     import torch
 
     torch.zeros(1, device="cuda")
+    known = torch.cuda.get_device_properties(0)
+    values = {name: getattr(known, name) for name in dir(known) if not name.startswith("_")}
     return {
         "device": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(),
         "devices": torch.cuda.device_count(),
+        "properties": {name: value for name, value in values.items() if isinstance(value, int | str)},
     }  # fmt: skip
 
 
@@ -176,16 +180,20 @@ def warm(settings: Settings) -> str:
     if settings.tiny:
         for name in IMPORTS:
             _import(name)
+        curves = importlib.import_module("instructft.report.curves")
+        curves.plot_loss = lambda *_: None  # half of the time of a run that trains nothing
         return ""
     found = run(Job("wake", wake), 60, log, "fork")
     if "failed" in found:
         raise SystemExit(f"CUDA cannot be used here ({found['failed']}); --tiny tries the check on a CPU")
     if not os.environ.pop(CAREFUL, ""):
-        with asleep(found):
+        with asleep(found) as woken_by:
             for name in IMPORTS:
                 _import(name)
-        if "failed" not in run(Job("wake", wake), 60, log, "fork"):
+        again = run(Job("wake", wake), 60, log, "fork")
+        if "failed" not in again:
             return ""
+        print(f"CUDA was woken by {woken_by or 'native code'} ({again['failed']}): again, import by import")
         os.environ[CAREFUL] = str(settings.scratch)
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *sys.argv])
@@ -218,19 +226,29 @@ def _import(name: str) -> None:
 
 
 @contextlib.contextmanager
-def asleep(found: Result) -> Iterator[None]:
+def asleep(found: Result) -> Iterator[list[str]]:
     """What imports ask of CUDA is answered with what a child found, and bitsandbytes, which PEFT imports, is hidden.
 
     Without the driver's management library even `is_available` would wake it. Jobs that need bitsandbytes start anew.
+    Yields a list that gets what wakes CUDA all the same.
     """
     import torch
 
-    count = found["devices"]
+    count, really = found["devices"], torch.cuda._lazy_init
+    woken_by: list[str] = []
+
+    def note() -> None:
+        woken_by.extend(f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_stack()[-5:-1])
+        really()
+
     answers: list[tuple[Any, str, Any]] = [
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "device_count", lambda: count),
         (torch.cuda, "get_device_capability", lambda *_: tuple(found["capability"])),
         (torch.cuda, "get_device_name", lambda *_: found["device"]),
+        (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(**found["properties"])),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "_lazy_init", note),
         (torch._C, "_cuda_getDeviceCount", lambda: count),
     ]
     kept = [(owner, name, getattr(owner, name, None)) for owner, name, _ in answers]
@@ -238,7 +256,7 @@ def asleep(found: Result) -> Iterator[None]:
         setattr(owner, name, answer)
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     try:
-        yield
+        yield woken_by
     finally:
         sys.modules.pop("bitsandbytes", None)
         for owner, name, function in kept:

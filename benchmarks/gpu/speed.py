@@ -114,13 +114,17 @@ def contestants(task: Task, documents: float, every: bool) -> dict[str, tuple[Ta
     return found
 
 
-def make(settings: Settings, name: str) -> Result:
-    """Model and rows of a shape; what is known of them."""
+def model(settings: Settings, name: str) -> Result:
+    """The model of a shape, on disk; its sizes."""
+    return make_model(task_of(settings, name)[0])
+
+
+def rows(settings: Settings, name: str) -> Result:
+    """The rows of a shape, prepared without a GPU; what is known of them."""
     task, enough = task_of(settings, name)
     source, _ = source_and_tokenizer(Path(task.folder), bundled=settings.tiny)
     build_rows(source, Path(task.folder) / "rows.json", enough)
-    found = make_model(task)
-    return found | WORKERS["prepare"](dataclasses.replace(task, gpu=False))
+    return WORKERS["prepare"](dataclasses.replace(task, gpu=False))
 
 
 def task_of(settings: Settings, name: str) -> tuple[Task, int]:
@@ -147,8 +151,10 @@ def train(task: Task, kind: str) -> Result:
 def jobs(settings: Settings, name: str = "") -> Iterator[Job]:
     """Model and rows, then a job for each contestant."""
     shape = SHAPES[name]
-    made = yield Job("model and rows", make, {"settings": settings, "name": name}, limit=90)
-    if "failed" in made:
+    given = {"settings": settings, "name": name}
+    sizes = yield Job("model", model, given, limit=90)
+    made = yield Job("rows", rows, given, limit=60)
+    if "failed" in sizes or "documents" not in made:
         return
     task, _ = task_of(settings, name)
     for who, (one, needs, kind) in contestants(task, made["documents"], shape.every).items():
@@ -185,12 +191,12 @@ def table(found: list[Result]) -> list[str]:
     """Rows of Markdown, then TRL at its best and how far losses are apart."""
     by_name = {one["job"]: one for one in found}
     name = found[0]["part"].partition(".")[2]
-    shape, made = SHAPES[name], by_name.pop("model and rows")
+    shape, made = SHAPES[name], {**by_name.pop("model"), **by_name.pop("rows")}
     mine = [one for one in by_name.values() if one["kind"] == "ours"]
     ours, loop = max(mine, key=lambda one: one["tokens_per_second"], default=None), by_name.get("plain loop")
     reference = by_name.get("instructft")
     work = operations(made, shape.config, shape.adapter)
-    rows = [
+    lines = [
         f"{shape.title}: {made['parameters'] / 1e6:,.0f}M parameters, {made['documents']:.1f} documents a pack, "
         f"{made['fill']:.1%} full, {made['supervised_share']:.0%} of tokens carry loss\n",
         "| | tokens/s | our fastest / it | share of peak | GiB | first step, s | losses from ours |",
@@ -200,7 +206,7 @@ def table(found: list[Result]) -> list[str]:
         speed, peak = one["tokens_per_second"], peak_of(one["device"])
         ratio = f"{ours['tokens_per_second'] / speed:.2f}" if ours else ""
         share = f"{speed * work / peak:.1%}" if peak else ""
-        rows.append(
+        lines.append(
             f"| {who}{' (leaks)' if one['kind'] == 'leaks' else ''} | {speed:,.0f} | {ratio} | {share} | "
             f"{one['peak_mib'] / 1024:.1f} | {one['first_step_seconds']:.1f} | {apart(reference, one)} |"
         )
@@ -209,11 +215,11 @@ def table(found: list[Result]) -> list[str]:
         some = {who: one["tokens_per_second"] for who, one in trl.items() if (one["kind"] == "leaks") == leaks}
         if some and ours:
             best = max(some, key=some.__getitem__)
-            rows.append(f"\nTRL's fastest {words}: {best}, {some[best]:,.0f}; ours is "
+            lines.append(f"\nTRL's fastest {words}: {best}, {some[best]:,.0f}; ours is "
                         f"{ours['tokens_per_second'] / some[best]:.2f} ×")  # fmt: skip
     if ours and loop:
-        rows.append(f"\nOf a plain loop: {ours['tokens_per_second'] / loop['tokens_per_second']:.2f} ×")
-    return rows
+        lines.append(f"\nOf a plain loop: {ours['tokens_per_second'] / loop['tokens_per_second']:.2f} ×")
+    return lines
 
 
 def apart(ours: Result | None, other: Result) -> str:
