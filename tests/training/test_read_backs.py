@@ -107,23 +107,38 @@ def test_on_a_gpu_torch_counts_no_more(run: Any) -> None:
     assert all(len(found) <= 2 for found in steps.values()), steps
 
 
+MIXTURE = (
+    "model.config={model_type: mixtral, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
+    "num_key_value_heads: 1, intermediate_size: 32, num_local_experts: 4, max_position_embeddings: 128, "
+    "output_router_logits: true, router_jitter_noise: 0.0}"
+)
+
+
 def logged(folder: Path) -> list[dict[str, float]]:
-    kept = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "learning_rate")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in kept} for line in lines if "loss" in line]
+    left_out = ("epoch", "step", "tokens_per_second")
+    return [{name: x for name, x in line.items() if name not in left_out and not name.startswith("train_")}
+            for line in lines if "loss" in line]  # fmt: skip
 
 
-@pytest.mark.parametrize("packing", ["true", "false"])
-def test_what_is_logged_is_what_upstream_logs(run: Any, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    each = ("train.logging_steps=1", "train.gradient_accumulation_steps=1", f"data.packing={packing}")
+@pytest.mark.parametrize("more", [(), ("data.packing=false",), ("data.packing=false", MIXTURE)])
+def test_what_is_logged_is_what_upstream_logs(run: Any, more: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = ("train.logging_steps=1", "train.gradient_accumulation_steps=1", *more)
     ours, _ = run(*each, flat=False)
     monkeypatch.setattr(Trainer, "_plain_loss", False)
     theirs, steps = run(*each, flat=False)
     assert all(len(found) > 4 for found in steps.values()), steps  # the counter counts
     assert len(logged(ours)) == 6
+    assert {"entropy", "mean_token_accuracy", "num_tokens", "grad_norm"} < set(logged(ours)[0])
+    assert ("aux_loss" in logged(ours)[0]) == (MIXTURE in more)
     for mine, other in zip(logged(ours), logged(theirs), strict=True):
         assert mine == pytest.approx(other, rel=1e-6)
         assert (mine["loss"], mine["grad_norm"]) == (other["loss"], other["grad_norm"])
+
+
+def test_another_loss_is_upstreams(run: Any) -> None:
+    ours, _ = run("train.loss_type=dft", flat=False)
+    assert all(0 < line["entropy"] < 10 and line["num_tokens"] > 0 for line in logged(ours))
 
 
 def test_a_token_counts_once_in_what_is_logged_of_several_micro_batches(run: Any) -> None:
@@ -132,4 +147,5 @@ def test_a_token_counts_once_in_what_is_logged_of_several_micro_batches(run: Any
     parts, _ = run(*same, "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=4", flat=False)
     whole, _ = run(*same, "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=1", flat=False)
     (mine,), (other,) = logged(parts), logged(whole)
+    assert mine.pop("total_flos") < other.pop("total_flos")  # they count padding
     assert mine == pytest.approx(other, rel=1e-5)

@@ -1,11 +1,16 @@
-"""Sums and names of the trainer's metrics; what it trains, saves and resumes is tested in whole runs."""
+"""Names of metrics, what is counted and summed; what the trainer trains, saves and resumes is tested in whole runs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from trl import SFTTrainer
 
 from instructft.training.trainer import _plain, _sums_of_rows
+from tests.helpers.rehearsal import trainer_of
 
 
 @pytest.mark.parametrize(
@@ -31,3 +36,15 @@ def test_sums_of_a_flat_evaluation_are_those_of_its_packs() -> None:
     assert torch.equal(_sums_of_rows(fixed, lengths, width=8), wanted)
     alone = _sums_of_rows(padded[:, :1].reshape(4, 1, -1)[..., :-1], lengths[:1], width=8)  # a batch of one pack
     assert torch.equal(alone, wanted[:1])
+
+
+def test_operations_are_upstreams(recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters are counted once, and not for each micro-batch."""
+    trainer = trainer_of(recipe())
+    counted: list[int] = []
+    count = type(trainer.model).num_parameters
+    monkeypatch.setattr(type(trainer.model), "num_parameters", lambda *a, **k: counted.append(1) or count(*a, **k))
+    for shape in ((2, 8), (3, 16)):
+        inputs = {"input_ids": torch.zeros(shape, dtype=torch.long)}
+        assert trainer.floating_point_ops(inputs) == SFTTrainer.floating_point_ops(trainer, inputs)
+    assert len(counted) == 3  # ours once, upstream's twice
