@@ -1,4 +1,4 @@
-"""`instructft check --measure`: by real steps, which batch fits on this device, and which one is the fastest.
+"""What `--measure` of `check` finds by real steps: which batch fits on this device, and which one is the fastest.
 
 A step stays what it is: its rows are only divided otherwise, into batches that go through the model at once::
 

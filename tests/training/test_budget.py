@@ -105,8 +105,8 @@ def test_the_clock_changes_nothing_that_is_trained(slow: Clock, load: Callable[.
 def test_one_that_waits_survives_a_resume(
     slow: Clock, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(load(name="whole"), console=QUIET).output_dir
-    recipe = load(name="stopped")
+    whole = train(load("train.logging_steps=5", name="whole"), console=QUIET).output_dir
+    recipe = load("train.logging_steps=5", name="stopped")  # at step 14 it waits for step 15
     with monkeypatch.context() as patch:
         interrupt(patch, SignalAt("step", 13))
         with pytest.raises(Stopped):
@@ -125,8 +125,8 @@ def test_an_evaluation_that_somebody_needs_does_not_wait(
     clock: Clock, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     clock.takes(monkeypatch, Trainer, "evaluation_loop", 100.0)
-    run = train(load("train.max_steps=12", "train.save_steps=6", f"train.{key}"), console=QUIET).output_dir
-    assert steps_of(run, "metrics.jsonl", "eval_loss") == [6, 12]
+    run = train(load("train.max_steps=18", "train.save_steps=6", f"train.{key}"), console=QUIET).output_dir
+    assert steps_of(run, "metrics.jsonl", "eval_loss") == [6, 12, 18]
 
 
 def test_a_budget_of_zero_leaves_the_last_alone(load: Callable[..., Any]) -> None:
