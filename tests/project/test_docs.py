@@ -360,6 +360,7 @@ def test_python_compiles_and_names_what_exists() -> None:
     assert headings == set(instructft.__all__) - {"__version__"}
 
 
+@pytest.mark.drawn
 def test_python_runs_and_leaves_the_run_folder_of_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
