@@ -1,4 +1,4 @@
-"""What depends on the machine in the arguments of a run: here how batches reach a GPU."""
+"""How batches reach a GPU: copied from pinned memory while it computes, unless the recipe says otherwise."""
 
 from __future__ import annotations
 
