@@ -45,8 +45,10 @@ def training_arguments(recipe: Recipe, data: Prepared | Streamed, state: Partial
     args.disable_tqdm = True  # `callbacks.ProgressLine` shows progress
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # there is no device to copy to, and torch would warn
-    elif args.dataloader_pin_memory and not fields.get("accelerator_config"):  # else the recipe says how
-        args.accelerator_config.non_blocking = True  # a batch is copied while the step before it computes
+    else:
+        config = fields.get("accelerator_config") or {}
+        if args.dataloader_pin_memory and not isinstance(config, str) and "non_blocking" not in config:
+            args.accelerator_config.non_blocking = True  # a batch is copied while the step before it computes
     if tokens_per_step:
         per_micro_batch = data.tokens_per_row * args.per_device_train_batch_size * state.num_processes
         args.gradient_accumulation_steps = max(1, round(tokens_per_step / per_micro_batch))

@@ -229,7 +229,7 @@ class Trainer(SFTTrainer):
         if self._pack_width and collate.flatten:
             width = self._pack_width + -self._pack_width % (collate.pad_to_multiple_of or 1)
             collate = FlatPacks.of(rows, collate.pad_token_id, width, self._rows_of_a_process())
-        with _in_place(self, train_dataset=rows, data_collator=self._counting(rows, collate)):
+        with _in_place(self, train_dataset=rows, data_collator=self._counting(collate)):
             return super().get_train_dataloader()
 
     def _rows_of_a_process(self) -> int:
@@ -239,15 +239,11 @@ class Trainer(SFTTrainer):
                 "train.accelerator_config.dispatch_batches: true divides a batch along its rows, and with attention "
                 f"{self.model.config._attn_implementation} all its packs are one row; leave it out"
             )
-        self.accelerator.dataloader_config.dispatch_batches = False  # a stream's would be
         return int(self._train_batch_size) // (self.args.world_size if self.accelerator.split_batches else 1)
 
-    def _counting(self, rows: Any, collate: Any) -> Any:
+    def _counting(self, collate: Any) -> Any:
         """A collator that counts, unless one process makes batches for all: they are divided, and are tensors alone."""
-        dispatching = self.accelerator.dispatch_batches
-        if dispatching is None:  # then accelerate dispatches what has no length
-            dispatching = not hasattr(rows, "__len__")
-        return collate if dispatching else Counting(collate)
+        return collate if self.accelerator.dispatch_batches else Counting(collate)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -337,7 +333,7 @@ class Trainer(SFTTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Every held-out row once, whatever becomes of the last rows in training; batches say how long rows are."""
         rows = row_slices(self.eval_dataset if eval_dataset is None else eval_dataset)
-        collate = self._counting(rows, _WithRowLengths(self.data_collator))
+        collate = self._counting(_WithRowLengths(self.data_collator))
         with _in_place(self, data_collator=collate), _in_place(self.args, dataloader_drop_last=False):
             return super().get_eval_dataloader(rows)
 

@@ -223,7 +223,7 @@ def test_the_last_batch_of_an_epoch_has_the_shape_of_all(recipe: Any, monkeypatc
 
 
 def test_a_stream_of_flat_packs(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """accelerate would put batches of a stream together and divide them, which a row of all packs cannot bear."""
+    """Whose packs nobody has counted before, and whose batches no process makes for the others."""
     rows = [{"instruction": f"Say {i} twice.", "output": f"{i} and {i}."} for i in range(120)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stream = f"data.datasets=[{{path: {tmp_path / 'rows.jsonl'}, streaming: true}}]"

@@ -38,6 +38,13 @@ def test_a_batch_says_what_it_holds(kind: str) -> None:
         assert taken(batch) == counts  # one that was divided among processes has lost its counts
 
 
+@pytest.mark.parametrize("kind", COLLATORS)
+def test_a_label_that_nothing_predicts_is_no_supervised_token(kind: str) -> None:
+    lengths = {} if kind in ("padded", "to a multiple") else {"seq_lengths": [2, 2]}
+    row = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, -100, 8], **lengths}
+    assert Counting(COLLATORS[kind])([row])["counts"][:2] == (4, 2)
+
+
 def test_a_list_will_do() -> None:
     """Pinning a batch made lists of tuples in older releases of torch."""
     assert taken({"counts": [1, 2, 3], "labels": torch.zeros(1, 1)}) == (1, 2, 3)

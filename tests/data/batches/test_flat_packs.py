@@ -36,6 +36,15 @@ def borders_of(rows: list[dict[str, Any]]) -> list[int]:
     return [*borders, PACKS * WIDTH]
 
 
+def test_nothing_is_predicted_across_a_border() -> None:
+    """Whatever the labels of the rows say."""
+    rows: Any = [{"input_ids": [7] * 10, "labels": [7] * 10, "seq_lengths": [6, 4]}] * PACKS
+    batch = collator()(rows)
+    starts = batch["cu_seq_lens_q"][:-1].unique().long()
+    assert set(batch["labels"][0, starts[starts < PACKS * WIDTH]].tolist()) == {-100}
+    assert int((batch["labels"] == 7).sum()) == int((batch["supervised_labels"] == 7).sum()) == PACKS * 8
+
+
 @pytest.mark.parametrize("count", [PACKS, 1])  # a last batch of an epoch may have fewer
 def test_a_flat_batch_holds_what_rows_hold(count: int) -> None:
     for seed in range(20):
