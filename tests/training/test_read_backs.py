@@ -143,7 +143,8 @@ def test_another_loss_is_upstreams(run: Any) -> None:
 
 def test_a_token_counts_once_in_what_is_logged_of_several_micro_batches(run: Any) -> None:
     """Rows of unequal length: whether they come in one micro-batch or in four changes nothing."""
-    same = ("data.packing=false", "train.max_steps=2", "train.logging_steps=2")
+    uneven = "model.config.initializer_range=0.5"  # so that tokens differ in entropy
+    same = ("data.packing=false", "train.max_steps=2", "train.logging_steps=2", uneven)
     parts, _ = run(*same, "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=4", flat=False)
     whole, _ = run(*same, "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=1", flat=False)
     (mine,), (other,) = logged(parts), logged(whole)
