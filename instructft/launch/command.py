@@ -81,8 +81,10 @@ def processes_of_train(recipe: Recipe, asked: str = "auto") -> tuple[int, str]:
 
     One process for each GPU: a single one would use the first alone (TRL refuses `nn.DataParallel`).
 
-    >>> processes_of_train(load_recipe("quickstart"))  # eight GPUs
-    (8, '8 GPUs: one process for each (--processes 1 takes one of them)')
+    Example::
+
+        processes_of_train(load_recipe("quickstart"))  # eight GPUs
+        # (8, '8 GPUs: one process for each (--processes 1 takes one of them)')
 
     Raises:
         UsageError: `asked` is no number, or a launcher has started this process.

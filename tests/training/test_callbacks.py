@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import instructft
+from instructft.inference.generator import Generator
 from instructft.training.callbacks import TRACKERS, send
 
 TEXTS = [("Who?", "Ada."), ("Where?", "London.")]
@@ -32,6 +34,25 @@ def test_texts_reach_tensorboard(write_recipe: Callable[..., Path]) -> None:
     events = [(event.step, event.tensor_proto.string_val[0].decode()) for event in read.Tensors(tag)]
     assert events == [(line["step"], line["response"]) for line in lines]
     assert [step for step, _ in events] == [0, 2, 4]
+
+
+def test_samples_are_answered_in_the_precision_of_the_run(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    answers = Generator.answers
+
+    def watched(self: Generator, *args: Any, **kwargs: Any) -> Any:
+        with self.evaluating():
+            seen.append(torch.is_autocast_enabled("cpu"))
+        return answers(self, *args, **kwargs)
+
+    monkeypatch.setattr(Generator, "answers", watched)
+    for bf16 in ("true", "false"):
+        overrides = ["samples=[Hello]", "train.max_steps=1", "train.report_to=none", f"train.bf16={bf16}"]
+        recipe = instructft.load_recipe(write_recipe(), [*overrides, f"output_dir={tmp_path / bf16}"])
+        instructft.train(recipe, console=Console(quiet=True))
+    assert seen == [True, True, False, False]
 
 
 class Recorder(types.ModuleType):

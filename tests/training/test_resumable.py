@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from instructft.training.budget import Budget
 from instructft.training.resumable import Progress, random_states_kept
 
 
@@ -39,6 +40,7 @@ def test_a_macs_gpu_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
         micro_batches=SimpleNamespace(rows_at_once=None),
         step_checks=SimpleNamespace(recent_losses=[], spikes=[], since_log={}),
         stop=SimpleNamespace(left_evaluation=False),
+        budget=Budget(None),
     )  # fmt: skip
     progress = Progress(trainer)
     with progress.training(None):

@@ -50,6 +50,8 @@ TABLE = (
     Private("_total_loss_scalar", TRAINER, "training/resumable", "the mean loss of a resumed run is wrong"),
     Private("_metrics", SFT, "training/trainer", "num_tokens, entropy and accuracy are upstream's, or lost"),
     Private("_total_train_tokens", SFT, "training/batch_size", "a step that is done again is counted twice"),
+    Private("_n_gpu", "transformers.training_args:TrainingArguments", "training/arguments",
+            "one process among several GPUs ends with TRL's refusal of DataParallel"),
     # models and their layers
     Private("_parameters", MODULE, "adapters/frozen_check", "4-bit weights are not found under FSDP2"),
     Private("_buffers", MODULE, "models/fake_step", "the memory estimate cannot lay a model out on fake tensors"),
