@@ -18,7 +18,7 @@ from instructft.checkpoints.run_folder import make_folder, own, refuse_used_fold
 from instructft.data.prepare import Prepared, prepare, prepare_held_out
 from instructft.data.streaming import Streamed, prepare_stream
 from instructft.launch.workers import first_process
-from instructft.models.attention import Attention, check_attention, choose_attention, switch_attention
+from instructft.models.attention import VARLEN, Attention, check_attention, choose_attention, switch_attention
 from instructft.models.latest import asks_for_latest, forget_newest, resolve_latest
 from instructft.models.load import load_model
 from instructft.models.starting_point import StartingPoint, starting_point
@@ -358,7 +358,7 @@ def compiled_blocks(
     count = steps(data, args, args.world_size)["steps"] if isinstance(data, Prepared) else args.max_steps
     trainable, total = count_parameters(trainer.model)
     # rows end to end have one shape; the name of the attention is no mask's (`varlen`), which other kernels need not be
-    fixed = recipe.data.packing and trainer.model.config._attn_implementation == "varlen"
+    fixed = recipe.data.packing and trainer.model.config._attn_implementation == VARLEN
     on, why = decide(
         asked,
         Run(

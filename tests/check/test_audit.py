@@ -242,7 +242,8 @@ def test_the_json_report(make: Any, run: Any) -> None:
     assert set(found["data"]["total"]) == set(data) - {"name", "format"}
     assert found["training"] == {
         "dropped": {}, "packing": "NoneType", "rows": {"test": "int", "train": "int", "validation": "int"},
-        "supervised_tokens": "int", "tokens": "int",
+        "supervised_tokens": "int", "tokens": "int", "template_date": "NoneType",
+        "hidden": {"left_out": {}, **dict.fromkeys(("last_tokens", "only_read", "tokens", "turns", "unrolled"), "int")},
     }  # fmt: skip
     assert set(found["estimate"]) == {
         "device", "parameters", "memory", "host_memory", "batch", "exact", "schedule", "time", "precision",

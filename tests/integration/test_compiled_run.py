@@ -80,3 +80,24 @@ def test_the_whole_model_is_not_compiled_too(
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
     with pytest.raises(UsageError, match=r"dynamo_backend.*train\.torch_compile=true"):
         trained(write_recipe(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("more", [(), ("train.gradient_checkpointing=true",)], ids=["plain", "checkpointing"])
+def test_packs_by_their_borders_make_one_graph(
+    write_recipe: Callable[..., Path], tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """As on a GPU: flat packs of a fixed shape, whose documents differ from step to step."""
+    path = write_recipe()
+    none = "n_positions: 128, attn_pdrop: 0.0, resid_pdrop: 0.0, embd_pdrop: 0.0"
+    path.write_text(path.read_text().replace("n_positions: 128", none))
+    options = (
+        "model.attn_implementation=varlen",
+        "train.max_steps=12",
+        "train.eval_steps=6",
+        "train.save_steps=6",
+        *more,
+    )
+    _, expected, _ = trained(path, tmp_path / "eager", "train.torch_compile=false", *options)
+    result, found, _ = trained(path, tmp_path / "compiled", "train.torch_compile=true", *options)
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert (result.facts["torch_compile"]["blocks"], result.facts["torch_compile"]["graphs"]) == (2, 1)
