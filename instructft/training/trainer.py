@@ -17,7 +17,7 @@ from trl import SFTTrainer
 
 from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import token_rows
-from instructft.data.packing import flat
+from instructft.data.arrow.token_rows import tokens_of
 from instructft.data.row_order import LengthGrouped, set_epoch
 from instructft.errors import CheckpointError, DivergedError, NotFiniteError, OutOfMemoryError
 from instructft.formatting import first_line
@@ -192,7 +192,7 @@ class Trainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGrouped(flat(dataset)[2], step, args.seed if args.data_seed is None else args.data_seed)
+        return LengthGrouped(tokens_of(dataset).lengths, step, args.seed if args.data_seed is None else args.data_seed)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
@@ -285,7 +285,7 @@ class Trainer(SFTTrainer):
         """The longest rows first: little padding is computed, and memory that does not suffice shows at once."""
         if not hasattr(eval_dataset, "__len__"):
             return super()._get_eval_sampler(eval_dataset)
-        self._eval_order = np.argsort(-flat(eval_dataset)[2], kind="stable")
+        self._eval_order = np.argsort(-tokens_of(eval_dataset).lengths, kind="stable")
         return self._eval_order.tolist()
 
     # -- logging and saving -----------------------------------------------------------------------------------------
