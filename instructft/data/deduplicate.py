@@ -27,6 +27,7 @@ _SAMPLE = 5_000  # rows in which common runs are looked for
 _MOST_OWNERS = 32  # held-out rows looked at for one run
 _SORTED_AT_ONCE = 1 << 22  # runs
 _FILTER = 26  # bits of a run by which most that no held-out row has are passed over
+_CACHED = 1 << 16  # runs that a processor has at hand
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -69,7 +70,8 @@ class Known:
         runs, _, counts = _runs(rows)
         row_of = np.repeat(np.arange(len(counts)), counts)
         maybe = np.flatnonzero(self._filter[_filtered(runs)])
-        maybe = maybe[_is_in(runs[maybe], self._runs) & ~_is_in(runs[maybe], common)]
+        maybe = maybe[~_is_in(runs[maybe], common)]
+        maybe = maybe[_is_in(runs[maybe], self._runs)]
         if not len(maybe):
             return
         candidates = np.zeros(len(counts), dtype=bool)
@@ -82,26 +84,26 @@ class Known:
         many = np.minimum(many, _MOST_OWNERS)
         owner = self._owner[ranges(first, many)].astype(np.int64)
         pairs, shared = np.unique(np.repeat(row_of, many) * len(sizes) + owner, return_counts=True)
-        for pair, count in zip(pairs.tolist(), shared.tolist(), strict=True):
-            row, held = divmod(pair, len(sizes))
-            if found[row] < 0 and _alike(count, int(size_of[row]), int(sizes[held])):
-                found[row] = held
+        of, held = np.divmod(pairs, len(sizes))
+        alike = (found[of] < 0) & _alike(shared, size_of[of], sizes[held])
+        rows_alike, first = np.unique(of[alike], return_index=True)
+        found[rows_alike] = held[alike][first]
 
     def _place(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where each run stands in the index, and how many rows have it."""
-        order = np.argsort(runs)  # neighbours are looked up one after the other: fewer pages of a file are read
+        order = np.argsort(runs)
         first, many = np.empty(len(runs), dtype=np.int64), np.empty(len(runs), dtype=np.int64)
         first[order] = np.searchsorted(self._runs, runs[order], "left")
         many[order] = np.searchsorted(self._runs, runs[order], "right") - first[order]
         return first, many
 
 
-def _alike(shared: int, one: int, other: int) -> bool:
+def _alike(shared: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Whether rows of so many runs, that share so many, are nearly the same, or one holds the other."""
-    smaller = min(one, other)
-    if shared >= THRESHOLD * (one + other - shared):
-        return True
-    return smaller >= ENOUGH and smaller - shared < min(RUN, smaller // 10 + 1)
+    smaller = np.minimum(one, other)
+    inside = (smaller >= ENOUGH) & (smaller - shared < np.minimum(RUN, smaller // 10 + 1))
+    same: np.ndarray = (shared >= THRESHOLD * (one + other - shared)) | inside
+    return same
 
 
 def _tokens(rows: TokenRows) -> Iterator[bytes]:
@@ -117,7 +119,9 @@ def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
     """Which of the values are among others, which are sorted."""
     if not len(ordered):
         return np.zeros(len(values), dtype=bool)
-    order = np.argsort(values)
+    if len(ordered) < _CACHED:
+        return ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
+    order = np.argsort(values)  # neighbours one after the other: fewer pages of memory, or of a file, are read
     found = np.empty(len(values), dtype=bool)
     at = np.minimum(np.searchsorted(ordered, values[order]), len(ordered) - 1)
     found[order] = ordered[at] == values[order]
