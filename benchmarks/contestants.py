@@ -136,7 +136,7 @@ def recipe_of(task: Task) -> Path:
 
 def prepare_rows(task: Task) -> dict[str, Any]:
     """Write our rows in the order in which ours trains them, enough for all steps."""
-    from instructft.data.packing import flat
+    from instructft.data.arrow.token_rows import tokens_of
     from instructft.data.prepare import prepare
     from instructft.data.row_order import LengthGrouped
     from instructft.models.tokenizer import load_tokenizer
@@ -147,7 +147,7 @@ def prepare_rows(task: Task) -> dict[str, Any]:
     step = task.batch * task.accumulation
     order: Any = range(len(train))
     if task.sampling == "group_by_length":
-        order = LengthGrouped(flat(train)[2], step, recipe.train["seed"])
+        order = LengthGrouped(tokens_of(train).lengths, step, recipe.train["seed"])
     if len(train) < task.steps * step:
         raise SystemExit(f"{len(train)} rows are too few for {task.steps} steps of {step}: ask for more --rows")
     task.rows_file.write_text(json.dumps([train[i] for i in itertools.islice(order, task.steps * step)]))
