@@ -149,7 +149,7 @@ def prepare_rows(task: Task) -> dict[str, Any]:
     Returns the share of tokens that carry loss, documents in a row, and tokens that attention has before it: half of
     `attended`, which is the length of a token's document on average.
     """
-    from instructft.data.packing import flat
+    from instructft.data.arrow.token_rows import tokens_of
     from instructft.data.prepare import prepare
     from instructft.data.row_order import LengthGrouped
     from instructft.models.tokenizer import load_tokenizer
@@ -160,7 +160,7 @@ def prepare_rows(task: Task) -> dict[str, Any]:
     step = task.batch * task.accumulation
     order: Any = range(len(train))
     if task.sampling == "group_by_length":
-        order = LengthGrouped(flat(train)[2], step, recipe.train["seed"])
+        order = LengthGrouped(tokens_of(train).lengths, step, recipe.train["seed"])
     if len(train) < task.steps * step:
         raise SystemExit(f"{len(train)} rows are too few for {task.steps} steps of {step}: ask for more --rows")
     rows = [train[i] for i in itertools.islice(order, task.steps * step)]

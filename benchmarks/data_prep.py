@@ -1,10 +1,14 @@
 """Data preparation: ours and TRL's on the same rows, cold, each in a process of its own, packed and unpacked.
 
     python benchmarks/data_prep.py [--rows 50000] [--repeats 3] [--max-length 1024] [--data FILE] [--tokenizer FOLDER]
+    python benchmarks/data_prep.py --scale 25000 100000 400000
 
-Prints tokens a second, the ratio, the share of the bare tokenizer's speed, peak memory, how full our packs are, and the
-time from the cache.
+Prints tokens a second, the ratio, the share of the bare tokenizer's speed, seconds on the clock and of all processors,
+peak memory, how full our packs are, and the time from the cache; with `--scale` ours alone, packed and with rows held
+out, for numbers of rows.
 TRL gets prompt and completion as ready text; ours renders its chat template as well. Both read the same JSON file.
+What a library imports is on nobody's clock. Memory is that of all processes together, looked at ten times a second:
+what they share counts once, and pages of mapped files, which the system drops when it wants, do not count.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +40,25 @@ def build_rows(source: Path, target: Path, rows: int) -> None:
     target.write_text(json.dumps(made), encoding="utf-8")
 
 
-def ours(data: str, tokenizer_name: str, packing: bool, max_length: int) -> dict[str, float]:
+class Clock:
+    """Seconds on the clock, and of all processors by this process and those that it waited for."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), self._used()
+
+    @staticmethod
+    def _used() -> float:
+        return sum(map(sum, (os.times()[:2], os.times()[2:4])))
+
+    def read(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self._wall, "cpu": self._used() - self._cpu}
+
+
+def ours(data: str, tokenizer_name: str, packing: bool, max_length: int, held_out: float = 0.0) -> dict[str, float]:
     """`prepare` of a recipe, the file read included."""
+    import datasets
+    import torch
+
     from instructft.data.prepare import prepare
     from instructft.models.tokenizer import load_tokenizer
     from instructft.recipe.load import load_recipe
@@ -46,16 +68,18 @@ def ours(data: str, tokenizer_name: str, packing: bool, max_length: int) -> dict
         path.write_text(
             f"model: {{config: {{model_type: gpt2}}, tokenizer: {tokenizer_name}}}\n"
             f"data: {{datasets: [{{path: {data}}}], template: instruction, max_length: {max_length}, "
-            f"packing: {str(packing).lower()}, splits: {{validation: 0.0}}}}\n"
+            f"packing: {str(packing).lower()}, splits: {{validation: {held_out}}}}}\n"
         )
         recipe = load_recipe(path)
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
     tokenizer = load_tokenizer(recipe)
-    began = time.perf_counter()
+    clock = Clock()
     prepared = prepare(recipe, tokenizer)
-    seconds = time.perf_counter() - began
+    measured = clock.read()
     rows = len(prepared.splits["train"])  # packs, when packed
     return {
-        "seconds": seconds,
+        **measured,
         "tokens": prepared.tokens["train"],
         "fill": prepared.tokens["train"] / rows / max_length,
     }
@@ -85,11 +109,11 @@ def theirs(data: str, tokenizer_name: str, packing: bool, max_length: int) -> di
     ready = raw.map(render, remove_columns=raw.column_names)  # not timed: TRL is given its own format
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(folder, max_length=max_length, packing=packing, use_cpu=True, bf16=False, report_to="none")
-        began = time.perf_counter()
+        clock = Clock()
         trainer = SFTTrainer(model, args, train_dataset=ready, processing_class=tokenizer)
-        seconds = time.perf_counter() - began
+        measured = clock.read()
     tokens = sum(map(len, trainer.train_dataset.with_format("arrow")["input_ids"].to_pylist()))
-    return {"seconds": seconds, "tokens": tokens}
+    return {**measured, "tokens": tokens}
 
 
 def bare(data: str, tokenizer_name: str, packing: bool, max_length: int) -> dict[str, float]:
@@ -104,19 +128,30 @@ def bare(data: str, tokenizer_name: str, packing: bool, max_length: int) -> dict
         + f"### Response:\n{r['output']}<|endoftext|>"
         for r in rows
     ]
-    began = time.perf_counter()
+    clock = Clock()
     tokens = 0
     for start in range(0, len(texts), 1000):
         tokens += sum(len(e.ids) for e in tokenizer.encode_batch_fast(texts[start : start + 1000]))
-    return {"seconds": time.perf_counter() - began, "tokens": tokens}
+    return {**clock.read(), "tokens": tokens}
 
 
 def worker(which: str, *asked: Any) -> None:
-    import resource
-
-    found = {"ours": ours, "trl": theirs, "bare": bare}[which](*asked)
-    found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found = {"ours": ours, "scale": partial(ours, held_out=0.05), "trl": theirs, "bare": bare}[which](*asked)
     print("RESULT " + json.dumps(found))
+
+
+def memory(process: int) -> float:
+    """MiB of a process and all below it."""
+    found, total = [process], 0
+    for one in found:
+        try:
+            for task in Path(f"/proc/{one}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+            for line in Path(f"/proc/{one}/smaps_rollup").read_text().splitlines():
+                total += int(line.split()[1]) if line.startswith(("Pss_Anon:", "Pss_Shmem:")) else 0
+        except OSError:  # it has ended
+            continue
+    return total / 1024
 
 
 def run(which: str, data: Path, given: argparse.Namespace, packing: bool, cache: Path) -> dict[str, float]:
@@ -125,13 +160,35 @@ def run(which: str, data: Path, given: argparse.Namespace, packing: bool, cache:
     command += ["--max-length", str(given.max_length)]
     environment = {**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {"OMP_WAIT_POLICY": "PASSIVE", "CI": "1"}
-    out = subprocess.run(
-        [*command, *(["--packing"] if packing else [])], env=environment, capture_output=True, text=True, check=False
-    )
-    line = next((line for line in out.stdout.splitlines() if line.startswith("RESULT ")), None)
+    command += ["--packing"] if packing else []
+    peak = 0.0
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            peak = max(peak, memory(process.pid))
+            time.sleep(0.1)
+        said.seek(0)
+        text = said.read()
+    line = next((line for line in text.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
-        raise SystemExit(f"{which} failed:\n{out.stdout[-2000:]}\n{out.stderr[-4000:]}")
-    return json.loads(line.removeprefix("RESULT "))
+        raise SystemExit(f"{which} failed:\n{text[-6000:]}")
+    return {**json.loads(line.removeprefix("RESULT ")), "peak_mib": peak}
+
+
+def scale(given: argparse.Namespace) -> None:
+    """Ours alone, packed and with rows held out: how time and memory grow with the rows."""
+    print("| rows | tokens | seconds | processor seconds | peak MiB | from the cache, seconds |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    for rows in given.scale:
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "rows.json"
+            build_rows(Path(given.data), data, rows)
+            cold, warm = (run("scale", data, given, True, Path(folder) / "cache") for _ in range(2))
+        print(
+            f"| {rows:,} | {cold['tokens']:,} | {cold['seconds']:.1f} | {cold['cpu']:.1f} | {cold['peak_mib']:,.0f} | "
+            f"{warm['seconds']:.1f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -142,11 +199,15 @@ def main() -> None:
     parser.add_argument("--data", default=str(DATA / "rows.json"))
     parser.add_argument("--tokenizer", default=str(DATA / "gpt2"))
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--worker", choices=["ours", "trl", "bare"])
+    parser.add_argument("--scale", type=int, nargs="+")
+    parser.add_argument("--worker", choices=["ours", "scale", "trl", "bare"])
     parser.add_argument("--packing", action="store_true")
     args = parser.parse_args()
     if args.worker:
         worker(args.worker, args.data, args.tokenizer, args.packing, args.max_length)
+        return
+    if args.scale:
+        scale(args)
         return
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.json"
@@ -165,8 +226,8 @@ def main() -> None:
         return statistics.median(one[key] for one in found[which, packing])
 
     print(f"{args.rows:,} rows, {median('ours', False, 'tokens'):,.0f} tokens, median of {args.repeats}\n")
-    print("| | tokens/s | × TRL | share of bare tokenizer | seconds | peak MiB |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| | tokens/s | × TRL | share of bare tokenizer | seconds | processor seconds | × TRL | peak MiB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for packing in (False, True):
         speed = {w: median(w, packing, "tokens") / median(w, packing, "seconds") for w in ("ours", "trl", "bare")}
         for which in ("ours", "trl"):
@@ -174,6 +235,8 @@ def main() -> None:
             print(
                 f"| {name} | {speed[which]:,.0f} | {speed[which] / speed['trl']:.1f} | "
                 f"{speed[which] / speed['bare']:.0%} | {median(which, packing, 'seconds'):.1f} | "
+                f"{median(which, packing, 'cpu'):.1f} | "
+                f"{median('trl', packing, 'cpu') / median(which, packing, 'cpu'):.1f} | "
                 f"{median(which, packing, 'peak_mib'):,.0f} |"
             )
     print(f"\nPacks of {args.max_length:,} tokens: {median('ours', True, 'fill'):.2%} full.")

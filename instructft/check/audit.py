@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from instructft.check.text_checks import ANY_CHARACTER, CHARACTERS, markers, normal, one_word
-from instructft.data.deduplicate import FlatRows, Known, chosen
+from instructft.data.arrow.encoded import encode_part, notes, verdicts
+from instructft.data.arrow.token_rows import TokenRows, tokens_of
+from instructft.data.deduplicate import Known
 from instructft.data.formats import FORMATS, to_conversation
 from instructft.data.load import load_parts
-from instructft.data.packing import flat
-from instructft.data.tokenize import REFUSED, encode_part, refuse_unread
+from instructft.data.tokenize import REFUSED, refuse_unread
 from instructft.formatting import quantiles
 from instructft.prompt.conversation import Message
 from instructft.prompt.ledger import Unread, Unusable
@@ -156,11 +157,11 @@ def _repeats(values: np.ndarray) -> list[tuple[int, int]]:
     return [(int(i), int(earlier[i])) for i in np.flatnonzero((earlier != np.arange(len(values))) & (values != 0))]
 
 
-def _leaks(texts: list[_Texts], tokens: list[FlatRows]) -> None:
+def _leaks(texts: list[_Texts], tokens: list[TokenRows]) -> None:
     """Training rows that are held out as well: in the same words, or nearly so, as `train` takes them out."""
     held: dict[int, str] = {}
     places: list[str] = []
-    rows: list[FlatRows] = []
+    rows: list[TokenRows] = []
     for text in texts:
         for split in ("validation", "test"):
             for number in text.part.rows.get(split, ()):
@@ -170,22 +171,22 @@ def _leaks(texts: list[_Texts], tokens: list[FlatRows]) -> None:
         for split in ("validation", "test"):
             numbers = _usable(text, split, found)
             if len(numbers):
-                rows.append(chosen(found, numbers))
+                rows.append(found.some(numbers))
                 places += [f"{split}: row {text.place(int(number))} of {text.part.label}" for number in numbers]
     known = Known(rows) if rows else None
     for text, found in zip(texts, tokens, strict=True):
         numbers = _usable(text, "train", found)
-        matches = known.matches(chosen(found, numbers)).tolist() if known and len(numbers) else []
+        matches = known.matches(found.some(numbers)).tolist() if known and len(numbers) else []
         near = {number: places[match] for number, match in zip(numbers.tolist(), matches, strict=False) if match >= 0}
         for number in text.part.rows["train"].tolist():
             if where := held.get(int(text.hashes[1, number])) or near.get(number):
                 text.found["leaks"].append((number, where))
 
 
-def _usable(text: _Texts, split: str, tokens: FlatRows) -> np.ndarray:
+def _usable(text: _Texts, split: str, tokens: TokenRows) -> np.ndarray:
     """The rows of a split that are not dropped."""
     numbers = np.asarray(text.part.rows.get(split, ()), dtype=np.int64)
-    return numbers[tokens[2][numbers] > 0]
+    return numbers[tokens.lengths[numbers] > 0]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -195,27 +196,31 @@ def _usable(text: _Texts, split: str, tokens: FlatRows) -> np.ndarray:
 
 def _tokens(
     part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: _Texts
-) -> tuple[dict[str, Any], Any, FlatRows]:
+) -> tuple[dict[str, Any], Any, TokenRows]:
     """The account of a data set in tokens, the length of each usable row before it is cut, and all rows as tokens."""
     encoded = encode_part(part, recipe, tokenizer)
-    verdict = np.asarray(encoded["dropped"][:], dtype=object)
-    refuse_unread(part, verdict.tolist(), encoded["note"][:], range(len(verdict)))
-    lost = np.asarray(encoded["cut_tokens"][:], dtype=np.int64)
-    columns, starts, lengths = flat(encoded.select_columns(["input_ids", "labels"]))
+    verdict, lost = verdicts(encoded)
+    out = np.flatnonzero(verdict != "")
+    refuse_unread(part, verdict[out].tolist(), notes(encoded, out), out.tolist())
+    found = tokens_of(encoded)
+    lengths = found.lengths
     whole = lengths + lost
     long = np.flatnonzero(np.isin(verdict, ["too_long", "answer_cut_away"]))
     if len(long):  # these are kept nowhere, so their length is found by encoding them once more
         again = encode_part(dataclasses.replace(part, raw=part.raw.select(long)), _uncut(recipe), tokenizer)
-        whole[long] = flat(again.select_columns(["input_ids", "labels"]))[2]
+        whole[long] = tokens_of(again).lengths
     rows = len(verdict)
     reasons = {}
     for reason in sorted({str(v) for v in verdict if v}):
         reasons[reason] = texts._finding([(int(i), "") for i in np.flatnonzero(verdict == reason)])
-    dropped = int((verdict != "").sum())
+    dropped = len(out)
     cut = texts._finding([(int(i), f"{lost[i]} tokens") for i in np.flatnonzero(lost > 0)])
-    carries = columns["labels"] != IGNORE_INDEX
-    carries[starts[lengths > 0]] = False  # nothing stands before a first token that could predict it
-    supervised = int(carries.sum())
+    supervised = 0
+    for block in found.blocks():
+        columns, starts, sizes = block.flat(("labels",))
+        carries = columns["labels"] != IGNORE_INDEX
+        carries[starts[sizes > 0]] = False  # nothing stands before a first token that could predict it
+        supervised += int(carries.sum())
     tokens = int(lengths.sum())
     account = {
         "name": part.label,
@@ -230,7 +235,7 @@ def _tokens(
         "cut": {**cut, "tokens": int(lost.sum())},
         "dropped": {"rows": dropped, "share": dropped / rows, "reasons": reasons},
     }
-    return account, whole[whole > 0], (columns, starts, lengths)
+    return account, whole[whole > 0], found
 
 
 def _uncut(recipe: Recipe) -> Recipe:

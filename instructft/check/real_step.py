@@ -66,11 +66,11 @@ def _longest(recipe: Recipe, data: Any) -> tuple[Any, int]:
     import numpy as np
     from datasets import DatasetDict
 
-    from instructft.data.packing import flat
+    from instructft.data.arrow.token_rows import tokens_of
 
     train = recipe.train_resolved()
     rows, batches = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
-    lengths = flat(data.splits["train"])[2]
+    lengths = tokens_of(data.splits["train"]).lengths
     longest = np.resize(np.argsort(-lengths, kind="stable")[:rows], rows)  # again and again where there are fewer
     chosen = data.splits["train"].select(np.tile(longest, batches * STEPS))
     splits = DatasetDict({"train": chosen})

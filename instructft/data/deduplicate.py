@@ -4,14 +4,19 @@ Two rows are nearly the same when the sets of their runs of `RUN` tokens overlap
 when one stands whole in the other, as a dialogue does that was extended: all its runs, `ENOUGH` of them, but for fewer
 than `RUN` at its edges (another token within it takes `RUN` away). Runs that stand in many rows, as the headings of a
 template and the wording of a task do, say nothing and are left out; a row that has no others is compared whole. The
-runs of the held-out rows are an index, so that no pair of rows that share nothing is looked at.
+runs of the held-out rows are an index, so that no pair of rows that share nothing is looked at. It lies in a file
+where it is large, and other rows pass it a block at a time: memory does not grow with the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 
 import numpy as np
+
+from instructft.data.arrow.store import scratch
+from instructft.data.arrow.token_rows import BLOCK, FlatRows, TokenRows, ranges
 
 RUN = 5  # tokens
 THRESHOLD = 0.8  # share of runs in common
@@ -20,80 +25,111 @@ COMMON = 0.01  # a run in more than this share of the rows (and in more than `_F
 _FEW = 8  # copies of one row in a small data set are no wording of the task
 _SAMPLE = 5_000  # rows in which common runs are looked for
 _MOST_OWNERS = 32  # held-out rows looked at for one run
-
-# `input_ids` and `labels` end to end, where each row starts, and its length: what `instructft.data.packing.flat` gives
-FlatRows = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
-# hashes of runs end to end, where each row's start, and how many it has
-Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
+_SORTED_AT_ONCE = 1 << 22  # runs
+_FILTER = 26  # bits of a run by which most that no held-out row has are passed over
+_CACHED = 1 << 16  # runs that a processor has at hand
+_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Known:
     """Held-out rows, and which other rows are nearly the same as one of them."""
 
-    def __init__(self, held_out: Sequence[FlatRows]):
-        self._held, self._runs = list(held_out), [_runs(rows) for rows in held_out]
-        self._exact: dict[bytes, int] = {}  # all tokens of a row -> its number
-        for number, tokens in enumerate(text for rows in self._held for text in _tokens(rows)):
+    def __init__(self, held_out: Sequence[TokenRows]):
+        self._exact: dict[bytes, int] = {}  # what all tokens of a row are known by -> its number
+        for number, tokens in enumerate(text for rows in held_out for text in _tokens(rows)):
             self._exact.setdefault(tokens, number)
+        self._share = _SAMPLE // (1 + len(held_out))
+        self._wording = [_seen(rows, self._share) for rows in held_out]
+        self._runs, self._owner, self._sizes = _index(held_out)
+        self._filter = np.zeros(1 << _FILTER, dtype=bool)
+        for start in range(0, len(self._runs), BLOCK):
+            self._filter[_filtered(self._runs[start : start + BLOCK])] = True
 
-    def among(self, rows: FlatRows) -> np.ndarray:
+    def among(self, rows: TokenRows) -> np.ndarray:
         """Which of `rows` are nearly the same as a held-out one: (rows,) bool."""
         return self.matches(rows) >= 0
 
-    def matches(self, rows: FlatRows) -> np.ndarray:
+    def matches(self, rows: TokenRows) -> np.ndarray:
         """For each of `rows` the number of the held-out row that it is nearly the same as, or -1: (rows,) int64.
 
         Held-out rows are numbered through all that were given.
         """
-        found = np.array([self._exact.get(tokens, -1) for tokens in _tokens(rows)], dtype=np.int64)
-        mine = _runs(rows)
-        common = _common([mine, *self._runs])
-        mine = _without(mine, common, rows)
-        theirs = [_without(runs, common, held) for runs, held in zip(self._runs, self._held, strict=True)]
-        index, owner, sizes = _index(theirs)
-        row_of, hashes = _once_a_row(mine)
-        size_of = np.bincount(row_of, minlength=len(found))
-        first = np.searchsorted(index, hashes, "left")
-        many = np.minimum(np.searchsorted(index, hashes, "right") - first, _MOST_OWNERS)
-        ends = np.cumsum(many)
-        at = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - many, many) + np.repeat(first, many)
-        pairs, shared = np.unique(np.repeat(row_of, many) * max(len(sizes), 1) + owner[at], return_counts=True)
-        for pair, count in zip(pairs.tolist(), shared.tolist(), strict=True):
-            row, held = divmod(pair, max(len(sizes), 1))
-            if found[row] < 0 and _alike(count, int(size_of[row]), int(sizes[held])):
-                found[row] = held
+        found = np.fromiter((self._exact.get(tokens, -1) for tokens in _tokens(rows)), dtype=np.int64, count=len(rows))
+        common = _common([_seen(rows, self._share), *self._wording])
+        sizes = self._sizes.copy()  # runs of its own that each held-out row has
+        first, many = self._place(common)
+        sizes -= np.bincount(self._owner[ranges(first, many)], minlength=len(sizes))
+        start = 0
+        for block in rows.blocks():
+            self._match(block.flat(("input_ids",)), common, sizes, found[start : start + len(block)])
+            start += len(block)
         return found
 
+    def _match(self, rows: FlatRows, common: np.ndarray, sizes: np.ndarray, found: np.ndarray) -> None:
+        """Write into `found` which held-out rows some rows are nearly the same as."""
+        runs, _, counts = _runs(rows)
+        row_of = np.repeat(np.arange(len(counts)), counts)
+        maybe = np.flatnonzero(self._filter[_filtered(runs)])
+        maybe = maybe[~_is_in(runs[maybe], common)]
+        maybe = maybe[_is_in(runs[maybe], self._runs)]
+        if not len(maybe):
+            return
+        candidates = np.zeros(len(counts), dtype=bool)
+        candidates[row_of[maybe]] = True
+        theirs = candidates[row_of]
+        own, hashes = _once_a_row(row_of[theirs], runs[theirs])
+        size_of = np.bincount(own[~_is_in(hashes, common)], minlength=len(counts))
+        row_of, hashes = _once_a_row(row_of[maybe], runs[maybe])
+        first, many = self._place(hashes)
+        many = np.minimum(many, _MOST_OWNERS)
+        owner = self._owner[ranges(first, many)].astype(np.int64)
+        pairs, shared = np.unique(np.repeat(row_of, many) * len(sizes) + owner, return_counts=True)
+        of, held = np.divmod(pairs, len(sizes))
+        alike = (found[of] < 0) & _alike(shared, size_of[of], sizes[held])
+        rows_alike, first = np.unique(of[alike], return_index=True)
+        found[rows_alike] = held[alike][first]
 
-def _alike(shared: int, one: int, other: int) -> bool:
+    def _place(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each run stands in the index, and how many rows have it."""
+        order = np.argsort(runs)
+        first, many = np.empty(len(runs), dtype=np.int64), np.empty(len(runs), dtype=np.int64)
+        first[order] = np.searchsorted(self._runs, runs[order], "left")
+        many[order] = np.searchsorted(self._runs, runs[order], "right") - first[order]
+        return first, many
+
+
+def _alike(shared: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Whether rows of so many runs, that share so many, are nearly the same, or one holds the other."""
-    smaller = min(one, other)
-    if shared >= THRESHOLD * (one + other - shared):
-        return True
-    return smaller >= ENOUGH and smaller - shared < min(RUN, smaller // 10 + 1)
+    smaller = np.minimum(one, other)
+    inside = (smaller >= ENOUGH) & (smaller - shared < np.minimum(RUN, smaller // 10 + 1))
+    same: np.ndarray = (shared >= THRESHOLD * (one + other - shared)) | inside
+    return same
 
 
-def chosen(rows: FlatRows, numbers: np.ndarray) -> FlatRows:
-    """Some of the rows, end to end."""
-    columns, starts, lengths = rows
-    lengths = lengths[numbers]
-    ends = np.cumsum(lengths)
-    at = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-    at += np.repeat(starts[numbers], lengths)
-    return {name: column[at] for name, column in columns.items()}, ends - lengths, lengths
+def _tokens(rows: TokenRows) -> Iterator[bytes]:
+    """What all tokens of each row are known by."""
+    for block in rows.blocks():
+        columns, starts, lengths = block.flat(("input_ids",))
+        ids = np.ascontiguousarray(columns["input_ids"], dtype=np.int32)
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            yield blake2b(ids[start : start + length].tobytes(), digest_size=16).digest()
 
 
-def _tokens(rows: FlatRows) -> Iterator[bytes]:
-    columns, starts, lengths = rows
-    ids = np.ascontiguousarray(columns["input_ids"], dtype=np.int32)
-    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        yield ids[start : start + length].tobytes()
+def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Which of the values are among others, which are sorted."""
+    if not len(ordered):
+        return np.zeros(len(values), dtype=bool)
+    if len(ordered) < _CACHED:
+        return ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
+    order = np.argsort(values)  # neighbours one after the other: fewer pages of memory, or of a file, are read
+    found = np.empty(len(values), dtype=bool)
+    at = np.minimum(np.searchsorted(ordered, values[order]), len(ordered) - 1)
+    found[order] = ordered[at] == values[order]
+    return found
 
 
-def _once_a_row(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
+def _once_a_row(row_of: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(row, run) of every run of every row, each once, in the order of rows."""
-    hashes, _, counts = runs
-    row_of = np.repeat(np.arange(len(counts)), counts)
     order = np.lexsort((hashes, row_of))
     row_of, hashes = row_of[order], hashes[order]
     new = np.ones(len(hashes), dtype=bool)
@@ -101,58 +137,83 @@ def _once_a_row(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
     return row_of[new], hashes[new]
 
 
-def _index(held: Sequence[Runs]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All runs of held-out rows, sorted, with the row of each; and how many different ones each row has."""
-    owners, hashes, before = [], [], 0
-    for runs in held:
-        row_of, found = _once_a_row(runs)
-        owners.append(row_of + before)
-        hashes.append(found)
-        before += len(runs[2])
-    owner, every = np.concatenate(owners), np.concatenate(hashes)
-    order = np.argsort(every, kind="stable")
-    return every[order], owner[order], np.bincount(owner, minlength=before)
+def _index(held: Sequence[TokenRows]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All runs of held-out rows, sorted, with the row of each; and how many different ones each row has.
+
+    Runs are dealt out by their first bits to as many stretches of the index as it takes to sort each in memory.
+    """
+    total = sum(int(np.maximum(rows.lengths - RUN + 1, 0).sum()) for rows in held)
+    bits = max(0, (total // _SORTED_AT_ONCE).bit_length())
+    runs, owner = scratch(total, np.uint64), scratch(total, np.int32)
+    sizes = np.zeros(sum(map(len, held)), dtype=np.int64)
+    ends = np.zeros(1 << bits, dtype=np.int64)
+    if bits:
+        for hashes, _ in _runs_of(held):
+            ends += np.bincount(_stretch(hashes, bits), minlength=1 << bits)
+        ends = np.concatenate(([0], np.cumsum(ends)[:-1]))
+    for hashes, rows in _runs_of(held):
+        of = _stretch(hashes, bits)
+        order = np.argsort(of, kind="stable")
+        many = np.bincount(of, minlength=1 << bits)
+        at = ranges(ends, many)
+        runs[at], owner[at] = hashes[order], rows[order]
+        ends += many
+    start = length = 0
+    for end in ends.tolist():
+        order = np.argsort(runs[start:end], kind="stable")
+        hashes, rows = runs[start:end][order], owner[start:end][order]
+        new = np.ones(len(hashes), dtype=bool)
+        new[1:] = (rows[1:] != rows[:-1]) | (hashes[1:] != hashes[:-1])
+        hashes, rows = hashes[new], rows[new]
+        runs[length : length + len(rows)], owner[length : length + len(rows)] = hashes, rows
+        sizes += np.bincount(rows, minlength=len(sizes))
+        start, length = end, length + len(rows)
+    return runs[:length], owner[:length], sizes
 
 
-def _runs(rows: FlatRows) -> Runs:
-    """Hashes of all runs of tokens of each row; a row that is shorter than a run has none."""
+def _stretch(hashes: np.ndarray, bits: int) -> np.ndarray:
+    return (hashes >> np.uint64(64 - bits)).astype(np.int64) if bits else np.zeros(len(hashes), dtype=np.int64)
+
+
+def _filtered(hashes: np.ndarray) -> np.ndarray:
+    return (hashes >> np.uint64(64 - _FILTER)).astype(np.int64)
+
+
+def _runs_of(held: Sequence[TokenRows]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All runs of rows, some at a time, and the number of the row of each."""
+    before = 0
+    for rows in held:
+        for block in rows.blocks():
+            hashes, _, counts = _runs(block.flat(("input_ids",)))
+            yield hashes, np.repeat(np.arange(before, before + len(counts), dtype=np.int32), counts)
+            before += len(block)
+
+
+def _runs(rows: FlatRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes of all runs of tokens of each row, end to end, where each row's start, and how many it has; a row that is
+    shorter than a run has none."""
     columns, starts, lengths = rows
     ids = columns["input_ids"].astype(np.uint64) + np.uint64(1)
     padded = np.concatenate([ids, np.zeros(RUN - 1, dtype=np.uint64)])
     hashes = np.zeros(len(ids), dtype=np.uint64)
     for k in range(RUN):
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + padded[k : k + len(ids)]
+        hashes = hashes * _MIX + padded[k : k + len(ids)]
     counts = np.maximum(lengths - RUN + 1, 0)  # a run does not reach into the next row
     position = np.arange(len(ids)) - np.repeat(starts, lengths)
     return hashes[position < np.repeat(counts, lengths)], np.cumsum(counts) - counts, counts
 
 
-def _common(all_runs: Sequence[Runs]) -> np.ndarray:
+def _seen(rows: TokenRows, share: int) -> tuple[np.ndarray, int]:
+    """The runs of the first rows, each as often as rows have it, and how many rows were looked at."""
+    first = rows.some(slice(0, share))
+    seen = [np.zeros(0, dtype=np.uint64)]
+    for block in first.blocks():
+        hashes, _, counts = _runs(block.flat(("input_ids",)))
+        seen.append(_once_a_row(np.repeat(np.arange(len(counts)), counts), hashes)[1])
+    return np.concatenate(seen), len(first)
+
+
+def _common(seen: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
     """The runs that stand in many rows, sorted: (n,) uint64."""
-    share = _SAMPLE // len(all_runs)
-    seen, rows = [], 0
-    for hashes, _, counts in all_runs:
-        row_of = np.repeat(np.arange(min(len(counts), share), dtype=np.uint64), counts[:share])
-        hashes = hashes[: len(row_of)]
-        # a run counts once in a row, however often it stands there
-        _, first = np.unique(hashes ^ (row_of * np.uint64(0x9E3779B97F4A7C15)), return_index=True)
-        seen.append(hashes[first])
-        rows += min(len(counts), share)
-    runs, times = np.unique(np.concatenate(seen), return_counts=True)
-    return runs[times > max(_FEW, COMMON * rows)]
-
-
-def _without(runs: Runs, common: np.ndarray, rows: FlatRows) -> Runs:
-    """Leave common runs out; a row with none of its own is stood for by one hash of all its tokens."""
-    hashes, _, counts = runs
-    columns, starts, lengths = rows
-    row_of = np.repeat(np.arange(len(counts)), counts)
-    own = ~np.isin(hashes, common)
-    left = np.bincount(row_of[own], minlength=len(counts))
-    bare = np.flatnonzero(left == 0)
-    ids = columns["input_ids"]
-    whole = [hash(ids[starts[i] : starts[i] + lengths[i]].tobytes()) & 0xFFFFFFFFFFFFFFFF for i in bare]
-    merged = np.concatenate([hashes[own], np.array(whole, dtype=np.uint64)])
-    order = np.argsort(np.concatenate([row_of[own], bare]), kind="stable")
-    counts = np.maximum(left, 1)
-    return merged[order], np.cumsum(counts) - counts, counts
+    runs, times = np.unique(np.concatenate([found for found, _ in seen]), return_counts=True)
+    return runs[times > max(_FEW, COMMON * sum(rows for _, rows in seen))]

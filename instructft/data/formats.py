@@ -16,7 +16,7 @@ from typing import Any
 
 from instructft.errors import DataError
 from instructft.prompt.conversation import Conversation, Message
-from instructft.prompt.layouts.messages import CONTENT, REASONING, TOOLS, messages_of, with_tools
+from instructft.prompt.layouts.messages import CONTENT, REASONING, TOOLS, finished, messages_of, with_tools
 from instructft.prompt.layouts.tool_calls import calls_of, parsed, tools_of
 from instructft.prompt.ledger import Ledger, Unusable, absent, shown
 
@@ -85,8 +85,7 @@ def _side(value: Any, where: str, role: str, ledger: Ledger) -> list[Message]:
     turns = parsed(value)
     if isinstance(turns, list | tuple) and turns and all(isinstance(turn, Mapping) and _speaks(turn) for turn in turns):
         return messages_of(turns, where, ledger)
-    # by the one reader of messages, so that an answer's thoughts are found here too
-    return messages_of([{"role": role, "content": ledger.text(value, where)}], where, ledger)
+    return [finished({"role": role, "content": ledger.text(value, where)})]
 
 
 def _speaks(turn: Mapping[str, Any]) -> bool:

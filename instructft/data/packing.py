@@ -14,13 +14,15 @@ the model; `probe` asks the model at hand before the first step.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from instructft.data.arrow.store import cached, mapped, write
+from instructft.data.arrow.token_rows import COLUMNS, cuts, tokens_of
 from instructft.errors import ModelError
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedModel
+
+
+_GATHERED = 1 << 22  # tokens of packs that are gathered together; so few are not worth a file
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int = 0) -> list[list[int]]:
@@ -79,42 +84,35 @@ def pack(dataset: Dataset, capacity: int, seed: int = 0) -> Dataset:
     import pyarrow as pa
     from datasets import Dataset
 
-    columns = {name: _lists(dataset, name) for name in ("input_ids", "labels")}
-    lengths = columns["input_ids"].value_lengths().to_numpy()
-    packs = best_fit(lengths, capacity, seed)
-    order = np.fromiter((d for documents in packs for d in documents), dtype=np.int64, count=len(lengths))
+    rows = tokens_of(dataset)
+    packs = best_fit(rows.lengths, capacity, seed)
+    order = np.fromiter((d for documents in packs for d in documents), dtype=np.int64, count=len(rows))
     per_pack = np.fromiter(map(len, packs), dtype=np.int64, count=len(packs))
-    documents = lengths[order]
-    ends = np.cumsum(documents, dtype=np.int64)
-    # the documents in the order of the packs, end to end
-    ids, labels = (lists.take(pa.array(order)).flatten().to_numpy() for lists in columns.values())
-    labels = labels.copy()
-    labels[ends - documents] = IGNORE_INDEX
-    row_ends = ends[np.cumsum(per_pack) - 1]
+    del packs
+    rows, lasts = rows.some(order), np.cumsum(per_pack)
+    schema = pa.schema({name: pa.list_(pa.int32()) for name in (*COLUMNS, "seq_lengths")})
 
-    def lists(values: np.ndarray, ends: np.ndarray) -> pa.ListArray:
-        offsets = pa.array(np.concatenate(([0], ends)), type=pa.int32())
+    def lists(values: np.ndarray, sizes: np.ndarray) -> pa.ListArray:
+        offsets = pa.array(np.concatenate(([0], np.cumsum(sizes))), type=pa.int32())
         return pa.ListArray.from_arrays(offsets, pa.array(values, type=pa.int32()))
 
-    table = {
-        "input_ids": lists(ids, row_ends),
-        "labels": lists(labels, row_ends),
-        "seq_lengths": lists(documents, np.cumsum(per_pack)),
-    }
+    def batches() -> Iterator[pa.RecordBatch]:
+        """The packs in order, some at a time: their documents are gathered from wherever they lie."""
+        for first, last in cuts(np.add.reduceat(rows.lengths, lasts - per_pack), _GATHERED):
+            start = int(lasts[first] - per_pack[first])
+            columns, starts, documents = rows.some(slice(start, int(lasts[last - 1]))).flat()
+            columns["labels"][starts[documents > 0]] = IGNORE_INDEX
+            inside = per_pack[first:last]
+            sizes = np.add.reduceat(documents, np.cumsum(inside) - inside)
+            made = [lists(columns["input_ids"], sizes), lists(columns["labels"], sizes), lists(documents, inside)]
+            yield pa.record_batch(made, schema=schema)
+
     # of itself the library would pickle and hash every token, for as long as packing takes
-    made_of = f"{dataset._fingerprint} pack {capacity} {seed}".encode()
-    return Dataset(pa.table(table), fingerprint=hashlib.blake2b(made_of, digest_size=8).hexdigest())
-
-
-def flat(dataset: Dataset) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """The rows of a data set as flat arrays: `input_ids` and `labels`, with the start and length of each row."""
-    columns = {name: _lists(dataset, name) for name in ("input_ids", "labels")}
-    lengths = columns["input_ids"].value_lengths().to_numpy().astype(np.int64)
-    return {name: lists.flatten().to_numpy() for name, lists in columns.items()}, np.cumsum(lengths) - lengths, lengths
-
-
-def _lists(dataset: Dataset, column: str) -> pa.ListArray:
-    return dataset.select_columns([column]).with_format("arrow")[:].column(column).combine_chunks()
+    made_of = f"{dataset._fingerprint} pack 2 {capacity} {seed}".encode()
+    fingerprint = blake2b(made_of, digest_size=8).hexdigest()
+    if rows.lengths.sum() <= _GATHERED:
+        return Dataset(pa.Table.from_batches(batches(), schema), fingerprint=fingerprint)
+    return mapped(cached(fingerprint, lambda path: write(path, schema, batches())), fingerprint)
 
 
 def position_ids(seq_lengths: Sequence[int] | np.ndarray, width: int) -> np.ndarray:

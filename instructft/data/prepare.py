@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from instructft.data.account import Hidden, said_of_hidden
+from instructft.data.arrow.encoded import encode_part, notes, trained_rows, verdicts
+from instructft.data.arrow.token_rows import ranges, tokens_of
 from instructft.data.deduplicate import Known
 from instructft.data.load import SPLITS, Part, load_parts
-from instructft.data.packing import flat, pack
-from instructft.data.tokenize import REFUSED, drop_examples, drop_reasons, each_turn, encode_part, refuse_unread
+from instructft.data.packing import pack
+from instructft.data.tokenize import REFUSED, drop_examples, drop_reasons, refuse_unread
 from instructft.errors import DataError, TemplateError
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
@@ -172,28 +174,29 @@ class _Pieces:
         for part in parts:
             encoded = encode_part(part, recipe, tokenizer)
             used = np.sort(np.concatenate(list(part.rows.values())))
-            verdict = np.asarray(encoded["dropped"][:], dtype=object)
-            lost = np.asarray(encoded["cut_tokens"][:])
-            notes = np.asarray(encoded["note"][:], dtype=object)
-            refuse_unread(part, verdict[used], notes[used], used.tolist())
-            examples = drop_examples(part, verdict[used], notes[used], used.tolist())
-            reasons = Counter(str(reason) for reason in verdict[used] if reason)
+            verdict, lost = verdicts(encoded)
+            dropped = used[verdict[used] != ""]
+            why = verdict[dropped].tolist()
+            refuse_unread(part, why, notes(encoded, dropped), dropped.tolist())
+            examples = drop_examples(part, why, notes(encoded, dropped), dropped.tolist())
+            reasons = Counter(why)
             self.dropped.update(reasons)
             keep = {name: rows[verdict[rows] == ""] for name, rows in part.rows.items()}
             kept = np.concatenate(list(keep.values()))
             if len(kept) == 0:
-                why = drop_reasons(reasons) + examples
-                raise DataError(f"{part.key}: no row of {part.label} can be trained on: {why}")
+                said = drop_reasons(reasons) + examples
+                raise DataError(f"{part.key}: no row of {part.label} can be trained on: {said}")
             _refuse_losses(part, reasons, len(used), recipe, examples)
             self.cut += int((lost[kept] > 0).sum())
             self.cut_tokens += int(lost[kept].sum())
             self.hidden.add(encoded, np.sort(keep.get("train", kept[:0])))
             label = part.label if part.label not in self.weights else f"{part.label}-{len(self.weights)}"
             self.weights[label] = part.weight
-            for name, rows in keep.items():
-                if len(rows):
-                    some = each_turn(encoded.select(rows))
-                    self.pieces[name][label] = _divided(some, recipe.data.max_length) if part.format == "text" else some
+            rows, each = trained_rows(encoded, recipe.data.max_length if part.format == "text" else None)
+            first = np.cumsum(each) - each
+            for name, numbers in keep.items():
+                if len(numbers):
+                    self.pieces[name][label] = rows.select(ranges(first[numbers], each[numbers]))
 
     def together(self, recipe: Recipe) -> Prepared:
         """The splits, packed where the recipe packs; validation sets each alone, so that its own loss can be told."""
@@ -231,18 +234,6 @@ def _refuse_losses(part: Part, reasons: Counter[str], rows: int, recipe: Recipe,
             )
 
 
-def _divided(documents: Dataset, max_length: int) -> Dataset:
-    """Documents as rows of at most `max_length` tokens, none of them lost."""
-
-    def parts(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        return {
-            name: [row[at : at + max_length] for row in rows for at in range(0, len(row), max_length)]
-            for name, rows in batch.items()
-        }
-
-    return documents.map(parts, batched=True, features=documents.features, desc=None)
-
-
 def _refuse_empty(pieces: dict[str, dict[str, Dataset]], recipe: Recipe, dropped: Counter[str]) -> None:
     if not pieces["train"]:
         raise DataError(
@@ -257,12 +248,12 @@ def _refuse_empty(pieces: dict[str, dict[str, Dataset]], recipe: Recipe, dropped
 
 def _take_out_known(pieces: dict[str, dict[str, Dataset]], dropped: Counter[str]) -> None:
     """Take rows out of training that are nearly the same as a held-out one, which would be judged by heart."""
-    held = [flat(rows) for name in ("validation", "test") for rows in pieces[name].values()]
+    held = [tokens_of(rows) for name in ("validation", "test") for rows in pieces[name].values()]
     if not held:
         return
     look = Known(held)
     for label, rows in list(pieces["train"].items()):
-        known = look.among(flat(rows))
+        known = look.among(tokens_of(rows))
         if known.all():
             del pieces["train"][label]
         elif known.any():

@@ -12,13 +12,14 @@ import json
 import os
 import shutil
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from instructft.data.arrow.store import cached, mapped, write
 from instructft.data.files.arrow_rows import arrow_rows, parquet_rows
 from instructft.data.files.csv_rows import csv_rows
 from instructft.data.files.json_rows import json_rows
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 # The one column of a `Dataset` made from a file: each row as JSON text, so that Arrow has no type to guess.
 ROW = "__row__"
-_ROWS_AT_ONCE = 1000
+_ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 1000, 1 << 23
 
 
 @contextmanager
@@ -84,9 +85,6 @@ def read_file(path: Path, suffix: str, name: str) -> Dataset:
     Raises:
         DataError: the file cannot be read; with the line, column or row where there is one.
     """
-    from datasets import Dataset
-    from datasets.table import MemoryMappedTable
-
     if path.stat().st_size == 0:
         raise DataError(f"{name} is empty")
     digest = hashlib.sha256(f"{suffix} 3 ".encode())  # the number changes when a reader below gives other rows
@@ -94,25 +92,7 @@ def read_file(path: Path, suffix: str, name: str) -> Dataset:
         while block := file.read(1 << 20):
             digest.update(block)
     fingerprint = digest.hexdigest()[:32]
-    table = _cached(fingerprint, lambda whole: _write(path, suffix, name, whole))
-    return Dataset(MemoryMappedTable.from_file(str(table)), fingerprint=fingerprint)
-
-
-def _cached(fingerprint: str, make: Callable[[Path], None]) -> Path:
-    """The file of this fingerprint in the cache, made first if it is not there."""
-    from datasets import config
-
-    folder = Path(config.HF_DATASETS_CACHE) / "instructft-files"
-    folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / f"{fingerprint}.arrow"
-    if not copy.is_file():
-        whole = folder / f"{fingerprint}.{os.getpid()}"  # moved into place when it is: others may read the copy
-        try:
-            make(whole)
-            whole.replace(copy)
-        finally:
-            whole.unlink(missing_ok=True)
-    return copy
+    return mapped(cached(fingerprint, lambda whole: _write(path, suffix, name, whole)), fingerprint)
 
 
 def _write(source: Path, suffix: str, name: str, path: Path) -> None:
@@ -121,13 +101,25 @@ def _write(source: Path, suffix: str, name: str, path: Path) -> None:
 
     schema = pa.schema([(ROW, pa.string())])
     texts = (text or json.dumps(row) for row, text in _read(source, suffix, name))
-    first = list(islice(texts, _ROWS_AT_ONCE))
-    if not first:
+    some = _some(texts)
+    first = next(some, None)
+    if first is None:
         raise DataError(f"{name} holds no rows")
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        while first:
-            writer.write_batch(pa.record_batch([pa.array(first, type=pa.string())], schema=schema))
-            first = list(islice(texts, _ROWS_AT_ONCE))
+    columns = (pa.array(found, type=pa.string()) for found in chain([first], some))
+    write(path, schema, (pa.record_batch([column], schema=schema) for column in columns))
+
+
+def _some(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The rows in lists of a thousand, or fewer where they are long."""
+    found, size = [], 0
+    for text in texts:
+        found.append(text)
+        size += len(text)
+        if len(found) == _ROWS_AT_ONCE or size >= _CHARACTERS_AT_ONCE:
+            yield found
+            found, size = [], 0
+    if found:
+        yield found
 
 
 def columns_of(raw: Dataset) -> list[str]:

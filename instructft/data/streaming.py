@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from instructft.data.account import Hidden, said_of_hidden
+from instructft.data.arrow.token_rows import flat_rows, tokens_of
 from instructft.data.deduplicate import Known
 from instructft.data.load import Part, hub_id, label_of, not_read, rules_of, shape, shape_of, stream_files
-from instructft.data.packing import best_fit, flat
+from instructft.data.packing import best_fit
 from instructft.data.tokenize import Batches, drop_reasons, refuse_unread, shaped_by
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX, encoder
@@ -86,7 +87,7 @@ class Streamed:
     ):
         self._held_out = held_out
         self.groups = held_out.groups if held_out else {}
-        held = [flat(rows) for rows in held_out.splits.values()] if held_out else []
+        held = [tokens_of(rows) for rows in held_out.splits.values()] if held_out else []
         self._known = Known(held) if held else None
         self._streams, self._data, self._tally = streams, recipe.data, _Tally()
         self._weights = [stream.part.weight for stream in streams]
@@ -259,7 +260,7 @@ class Streamed:
             tally.cut_tokens += int(lost.sum())
             ends = np.cumsum(lengths)
             if self._known and len(ids):
-                copies = self._known.among(({"input_ids": ids, "labels": labels}, ends - lengths, lengths))
+                copies = self._known.among(flat_rows({"input_ids": ids, "labels": labels}, lengths))
                 copies &= lengths > 0
                 tally.dropped["near_duplicate_of_held_out"] += int(copies.sum())
                 ends[copies] = (ends - lengths)[copies]  # no row

@@ -1,15 +1,13 @@
-"""Conversations to rows of `input_ids` and `labels`, many at a time, and cached by all that shapes them."""
+"""Conversations to rows of `input_ids` and `labels`, a batch at a time, and all that shapes them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from hashlib import sha256
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
@@ -26,14 +24,22 @@ from instructft.prompt.loss_mask import IGNORE_INDEX, Rows, encoder
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from instructft.recipe.schema import Recipe
 
 UNREAD, REFUSED = "unread", "refused_by_template"  # verdicts on rows
-_ROWS_PER_PROCESS = 5_000  # fewer rows than this are encoded sooner than another process starts
 _MANY = 5_000  # rows; for fewer of them a faster tokenizer is not worth its proof
+
+
+@lru_cache(maxsize=1)
+def schema() -> pa.Schema:
+    """The columns of encoded rows: one for each raw row, with the tokens of each of its turns in `turns`."""
+    import pyarrow as pa
+
+    numbers = {"input_ids": pa.int32(), "labels": pa.int32(), "turns": pa.int64()}
+    lists = {name: pa.list_(kind) for name, kind in numbers.items()}
+    return pa.schema({**lists, "dropped": pa.string(), "cut_tokens": pa.int32(), "note": pa.string()})
 
 
 class Batches:
@@ -47,7 +53,7 @@ class Batches:
         self.tokenizer = tokenizer
         self.many = part.raw is None or len(part.raw) >= _MANY  # a stream has no number of rows
 
-    def __call__(self, table: pa.Table, numbers: list[int]) -> pa.Table:
+    def __call__(self, table: pa.Table, numbers: Sequence[int]) -> pa.RecordBatch:
         import pyarrow as pa
 
         ids, labels, sizes, of_row, lost, verdicts, notes = self.encode(table.to_pylist(), numbers)
@@ -58,7 +64,8 @@ class Batches:
             for name, x, n in (("input_ids", ids, tokens), ("labels", labels, tokens), ("turns", sizes, each))
         }
         columns |= {"dropped": pa.array(verdicts, type=pa.string()), "cut_tokens": pa.array(lost, type=pa.int32())}
-        return pa.table({**columns, "note": pa.array(notes, type=pa.string())})
+        columns |= {"note": pa.array(notes, type=pa.string())}
+        return pa.record_batch(list(columns.values()), schema=schema())
 
     def encode(
         self, batch: Sequence[dict[str, Any]], numbers: Sequence[int]
@@ -168,25 +175,43 @@ class Batches:
         return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 
-def refuse_unread(part: Part, verdicts: Sequence[str], notes: Sequence[str], numbers: Sequence[int]) -> None:
+@dataclass
+class _Finding:
+    """What nothing reads: its value and why in the first row that has it, how many rows do, and which are the first."""
+
+    value: str
+    why: str
+    rows: int = 0
+    first: list[int] = field(default_factory=list)
+    last: int = -1
+
+    def seen_in(self, number: int) -> None:
+        if number != self.last:
+            self.rows += 1
+            self.first += [number] if len(self.first) < 3 else []
+        self.last = number
+
+
+def refuse_unread(part: Part, verdicts: Iterable[str], notes: Iterable[str], numbers: Iterable[int]) -> None:
     """Raise one error for all that the rows of a part say and nothing reads.
 
     Args:
         numbers: of the rows in `part.raw`.
     """
-    found: dict[str, list[tuple[int, str, str]]] = {}  # what -> (row, value, why)
+    found: dict[str, _Finding] = {}
     for verdict, note, number in zip(verdicts, notes, numbers, strict=True):
         if verdict == UNREAD:
             for what, value, why in json.loads(note):
-                if not (found.get(what) and found[what][-1][0] == number):
-                    found.setdefault(what, []).append((number, value, why))
+                found.setdefault(what, _Finding(value, why)).seen_in(number)
     if not found:
         return
     lines, names = [], []
-    for what, rows in sorted(found.items(), key=lambda item: -len(item[1])):
-        first = ", ".join(part.place(number) for number, _, _ in rows[:3]) + (", …" if len(rows) > 3 else "")
-        _, value, why = rows[0]
-        lines.append(f"  {what}, {len(rows):,} {'rows' if len(rows) > 1 else 'row'} ({first}), such as {value}: {why}")
+    for what, finding in sorted(found.items(), key=lambda item: -item[1].rows):
+        rows = finding.rows
+        first = ", ".join(map(part.place, finding.first)) + (", …" if rows > len(finding.first) else "")
+        lines.append(
+            f"  {what}, {rows:,} {'rows' if rows > 1 else 'row'} ({first}), such as {finding.value}: {finding.why}"
+        )
         if what.startswith(("column", "key", "part")):
             names.append(what.split("`")[1])
     ways = f"\nWhat does not matter: data.ignore: [{', '.join(dict.fromkeys(names))}]." if names else ""
@@ -230,7 +255,7 @@ def said_of(reason: str) -> str:
     return _SAID.get(reason, reason.replace("_", " "))
 
 
-def drop_examples(part: Part, verdicts: Sequence[str], notes: Sequence[str], numbers: Sequence[int]) -> str:
+def drop_examples(part: Part, verdicts: Iterable[str], notes: Iterable[str], numbers: Iterable[int]) -> str:
     """One row for each reason, with what was found there."""
     first: dict[str, str] = {}
     for verdict, note, number in zip(verdicts, notes, numbers, strict=True):
@@ -261,7 +286,7 @@ def shaped_by(raw: Any, part: Part, recipe: Recipe, tokenizer: PreTrainedTokeniz
         part.rules.strip,
         part.rules.options,
     )
-    return hashlib.sha256(json.dumps(everything, default=str).encode()).hexdigest()[:16]
+    return sha256(json.dumps(everything, default=str).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=1)
@@ -270,80 +295,10 @@ def _code(package: Path = Path(__file__).parents[1]) -> str:
 
     `prompt` and `data` are hashed whole, since a list of names is forgotten when a module is added.
     """
-    digest = hashlib.sha256()
+    digest = sha256()
     for path in sorted(path for room in ("prompt", "data") for path in (package / room).rglob("*") if path.is_file()):
         if path.suffix != ".pyc":
             digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes())
     for library in ("tokenizers", "tiktoken", "jinja2", "transformers"):
         digest.update(f"{library} {version(library)}\0".encode())
     return digest.hexdigest()[:16]
-
-
-def encode_part(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Encode all raw rows of a part, in order; a row that is dropped keeps its place and carries the reason.
-
-    A raw row that is trained as several rows has them end to end, and in `turns` the tokens of each (`each_turn`).
-    """
-    from datasets import Features, List, Value
-
-    encoder(tokenizer)  # a template that cannot be trained is refused here, not in another process
-    batches = Batches(part, recipe.data, tokenizer)
-    fingerprint = shaped_by(part.raw._fingerprint, part, recipe, tokenizer)
-    cached = [
-        path for f in part.raw.cache_files[:1] for path in Path(f["filename"]).parent.glob(f"cache-{fingerprint}*")
-    ]
-    if batches.many and not cached:
-        encoder(tokenizer).make_fast()  # here, once: processes that are forked inherit it
-    shape = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "turns": List(Value("int64"))}
-    shape |= {"dropped": Value("string"), "cut_tokens": Value("int32"), "note": Value("string")}
-    processes = min(os.cpu_count() or 1, len(part.raw) // _ROWS_PER_PROCESS)
-    with _one_thread_each(processes):
-        return (
-            part.raw.with_format("arrow")
-            .map(
-                batches,
-                with_indices=True,
-                batched=True,
-                batch_size=1000,
-                num_proc=processes if processes > 1 else None,
-                remove_columns=part.raw.column_names,
-                features=Features(shape),
-                new_fingerprint=fingerprint,
-                desc=None,
-            )
-            .with_format(None)
-        )
-
-
-def each_turn(encoded: Dataset) -> Dataset:
-    """The rows that are trained, of `encode_part`'s: each of its `turns` by itself."""
-    import pyarrow as pa
-    from datasets import Dataset, Features, List, Value, concatenate_datasets
-
-    if max((len(turns) for turns in encoded["turns"]), default=1) <= 1:
-        return encoded.select_columns(["input_ids", "labels"])
-    tables = []
-    for table in encoded.with_format("arrow").iter(batch_size=4096):
-        columns = [table.column(name).combine_chunks() for name in ("turns", "input_ids", "labels")]
-        ends = np.concatenate(([0], np.cumsum(columns[0].flatten().to_numpy())))
-        offsets = pa.array(ends, type=pa.int32())
-        tables.append([pa.ListArray.from_arrays(offsets, column.flatten()) for column in columns[1:]])
-    shape = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-    return concatenate_datasets(
-        [Dataset(pa.table({"input_ids": a, "labels": b}).cast(shape.arrow_schema)) for a, b in tables]
-    )
-
-
-@contextmanager
-def _one_thread_each(processes: int) -> Iterator[None]:
-    """Let the tokenizers library keep to one thread in each of several processes; it warns of a fork otherwise."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    if processes > 1:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if processes > 1:
-            os.environ.pop("TOKENIZERS_PARALLELISM")
-            if before is not None:
-                os.environ["TOKENIZERS_PARALLELISM"] = before

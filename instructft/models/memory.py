@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from instructft.data.packing import flat
+from instructft.data.arrow.token_rows import tokens_of
 from instructft.models.fake_step import Batch, Step, measure_step, meta_model, to_fake_cpu
 from instructft.models.kernels.gpu_head import chunk_size
 from instructft.models.load import weights_dtype
@@ -118,11 +118,10 @@ def largest_batch(data: Prepared, rows: int, multiple: int = 1) -> Batch:
         # Batch(rows=8, width=45, supervised=76, packed=False)
     """
     train = data.splits["train"]
-    columns, starts, lengths = flat(train)
-    longest = np.argsort(-lengths, kind="stable")[:rows]
-    carries = np.concatenate(([0], np.cumsum(columns["labels"] != IGNORE_INDEX)))
-    supervised = int((carries[starts + lengths] - carries[starts])[longest].sum())
-    width = math.ceil(int(lengths.max()) / multiple) * multiple
+    all_rows = tokens_of(train)
+    longest = all_rows.some(np.argsort(-all_rows.lengths, kind="stable")[:rows])
+    supervised = int((longest.flat()[0]["labels"] != IGNORE_INDEX).sum())
+    width = math.ceil(int(longest.lengths[0]) / multiple) * multiple
     return Batch(min(rows, len(train)), width, supervised, "seq_lengths" in train.column_names)
 
 

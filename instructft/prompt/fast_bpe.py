@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -60,10 +60,11 @@ class FastBPE:
         _Unproved: the two libraries may differ for this tokenizer.
     """
 
-    def __init__(self, core: Tokenizer, spec: dict[str, Any]):
+    def __init__(self, core: Tokenizer, text: str):
         from tiktoken import Encoding
 
-        self._core = core
+        self._text = text
+        self._words, spec = core.pre_tokenizer, json.loads(text)
         pattern, self._nfc = _pattern(spec["pre_tokenizer"]), _is_nfc(spec["normalizer"])
         ranks, ids = _ranks(spec["model"])  # rank -> id, since a vocabulary may be numbered in another order
         _prove_merges(core, spec["model"], ids)
@@ -77,6 +78,7 @@ class FastBPE:
         self._ids = np.array([*ids, *specials.values()], dtype=np.int32)
         self._bytes = np.array([*map(len, ranks), *(len(text.encode()) for text in specials)], dtype=np.int64)
         self._pairs = _pairs(pattern)
+        self._specials = set(specials)
         self._same: set[str] = set()  # characters that both libraries put into the same kinds of word
         self._other: set[str] = set()
         if not all(map(self._proved, map(chr, range(128)))):
@@ -85,9 +87,13 @@ class FastBPE:
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts, end to end, int32, and the tokens of each, int64."""
         fits = [self._fits(text) for text in texts]
-        one = self._encoding.encode_to_numpy
+        one, specials = self._encoding.encode_to_numpy, self._specials
         try:
-            found = [one(text, allowed_special="all") for text, fit in zip(texts, fits, strict=True) if fit]
+            found = [
+                one(text, allowed_special=specials, disallowed_special=())
+                for text, fit in zip(texts, fits, strict=True)
+                if fit
+            ]
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:  # a panic in Rust is no Exception: a stack that is full, a text that is too long
@@ -99,11 +105,21 @@ class FastBPE:
         if all(fits):
             return self._ids[ranks], np.fromiter(map(len, found), dtype=np.int64, count=len(found))
         rest = [text for text, fit in zip(texts, fits, strict=True) if not fit]
-        encoded = self._core.encode_batch_fast(rest, add_special_tokens=False)
+        encoded = self._library.encode_batch_fast(rest, add_special_tokens=False)
         slow = iter([np.array(row.ids, dtype=np.int32) for row in encoded])
         fast = iter(found)
         rows = [self._ids[next(fast)] if fit else next(slow) for fit in fits]
         return np.concatenate(rows), np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+
+    @cached_property
+    def _library(self) -> Tokenizer:
+        """The tokenizer as it was when it was proved; made where a text needs it, which takes as long as the proof."""
+        from tokenizers import Tokenizer
+
+        library = Tokenizer.from_str(self._text)
+        library.no_truncation()
+        library.no_padding()
+        return library
 
     def _fits(self, text: str) -> bool:
         if text.isascii():
@@ -119,7 +135,7 @@ class FastBPE:
             return character in self._same
         # what this Python does not know it cannot normalize either; a lone surrogate is no text
         same = unicodedata.category(character) not in ("Cn", "Cs") and all(
-            self._joins(pair) == (len(self._core.pre_tokenizer.pre_tokenize_str(pair)) == 1)
+            self._joins(pair) == (len(self._words.pre_tokenize_str(pair)) == 1)
             for neighbour in _NEIGHBOURS
             for pair in (character + neighbour, neighbour + character)
         )
@@ -140,18 +156,19 @@ def fast_bpe(core: Tokenizer) -> FastBPE | None:
         ids.tolist(), lengths.tolist()
         # ([15496, 995], [2])
     """
-    return _made(core.to_str())
+    text = core.to_str()
+    if text not in _made:
+        if len(_made) >= _KEPT:
+            _made.pop(next(iter(_made)))
+        try:
+            _made[text] = FastBPE(core, text)
+        except _Unproved:
+            _made[text] = None
+    return _made[text]
 
 
-@lru_cache(maxsize=4)
-def _made(text: str) -> FastBPE | None:
-    from tokenizers import Tokenizer
-
-    spec = json.loads(text) | {"truncation": None, "padding": None}
-    try:
-        return FastBPE(Tokenizer.from_str(json.dumps(spec)), spec)
-    except _Unproved:
-        return None
+_KEPT = 4
+_made: dict[str, FastBPE | None] = {}  # a tokenizer's whole text -> what was proved of it
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -191,14 +208,13 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
     if model["type"] != "BPE" or any(affixes) or model.get("byte_fallback") or model.get("ignore_merges"):
         raise _Unproved("no plain BPE")
     vocabulary, alphabet = model["vocab"], _alphabet()
-    ranks: dict[bytes, int] = {}
-    ids: list[int] = []
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    for token in (*alphabet, *map("".join, merges)):
-        if token not in vocabulary:
-            raise _Unproved("a byte without a token")
-        ranks[bytes(map(alphabet.__getitem__, token))] = len(ids)
-        ids.append(vocabulary[token])
+    merged = ("".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
+    tokens = [*alphabet, *merged]
+    table = str.maketrans({character: chr(byte) for character, byte in alphabet.items()})
+    if not vocabulary.keys() >= set(tokens) or not alphabet.keys() >= set("".join(tokens)):
+        raise _Unproved("a byte without a token")
+    ids = [vocabulary[token] for token in tokens]
+    ranks = {token.translate(table).encode("latin-1"): rank for rank, token in enumerate(tokens)}
     if len(ranks) != len(ids):
         raise _Unproved("two merges make one token, and which of them comes first cannot be told by the token")
     return ranks, ids
@@ -206,7 +222,8 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
 
 def _prove_merges(core: Tokenizer, model: dict[str, Any], ids: list[int]) -> None:
     texts = {number: token for token, number in model["vocab"].items()}
-    if not all([token.id for token in core.model.tokenize(texts[number])] == [number] for number in ids):
+    tokenize = core.model.tokenize
+    if not all(len(found := tokenize(texts[number])) == 1 and found[0].id == number for number in ids):
         raise _Unproved("a token's own text is not encoded to it")
 
 

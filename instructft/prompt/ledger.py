@@ -150,10 +150,10 @@ class Ledger:
 
 def absent(value: Any) -> bool:
     """Whether a value says nothing: null and NaN alike, an empty text, list or object."""
-    if value is None or value == "" or value == [] or value == {}:
-        return True
     if isinstance(value, str):
-        return value.isspace()
+        return not value or value.isspace()
+    if value is None or value == [] or value == {}:
+        return True
     return isinstance(value, float) and math.isnan(value)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import instructft
 from instructft.check.audit import audit
+from instructft.data import deduplicate
+from instructft.data.arrow.store import scratch
+from instructft.data.arrow.token_rows import TokenRows, flat_rows
+from instructft.data.deduplicate import Known
 from instructft.errors import DataError
 from tests.helpers.rows import answers, held, prepared
 
@@ -96,3 +101,27 @@ def test_check_and_train_count_the_same_leaks(recipe):
     asked = own_test_set(recipe, [*rows[:50], *copies], [rows[7], *rows[50:]], "same")
     found = audit(asked, instructft.load_tokenizer(asked))["total"]["findings"]["leaks"]["rows"]
     assert found == prepared(asked).dropped["near_duplicate_of_held_out"] == 6
+
+
+def test_a_large_index_in_a_file_and_rows_in_blocks_give_the_same_matches(monkeypatch, tmp_path):
+    rng = np.random.default_rng(3)
+    held = [rng.integers(0, 50, rng.integers(3, 60)) for _ in range(80)]
+    rows = [held[i % 80].copy() for i in range(60)] + [rng.integers(0, 50, rng.integers(3, 60)) for _ in range(100)]
+    for row in rows[:60]:
+        row[-1] = 50
+    sets = [of_tokens(held[:50]), of_tokens(held[50:])]
+    whole = Known(sets).matches(of_tokens(rows))
+    assert (whole[:60] >= 0).sum() > 20
+    assert (whole[60:] < 0).all()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(deduplicate, "_SORTED_AT_ONCE", 100)
+    monkeypatch.setattr(deduplicate, "scratch", lambda count, dtype: scratch(count, dtype, in_memory=10))
+    monkeypatch.setattr(TokenRows.blocks, "__defaults__", (200,))
+    known = Known(sets)
+    assert isinstance(known._runs, np.memmap)
+    assert known.matches(of_tokens(rows)).tolist() == whole.tolist()
+
+
+def of_tokens(rows):
+    ids = np.concatenate(rows).astype(np.int32)
+    return flat_rows({"input_ids": ids, "labels": ids}, np.array(list(map(len, rows))))

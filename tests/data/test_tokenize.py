@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -182,15 +181,6 @@ def test_a_second_run_takes_the_cache(recipe, monkeypatch):
         instructft.prompt.loss_mask.Encoder, "encode", lambda *args, **kwargs: pytest.fail("encoded again")
     )
     assert prepare(mine, tokenizer).fingerprint == first.fingerprint
-
-
-def test_several_processes_give_what_one_gives(recipe, monkeypatch):
-    one = prepared(recipe(made_up(60), name="one"))
-    monkeypatch.setattr(tokenize, "_ROWS_PER_PROCESS", 20)
-    monkeypatch.setattr(tokenize.os, "cpu_count", lambda: 3)
-    many = prepared(recipe(made_up(60), name="many", overrides=["data.max_length=127"]))
-    assert many.fingerprint == one.fingerprint
-    assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
 @pytest.fixture

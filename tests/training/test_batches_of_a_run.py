@@ -17,7 +17,7 @@ from trl import SFTTrainer
 import instructft
 from instructft.checkpoints.manifest import NOT_FINITE
 from instructft.data.batches.counts import counted
-from instructft.data.packing import flat as flat_arrays
+from instructft.data.arrow.token_rows import tokens_of
 from instructft.data.row_order import LengthGrouped
 from instructft.errors import NotFiniteError, UsageError
 from instructft.training.batch_size import MicroBatches
@@ -219,7 +219,7 @@ def test_the_last_batch_of_an_epoch_has_the_shape_of_all(recipe: Any, monkeypatc
     packs = instructft.prepare_dataset(asked, instructft.load_tokenizer(asked))["train"]
     assert len(packs) % 3
     assert {batch["input_ids"].shape for batch in found} == {(1, 3 * WIDTH)}
-    assert result.facts["train"]["tokens"] == int(flat_arrays(packs)[2].sum())
+    assert result.facts["train"]["tokens"] == int(tokens_of(packs).lengths.sum())
 
 
 def test_a_stream_of_flat_packs(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import IO, Any
 
 from instructft.errors import DataError
@@ -15,20 +16,29 @@ Found = Iterator[tuple[dict[str, Any], str]]  # each row, and its JSON text as i
 WRAPPERS = ("data", "rows", "train", "examples", "records", "items", "instances", "samples", "entries", "dataset")
 
 
+_AT_ONCE = 1 << 16  # characters
+
+
 def json_rows(file: IO[bytes], name: str, one_object_is_a_row: bool) -> Found:
-    """The rows of a file, whatever of these layouts it has; with an object a line few are in memory at a time.
+    """The rows of a file, whatever of these layouts it has.
+
+    Of a list, and with an object a line, few are in memory at a time.
 
     Raises:
         DataError: with the line and column of what is not JSON.
     """
-    lines = enumerate(io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n"), 1)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
+    head = text.read(_AT_ONCE)
+    while not head.strip() and (more := text.read(_AT_ONCE)):
+        head += more
+    if head.lstrip().startswith("["):  # before a line is read, which may be all of the file
+        yield from _list(head, text, name)
+        return
+    lines = enumerate(chain(io.StringIO(head + text.readline(), newline="\n"), text), 1)
     number, line = next(((n, text) for n, text in lines if text.strip()), (0, ""))
     if not line:
         return
     before = "\n" * (number - 1)  # empty lines, which count where a place is named
-    if line.lstrip().startswith("["):
-        yield from _list(before + line + "".join(text for _, text in lines), name)
-        return
     try:
         first = json.loads(line)
     except json.JSONDecodeError as error:
@@ -93,34 +103,82 @@ def _objects_over_lines(text: str, name: str, one_object_is_a_row: bool) -> Foun
         yield from found
 
 
-def _list(text: str, name: str) -> Found:
-    if found := _objects_of_list(text):
-        yield from found
-        return
+def _list(text: str, rest: IO[str], name: str) -> Found:
+    """The rows of a list of objects, each with the text it stands in; of the text a stretch is in memory at a time.
+
+    Args:
+        text: how the list begins; `rest` reads on.
+    """
+    window = _Window(text, rest)
+    decode, between, count = json.JSONDecoder().raw_decode, "[", 0
+    while window.at_space() == between:
+        start = window.skip()
+        try:
+            row, end = decode(window.text, start) if window.text.startswith("{", start) else (None, 0)
+        except json.JSONDecodeError:
+            if window.more():  # the row may go on behind what was read
+                continue
+            row = None
+        if row is None:
+            break
+        yield row, window.text[start:end]
+        window.at, between, count = end, ",", count + 1
+    before = "[0" if count else ""
+    if count and window.at_space() == "]":
+        window.at += 1
+        if not window.at_space():
+            return
+        before = "[0]"
+    text = window.to_the_end(before)
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise _not_json(error, name, 1) from error
-    for number, row in enumerate(content, 1):
+    for number, row in enumerate(content[1:] if count else content, count + 1):
         yield _object(row, f"{name}: row {number}"), ""
 
 
-def _objects_of_list(text: str) -> list[tuple[dict[str, Any], str]]:
-    """The rows of a list of objects, each with the text it stands in; none where it is anything else."""
-    found = []
-    decode = json.JSONDecoder().raw_decode
-    at, between = _behind_space(text, 0), "["
-    while text[at : at + 1] == between:
-        start = _behind_space(text, at + 1)
-        try:
-            row, end = decode(text, start)
-        except json.JSONDecodeError:
-            return []
-        if not isinstance(row, dict):
-            return []
-        found.append((row, text[start:end]))
-        at, between = _behind_space(text, end), ","
-    return found if text[at : at + 1] == "]" and _behind_space(text, at + 1) == len(text) else []
+class _Window:
+    """A text that is read from a file as it is needed, and let go behind `at`; where that is in the file is kept."""
+
+    def __init__(self, text: str, rest: IO[str]):
+        self.text, self.at, self._rest = text, 0, rest
+        self._lines = self._column = 0  # of the text that was let go
+
+    def more(self) -> bool:
+        """Read on, as much again as there is already; whether there was more."""
+        self._let_go()
+        new = self._rest.read(max(_AT_ONCE, len(self.text)))
+        self.text += new
+        return bool(new)
+
+    def _let_go(self) -> None:
+        gone = self.text[: self.at]
+        lines = gone.count("\n")
+        self._column = len(gone) - gone.rfind("\n") - 1 if lines else self._column + len(gone)
+        self._lines += lines
+        self.text, self.at = self.text[self.at :], 0
+
+    def at_space(self) -> str:
+        """The next character that is no white space, "" at the end; `at` is moved to it."""
+        while (at := _behind_space(self.text, self.at)) == len(self.text):
+            self.at = at
+            if not self.more():
+                return ""
+        self.at = at
+        return self.text[at]
+
+    def skip(self) -> int:
+        """Where the next value begins behind the character at `at`, which stays."""
+        while (start := _behind_space(self.text, self.at + 1)) == len(self.text) and self.more():
+            pass
+        return start
+
+    def to_the_end(self, instead: str) -> str:
+        """All that was not let go, at its line and column, with other text instead of what was."""
+        self._let_go()
+        gap = "\n" * self._lines + " " * (self._column - (0 if self._lines else len(instead)))
+        return instead + gap + self.text + self._rest.read()
 
 
 def _behind_space(text: str, at: int) -> int:

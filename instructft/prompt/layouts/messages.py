@@ -89,7 +89,7 @@ def messages_of(turns: Any, where: str, ledger: Ledger) -> list[Message]:
     if given and all(isinstance(turn, str) and not isinstance(parsed(turn), Mapping) for turn in given):
         for number, text in enumerate(given):  # LIMA and UltraChat: texts in turn, the user's first
             role = "assistant" if number % 2 else "user"
-            messages.append(_finished({"role": role, "content": ledger.text(text, where)}))
+            messages.append(finished({"role": role, "content": ledger.text(text, where)}))
         return messages
     for turn in given:
         turn = parsed(turn)
@@ -97,7 +97,7 @@ def messages_of(turns: Any, where: str, ledger: Ledger) -> list[Message]:
             raise Unusable("not_a_dialogue", f"`{where}` holds {shown(turn)} among messages, expected a message")
         name, content = turn.get("role"), turn.get("content")
         if len(turn) == 2 and name in ("system", "user", "assistant") and isinstance(content, str):
-            messages.append(_finished({"role": name, "content": ledger.text(content, f"{where}[].content")}))
+            messages.append(finished({"role": name, "content": ledger.text(content, f"{where}[].content")}))
         else:
             _read(turn, where, ledger, messages)
     return messages
@@ -145,7 +145,7 @@ def _read(turn: Mapping[str, Any], where: str, ledger: Ledger, messages: list[Me
     _weigh(message, turn, where, ledger)
     messages += parts.tools
     if not (parts.tools and not message["content"]):  # nothing but the answers of tools
-        messages.append(_finished(message))
+        messages.append(finished(message))
 
 
 def _again(turn: Mapping[str, Any], name: str, content: str, speaker: Any) -> bool:
@@ -236,7 +236,7 @@ def _add_reasoning(message: Message, value: Any, where: str, ledger: Ledger) -> 
         message["reasoning_content"] = before + ledger.text(value, where)
 
 
-def _finished(message: Message) -> Message:
+def finished(message: Message) -> Message:
     """An assistant's thoughts out of its content, where that loses nothing."""
     content = message["content"]
     if message["role"] == "assistant" and content.startswith("<think>") and "train_spans" not in message:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from instructft.adapters.lora import is_peft, shortest_names
-from instructft.data.packing import flat
+from instructft.data.arrow.token_rows import tokens_of
 from instructft.errors import ModelError
 from instructft.weights.weight_files import without_wrappers
 
@@ -149,10 +149,11 @@ def _absent_rows(trainer: Trainer) -> tuple[set[str], list[int]]:
     layers = [(n, m) for n, m in trainer.model.named_modules() if isinstance(m, TrainableTokensLayer)]
     if not layers:
         return names, []
-    seen: Any = flat(dataset)[0]["input_ids"] if hasattr(dataset, "__len__") else np.arange(0)
+    blocks = tokens_of(dataset).blocks() if hasattr(dataset, "__len__") else ()
+    seen = {token for block in blocks for token in np.unique(block.flat(("input_ids",))[0]["input_ids"]).tolist()}
     for name, layer in layers:
         ids = np.asarray(layer.token_indices["default"])
-        there = np.isin(ids, seen)
+        there = np.array([token in seen for token in ids.tolist()], dtype=bool)
         if not there.any():
             names |= {f"{name}.{part}" for part, _ in layer.named_parameters() if "trainable_tokens_delta" in part}
         absent |= set(ids[~there].tolist())

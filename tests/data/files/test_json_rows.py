@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 
+from instructft.data.files import json_rows
 from instructft.data.readers import rows
 from instructft.errors import DataError
 
@@ -57,3 +59,35 @@ def test_what_is_no_layout_is_named_by_its_place(tmp_path: Path, text: str, said
     with pytest.raises(DataError) as caught:
         list(rows(path, ".jsonl", "rows.jsonl"))
     assert str(caught.value).startswith(("rows.jsonl, " + said, "rows.jsonl: " + said)), caught.value
+
+
+LIST = json.dumps([{"a": f"one\n{i}", "b": {"c": []}} for i in range(9)], indent=1)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 7, 100])
+@pytest.mark.parametrize("newline", ["\n", " "])
+@pytest.mark.parametrize("text", [LIST, LIST + " x", LIST[:-2], LIST[:300], LIST[:-2] + ", 7]", LIST[:-1] + ",]", "[]"])
+def test_a_list_is_read_in_stretches_and_its_faults_keep_their_place(tmp_path, monkeypatch, text, newline, at_once):
+    monkeypatch.setattr(json_rows, "_AT_ONCE", at_once)
+    path = tmp_path / "rows.json"
+    path.write_text(text := text.replace("\n", newline), encoding="utf-8")
+    try:
+        expected = json.loads(text)
+    except json.JSONDecodeError as error:
+        said = f"rows.json, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
+    else:
+        said = "rows.json: row 10 is a JSON number, expected an object with the row's columns: {…}"
+        if all(isinstance(row, dict) for row in expected):
+            assert list(rows(path, ".json", path.name)) == expected
+            return
+    with pytest.raises(DataError) as raised:
+        list(rows(path, ".json", path.name))
+    assert str(raised.value) == said
+
+
+def test_the_first_row_of_a_long_list_needs_little_of_it() -> None:
+    file = io.BytesIO(json.dumps([{"a": "x" * 1000}] * 3000).encode())
+    found = json_rows.json_rows(file, "rows.json", False)
+    row, text = next(found)
+    assert row == json.loads(text)
+    assert file.tell() < 300_000 < len(file.getvalue())

@@ -1,0 +1,149 @@
+"""All rows of a data set as tokens in an Arrow file, made once for all that shapes them and mapped from there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from instructft.data.arrow.store import cached, mapped, write
+from instructft.data.arrow.token_rows import cuts, ranges
+from instructft.data.arrow.workers import cores, in_order
+from instructft.data.load import Part
+from instructft.data.readers import ROW
+from instructft.data.tokenize import Batches, schema, shaped_by
+from instructft.prompt.loss_mask import encoder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from instructft.recipe.schema import Recipe
+
+_ROWS_PER_PROCESS = 1_000  # fewer rows than this are encoded sooner than another process starts
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 500, 1 << 22  # what one process encodes together
+
+
+def encode_part(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Encode all raw rows of a part, in order; a row that is dropped keeps its place and carries the reason.
+
+    A raw row that is trained as several rows has them end to end, and in `turns` the tokens of each (`trained_rows`).
+    """
+    encoder(tokenizer)  # a template that cannot be trained is refused here, not in another process
+    fingerprint = shaped_by(part.raw._fingerprint, part, recipe, tokenizer)
+    batches = Batches(part, recipe.data, tokenizer)
+    return mapped(cached(fingerprint, lambda path: _encode(part.raw, batches, path)), fingerprint)
+
+
+def _encode(raw: Dataset, batches: Batches, path: Path) -> None:
+    """Encode rows into a file, some at a time: in several processes, and in the order of one."""
+    import pyarrow as pa
+    from datasets.utils import tqdm
+
+    if batches.many:
+        encoder(batches.tokenizer).make_fast()  # here, once: processes that are forked inherit it
+    pieces = _pieces(raw)
+    work = _Work(raw.with_format("arrow"), batches, pieces)
+    processes = min(cores(), len(raw) // _ROWS_PER_PROCESS)
+    with _one_thread_each(processes), tqdm(total=len(raw), unit=" rows", desc="Encoding", leave=False) as bar:
+
+        def made() -> Iterator[pa.RecordBatch]:
+            for found in in_order(work, len(pieces), processes):
+                yield (batch := pa.ipc.read_record_batch(found, schema()))
+                bar.update(batch.num_rows)
+
+        write(path, schema(), made())
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Encodes one piece of the rows, for `in_order`."""
+
+    raw: Dataset
+    batches: Batches
+    pieces: list[tuple[int, int]]
+
+    def __call__(self, number: int) -> pa.Buffer:
+        start, end = self.pieces[number]
+        return self.batches(self.raw[start:end], range(start, end)).serialize()
+
+
+def _pieces(raw: Dataset) -> list[tuple[int, int]]:
+    """Where rows are cut for encoding: some at a time, fewer where they are long."""
+    import pyarrow.compute as pc
+
+    sizes = [pc.binary_length(table.column(ROW)).to_numpy() for table in raw.with_format("arrow").iter(_ROWS_AT_ONCE)]
+    least = _BYTES_AT_ONCE // _ROWS_AT_ONCE
+    return list(cuts(np.maximum(np.concatenate(sizes), least), least * _ROWS_AT_ONCE))
+
+
+def verdicts(encoded: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Of each of `encode_part`'s rows why it is dropped ("" when it is not), and the tokens that it lost."""
+    found = [chunk.dictionary_encode() for chunk in encoded.data.column("dropped").chunks]
+    words = [np.array(one.dictionary.to_pylist(), dtype=object)[one.indices.to_numpy()] for one in found]
+    lost = [chunk.to_numpy() for chunk in encoded.data.column("cut_tokens").chunks]
+    return np.concatenate(words), np.concatenate(lost)
+
+
+def notes(encoded: Dataset, numbers: np.ndarray) -> Iterator[str]:
+    """What was found in these raw rows, whose numbers rise: few of the texts are in memory at a time."""
+    import pyarrow as pa
+
+    start = 0
+    for chunk in encoded.data.column("note").chunks:
+        first, last = np.searchsorted(numbers, [start, start + len(chunk)])
+        yield from chunk.take(pa.array(numbers[first:last] - start)).to_pylist()
+        start += len(chunk)
+
+
+def trained_rows(encoded: Dataset, most: int | None = None) -> tuple[Dataset, np.ndarray]:
+    """The rows that are trained, of `encode_part`'s, and how many of them each raw row has.
+
+    Each of a row's `turns` is a row by itself, and of a document each part of `most` tokens. No token is moved: the
+    rows are other borders over the same file.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    none = np.zeros(0, dtype=np.int64)
+    tables, every = [], [none]
+    for batch in encoded.data.to_batches():
+        turns, ids, labels = (batch.column(name) for name in ("turns", "input_ids", "labels"))
+        sizes, each = turns.flatten().to_numpy(), turns.value_lengths().to_numpy().astype(np.int64)
+        if most is not None:
+            parts = -(-sizes // most)
+            place = ranges(np.zeros(len(sizes), dtype=np.int64), parts)
+            each = np.bincount(np.repeat(np.arange(len(each)), each), weights=parts, minlength=len(each))
+            each, sizes = each.astype(np.int64), np.minimum(np.repeat(sizes, parts) - place * most, most)
+        offsets = pa.array(np.concatenate(([0], np.cumsum(sizes))), type=pa.int32())
+        lists = {
+            name: pa.ListArray.from_arrays(offsets, column.flatten())
+            for name, column in (("input_ids", ids), ("labels", labels))
+        }
+        tables.append(pa.table(lists))
+        every.append(each)
+    made_of = f"{encoded._fingerprint} rows {most}".encode()
+    fingerprint = blake2b(made_of, digest_size=8).hexdigest()
+    return Dataset(pa.concat_tables(tables), fingerprint=fingerprint), np.concatenate(every)
+
+
+@contextmanager
+def _one_thread_each(processes: int) -> Iterator[None]:
+    """Let the tokenizers library keep to one thread in each of several processes; it warns of a fork otherwise."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    if processes > 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if processes > 1:
+            os.environ.pop("TOKENIZERS_PARALLELISM")
+            if before is not None:
+                os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -1,0 +1,109 @@
+"""Work that is done in several processes, with the results in the order that one process would give them."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from queue import Queue
+from threading import Thread
+from typing import Any
+
+from instructft.errors import InstructftError
+
+_AHEAD = 4  # results that a process keeps until it is their turn
+
+
+def cores() -> int:
+    """The processors that this process may use; one where it may not start others."""
+    if multiprocessing.current_process().daemon:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(work: Callable[[int], bytes], pieces: int, processes: int) -> Iterator[bytes]:
+    """`work(0)`, `work(1)`, …, each made in one of several processes; what it raises there is raised here.
+
+    Process k makes every n-th piece from the k-th on, and waits where it is far ahead: of any number of pieces few are
+    in memory at a time.
+
+    >>> list(in_order(lambda number: bytes([number]), pieces=3, processes=1))
+    [b'\\x00', b'\\x01', b'\\x02']
+    """
+    processes = min(processes, pieces)
+    if processes <= 1:
+        yield from map(work, range(pieces))
+        return
+    # a process that is forked has the tokenizer, studied and proved, from the start; elsewhere forking is not safe
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    children, answers = [], []
+    try:
+        for first in range(processes):
+            answer, mine = context.Pipe(duplex=False)
+            child = context.Process(target=_serve, args=(work, range(first, pieces, processes), mine), daemon=True)
+            child.start()
+            mine.close()
+            children.append(child)
+            answers.append(answer)
+        for number in range(pieces):
+            yield _received(answers[number % processes], children[number % processes])
+    finally:
+        for child in children:
+            child.terminate()
+        for child, answer in zip(children, answers, strict=False):
+            child.join()
+            answer.close()
+
+
+def _received(answer: Any, child: Any) -> bytes:
+    """The next result of a process."""
+    try:
+        done, result = answer.recv_bytes(), answer.recv_bytes()
+    except EOFError:
+        child.join()
+        how = f"signal {-child.exitcode}" if child.exitcode < 0 else f"exit status {child.exitcode}"
+        raise InstructftError(
+            f"a process that prepares data ended with {how} before its work was done; where memory ran out, "
+            "more of it or fewer processors (taskset) help"
+        ) from None
+    if not done:
+        raise pickle.loads(result)
+    return bytes(result)
+
+
+def _serve(work: Callable[[int], bytes], numbers: range, out: Any) -> None:
+    """Do some of the pieces in this process, which was started for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for this one answers it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and ends this one so
+    gc.freeze()  # what was imported is looked through no more
+    results: Queue[tuple[bytes, bytes] | None] = Queue(_AHEAD)
+
+    def send() -> None:
+        try:
+            while (pair := results.get()) is not None:
+                for part in pair:
+                    out.send_bytes(part)
+        except OSError:  # nobody waits for it any more
+            os._exit(1)
+
+    sender = Thread(target=send, daemon=True)
+    sender.start()
+    try:
+        for number in numbers:
+            results.put((b"done", work(number)))
+    except Exception as error:
+        results.put((b"", _pickled(error)))
+    results.put(None)
+    sender.join()
+
+
+def _pickled(error: Exception) -> bytes:
+    try:
+        pickle.loads(pickled := pickle.dumps(error))
+        return pickled
+    except Exception:  # an error that cannot travel is told by its words
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))

@@ -1,0 +1,92 @@
+"""Several processes give what one gives, in its order, with its errors, and hold little at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from instructft.data.arrow.workers import cores, in_order
+from instructft.errors import DataError, InstructftError
+
+
+def squared(number: int) -> bytes:
+    time.sleep(0.002 * (number % 3))  # pieces are not done in the order in which they are asked for
+    return str(number * number).encode() * 50_000
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 20])
+def test_results_come_in_order(processes: int) -> None:
+    assert list(in_order(squared, 10, processes)) == [squared(number) for number in range(10)]
+
+
+def test_no_pieces_give_nothing() -> None:
+    assert list(in_order(squared, 0, 4)) == []
+
+
+def test_work_is_done_in_other_processes() -> None:
+    found = set(in_order(lambda _: str(os.getpid()).encode(), 6, 3))
+    assert len(found) == 3
+    assert str(os.getpid()).encode() not in found
+
+
+def test_an_error_of_a_process_is_raised_here_where_its_turn_comes() -> None:
+    def work(number: int) -> bytes:
+        if number == 3:
+            raise DataError("row 7 is broken")
+        return bytes([number])
+
+    found = in_order(work, 6, 2)
+    assert [next(found) for _ in range(3)] == [b"\x00", b"\x01", b"\x02"]
+    with pytest.raises(DataError, match="row 7 is broken"):
+        next(found)
+
+
+def test_an_error_that_cannot_travel_is_told_by_its_words() -> None:
+    class Local(Exception):
+        pass
+
+    def work(number: int) -> bytes:
+        raise Local("of no module")
+
+    with pytest.raises(RuntimeError, match="Local: of no module"):
+        list(in_order(work, 2, 2))
+
+
+def test_a_process_that_is_killed_is_no_end_of_the_rows() -> None:
+    def work(number: int) -> bytes:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return bytes([number])
+
+    with pytest.raises(InstructftError, match="ended with signal 9 before its work was done"):
+        list(in_order(work, 6, 2))
+
+
+def test_a_process_that_is_far_ahead_waits(tmp_path: Path) -> None:
+    def work(number: int) -> bytes:
+        (tmp_path / str(number)).touch()
+        return bytes(1 << 20)
+
+    found = in_order(work, 200, 2)
+    next(found)
+    time.sleep(0.3)
+    assert len(list(tmp_path.iterdir())) < 20
+    assert sum(map(len, found)) == 199 << 20
+    assert len(list(tmp_path.iterdir())) == 200
+
+
+def test_processes_end_with_the_one_that_asks_no_more() -> None:
+    found = in_order(lambda _: str(os.getpid()).encode(), 100, 2)
+    pids = [int(next(found)), int(next(found))]
+    found.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_this_process_may_use_some_core() -> None:
+    assert 1 <= cores() <= (os.cpu_count() or 1)
