@@ -16,8 +16,8 @@ from trl import SFTTrainer
 
 import instructft
 from instructft.checkpoints.manifest import NOT_FINITE
-from instructft.data.batches.counts import counted
 from instructft.data.arrow.token_rows import tokens_of
+from instructft.data.batches.counts import counted
 from instructft.data.row_order import LengthGrouped
 from instructft.errors import NotFiniteError, UsageError
 from instructft.training.batch_size import MicroBatches
@@ -193,11 +193,12 @@ def test_attention_that_gives_way_before_the_first_step_gets_rows(recipe: Any, m
     borders.flat(monkeypatch)
     found = trained(monkeypatch)
 
-    def give_way(trainer: Any, *_: Any) -> None:
+    def give_way(trainer: Any, attention: Any, *_: Any) -> Any:
         trainer.model.set_attn_implementation("sdpa")
         trainer.data_collator.flatten = False
+        return attention
 
-    monkeypatch.setattr("instructft.training.run.prove_isolation", give_way)
+    monkeypatch.setattr("instructft.training.rehearsal.isolation.prove_isolation", give_way)
     train(recipe(*FLAT), console=QUIET, rehearsal=False)
     assert {len(batch["input_ids"]) for batch in found} == {4}
     assert not any("supervised" in batch for batch in found)

@@ -77,8 +77,10 @@ def decide(asked: bool | str, run: Run) -> tuple[bool, str]:
 def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The blocks of a model, in order: the elements of its outermost lists of layers.
 
-    >>> [type(block).__name__ for block in blocks_of(load_model(recipe, tokenizer))]
-    ['GPT2Block', 'GPT2Block']
+    Example::
+
+        [type(block).__name__ for block in blocks_of(load_model(recipe, tokenizer))]
+        # ['GPT2Block', 'GPT2Block']
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
