@@ -251,7 +251,7 @@ def asleep(found: Result) -> Iterator[list[str]]:
         (torch.cuda, "_lazy_init", note),
         (torch._C, "_cuda_getDeviceCount", lambda: count),
     ]
-    kept = [(owner, name, getattr(owner, name, None)) for owner, name, _ in answers]
+    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in answers if hasattr(owner, name)]
     for owner, name, answer in answers:
         setattr(owner, name, answer)
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
@@ -259,5 +259,7 @@ def asleep(found: Result) -> Iterator[list[str]]:
         yield woken_by
     finally:
         sys.modules.pop("bitsandbytes", None)
+        for owner, name, _ in answers:  # a build for the CPU lacks some of them
+            delattr(owner, name)
         for owner, name, function in kept:
             setattr(owner, name, function)

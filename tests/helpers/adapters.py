@@ -149,6 +149,7 @@ def make_adapter(
     tokenizer = bundled()
     tokenizer.chat_template = TEMPLATES["instruction"].text()
     model = AutoModelForCausalLM.from_pretrained(base)
+    fuse_activations(model)  # as it is trained and loaded; written out, it rounds in another way
     conv1d = model.config.model_type == "gpt2"
     if new:
         tokenizer.add_special_tokens({"additional_special_tokens": NEW})

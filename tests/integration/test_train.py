@@ -130,6 +130,7 @@ def test_a_date_that_the_template_puts_in_is_said(tmp_path: Path, write_recipe: 
 
     from instructft.check.report import check, show
     from instructft.cli import app
+    from instructft.models.attention import Attention
     from instructft.training.run import announce
 
     (tmp_path / "date.jinja").write_text(
@@ -143,7 +144,7 @@ def test_a_date_that_the_template_puts_in_is_said(tmp_path: Path, write_recipe: 
     args: Any = SimpleNamespace(device=torch.device("cpu"), world_size=1, per_device_train_batch_size=4)
     args.gradient_accumulation_steps = 1
     model = instructft.load_model(recipe, tokenizer)
-    announce(recipe, tokenizer, prepare(recipe, tokenizer), model, args, "float32", console)
+    announce(recipe, tokenizer, prepare(recipe, tokenizer), model, args, "float32", Attention("sdpa"), console)
     show(check(recipe), console)
     assert printed.getvalue().count("prompts say 2024-07-26") == 2
     assert "prompts say 2024-07-26" in CliRunner().invoke(app, ["prepare", str(path)]).output

@@ -133,10 +133,12 @@ def test_a_driver_that_an_import_would_wake_stays_asleep(
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--only", "packs"])
     monkeypatch.delenv(jobs.CAREFUL, raising=False)
     before = torch.cuda.is_available, sys.modules.get("bitsandbytes")
+    counts = getattr(torch._C, "_cuda_getDeviceCount", "a build for the CPU has none")
     card = Card(jobs, (), monkeypatch)
     assert jobs.warm(settings) == ""
     assert card.imported == list(jobs.IMPORTS)
     assert torch.cuda.is_available is before[0]
+    assert getattr(torch._C, "_cuda_getDeviceCount", "a build for the CPU has none") is counts
     assert sys.modules.get("bitsandbytes") is not None or "bitsandbytes" not in sys.modules
 
     card = Card(jobs, ("peft",), monkeypatch)

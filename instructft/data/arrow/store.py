@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
     from datasets import Dataset
 
@@ -60,6 +59,8 @@ def mapped(path: Path, fingerprint: str) -> Dataset:
 def scratch(count: int, dtype: Any, in_memory: int = 1 << 24) -> np.ndarray:
     """An array of zeros to write on, behind which stands a file without a name where it is larger than memory should
     hold: it goes when the array does."""
+    import numpy as np
+
     if count <= in_memory:
         return np.zeros(count, dtype=dtype)
     with tempfile.TemporaryFile(dir=folder()) as file:
