@@ -23,6 +23,7 @@ import instructft
 from instructft.adapters.adapter_folder import read_adapter
 from instructft.adapters.attach import attach, locate_base
 from instructft.adapters.lora import fit_embeddings
+from instructft.models.kernels.activations import fuse_activations
 from instructft.prompt.templates import TEMPLATES
 from instructft.weights.base_record import BaseModelRecord, base_folder, commit_of
 from instructft.weights.weight_files import fingerprint
