@@ -254,11 +254,14 @@ def asleep(found: Result) -> Iterator[list[str]]:
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in answers if hasattr(owner, name)]
     for owner, name, answer in answers:
         setattr(owner, name, answer)
+    hidden = sys.modules.get("bitsandbytes")
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     try:
         yield woken_by
     finally:
-        sys.modules.pop("bitsandbytes", None)
+        del sys.modules["bitsandbytes"]
+        if hidden is not None:  # else what is left of it would be a module without its parts
+            sys.modules["bitsandbytes"] = hidden
         for owner, name, _ in answers:  # a build for the CPU lacks some of them
             delattr(owner, name)
         for owner, name, function in kept:

@@ -139,7 +139,8 @@ def test_a_driver_that_an_import_would_wake_stays_asleep(
     assert card.imported == list(jobs.IMPORTS)
     assert torch.cuda.is_available is before[0]
     assert getattr(torch._C, "_cuda_getDeviceCount", "a build for the CPU has none") is counts
-    assert sys.modules.get("bitsandbytes") is not None or "bitsandbytes" not in sys.modules
+    assert sys.modules.get("bitsandbytes") is before[1]
+    assert before[1] is not None or "bitsandbytes" not in sys.modules
 
     card = Card(jobs, ("peft",), monkeypatch)
     with pytest.raises(SystemExit):
