@@ -504,11 +504,18 @@ def _root(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="With any command: let a model run its own code.")
     ] = False,
+    trust_checkpoint: Annotated[
+        bool, typer.Option("--trust-checkpoint", help="With train: resume from another's checkpoint that can run code.")
+    ] = False,
 ) -> None:
     if trust_remote_code:
         from instructft.weights import remote_code
 
         remote_code.allow()
+    if trust_checkpoint:
+        from instructft.checkpoints import pickles
+
+        pickles.trust()
 
 
 def main() -> None:
@@ -522,7 +529,8 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        trust = [word for word in sys.argv[1:] if word == "--trust-remote-code"][:1]  # may stand behind any command
+        # may stand behind any command
+        trust = sorted({word for word in sys.argv[1:] if word in ("--trust-remote-code", "--trust-checkpoint")})
         app([*trust, *(word for word in sys.argv[1:] if word not in trust)])
     except InstructftError as error:
         if os.environ.get("INSTRUCTFT_TRACEBACK") == "1":

@@ -24,6 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from instructft.checkpoints.pickles import refuse_code
 from instructft.checkpoints.required import missing
 from instructft.errors import CheckpointError
 
@@ -189,11 +190,15 @@ def full_disk_explained(run: Path) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def verify(folder: Path) -> Checkpoint:
+def verify(folder: Path, foreign: bool = False) -> Checkpoint:
     """Read a checkpoint's manifest, and every byte of its files; all that a resumed run needs must be among them.
 
+    Args:
+        folder: `checkpoint-N`.
+        foreign: it comes from elsewhere, such as the Hub; see `pickles.refuse_code`.
+
     Raises:
-        CheckpointError: what is missing or differs.
+        CheckpointError: what is missing or differs, or could run code as it is read.
     """
     manifest = read_manifest(folder)
     for name, known in manifest["files"].items():
@@ -207,6 +212,7 @@ def verify(folder: Path) -> Checkpoint:
             if _sha256(file) != known["sha256"]:
                 raise CheckpointError(f"{folder}: {name} is not what was written (its SHA-256 differs)")
     _require(folder, manifest["files"], manifest["identity"])
+    refuse_code(folder, manifest["files"], foreign)
     return Checkpoint(folder, manifest["step"], manifest["identity"], manifest["versions"])
 
 

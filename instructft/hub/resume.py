@@ -137,7 +137,7 @@ def _fetch(api: HfApi, repo_id: str, head: str, tree: Tree, folder: str, run: Pa
         _download(api, repo_id, head, f"{folder}/{name}", aside)
     named = aside / f"checkpoint-{step}"
     (aside / folder).rename(named)
-    verified = verify(named)
+    verified = verify(named, foreign=True)
     target = run / named.name
     if target.exists():  # cut short, or it would have been resumed
         shutil.rmtree(target)

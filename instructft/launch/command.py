@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from instructft.checkpoints import pickles
 from instructft.checkpoints.run_folder import own
 from instructft.errors import InstructftError, UsageError
 from instructft.launch.workers import run
@@ -60,7 +61,7 @@ def launch(
         _refuse_what_this_machine_cannot(strategy, per_machine, gpus)
     arguments = [
         *_accelerate_options(strategy, per_machine, machines, machine_rank or 0, main_address, main_port, gpus),
-        *("-m", "instructft", "train", recipe, *overrides, *([remote_code.FLAG] if remote_code.allowed() else [])),
+        *("-m", "instructft", "train", recipe, *overrides, *_trust()),
     ]
     if gpus == 0 and strategy == "ddp" and per_machine * machines > 1 and not loaded.train.get("use_cpu"):
         # without it accelerate finds no device to divide the work over, and each process trains on its own
@@ -117,6 +118,12 @@ def _processes_problem(asked: str) -> str:
     if asked == "auto" or (asked.isascii() and asked.isdigit() and int(asked) > 0):
         return ""
     return f"--processes: found {asked}, expected auto or a whole number from 1"
+
+
+def _trust() -> list[str]:
+    """What this command line trusts, for its processes."""
+    said = {remote_code.FLAG: remote_code.allowed(), pickles.FLAG: pickles.trusted()}
+    return [flag for flag, yes in said.items() if yes]
 
 
 def _check(strategy: str, processes: str, machines: int, rank: int | None, address: str | None) -> None:
