@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from instructft.errors import EXIT_FAILED, EXIT_USAGE, InstructftError, UsageError
+from instructft.errors import EXIT_FAILED, EXIT_USAGE, InstructftError, UsageError, is_panic
 from instructft.version import __version__
 
 app = typer.Typer(
@@ -539,8 +539,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
-        if os.environ.get("INSTRUCTFT_TRACEBACK") == "1":
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        if os.environ.get("INSTRUCTFT_TRACEBACK") == "1" or not (isinstance(error, Exception) or is_panic(error)):
             raise
         print(
             f"instructft: {type(error).__name__}: {error}\nSet INSTRUCTFT_TRACEBACK=1 to see where it happened.",

@@ -15,6 +15,7 @@
     ├── CheckpointError       exit 1   a checkpoint that cannot be written, or is not what was written
     ├── HubError              exit 1   the Hub cannot be reached or refuses, or something must not leave this machine
     └── ModelError            exit 1   weights that cannot be loaded or used
+        ├── ModelFileError    exit 2   a file of a model or tokenizer that cannot be read
         └── AdapterError      exit 2   an adapter folder that is broken or does not fit its base, said before any weight
 
 Every message says what was found, what was expected and what to do next.
@@ -29,6 +30,11 @@ EXIT_SIGHUP = 129  # stopped because its terminal is gone (128 + 1)
 EXIT_SIGUSR1 = 138  # stopped by a scheduler ahead of the time limit (128 + 10)
 EXIT_SIGTERM = 143  # stopped by SIGTERM (128 + 15)
 EXIT_SIGINT = 130  # stopped by Ctrl-C (128 + 2)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether it is a panic of a library in Rust (tokenizers, safetensors), which is no `Exception`."""
+    return type(error).__name__ == "PanicException"
 
 
 class InstructftError(Exception):
@@ -100,6 +106,12 @@ class HubError(InstructftError):
 
 class ModelError(InstructftError):
     """Weights or a tokenizer that cannot be loaded, or that do not fit each other."""
+
+
+class ModelFileError(ModelError):
+    """A file of a model or tokenizer that cannot be read; names it. Exit code 2: nothing was begun."""
+
+    exit_code = EXIT_USAGE
 
 
 class AdapterError(ModelError):

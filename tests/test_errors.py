@@ -16,6 +16,7 @@ CODES = {
     "TemplateError": 2,
     "ResumeError": 2,
     "AdapterError": 2,
+    "ModelFileError": 2,
     "NotFiniteError": 1,
     "DivergedError": 1,
     "OutOfMemoryError": 1,

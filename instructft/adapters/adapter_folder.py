@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import AdapterError, ModelError
+from instructft.prompt.sandbox import SECONDS, at_most
 from instructft.weights.base_record import BASE, BaseModelRecord, stays_inside
 from instructft.weights.weight_files import ADAPTER_WEIGHTS, read_header
 
@@ -86,7 +87,16 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
         shapes = {name: entry.shape for name, entry in read_header(folder / WEIGHTS).items()}
     except ModelError as error:
         raise AdapterError(str(error)) from error
-    if problems := list(_problems(config, shapes)):
+    try:
+        with at_most(SECONDS):
+            _try_patterns(config, shapes)
+            problems = list(_problems(config, shapes))
+    except TimeoutError as error:
+        raise AdapterError(
+            f"{folder / CONFIG}: a regular expression in it (target_modules, rank_pattern, …) takes more than {SECONDS} "
+            "s over the names of the adapter's tensors; it is not used"
+        ) from error
+    if problems:
         raise AdapterError(f"{folder / WEIGHTS} is not whole:\n" + first_three(problems))
     return AdapterFolder(folder, config, shapes, _read_base(folder, config, shapes))
 
@@ -148,6 +158,22 @@ def _read_base(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tup
     if bad:
         raise AdapterError(f"{path}: {bad}: found {found[bad]!r}, which is not what instructft writes; bring it back")
     return record
+
+
+def _try_patterns(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Match every regular expression of an adapter once, so that one without end shows itself here and not in PEFT."""
+    found = [(key, config.get(key)) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    for key in ("rank_pattern", "alpha_pattern"):
+        found += [(key, pattern) for pattern in (config[key] if isinstance(config.get(key), dict) else ())]
+    names = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in shapes}
+    for key, pattern in found:
+        if not isinstance(pattern, str):
+            continue
+        try:
+            for name in names:
+                re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise AdapterError(f"{CONFIG}: {key} cannot be read: {pattern!r}: {error}") from error
 
 
 # the two tensors of a low-rank pair: the ending of the name, which axis is the rank, the ending of the other one

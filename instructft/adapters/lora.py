@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.errors import UsageError
 from instructft.formatting import nearest
+from instructft.prompt.sandbox import SECONDS, at_most
 from instructft.weights import remote_code
 
 if TYPE_CHECKING:
@@ -223,7 +224,14 @@ def _targets(model: Any, config: LoraConfig, asked: Any) -> dict[str, Any]:
                     f"adapter.{key}: {type(model).__name__} has no module {name}"
                     f"{near + ' It' if near else '; it'} has {', '.join(there)}"
                 )
-    found = {name: module for name, module in modules.items() if check_target_module_exists(config, name)}
+    try:
+        with at_most(SECONDS):
+            found = {name: module for name, module in modules.items() if check_target_module_exists(config, name)}
+    except TimeoutError as error:
+        raise UsageError(
+            f"adapter.target_modules: matching {asked} with the names of {type(model).__name__}'s modules takes more "
+            f"than {SECONDS} s; write a simpler pattern, or a list of names"
+        ) from error
     if not found and not config.target_parameters:
         raise UsageError(
             f"adapter.target_modules: nothing in {type(model).__name__} matches {asked}; it has {', '.join(linear)}"

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from instructft.checkpoints.pickles import refuse_code
 from instructft.checkpoints.required import missing
 from instructft.errors import CheckpointError
+from instructft.weights.base_record import stays_inside
 
 MANIFEST = "manifest.json"
 _PARTIAL = f"{MANIFEST}.partial"
@@ -92,7 +93,7 @@ def seal(folder: Path, identity: Mapping[str, Any], versions: Mapping[str, str])
     for path in _files(folder):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(file)}
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(file)}
     _require(folder, files, identity)
     for inner in {path.parent for path in _files(folder)}:
         _sync(inner)
@@ -209,7 +210,7 @@ def verify(folder: Path, foreign: bool = False) -> Checkpoint:
         if size != known["size"]:
             raise CheckpointError(f"{folder}: {name} has {size:,} bytes, {known['size']:,} were written")
         with path.open("rb") as file:
-            if _sha256(file) != known["sha256"]:
+            if sha256(file) != known["sha256"]:
                 raise CheckpointError(f"{folder}: {name} is not what was written (its SHA-256 differs)")
     _require(folder, manifest["files"], manifest["identity"])
     refuse_code(folder, manifest["files"], foreign)
@@ -233,8 +234,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         manifest = dict(content["manifest"])
-        whole = content["sha256"] == _digest(manifest)
-    except (ValueError, KeyError, TypeError):
+        whole = content["sha256"] == _digest(manifest) and _is_one(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise CheckpointError(f"{path} is not what was written")
@@ -243,6 +244,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest["step"] != step_of(folder):
         raise CheckpointError(f"{folder}: it is checkpoint-{manifest['step']} under another name")
     return manifest
+
+
+def _is_one(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest says what all of them say; whoever wrote it may have hashed anything."""
+    kinds = {"format": int, "step": int, "identity": dict, "versions": dict, "files": dict}
+    if not all(type(manifest.get(key)) is kind for key, kind in kinds.items()):
+        return False
+    if not all(isinstance(value, str) for value in manifest["versions"].values()):
+        return False
+    return all(
+        stays_inside(name)
+        and isinstance(known, dict)
+        and type(known.get("size")) is int
+        and isinstance(known.get("sha256"), str)
+        for name, known in manifest["files"].items()
+    )
 
 
 def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -271,7 +288,8 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(file: Any) -> str:
+def sha256(file: Any) -> str:
+    """Of a file that is open for bytes, to its end."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from instructft.checkpoints.as_saved import require_as_saved
 from instructft.checkpoints.lineage import set_aside
 from instructft.checkpoints.manifest import Checkpoint, folders, kind, newest, verify
-from instructft.errors import CheckpointError, ResumeError
+from instructft.errors import CheckpointError, ModelFileError, ResumeError
 from instructft.redaction import without_places
+from instructft.weights.readable import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,8 +93,24 @@ class RunStart:
         """The `run.json` of a run that has reached its end already."""
         if self.checkpoint is None or self.changed or not (run / "run.json").is_file():
             return None
-        facts: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        return facts if facts["train"]["steps"] == self.step else None
+        try:
+            facts = read_object(run / "run.json")
+            done = facts["train"]["steps"] == self.step
+        except (ModelFileError, KeyError, TypeError) as error:
+            raise ResumeError(
+                f"{run / 'run.json'} is damaged, so whether the run has ended is not known ({error}). Remove that "
+                f"file, and the same command ends the run anew from {self.checkpoint.folder.name}"
+            ) from error
+        if not done:
+            return None
+        try:
+            require_as_saved(run, whole=False)
+        except ModelFileError as error:
+            raise ResumeError(
+                f"{run} is finished, but its model is damaged: {error}. To have it written anew from "
+                f"{self.checkpoint.folder.name}, remove {run / 'run.json'} and run the same command"
+            ) from error
+        return facts
 
     def lines(self) -> list[str]:
         """What a person should know, line by line."""

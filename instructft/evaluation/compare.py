@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from instructft.checkpoints.as_saved import require_as_saved
 from instructft.checkpoints.manifest import folders, verify
 from instructft.checkpoints.resume import fixed_keys
 from instructft.data.files.kinds import SUFFIXES, suffix_of
@@ -108,6 +109,9 @@ def compare(
 
 def ask_both(model: str, base: str | None, judge: Callable[[Generator], Found]) -> dict[str, Found]:
     """What `judge` finds of a model, as `tuned`, and where there is a base of that, as `base`."""
+    require_as_saved(model, whole=True)
+    if base:
+        require_as_saved(base, whole=True)
     tuned = Generator(*load_for_inference(model))
     found = {"tuned": judge(tuned)}
     if base:

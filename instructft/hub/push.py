@@ -18,6 +18,7 @@ from typing import Any
 
 from instructft.adapters.adapter_folder import is_adapter, read_adapter
 from instructft.checkpoints import manifest
+from instructft.checkpoints.as_saved import require_as_saved
 from instructft.errors import CheckpointError, ModelError, UsageError
 from instructft.hub import commit
 from instructft.hub.files import Gathered, gather, is_replaced
@@ -117,6 +118,7 @@ def push_to_hub(
     if not checked:
         require_finished(folder)
         require_whole_folder(folder)
+        require_as_saved(folder, whole=True)
     made = {"README.md": _readme(folder, repo_id, place)} if not (folder / "README.md").is_symlink() else {}
     gathered = gather(folder, under=place, made=made)
     new = {file.path_in_repo for file in gathered.leaving}

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from instructft.checkpoints.as_saved import require_as_saved
 from instructft.errors import UsageError
 from instructft.inference.generator import MAX_NEW_TOKENS, Generator, check_settings
 from instructft.models.load_for_inference import load_for_inference
@@ -57,6 +58,7 @@ def as_generator(model_or_path: Any, tokenizer: PreTrainedTokenizerBase | None =
     if isinstance(model_or_path, Generator):
         return model_or_path
     if isinstance(model_or_path, str | Path):
+        require_as_saved(model_or_path, whole=False)
         model, own = load_for_inference(str(model_or_path))
         return Generator(model, tokenizer or own)
     if tokenizer is None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from instructft.errors import DataError, TemplateError, UsageError
+from instructft.inference.chat import as_generator
 from instructft.inference.generator import Answer, Generator, check_settings
 from instructft.inference.jsonl import ADDED, BASE_ADDED, Asked, Output, SetAside, alone, first_ten, read_rows
 from instructft.inference.reference_model import ReferenceModel, check_base
-from instructft.models.load_for_inference import find_adapter, load_for_inference, locate
+from instructft.models.load_for_inference import find_adapter, locate
 from instructft.weights.weight_files import fingerprint
 
 WINDOW = 4096  # rows that are sorted by length together; an answer waits at most this long for its turn in the file
@@ -113,7 +114,7 @@ def _load(model: str, backend: str) -> Generator:
         from instructft.inference.vllm import VllmGenerator
 
         return VllmGenerator(model)
-    return Generator(*load_for_inference(model))
+    return as_generator(model)
 
 
 def _answer(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.adapters.adapter_folder import WEIGHTS, AdapterFolder, is_adapter, read_adapter
 from instructft.adapters.attach import locate_base
+from instructft.checkpoints.as_saved import require_as_saved
 from instructft.checkpoints.run_folder import partial_folder, refuse_used
 from instructft.errors import AdapterError, ModelError, UsageError
 from instructft.formatting import size
@@ -114,6 +115,8 @@ def merge_adapter(
     if measure_quantized and adapter.base.quantization == "none":
         raise UsageError(f"--measure-quantized: {run} was trained on a base that is not quantized; leave it out")
     base = locate_base(adapter)
+    for folder in (adapter.folder, base):
+        require_as_saved(folder, whole=True)
     tensors = read_tensors(adapter.folder / WEIGHTS)
     _refuse_not_finite(adapter.folder, tensors)
     plan = _plan(adapter, base, None if dtype == "auto" else getattr(torch, dtype))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from instructft.checkpoints.as_saved import sums
 from instructft.errors import InstructftError
 from instructft.hub.files import TOKENIZER
 from instructft.recipe.load import load_run_recipe
@@ -96,7 +97,8 @@ def write_metadata(target: Path, adapter: AdapterFolder, merge: Mapping[str, Any
     except ValueError:
         facts = {}
     facts = facts if isinstance(facts, dict) else {}
-    write_text(target / "run.json", json.dumps({**facts, "merge": merge}, indent=2, default=str) + "\n")
+    whole = {**facts, "merge": merge, "files": sums(target)}
+    write_text(target / "run.json", json.dumps(whole, indent=2, default=str) + "\n")
     write_text(target / "README.md", merged_card(target.name.split(".partial-")[0], adapter, facts, merge))
 
 

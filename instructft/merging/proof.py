@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import ModelError
-from instructft.formatting import first_line
 from instructft.merging.arithmetic import rounded
 from instructft.merging.comparison import Seen, Texts, agreement, apart, look, look_once
 from instructft.merging.plan import Machine, Plan
 from instructft.merging.weight_proof import Changed, compare_weights
 from instructft.weights import remote_code
+from instructft.weights.readable import reading
 from instructft.weights.rounding import NEAREST, STOCHASTIC
 from instructft.weights.tensor_io import Stored, pieces
 
@@ -248,12 +248,10 @@ def measure_quantized(
 def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
-    try:
+    with reading(str(folder), folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, **remote_code.flag(), **options
         )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise ModelError(f"{folder} could not be loaded: {first_line(error)}") from error
     return model.eval(), info
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.adapters import lora, quantization
@@ -20,6 +21,7 @@ from instructft.models.latest import resolve_latest
 from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import not_loaded
 from instructft.weights import remote_code
+from instructft.weights.readable import reading
 
 if TYPE_CHECKING:
     import torch
@@ -85,12 +87,13 @@ def load_model(
     else:
         where = {"revision": start.revision, "subfolder": start.subfolder}
         trust = remote_code.pinned(start.name, start.revision)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                start.name, config=config, **how, **where, **trust, **quantization.loading(recipe, dtype)
-            )
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise ModelError(not_loaded("model.name_or_path", start.name, "a model", error)) from error
+        with reading(f"model.name_or_path: {start.name}", Path(start.name) / start.subfolder):
+            try:
+                model = AutoModelForCausalLM.from_pretrained(
+                    start.name, config=config, **how, **where, **trust, **quantization.loading(recipe, dtype)
+                )
+            except (OSError, ValueError, RuntimeError, ImportError) as error:
+                raise ModelError(not_loaded("model.name_or_path", start.name, "a model", error)) from error
     quantization.fix_layout(model)
     fuse_activations(model)
     if start.adapter is not None:

@@ -14,12 +14,12 @@ from instructft.adapters import quantization
 from instructft.adapters.adapter_folder import AdapterFolder, is_adapter, read_adapter
 from instructft.adapters.attach import attach, check_fit, locate_base
 from instructft.errors import ModelError, UsageError
-from instructft.formatting import first_line
 from instructft.models.kernels.activations import fuse_activations
 from instructft.models.tokenizer import adds_bos
 from instructft.prompt.templates import TEMPLATES
 from instructft.weights import remote_code
 from instructft.weights.base_record import adapter_on_hub, commit_of
+from instructft.weights.readable import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -201,11 +201,6 @@ def _load_weights(name: str, location: str, **options: Any) -> PreTrainedModel:
 
 
 def _whole(name: str, load: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What `load` returns; its many ways to fail as a `ModelError`."""
-    from safetensors import SafetensorError
-
-    try:
+    """What `load` returns of the folder or Hub id that it is given first; its many ways to fail as a `ModelError`."""
+    with reading(name, args[0]):
         return load(*args, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        reason = remote_code.wanted(error) or first_line(error)
-        raise ModelError(f"{name} could not be loaded: {reason}") from error

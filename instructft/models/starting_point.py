@@ -18,6 +18,7 @@ from instructft.models.tokenizer import new_tokens, not_loaded
 from instructft.recipe.schema import thaw
 from instructft.weights import remote_code
 from instructft.weights.base_record import BaseModelRecord, base_fingerprint, commit_of, is_hub_id
+from instructft.weights.readable import reading
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -191,12 +192,13 @@ def adapter_to_train_further(recipe: Recipe) -> AdapterFolder | None:
 def _published_config(name: str, revision: str, subfolder: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(
-            name, revision=revision, subfolder=subfolder, **remote_code.pinned(name, revision)
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(not_loaded("model.name_or_path", name, "a model", error)) from error
+    with reading(f"model.name_or_path: {name}", Path(name) / subfolder):
+        try:
+            return AutoConfig.from_pretrained(
+                name, revision=revision, subfolder=subfolder, **remote_code.pinned(name, revision)
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(not_loaded("model.name_or_path", name, "a model", error)) from error
 
 
 def _override(config: PretrainedConfig, fields: Mapping[str, Any], adapter: str) -> None:
@@ -228,8 +230,8 @@ def _own_config(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
     follows = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in special}}
     try:
         config = AutoConfig.for_model(**{**follows, **fields})
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"model.config: {error}") from error
+    except Exception as error:  # a configuration checks its fields as it likes
+        raise UsageError(f"model.config: {' '.join(str(error).split())}") from error
     if len(tokenizer) > config.vocab_size:
         raise UsageError(
             f"model.config.vocab_size: {config.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens; "

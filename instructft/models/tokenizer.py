@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.data.sources import QUICKSTART
-from instructft.errors import TemplateError, UsageError
+from instructft.errors import TemplateError, UsageError, is_panic
 from instructft.formatting import first_line
 from instructft.models.latest import resolve_latest
 from instructft.prompt.templates import BOS, TEMPLATES
 from instructft.weights import remote_code
+from instructft.weights.readable import unreadable_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,8 +75,10 @@ def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             name, revision=revision, subfolder=(recipe.model.subfolder if own else None) or "", **trust
         )
-    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
-        hint = ""
+    except BaseException as error:  # tokenizers raise anything, and panic
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        hint = unreadable_tokenizer(Path(str(name)).expanduser() / ((recipe.model.subfolder if own else None) or ""))
         if _only_sentencepiece(str(name), revision, (recipe.model.subfolder if own else None) or ""):
             hint = "its tokenizer.model is SentencePiece's, which is not installed here: pip install sentencepiece"
         raise UsageError(not_loaded(key, str(name), "a tokenizer", error, hint)) from error
@@ -132,7 +135,7 @@ def new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: int) ->
     return sorted({*tokenizer.convert_tokens_to_ids(added), *range(rows, len(tokenizer))})
 
 
-def not_loaded(key: str, name: str, what: str, error: Exception, hint: str = "") -> str:
+def not_loaded(key: str, name: str, what: str, error: BaseException, hint: str = "") -> str:
     """The message for a model or tokenizer that could not be loaded: which key named it, why, and the way out."""
     reason = first_line(error)
     folder = Path(name).expanduser()

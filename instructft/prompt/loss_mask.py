@@ -17,7 +17,8 @@ This is the one place where a prompt is made; training, evaluation, chat and gen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.errors import DataError, TemplateError
+from instructft.errors import DataError, TemplateError, is_panic
 from instructft.prompt.borders import IGNORE_INDEX, Borders, Row
 from instructft.prompt.conversation import Conversation, Message
 from instructft.prompt.fast_bpe import FastBPE, fast_bpe
@@ -209,8 +210,20 @@ class Encoder:
         if not texts:
             return []
         if self._core is not None:
-            return [encoded.ids for encoded in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
+            with self._panic_said():
+                return [encoded.ids for encoded in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
         return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    @contextlib.contextmanager
+    def _panic_said(self) -> Iterator[None]:
+        """A tokenizer that gives up over a text, such as one whose pattern takes exponential time, in our words."""
+        try:
+            yield
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            name = self.tokenizer.name_or_path
+            raise TemplateError(f"the tokenizer of {name} (tokenizer.json) fails on a text: {error}") from error
 
     @cached_property
     def _core(self) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from instructft.checkpoints.as_saved import sums
 from instructft.checkpoints.run_folder import PARTIAL, sync, sync_one
 from instructft.errors import ModelError
 from instructft.version import __version__
@@ -166,6 +167,7 @@ def save(
         raise ModelError(f"{error}; it is kept in {run / UNPROVED}") from error
     shutil.rmtree(run / UNPROVED, ignore_errors=True)  # of an attempt before this one, which is proved
     (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one was resumed from there
+    facts["files"] = sums(run / PARTIAL)
     _give_names(run / PARTIAL, run)
     plot_loss(run, recipe.name)
     write_card(run, recipe, facts)

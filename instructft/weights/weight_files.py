@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from instructft.errors import ModelError
+from instructft.errors import ModelError, ModelFileError
 from instructft.formatting import first_line
 
 BLOCKS, BLOCK = 16, 4096  # of a tensor's bytes the fingerprint reads this many blocks of this size
@@ -51,14 +51,14 @@ def read_header(path: Path) -> dict[str, Entry]:
         # Entry(dtype='BF16', shape=(32000, 4096), start=2048, end=262146048)
 
     Raises:
-        ModelError: it is no such file, or its end is missing.
+        ModelFileError: it is no such file, or its end is missing.
     """
     try:
         file_size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if file_size < 8 or not 2 <= length <= file_size - 8:
-                raise ModelError(f"{path} is cut short or no safetensors file; copy or download it again")
+                raise ModelFileError(f"{path} is cut short or no safetensors file; copy or download it again")
             header = json.loads(file.read(length))
         entries = {
             name: Entry(t["dtype"], tuple(t["shape"]), *(8 + length + offset for offset in t["data_offsets"]))
@@ -66,20 +66,28 @@ def read_header(path: Path) -> dict[str, Entry]:
             if name != "__metadata__"
         }
     except OSError as error:
-        raise ModelError(f"{path} could not be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is no safetensors file: its header cannot be read") from error
+        raise ModelFileError(f"{path} could not be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelFileError(f"{path} is no safetensors file: its header cannot be read; download it again") from error
+    if bad := next((name for name, entry in entries.items() if not _sound(entry)), None):
+        raise ModelFileError(f"{path} is no safetensors file: its header does not say what {bad} is")
     place = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
         size = DTYPES[entry.dtype][1] if entry.dtype in DTYPES else None
         known = size is None or entry.end - entry.start == math.prod(entry.shape) * size
         if entry.start != place or entry.end < entry.start or not known:
-            raise ModelError(f"{path} is damaged: its header gives {name} a place that does not fit its shape")
+            raise ModelFileError(f"{path} is damaged: its header gives {name} a place that does not fit its shape")
         place = entry.end
     if place != file_size:
         found = "cut short" if file_size < place else "longer than its header says"
-        raise ModelError(f"{path} is {found}: found {file_size} bytes, expected {place}; copy or download it again")
+        raise ModelFileError(f"{path} is {found}: found {file_size} bytes, expected {place}; copy or download it again")
     return entries
+
+
+def _sound(entry: Entry) -> bool:
+    """Whether a type is a name, and sizes and places are whole numbers."""
+    numbers = (*entry.shape, entry.start, entry.end)
+    return isinstance(entry.dtype, str) and all(type(number) is int and number >= 0 for number in numbers)
 
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -103,9 +111,9 @@ def weight_files(folder: Path) -> list[Path]:
             try:
                 names = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ModelError(f"{folder / index} is no index of shards: it cannot be read") from error
+                raise ModelFileError(f"{folder / index} is no index of shards: it cannot be read") from error
             if bad := sorted(str(n) for n in names if not isinstance(n, str) or Path(n).name != n):
-                raise ModelError(f"{folder / index} names {bad[0]}, which is no file in its folder")
+                raise ModelFileError(f"{folder / index} names {bad[0]}, which is no file in its folder")
             files = [folder / name for name in sorted(names)]
             if missing := [file.name for file in files if not file.is_file()]:
                 raise ModelError(f"{folder} is not whole: {', '.join(missing[:3])} missing ({len(missing)} in all)")
@@ -206,8 +214,11 @@ def require_whole(model: Any, folder: Path) -> int:
     """
     adapter = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
     found: dict[str, Shape] = {}
-    for file in [folder / ADAPTER_WEIGHTS] if adapter else weight_files(folder):
-        found |= {name: entry.shape for name, entry in read_header(file).items()}
+    try:
+        for file in [folder / ADAPTER_WEIGHTS] if adapter else weight_files(folder):
+            found |= {name: entry.shape for name, entry in read_header(file).items()}
+    except ModelFileError as error:  # of a run that has just written it, so no fault of what was typed
+        raise ModelError(str(error)) from error
     wanted = tensors(model, found)
     missing = sorted(set(wanted) - set(found))
     other = sorted(name for name in set(wanted) & set(found) if found[name] != wanted[name])

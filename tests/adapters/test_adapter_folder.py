@@ -229,3 +229,18 @@ def test_half_a_base_is_refused(sound: Path, tmp_path: Path) -> None:
     (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ModelError, match=r"names ../model-2.safetensors, which is no file in its folder"):
         load_bare(str(sound))
+
+
+@pytest.mark.parametrize("key", ["target_modules", "rank_pattern"])
+def test_a_pattern_without_end_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr("instructft.adapters.adapter_folder.SECONDS", 0.2)
+    endless = r"((\w|[.])+)+#"
+    config = {"peft_type": "LORA", "r": 2, key: {endless: 2} if key == "rank_pattern" else endless}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/name"}))
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{module}.lora_A.weight": torch.ones(2, 4), f"{module}.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"a regular expression in it .* takes more than 0\.2 s"):
+        read_adapter(tmp_path)

@@ -1,0 +1,121 @@
+"""Names the file of a model folder that cannot be read: before a library opens it, and when one has failed.
+
+Libraries end on a damaged file with whatever their parser says (`'added_tokens'`, `unhashable type: 'list'`), mostly
+without the file's name, and pass over some: a `generation_config.json` that is cut short is left out without a word,
+and with it the tokens at which the model stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from instructft.errors import InstructftError, ModelFileError, is_panic
+from instructft.formatting import first_line
+from instructft.weights import remote_code
+from instructft.weights.weight_files import ADAPTER_WEIGHTS, NAMES, read_header
+
+_AGAIN = "copy or download it again"
+# files that hold one JSON object
+_OBJECTS = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "run.json"),
+    *("adapter_config.json", *(index for _, index in NAMES)),
+)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ModelFileError: it is none, or cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelFileError(f"{path} cannot be read as JSON ({first_line(error)}); {_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ModelFileError(f"{path}: found {type(found).__name__}, expected a JSON object; {_AGAIN}")
+    return found
+
+
+def require_readable(folder: Path) -> None:
+    """See that every file of a model can be read that says so at a glance: configurations, headers of weights.
+
+    Args:
+        folder: of a model or an adapter; one that is not there, such as a name on the Hub, is left to its reader.
+
+    Raises:
+        ModelFileError: with the file, and what was found in it.
+    """
+    if not folder.is_dir():
+        return
+    for name in _OBJECTS:
+        if (folder / name).is_file():
+            read_object(folder / name)
+    index = folder / NAMES[0][1]
+    shards = set(map(str, dict(read_object(index).get("weight_map", {})).values())) if index.is_file() else set()
+    for name in sorted({NAMES[0][0], ADAPTER_WEIGHTS, *shards}):
+        if (folder / name).is_file():
+            read_header(folder / name)
+
+
+@contextlib.contextmanager
+def reading(name: str, folder: str | Path = "") -> Iterator[None]:
+    """While a library reads a model or a tokenizer: all its ways to fail as one error that names the file.
+
+    Args:
+        name: as the user said it.
+        folder: where its files are, if they are on this machine.
+
+    Raises:
+        ModelFileError: whatever the library raises, a panic of a tokenizer in Rust included.
+    """
+    place = Path(folder).expanduser() if folder else None
+    if place is not None:
+        require_readable(place)
+    try:
+        yield
+    except (InstructftError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise ModelFileError(f"{name} could not be loaded: {_why(error, place)}") from error
+
+
+def _why(error: BaseException, folder: Path | None) -> str:
+    if isinstance(error, Exception) and (wanted := remote_code.wanted(error)):
+        return wanted
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle that holds more than tensors, so that reading it could run code; use a model "
+            "whose weights are safetensors"
+        )
+    if folder is not None and (found := unreadable_tokenizer(folder)):
+        return found
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    field = "Validation error for field" in reason  # of a configuration
+    return f"{folder / 'config.json'}: {reason}" if field and folder is not None else reason
+
+
+def unreadable_tokenizer(folder: Path) -> str:
+    """What is wrong with `tokenizer.json`; "" where nothing is."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return ""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(read, dict) or not isinstance(read.get("model"), dict):
+            return f"{path} is no tokenizer: expected an object with a model; {_AGAIN}"
+        Tokenizer.from_file(str(path))
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        return f"{path} is no tokenizer that can be read: {first_line(error)}; {_AGAIN}"
+    return ""
