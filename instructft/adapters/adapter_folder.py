@@ -93,7 +93,7 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
             problems = list(_problems(config, shapes))
     except TimeoutError as error:
         raise AdapterError(
-            f"{folder / CONFIG}: a regular expression in it (target_modules, rank_pattern, …) takes more than {SECONDS} "
+            f"{folder / CONFIG}: a regular expression in it (target_modules, rank_pattern, …) takes over {SECONDS} "
             "s over the names of the adapter's tensors; it is not used"
         ) from error
     if problems:

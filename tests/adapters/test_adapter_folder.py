@@ -242,5 +242,5 @@ def test_a_pattern_without_end_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
     module = "base_model.model.model.layers.0.self_attn.q_proj"
     tensors = {f"{module}.lora_A.weight": torch.ones(2, 4), f"{module}.lora_B.weight": torch.ones(4, 2)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match=r"a regular expression in it .* takes more than 0\.2 s"):
+    with pytest.raises(AdapterError, match=r"a regular expression in it .* takes over 0\.2 s"):
         read_adapter(tmp_path)
