@@ -23,6 +23,7 @@ Every message says what was found, what was expected and what to do next.
 
 from __future__ import annotations
 
+MOST_PROBLEMS = 20  # of one recipe that are shown
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -61,7 +62,9 @@ class RecipeError(UsageError):
         self.file = file
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{file}: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
+        more = [f"and {len(problems) - MOST_PROBLEMS:,} more"] if len(problems) > MOST_PROBLEMS else []
+        shown = [*problems[:MOST_PROBLEMS], *more]
+        super().__init__(f"{file}: {count}\n" + "\n".join(f"  {problem}" for problem in shown))
 
 
 class DataError(UsageError):

@@ -43,3 +43,9 @@ def test_a_recipe_error_holds_its_problems_line_by_line(problems: list[str], cou
     error = errors.RecipeError("mine.yaml", problems)
     assert str(error).splitlines() == [f"mine.yaml: {count}", *(f"  {problem}" for problem in problems)]
     assert error.problems == problems
+
+
+def test_of_thousands_of_problems_the_first_are_shown() -> None:
+    text = str(errors.RecipeError("mine.yaml", [f"key {i}" for i in range(3000)]))
+    assert text.splitlines()[0] == "mine.yaml: 3000 problems"
+    assert text.splitlines()[-2:] == ["  key 19", "  and 2,980 more"]

@@ -19,7 +19,7 @@ from typing import Any
 
 from instructft.checkpoints.lock import only_one
 from instructft.errors import DataError, UsageError
-from instructft.formatting import short
+from instructft.formatting import first_line, short
 from instructft.prompt.conversation import Message
 from instructft.whole_file import write_whole
 
@@ -69,7 +69,7 @@ def read_rows(source: Path, added: tuple[str, ...] = ADDED) -> tuple[list[Asked]
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+            row = json.loads(line.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
             rows.append(Asked(number, _kept(row, added), _asked(row)))
             continue
         except json.JSONDecodeError as error:
@@ -80,6 +80,8 @@ def read_rows(source: Path, added: tuple[str, ...] = ADDED) -> tuple[list[Asked]
             reason = ": nested too deeply"
         except DataError as error:
             reason = f": {error}"
+        except ValueError as error:  # a number of more digits than Python reads
+            reason = f": not JSON: {first_line(error)}"
         bad.append(SetAside(number, reason, line.decode("utf-8", errors="replace").rstrip("\r")))
     if not rows:
         raise DataError(f"{source} holds no rows" + (f" that can be asked\n{first_ten(bad)}" if bad else ""))
@@ -94,6 +96,14 @@ def first_ten(bad: list[SetAside]) -> str:
 
 def _no_constant(name: str) -> None:
     raise DataError(f"not JSON: {name} is no number there")
+
+
+def _finite(text: str) -> float:
+    """A number as written, unless it is too large for one: it would come out as `Infinity`, which is no JSON."""
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise DataError(f"not JSON: {short(text, 40)} is larger than any number there")
+    return number
 
 
 def _kept(row: Any, added: tuple[str, ...]) -> dict[str, Any]:

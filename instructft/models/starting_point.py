@@ -39,6 +39,17 @@ _NOT_OVERRIDDEN = {"model_type", "architectures", "vocab_size", "quantization_co
 _NOT_OVERRIDDEN |= {"bos_token_id", "eos_token_id", "pad_token_id", "auto_map"}
 
 
+# Of a model that is made anew: more than any has, and what could be held nowhere.
+_COUNTS = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1_000_000,
+    "intermediate_size": 10_000_000,
+    "num_attention_heads": 100_000,
+    "max_position_embeddings": 100_000_000,
+    "vocab_size": 100_000_000,
+}
+
+
 @dataclass(frozen=True)
 class StartingPoint:
     """Where a run's weights come from; made by `starting_point` when a run begins, and handed on.
@@ -232,6 +243,11 @@ def _own_config(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
         config = AutoConfig.for_model(**{**follows, **fields})
     except Exception as error:  # a configuration checks its fields as it likes
         raise UsageError(f"model.config: {' '.join(str(error).split())}") from error
+    for name, most in _COUNTS.items():
+        count = getattr(config.get_text_config(), name, None)
+        if isinstance(count, int) and not 1 <= count <= most:
+            key = config.attribute_map.get(name, name)
+            raise UsageError(f"model.config.{key}: found {count:,}, expected a number from 1 to {most:,}")
     if len(tokenizer) > config.vocab_size:
         raise UsageError(
             f"model.config.vocab_size: {config.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens; "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,10 +106,20 @@ def _render(metadata: Mapping[str, Any], **values: Any) -> str:
     environment = jinja2.Environment(  # Markdown, in which nothing is escaped
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    environment.filters["plain"] = plain
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         metadata=yaml_text(dict(metadata)).strip(), version=__version__, costs=COSTS, cost_cells=cost_cells, **values
     )
+
+
+def plain(text: str) -> str:
+    """A text from elsewhere (a name, a licence) as Markdown that shows it and does nothing.
+
+    >>> plain("# <b>bold\\n# _Trusted_ my_name")
+    '\\\\# \\\\<b\\\\>bold # \\\\_Trusted\\\\_ my_name'
+    """
+    return re.sub(r"([\\`*\[\]<>|]|(?<!\w)_|_(?!\w)|^[#+-])", r"\\\1", " ".join(text.split()))
 
 
 def cost_cells(row: Mapping[str, Any]) -> list[str]:

@@ -57,3 +57,16 @@ def test_one_process_answers_into_a_file_at_a_time(tmp_path: Path) -> None:
     assert not list(target.parent.iterdir())
     with pytest.raises(DataError, match="cannot be written"), alone(Path("/proc/none/answers.jsonl")):
         pass
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [("9" * 6000, "not JSON: Exceeds the limit"), ("1e999", "1e999 is larger than any number"), ("-1e999", "larger")],
+)
+def test_numbers_that_nothing_can_write_back_are_set_aside_and_the_others_asked(
+    tmp_path: Path, number: str, said: str
+) -> None:
+    source = write(tmp_path / "in.jsonl", '{"prompt": "a", "x": 1e3}', '{"prompt": "b", "x": ' + number + "}")
+    rows, bad = read_rows(source)
+    assert [row.row for row in rows] == [{"prompt": "a", "x": 1000.0}]
+    assert said in str(bad[0])

@@ -95,3 +95,25 @@ def test_what_the_architecture_or_the_machine_lacks_is_refused_before_weights_in
 def test_no_weight_of_a_routers_loss_is_taken_for_a_model_without_router(write_recipe: Any) -> None:
     recipe = instructft.load_recipe(write_recipe(), ["train.router_aux_loss_coef=0", "train.max_steps=1"])
     assert instructft.train(recipe, console=QUIET).facts["train"]["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("n_layer=two", "n_layer"),
+        ("n_embd=[32]", "n_embd"),
+        ("n_head=0", "model.config.n_head: found 0, expected a number from 1"),
+        ("n_layer=1000000000000", "model.config.n_layer: found 1,000,000,000,000, expected"),
+        ("n_positions=-4", "model.config.n_positions: found -4, expected"),
+    ],
+)
+def test_a_configuration_that_no_machine_could_hold_is_refused_at_once(
+    write_recipe: Any, override: str, said: str
+) -> None:
+    from instructft.errors import UsageError
+    from instructft.models.starting_point import starting_point
+
+    recipe = instructft.load_recipe(write_recipe(), [f"model.config.{override}"])
+    with pytest.raises(UsageError, match=r"model\.config") as refused:
+        starting_point(recipe, instructft.load_tokenizer(recipe))
+    assert said in str(refused.value)

@@ -91,3 +91,18 @@ def test_an_evaluation_made_since_goes_into_the_card(lora: Any, tmp_path: Path) 
     sent = for_the_hub(text, "ada/support", "", tmp_path)
     assert "| loss | 3.500 | 2.000 |" in sent
     assert sent.count("## Evaluation") == for_the_hub(sent, "ada/support", "", tmp_path).count("## Evaluation") == 1
+
+
+def test_what_others_wrote_stands_in_the_card_as_text(write_recipe: Any, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    hostile = r"x](https://example.org) <img src='https://example.org/p.png'> \n# Trusted"
+    (base / "README.md").write_text(f'---\nlicense: other\nlicense_name: "{hostile}"\n---\n# Base\n')
+    text = TINY[: TINY.index("  config:")] + f"  name_or_path: {base}\n" + TINY[TINY.index("data:") :]
+    recipe = instructft.load_recipe(write_recipe(text + "adapter: {type: lora, r: 4}\n"))
+    body = card(recipe, facts_of()).split("\n---\n", 1)[1]
+    assert "<img" not in body.replace(r"\<img", "")
+    assert [line for line in body.splitlines() if line.startswith("# ")][1:] == [
+        f"# {recipe.name}: the recipe as it was resolved, every default spelled out"  # in a block of code
+    ]
+    assert r"x\](https://example.org) \<img" in body

@@ -6,10 +6,12 @@ JSON has no type for is text: a date `2024-05-01`, a time `2024-05-01T10:00:00`,
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
+from instructft.data.files.kinds import refuse_bomb
 from instructft.errors import DataError
 from instructft.formatting import first_line
 
@@ -26,7 +28,10 @@ def parquet_rows(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], s
     try:
         whole = parquet.ParquetFile(file)
         changes = _changes(whole.schema_arrow)
+        read, size = 0, file.seek(0, io.SEEK_END)
         for batch in whole.iter_batches(batch_size=_ROWS_AT_ONCE):
+            read += batch.nbytes
+            refuse_bomb(read, size)
             yield from _rows(batch, changes)
     except pa.ArrowException as error:
         raise DataError(f"{name} is not a whole Parquet file: {first_line(error)}") from error

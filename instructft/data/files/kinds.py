@@ -10,6 +10,7 @@ from typing import IO, Any
 
 TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 ARROW_KINDS = (".parquet", ".arrow")
+LARGE, RATIO = 64 << 20, 200  # bytes, and how many times its packed size: rows beyond both are a bomb
 PACKINGS = (".gz", ".zst", ".bz2", ".xz")
 KINDS = (*TEXT_KINDS, *ARROW_KINDS)
 SUFFIXES = (*KINDS, *(kind + packing for kind in KINDS for packing in PACKINGS))
@@ -79,6 +80,41 @@ def not_known(location: str) -> str:
     return f"{location} ends in {suffix or 'nothing'}; files may be {', '.join(KINDS)}, and each of them {packed}"
 
 
+class Unpacked(io.RawIOBase):
+    """What a packed file holds, up to what any honest file of rows would: a bomb is refused before it fills memory.
+
+    Args:
+        plain: gives the content.
+        packed: the same before it is unpacked, for how far that is read.
+    """
+
+    def __init__(self, plain: IO[bytes], packed: IO[bytes]):
+        self.plain, self.packed, self.bytes = plain, packed, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.plain.read(len(buffer))
+        buffer[: len(content)] = content
+        self.bytes += len(content)
+        refuse_bomb(self.bytes, self.packed.tell())
+        return len(content)
+
+
+def refuse_bomb(content: int, packed: int) -> None:
+    """Refuse rows that take hundreds of times the bytes they were read from; both in bytes.
+
+    Raises:
+        OSError: in the words of a file that cannot be read.
+    """
+    if content > LARGE and content > RATIO * max(packed, 1):
+        raise OSError(
+            f"its rows grow to more than {RATIO} times the {packed:,} bytes that they were read from, as those of no "
+            "honest file do; if it is one, unpack it and name what comes out"
+        )
+
+
 def unpacked(file: IO[bytes], suffix: str) -> IO[bytes]:
     """The bytes of a file as they were before it was packed.
 
@@ -111,4 +147,5 @@ def unpacked(file: IO[bytes], suffix: str) -> IO[bytes]:
         import pyarrow as pa  # brings zstd along: no other package is needed for it
 
         plain = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(buffered, mode="r"), "zstd"))
-    return io.BytesIO(plain.read()) if kind_of(suffix) in ARROW_KINDS else plain
+    bounded = io.BufferedReader(Unpacked(plain, buffered))
+    return io.BytesIO(bounded.read()) if kind_of(suffix) in ARROW_KINDS else bounded

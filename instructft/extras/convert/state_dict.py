@@ -17,6 +17,8 @@ from __future__ import annotations
 import errno
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +132,7 @@ def _load(file: Path) -> Any:
         )
     if not file.is_file():
         raise UsageError(f"there is no file {file}; name the checkpoint, as out/ckpt.pt")
+    _refuse_damaged_archive(file)
     foreign = _foreign_classes(file)
     if code := [name for name in foreign if not _SETTINGS_CLASS.search(name)]:
         raise _holds_code(file, ", ".join(code[:5]))
@@ -149,6 +152,19 @@ def _load(file: Path) -> Any:
         raise UsageError(f"{file} could not be read: {error.strerror or error}") from error
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError) as error:
         raise _unreadable(file, error) from error
+
+
+def _refuse_damaged_archive(file: Path) -> None:
+    """What torch writes is a ZIP archive with a sum for every entry, and torch compares none of them."""
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, zlib.error) as error:
+        raise _unreadable(file, error) from error
+    if damaged:
+        raise UsageError(f"{file} is damaged: {damaged} in it is not what was written (its sum differs); copy it again")
 
 
 def _foreign_classes(file: Path) -> list[str]:

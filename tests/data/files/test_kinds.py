@@ -9,6 +9,7 @@ import pytest
 
 from instructft.data.files.kinds import OTHERS, SUFFIXES, kind_of, not_known, suffix_of
 from instructft.data.readers import rows
+from instructft.errors import DataError
 from tests.data.test_readers import AWKWARD, packed
 
 
@@ -60,3 +61,27 @@ def test_what_is_not_read_is_told_with_a_way_out(ending: str) -> None:
     said = not_known(f"mine{ending}")
     assert said.startswith(f"mine{ending} ")
     assert "save" in said or "write" in said or "unpack" in said or "files may be .jsonl" in said or "export" in said
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+def test_a_bomb_is_refused_before_it_fills_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    monkeypatch.setattr("instructft.data.files.kinds.LARGE", 1 << 20)
+    path = tmp_path / f"rows.jsonl{suffix}"
+    path.write_bytes(packed(b'{"instruction": "a", "output": "' + b"a" * (4 << 20) + b'"}\n', suffix))
+    with pytest.raises(DataError, match=r"grow to more than 200 times the [0-9,]+ bytes that they were read from"):
+        list(rows(path, f".jsonl{suffix}", path.name))
+    honest = b"".join(b'{"instruction": "%d", "output": "%x"}\n' % (i, i * 7919) for i in range(40_000))
+    path.write_bytes(packed(honest, suffix))
+    assert len(list(rows(path, f".jsonl{suffix}", path.name))) == 40_000
+
+
+def test_so_is_one_of_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    monkeypatch.setattr("instructft.data.files.kinds.LARGE", 1 << 20)
+    path = tmp_path / "rows.parquet"
+    table = pa.table({"instruction": ["a " * 500] * 4_000, "output": ["b"] * 4_000})
+    parquet.write_table(table, path, compression="zstd")
+    with pytest.raises(DataError, match="grow to more than 200 times"):
+        list(rows(path, ".parquet", path.name))

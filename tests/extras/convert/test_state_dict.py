@@ -53,3 +53,14 @@ def test_other_files_are_refused(tmp_path: Path, save: Any) -> None:
     with pytest.raises(UsageError, match=r"holds step, note, expected a state dict"):
         convert(save({"step": 1, "note": "x"}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_archive_whose_sums_differ_is_refused(tmp_path: Path, save: Any) -> None:
+    """torch reads zeros in the middle of a weight without a word."""
+    path = save({"model": NanoGPT().state_dict(), "model_args": args()})
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 64] = bytes(64)
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"is damaged: .*data/\d+ in it is not what was written \(its sum differs\)"):
+        convert(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
