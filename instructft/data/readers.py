@@ -8,9 +8,11 @@ read whole or streamed. The layouts themselves are in `instructft.data.files`.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
+import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,7 +34,31 @@ if TYPE_CHECKING:
 
 # The one column of a `Dataset` made from a file: each row as JSON text, so that Arrow has no type to guess.
 ROW = "__row__"
+PATIENCE, PACE = 20, 1024  # seconds, and bytes a second that a body must bring after these
 _ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 1000, 1 << 23
+
+
+class _Steady(io.RawIOBase):
+    """A body that comes at a pace; one that trickles would hold a run for ever, since each wait by itself is short."""
+
+    def __init__(self, answer: Any):
+        self.answer, self.bytes, self.began = answer, 0, time.monotonic()
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.bytes
+
+    def readinto(self, buffer: Any) -> int:
+        # at most what has come: to fill the buffer would be to wait
+        content = self.answer.read1(len(buffer))
+        buffer[: len(content)] = content
+        self.bytes += len(content)
+        seconds = time.monotonic() - self.began
+        if content and seconds > PATIENCE and self.bytes < PACE * seconds:
+            raise OSError(f"it trickles: {self.bytes:,} bytes in {seconds:.0f} s; download it, and name it as path")
+        return len(content)
 
 
 @contextmanager
@@ -44,7 +70,12 @@ def opened(url: str) -> Iterator[Any]:
     """
     request = urllib.request.Request(url, headers={"User-Agent": "instructft"})
     with urllib.request.urlopen(request, timeout=60) as answer:
-        yield answer
+        if answer.headers.get("Content-Length") is None and not getattr(answer, "chunked", False):
+            raise OSError(
+                "the server says neither how long the file is nor sends it in chunks, so that nobody could tell whether "
+                "all of it came; download it, and name it as path"
+            )
+        yield _Steady(answer)
         if missing := getattr(answer, "length", None):
             promised = int(answer.headers["Content-Length"])
             raise OSError(f"the connection broke after {promised - missing:,} of {promised:,} bytes")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gradio import Blocks
 
 ADDRESS = "127.0.0.1"
+_BODY = 1 << 20  # bytes of a request at most: a conversation
 FIRST_PORT, PORTS = 7860, 100  # tried one after the other where none is named
 PACE = 0.05  # seconds between two looks at an answer: a page cannot draw more
 _POLICY = (
@@ -283,6 +284,7 @@ def start(page: Blocks, port: int, share: bool = False) -> str:
     import gradio as gr
     from starlette.middleware import Middleware
 
+    hosts = {f"{name}:{port}" for name in (ADDRESS, "localhost")}
     fonts, mono = ("system-ui", "-apple-system", "Segoe UI", "sans-serif"), ("ui-monospace", "Menlo", "monospace")
     _, url, _ = page.launch(
         server_name=ADDRESS,
@@ -298,10 +300,12 @@ def start(page: Blocks, port: int, share: bool = False) -> str:
         mcp_server=False,
         enable_monitoring=False,
         max_file_size=1,  # byte: there is nothing to upload a file for
-        app_kwargs={"middleware": [Middleware(_Policy)]},
+        app_kwargs={"middleware": [Middleware(Guard, hosts=hosts)]},
         theme=gr.themes.Default(primary_hue="blue", font=fonts, font_mono=mono),
         css=_STYLE,
     )
+    if share and page.share_url:
+        hosts.add(_host(page.share_url))
     return url
 
 
@@ -349,11 +353,33 @@ def _require_gradio() -> None:
         )
 
 
-class _Policy:
-    """Tells the browser with every answer to load from this server only. Plain ASGI, so that streams stay streams."""
+class Guard:
+    """Answers this machine's own page, and nobody else's; tells the browser to load from this server only.
 
-    def __init__(self, app: Any):
-        self.app = app
+    Plain ASGI, so that streams stay streams. A page of another site that is open in the same browser can send requests
+    here too: under a name that its owner lets point to 127.0.0.1 (`Host` tells), or as a form (`Origin` tells).
+
+    Args:
+        hosts: names with ports under which the page is asked for, such as `127.0.0.1:7860`; more may be added.
+    """
+
+    def __init__(self, app: Any, hosts: set[str]):
+        self.app, self.hosts = app, hosts
+
+    def refusal(self, scope: Any) -> tuple[int, str]:
+        """Why a request is not answered, with its status; (0, "") where it is."""
+        said = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        if said.get("host", "") not in self.hosts:
+            return 421, "this page is asked for by another name than its own"
+        origin = said.get("origin")
+        if scope.get("method", "GET") not in ("GET", "HEAD") and origin and _host(origin) not in self.hosts:
+            return 403, "another page sent this"
+        if scope["path"].rstrip("/").endswith("/upload"):
+            return 403, "there is nothing here to upload a file for"
+        length = said.get("content-length", "0")
+        if not length.isdigit() or int(length) > _BODY:
+            return 413, f"more than {_BODY} bytes"
+        return 0, ""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def with_policy(message: Any) -> None:
@@ -361,4 +387,18 @@ class _Policy:
                 message = {**message, "headers": [*message["headers"], (b"content-security-policy", _POLICY.encode())]}
             await send(message)
 
-        await self.app(scope, receive, with_policy if scope["type"] == "http" else send)
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        if scope["type"] != "http":  # there is no socket to be had here
+            return
+        status, why = self.refusal(scope)
+        if not status:
+            await self.app(scope, receive, with_policy)
+            return
+        headers = [(b"content-type", b"text/plain")]
+        await with_policy({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": why.encode()})
+
+
+def _host(url: str) -> str:
+    return url.partition("://")[2].rstrip("/")

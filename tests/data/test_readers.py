@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
+import http.server
 import io
 import json
 import lzma
 import os
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from instructft.data.files.kinds import SUFFIXES, suffix_of
 from instructft.data.readers import ROW as COLUMN
-from instructft.data.readers import read_file, rows
+from instructft.data.readers import opened, read_file, rows
 from instructft.errors import DataError
 
 # What libraries that guess types change: numbers, missing values, dates, booleans, white space, quotes.
@@ -233,3 +238,63 @@ def test_what_is_no_list_of_rows_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=r"rows\.json"):
         read_file(path, ".json", path.name)
+
+
+@contextmanager
+def serving(answer):
+    """The address of a server that does as it is told with every request."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            with contextlib.suppress(OSError):  # the other side leaves
+                answer(self)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/rows.jsonl"
+        server.shutdown()
+
+
+BODY = b'{"instruction": "a", "output": "b"}\n' * 20
+
+
+def test_a_body_of_no_known_length_is_not_taken_for_the_whole_file():
+    def short(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(BODY[: len(BODY) // 2])
+
+    with serving(short) as url, pytest.raises(OSError, match="neither how long the file is"), opened(url) as body:
+        body.read()
+
+
+def test_a_body_that_trickles_is_given_up(monkeypatch):
+    monkeypatch.setattr("instructft.data.readers.PATIENCE", 0.2)
+
+    def drip(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(BODY)))
+        handler.end_headers()
+        for byte in BODY:
+            handler.wfile.write(bytes([byte]))
+            time.sleep(0.05)
+
+    with serving(drip) as url, pytest.raises(OSError, match=r"it trickles: \d+ bytes in \d+ s"), opened(url) as body:
+        body.read()
+
+
+def test_chunks_and_known_lengths_are_read_whole():
+    def chunked(handler):
+        handler.protocol_version = "HTTP/1.1"
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for part in (BODY[:100], BODY[100:], b""):
+            handler.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+
+    with serving(chunked) as url, opened(url) as body:
+        assert body.read() == BODY
