@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import io
 import os
+import pathlib
 import pickle
 import re
 from collections.abc import Iterable
@@ -43,9 +44,8 @@ _KNOWN = {
     *(("torch", name) for name in ("Size", *_DTYPES)),
     ("torch.serialization", "_get_layout"),  # of a name, from a table of torch's own
     ("collections", "OrderedDict"),
-    # where the checkpoint was written; `pathlib._local` is the same in Python 3.13
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
 }
+_PATHS = ("PosixPath", "PurePosixPath")
 _state = {"trusted": False}
 
 
@@ -131,6 +131,8 @@ class _Table(pickle.Unpickler):
     """Reads names of the list, and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "pathlib" and name in _PATHS:  # where the checkpoint was written
+            return getattr(pathlib, name)
         if (module, name) not in _KNOWN:
             raise CheckpointError(f"it names {module}.{name}, which no such file does; nothing of it was run")
         return super().find_class(module, name)

@@ -72,8 +72,8 @@ def opened(url: str) -> Iterator[Any]:
     with urllib.request.urlopen(request, timeout=60) as answer:
         if answer.headers.get("Content-Length") is None and not getattr(answer, "chunked", False):
             raise OSError(
-                "the server says neither how long the file is nor sends it in chunks, so that nobody could tell whether "
-                "all of it came; download it, and name it as path"
+                "the server neither says how long the file is nor sends it in chunks, so nobody could tell whether all "
+                "of it came; download it, and name it as path"
             )
         yield _Steady(answer)
         if missing := getattr(answer, "length", None):

@@ -17,6 +17,7 @@ from instructft.checkpoints.resume import RunStart, find, identity, run_start
 from instructft.checkpoints.run_folder import make_folder, own, refuse_used_folder
 from instructft.data.prepare import Prepared, prepare, prepare_held_out
 from instructft.data.streaming import Streamed, prepare_stream
+from instructft.launch.silent import silent_named, state_of
 from instructft.launch.workers import first_process
 from instructft.models.attention import VARLEN, Attention, check_attention, choose_attention, switch_attention
 from instructft.models.latest import asks_for_latest, forget_newest, resolve_latest
@@ -79,14 +80,14 @@ def train(recipe: Recipe, *, resume: str = "auto", rehearsal: bool = True, conso
         Stopped: a signal ended the run; its last step is saved.
         InstructftError: the run failed.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=bool(recipe.train.get("use_cpu")))
+    patience = recipe.train.get("ddp_timeout") or 1800
+    state = state_of(bool(recipe.train.get("use_cpu")), patience)
     console = console or _console(state)
     run = Path(recipe.output_dir)
     refuse_what_cannot_run(recipe, state)
     check_against_installed(recipe, quantization.device(recipe))
-    with full_disk_explained(run), contextlib.ExitStack() as held:  # by the first process, for all
+    # `held` by the first process, for all
+    with full_disk_explained(run), silent_named(state, patience), contextlib.ExitStack() as held:
         if recipe.train["deterministic"]:
             from instructft.models.kernels.deterministic import COST, deterministic
 

@@ -268,7 +268,7 @@ def test_a_body_of_no_known_length_is_not_taken_for_the_whole_file():
         handler.end_headers()
         handler.wfile.write(BODY[: len(BODY) // 2])
 
-    with serving(short) as url, pytest.raises(OSError, match="neither how long the file is"), opened(url) as body:
+    with serving(short) as url, pytest.raises(OSError, match="neither says how long the file is"), opened(url) as body:
         body.read()
 
 
