@@ -39,6 +39,9 @@ _PROVED = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",  # noqa: E501
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
+# Stands between texts that are encoded together, as a special token. It ends as it does not begin, so that no part of a
+# text beside it can be taken for a part of it.
+_BETWEEN = "\x1d\x1e\x00"
 _NEIGHBOURS = "aA1!' \n"  # what a character is tried beside: one of each kind that such patterns tell apart
 
 
@@ -73,12 +76,13 @@ class FastBPE:
             "proved",
             pat_str=pattern,
             mergeable_ranks=ranks,
-            special_tokens={text: len(ranks) + i for i, text in enumerate(specials)},
+            special_tokens={text: len(ranks) + i for i, text in enumerate([*specials, _BETWEEN])},
         )
         self._ids = np.array([*ids, *specials.values()], dtype=np.int32)
-        self._bytes = np.array([*map(len, ranks), *(len(text.encode()) for text in specials)], dtype=np.int64)
+        special_bytes = (len(text.encode()) for text in (*specials, _BETWEEN))
+        self._bytes = np.array([*map(len, ranks), *special_bytes], dtype=np.int64)
         self._pairs = _pairs(pattern)
-        self._specials = set(specials)
+        self._specials = frozenset((*specials, _BETWEEN))
         self._same: set[str] = set()  # characters that both libraries put into the same kinds of word
         self._other: set[str] = set()
         if not all(map(self._proved, map(chr, range(128)))):
@@ -86,30 +90,41 @@ class FastBPE:
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts, end to end, int32, and the tokens of each, int64."""
-        fits = [self._fits(text) for text in texts]
-        one, specials = self._encoding.encode_to_numpy, self._specials
-        try:
-            found = [
-                one(text, allowed_special=specials, disallowed_special=())
-                for text, fit in zip(texts, fits, strict=True)
-                if fit
-            ]
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:  # a panic in Rust is no Exception: a stack that is full, a text that is too long
-            fits, found = [False] * len(texts), []
-        ranks = np.concatenate(found) if found else np.zeros(0, dtype=np.uint32)
-        expected = sum(len(text.encode()) for text, fit in zip(texts, fits, strict=True) if fit)
-        if int(self._bytes[ranks].sum()) != expected:  # the pattern passes over some character
-            fits, found, ranks = [False] * len(texts), [], ranks[:0]
+        fits = [True] * len(texts) if "".join(texts).isascii() else [self._fits(text) for text in texts]
+        found = self._together([text for text, fit in zip(texts, fits, strict=True) if fit])
+        if found is None:
+            fits, found = [False] * len(texts), (np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64))
         if all(fits):
-            return self._ids[ranks], np.fromiter(map(len, found), dtype=np.int64, count=len(found))
+            return found
+        ids, sizes = found
         rest = [text for text, fit in zip(texts, fits, strict=True) if not fit]
         encoded = self._library.encode_batch_fast(rest, add_special_tokens=False)
         slow = iter([np.array(row.ids, dtype=np.int32) for row in encoded])
-        fast = iter(found)
-        rows = [self._ids[next(fast)] if fit else next(slow) for fit in fits]
+        fast = iter(np.split(ids, np.cumsum(sizes)[:-1]))
+        rows = [next(fast) if fit else next(slow) for fit in fits]
         return np.concatenate(rows), np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+
+    def _together(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Ids and tokens of texts, in one call: what is before a special token and what is behind it do not meet.
+
+        None: a text cannot be encoded in this way, or holds what stands between the texts.
+        """
+        joined = _BETWEEN.join(texts)
+        if joined.count(_BETWEEN) != max(len(texts) - 1, 0):
+            return None
+        try:
+            ranks = self._encoding.encode_to_numpy(joined, allowed_special=self._specials, disallowed_special=())
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a panic in Rust is no Exception: a stack that is full, a text that is too long
+            return None
+        if int(self._bytes[ranks].sum()) != (len(joined) if joined.isascii() else len(joined.encode())):
+            return None  # the pattern passes over some character
+        borders = np.flatnonzero(ranks == len(self._ids))
+        if len(borders) != max(len(texts) - 1, 0):
+            return None
+        sizes = np.diff(np.concatenate(([-1], borders, [len(ranks)]))) - 1
+        return self._ids[np.delete(ranks, borders)], sizes[: len(texts)]
 
     @cached_property
     def _library(self) -> Tokenizer:
@@ -235,7 +250,7 @@ def _added(tokens: Sequence[dict[str, Any]]) -> dict[str, int]:
     plain = plain and not any(b.startswith(a) for a, b in pairwise(ordered))
     if len({token["normalized"] for token in tokens}) > 1:  # these are looked for one after the other
         plain = plain and not any(_overlap(a, b) for a in texts for b in texts if a is not b)
-    if not plain or not all(text.isascii() for text in texts):
+    if not plain or not all(text.isascii() and _BETWEEN[0] not in text for text in texts):
         raise _Unproved("added tokens with rules of their own")
     return {token["content"]: token["id"] for token in tokens}
 

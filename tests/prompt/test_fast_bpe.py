@@ -117,6 +117,21 @@ def test_a_text_that_is_not_proved_goes_to_the_library(monkeypatch: pytest.Monke
     module._made.clear()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_beside_each_other_do_not_meet(kind: str) -> None:
+    """Texts are encoded together, with a sign between them, of which they may hold a part, or the whole."""
+    tokenizer, sign = KINDS[kind](), module._BETWEEN
+    parts = [sign[:1], sign[:2], sign[1:], sign[2:], " ", "\n", "a", "", "<|end", "|>"]
+    assert equal(tokenizer, parts)
+    assert equal(tokenizer, [a + b for a in parts for b in parts])
+    assert equal(tokenizer, ["a", f"b{sign}c", sign, "d", "é"])
+    assert equal(tokenizer, [])
+    fast = fast_bpe(tokenizer)
+    assert fast is not None
+    assert fast._together(["a", f"b{sign}"]) is None
+    assert fast._together(parts) is not None
+
+
 def test_a_character_between_words_is_never_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pattern that matches ASCII only: the library keeps what lies between, tiktoken passes over it."""
     assert fast_bpe(made(r"\p{L}+")) is None
