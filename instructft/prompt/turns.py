@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from instructft.errors import TemplateError
 from instructft.prompt.conversation import Conversation, Message
@@ -22,8 +22,7 @@ from instructft.prompt.template_traits import THOUGHT_KEYS, split_thought, with_
 _ALIKE = 24  # characters before a generation prompt by which its place in another text is known
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One answer: what a model is given, and what it should give, the token that ends it included.
 
     Args:
@@ -67,8 +66,7 @@ def scripts(
     return [_script(renderer, plan, next(found)) if isinstance(plan, _Plan) else plan for plan in plans]
 
 
-@dataclass(frozen=True)
-class _Plan:
+class _Plan(NamedTuple):
     messages: Conversation
     answers: list[int]  # positions of the answers that are trained
     only_read: int
@@ -76,9 +74,8 @@ class _Plan:
     @property
     def shown(self) -> list[Conversation]:
         """The conversation up to each answer, and the whole one."""
-        ends = [i + 1 for i in self.answers]
-        whole = [] if ends[-1:] == [len(self.messages)] else [len(self.messages)]
-        return [self.messages[:end] for end in [*ends, *whole]]
+        before = [i + 1 for i in self.answers if i + 1 < len(self.messages)]
+        return [*(self.messages[:end] for end in before), self.messages]
 
 
 def _planned(renderer: Renderer, messages: Sequence[Message], train_on: str) -> _Plan | TemplateError:
@@ -202,9 +199,11 @@ def _missing(message: Message, answer: str) -> Iterator[str]:
     """What an answer says that the template does not show."""
     content = message.get("content")
     thought, rest = split_thought(content) if isinstance(content, str) else ("", "")
-    thought = thought or next((message[key] for key in THOUGHT_KEYS if message.get(key)), "")
     if rest.strip() not in answer:
         yield "content"
+    if len(message) == 2 and not thought:  # nothing but role and content
+        return
+    thought = thought or next((message[key] for key in THOUGHT_KEYS if message.get(key)), "")
     if thought.strip() not in answer:
         yield "reasoning"
     calls = message.get("tool_calls") or ()
