@@ -260,11 +260,7 @@ class Format:
     def lacks(self, present: Iterable[str]) -> list[str]:
         """The columns that must be there and are not, under no name."""
         have = set(present)
-        return [
-            column
-            for column in self.columns
-            if column not in have and have.isdisjoint(self.names.get(column, ()))
-        ]
+        return [column for column in self.columns if column not in have and have.isdisjoint(self.names.get(column, ()))]
 
     @cached_property
     def known(self) -> frozenset[str]:

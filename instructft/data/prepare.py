@@ -8,9 +8,11 @@ Nothing is lost without a word: a row is trained, held out, or counted in `dropp
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -149,11 +151,26 @@ def prepare_dataset(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Datas
 
 def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """`prepare_dataset` with the account of what became of every row."""
-    made = _Pieces(load_parts(recipe), recipe, tokenizer)
-    _refuse_empty(made.pieces, recipe, made.dropped)
-    _take_out_known(made.pieces, made.dropped)
-    _weigh(made.pieces["train"], made.weights, recipe.data.seed, made.dropped)
-    return made.together(recipe)
+    with _old_objects_left_alone():
+        made = _Pieces(load_parts(recipe), recipe, tokenizer)
+        _refuse_empty(made.pieces, recipe, made.dropped)
+        _take_out_known(made.pieces, made.dropped)
+        _weigh(made.pieces["train"], made.weights, recipe.data.seed, made.dropped)
+        return made.together(recipe)
+
+
+@contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """Keep Python's collector from what was there before: imports are a million objects, and rows in the making have
+    it look for garbage among them again and again."""
+    if gc.get_freeze_count():  # somebody else has done so
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def prepare_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared | None:
