@@ -32,18 +32,13 @@ if TYPE_CHECKING:
 
 # The words of GPT-2, as the tokenizers library has them built in (`ByteLevel` with `use_regex`).
 _GPT2_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# GPT-2, Llama 3 and Qwen 2: the patterns that both dialects of regular expressions read alike (of a tokenizer's own,
-# possessive ones, `^`, `\\h`, classes inside classes they do not), and how tiktoken is given them: where nothing follows
-# a run of characters, giving some of them back finds no other word, so that it need not be tried.
-_PROVED = {
-    _GPT2_WORDS: r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+""",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-}
+# Llama 3 and Qwen 2: with GPT-2's, the patterns that both dialects of regular expressions read alike (possessive ones,
+# `^`, `\\h`, classes inside classes they do not).
+_PROVED = (
+    _GPT2_WORDS,
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",  # noqa: E501
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 # Stands between texts that are encoded together, as a special token. It ends as it does not begin, so that no part of a
 # text beside it can be taken for a part of it.
 _BETWEEN = "\x1d\x1e\x00"
@@ -79,7 +74,7 @@ class FastBPE:
         specials = _added(spec["added_tokens"])
         self._encoding = Encoding(
             "proved",
-            pat_str=pattern,
+            pat_str=_without_return(pattern),
             mergeable_ranks=ranks,
             special_tokens={text: len(ranks) + i for i, text in enumerate([*specials, _BETWEEN])},
         )
@@ -199,15 +194,22 @@ _made: dict[str, FastBPE | None] = {}  # a tokenizer's whole text -> what was pr
 def _pattern(pre_tokenizer: Any) -> str:
     """The regular expression by which a byte-level tokenizer cuts words."""
     if pre_tokenizer == _byte_level(pre_tokenizer, use_regex=True):
-        return _PROVED[_GPT2_WORDS]
+        return _GPT2_WORDS
     steps = (pre_tokenizer or {}).get("pretokenizers", [])
     if len(steps) == 2 and steps[1] == _byte_level(steps[1], use_regex=False):
         split = {"type": "Split", "pattern": steps[0].get("pattern"), "behavior": "Isolated", "invert": False}
         if steps[0] == split and isinstance(split["pattern"], dict) and "Regex" in split["pattern"]:
             pattern = str(split["pattern"]["Regex"])
             if pattern in _PROVED:
-                return _PROVED[pattern]
+                return pattern
     raise _Unproved("another way to cut words")
+
+
+def _without_return(pattern: str) -> str:
+    """The same words, for tiktoken, which need not look whether a shorter run is one: nothing has to follow it."""
+    for run in (r"\p{L}+|", r"\p{N}+|", r"\p{L}\p{N}]+"):
+        pattern = pattern.replace(run, run.replace("+", "++"))
+    return pattern
 
 
 def _byte_level(found: Any, use_regex: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.data.batches.row_slices import RowSlices
+from instructft.data.arrow.token_rows import TokenRows
 from instructft.data.collator import checked
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX
@@ -62,7 +62,7 @@ class FlatPacks:
         Kernels allocate for every border, used or not, so that it is little above what batches do hold.
         """
         documents = packs * DOCUMENTS_IN_A_PACK
-        if isinstance(rows, RowSlices):
+        if isinstance(rows, TokenRows):
             found = rows.documents + (rows.lengths < width)  # what a pack leaves is a document too
             usual = math.ceil(packs * found.mean() + SPREAD * math.sqrt(packs) * found.std())
             documents = min(usual, packs * int(found.max()))

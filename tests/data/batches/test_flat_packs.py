@@ -10,8 +10,8 @@ import pytest
 import torch
 from datasets import Dataset
 
+from instructft.data.arrow.token_rows import tokens_of
 from instructft.data.batches.flat_packs import CHUNK, SMALL_CHUNK, FlatPacks, rows_in, some_rows, supervised_positions
-from instructft.data.batches.row_slices import RowSlices
 from instructft.data.collator import CompletionOnlyCollator
 from instructft.errors import DataError
 from tests.helpers.plain_batches import plain_batch, random_rows, same
@@ -76,7 +76,7 @@ def test_a_flat_batch_holds_what_rows_hold(count: int) -> None:
 
 def test_batches_have_one_shape() -> None:
     rows: Any = random_rows(40 * PACKS, packed=True)
-    collate = FlatPacks.of(RowSlices(Dataset.from_list(rows)), PAD, WIDTH, PACKS)
+    collate = FlatPacks.of(tokens_of(Dataset.from_list(rows)), PAD, WIDTH, PACKS)
     batches = [collate(rows[i : i + PACKS]) for i in range(0, len(rows), PACKS)]
     batches.append(collate(rows[:1]))
     for batch in batches:
