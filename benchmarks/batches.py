@@ -60,23 +60,23 @@ def main() -> None:
 
     import torch
 
+    from instructft.data.arrow.token_rows import tokens_of
     from instructft.data.batches.counts import Counting
     from instructft.data.batches.flat_packs import FlatPacks
-    from instructft.data.batches.row_slices import RowSlices
     from instructft.data.collator import CompletionOnlyCollator
 
     torch.set_num_threads(1)
     documents, packs = data(STEPS * args.batch * max(8, args.width // 64), args.width)
     steps = [list(range(i * args.batch, (i + 1) * args.batch)) for i in range(STEPS)]
     rows = CompletionOnlyCollator(0)
-    flat = FlatPacks.of(RowSlices(packs), 0, args.width, args.batch)
+    flat = FlatPacks.of(tokens_of(packs), 0, args.width, args.batch)
     roads = [
         ("rows, padded", "lists", documents, rows),
-        ("rows, padded", "slices", RowSlices(documents), Counting(rows)),
+        ("rows, padded", "slices", tokens_of(documents), Counting(rows)),
         ("packs", "lists", packs, rows),
-        ("packs", "slices", RowSlices(packs), Counting(rows)),
+        ("packs", "slices", tokens_of(packs), Counting(rows)),
         ("packs end to end", "lists", packs, CompletionOnlyCollator(0, flatten=True)),
-        ("packs end to end", "slices, of a fixed shape", RowSlices(packs), Counting(flat)),
+        ("packs end to end", "slices, of a fixed shape", tokens_of(packs), Counting(flat)),
     ]
     for (_, _, source, collate), (_, _, slices, counting) in ((roads[0], roads[1]), (roads[2], roads[3])):
         for step in steps:

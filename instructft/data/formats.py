@@ -96,7 +96,7 @@ def _answer(row: Row, column: str, ledger: Ledger) -> list[Message]:
     """The answer of a row, with the thoughts before it where they stand in a column of their own."""
     messages = _side(row.get(column), column, "assistant", ledger)
     for name in REASONING:
-        if not absent(row.get(name)) and not ledger.ignores(name):
+        if name in row and not absent(row[name]) and not ledger.ignores(name):
             if len(messages) == 1 and "reasoning_content" not in messages[0] and isinstance(row[name], str):
                 messages[0]["reasoning_content"] = ledger.text(row[name], name)
             else:
@@ -120,8 +120,7 @@ def _text(row: Row, column: str, ledger: Ledger) -> str:
 
 def _history(row: Row, ledger: Ledger) -> list[Message]:
     """`[["question", "answer"], …]`, as in LLaMA-Factory's Alpaca format; or turns."""
-    history = parsed(row.get("history"))
-    if absent(history):
+    if "history" not in row or absent(history := parsed(row["history"])):
         return []
     if not isinstance(history, list | tuple):
         ledger.unread("column `history`", row["history"], "expected [[question, answer], …]")
@@ -261,7 +260,7 @@ class Format:
     def lacks(self, present: Iterable[str]) -> list[str]:
         """The columns that must be there and are not, under no name."""
         have = set(present)
-        return [column for column in self.columns if have.isdisjoint((column, *self.names.get(column, ())))]
+        return [column for column in self.columns if column not in have and have.isdisjoint(self.names.get(column, ()))]
 
     @cached_property
     def known(self) -> frozenset[str]:
@@ -341,20 +340,21 @@ def to_conversation(row: Row, fmt: str, rules: Rules = AS_IT_STANDS) -> Conversa
     """
     shape = FORMATS[fmt]
     ledger = Ledger(rules.ignore, rules.strip)
-    if lacking := shape.lacks(name for name, value in row.items() if not absent(value)):
+    present = {name for name, value in row.items() if not absent(value)}
+    if lacking := shape.lacks(present):
         _refuse_lacking(row, fmt, lacking)
     messages = shape.to_messages(row, ledger)
     options = dict(rules.options)
     for name in OPTIONS:
-        if not absent(row.get(name)):
+        if name in present:
             options |= _options(row[name], name, ledger)
-    given = next((row[name] for name in TOOLS if not absent(row.get(name))), None)
+    given = next((row[name] for name in TOOLS if name in present), None)
     if fmt != "glaive":
-        messages = _with_system(messages, row, ledger)
+        messages = _with_system(messages, row, [name for name in SYSTEM if name in present], ledger)
     conversation = with_tools(messages, given, options, ledger)
     if len(row) > len(shape.columns):
         rest = {name: value for name, value in row.items() if name not in shape.known and name not in rules.read}
-        repeated = [name for name, value in rest.items() if not absent(value) and _repeats(value, messages)]
+        repeated = [name for name, value in rest.items() if name in present and _repeats(value, messages)]
         ledger.rest(rest, repeated, "column `{}`")
     ledger.close()
     if messages and messages[0]["role"] == "text":
@@ -382,10 +382,10 @@ def _refuse_lacking(row: Row, fmt: str, lacking: list[str]) -> None:
     raise Unusable("no_assistant_turn" if row.get(lacking[0]) == [] else "not_a_dialogue", detail)
 
 
-def _with_system(messages: list[Message], row: Row, ledger: Ledger) -> list[Message]:
-    """The system message of a column before the others, one of the messages below it; an empty one is none."""
+def _with_system(messages: list[Message], row: Row, found: list[str], ledger: Ledger) -> list[Message]:
+    """The system message of the columns `found` before the others, one of the messages below it; an empty one is
+    none."""
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip() or "tools" in m]
-    found = [name for name in SYSTEM if not absent(row.get(name))]
     if not found:
         return messages
     text = _text(row, found[0], ledger)
@@ -429,7 +429,7 @@ def _must_teach(conversation: Conversation) -> None:
     if not conversation:
         raise Unusable("no_assistant_turn", "expected a message of the assistant; there is none")
     for number, message in enumerate(conversation, 1):
-        if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
+        if message["role"] == "assistant" and absent(message["content"]) and not message.get("tool_calls"):
             raise Unusable("empty_answer", f"message {number} is an answer with nothing in it")
     if not any(_asks(message) for message in conversation):
         raise Unusable("empty_prompt", "expected a message of the user with something in it; there is none")
@@ -437,5 +437,5 @@ def _must_teach(conversation: Conversation) -> None:
 
 def _asks(message: Message) -> bool:
     return message["role"] in ("user", "tool") and any(
-        str(message.get(key, "")).strip() for key in ("content", "input", "context")
+        key in message and str(message[key]).strip() for key in ("content", "input", "context")
     )

@@ -8,9 +8,11 @@ Nothing is lost without a word: a row is trained, held out, or counted in `dropp
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ import numpy as np
 
 from instructft.data.account import Hidden, said_of_hidden
 from instructft.data.arrow.encoded import encode_part, notes, trained_rows, verdicts
-from instructft.data.arrow.token_rows import ranges, tokens_of
+from instructft.data.arrow.token_rows import FlatRows, ranges, tokens_of
 from instructft.data.deduplicate import Known
 from instructft.data.load import SPLITS, Part, load_parts
 from instructft.data.packing import pack
@@ -60,7 +62,7 @@ class Prepared:
     @cached_property
     def tokens(self) -> dict[str, int]:
         """Tokens in each split."""
-        return {name: sum(len(ids) for _, ids, _ in _arrays(split)) for name, split in self.splits.items()}
+        return {name: int(tokens_of(split).lengths.sum()) for name, split in self.splits.items()}
 
     @cached_property
     def supervised_tokens(self) -> dict[str, int]:
@@ -68,10 +70,9 @@ class Prepared:
         found = {}
         for name, split in self.splits.items():
             found[name] = 0
-            for lengths, _, labels in _arrays(split):
-                starts = (np.cumsum(lengths) - lengths)[lengths > 0]
-                carry = labels != IGNORE_INDEX
-                found[name] += int(carry.sum() - carry[starts].sum())
+            for columns, starts, lengths in _blocks(split):
+                carry = columns["labels"] != IGNORE_INDEX
+                found[name] += int(carry.sum() - carry[starts[lengths > 0]].sum())
         return found
 
     @property
@@ -96,8 +97,8 @@ class Prepared:
         digest = hashlib.sha256()
         for name, split in self.splits.items():
             digest.update(name.encode())
-            for lengths, ids, labels in _arrays(split):
-                for array in (lengths, ids, labels):
+            for columns, _, lengths in _blocks(split):
+                for array in (lengths, columns["input_ids"], columns["labels"]):
                     digest.update(array.astype(np.int32).tobytes())
         return digest.hexdigest()[:16]
 
@@ -121,11 +122,11 @@ class Prepared:
         return lines
 
 
-def _arrays(split: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The lengths of rows, and all their `input_ids` and `labels` as flat arrays, a few thousand rows at a time."""
-    for table in split.with_format("arrow").iter(batch_size=4096):
-        ids, labels = (table.column(name).combine_chunks() for name in ("input_ids", "labels"))
-        yield ids.value_lengths().to_numpy(), ids.flatten().to_numpy(), labels.flatten().to_numpy()
+def _blocks(split: Dataset) -> Iterator[FlatRows]:
+    """The rows of a split end to end, as many at a time as every fingerprint so far was made of."""
+    rows = tokens_of(split)
+    for start in range(0, len(rows), 4096):
+        yield rows.some(slice(start, start + 4096)).flat()
 
 
 def prepare_dataset(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
@@ -149,11 +150,26 @@ def prepare_dataset(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Datas
 
 def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """`prepare_dataset` with the account of what became of every row."""
-    made = _Pieces(load_parts(recipe), recipe, tokenizer)
-    _refuse_empty(made.pieces, recipe, made.dropped)
-    _take_out_known(made.pieces, made.dropped)
-    _weigh(made.pieces["train"], made.weights, recipe.data.seed, made.dropped)
-    return made.together(recipe)
+    with _old_objects_left_alone():
+        made = _Pieces(load_parts(recipe), recipe, tokenizer)
+        _refuse_empty(made.pieces, recipe, made.dropped)
+        _take_out_known(made.pieces, made.dropped)
+        _weigh(made.pieces["train"], made.weights, recipe.data.seed, made.dropped)
+        return made.together(recipe)
+
+
+@contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """Keep Python's collector from what was there before: imports are a million objects, and rows in the making have
+    it look for garbage among them again and again."""
+    if gc.get_freeze_count():  # somebody else has done so
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def prepare_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared | None:

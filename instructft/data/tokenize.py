@@ -270,13 +270,14 @@ def shaped_by(raw: Any, part: Part, recipe: Recipe, tokenizer: PreTrainedTokeniz
     Args:
         raw: what the raw rows are known by.
     """
+    whole = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer)
     everything: Sequence[Any] = (
         _code(),
         raw,
         part.format,
         sorted(part.columns.items()),
         tokenizer.chat_template,
-        tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer),
+        sha256(whole.encode()).hexdigest(),
         sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
         recipe.data.train_on,
         recipe.data.turns,

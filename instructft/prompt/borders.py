@@ -39,7 +39,7 @@ class Borders:
         self._specials = tuple(specials)
         # white space alone may be a part of a longer run of it, which the answer goes on
         self._lead = lead if lead.strip() else ""
-        self._plain = core is not None and _cuts_locally(json.loads(core.to_str()))
+        self._plain = core is not None and _cuts_locally(core)
         self._known: dict[tuple[str, str], bool] = {}  # end of the left side, beginning of the right -> nothing merges
 
     def apart(self, texts: Sequence[str]) -> bool:
@@ -107,12 +107,16 @@ class Borders:
         return [token if keep else IGNORE_INDEX for token, keep in zip(ids, kept, strict=True)]
 
 
-def _cuts_locally(spec: dict[str, Any]) -> bool:
+def _cuts_locally(core: Any) -> bool:
     """Byte-level tokenizers, whose added tokens take no white space with them."""
-    if spec["normalizer"] not in (None, {"type": "NFC"}):
+    # part by part, since the text of the whole tokenizer is megabytes of merges
+    normalizer, pre_tokenizer = (
+        part and json.loads(part.__getstate__()) for part in (core.normalizer, core.pre_tokenizer)
+    )
+    if normalizer not in (None, {"type": "NFC"}):
         return False
-    steps = [spec["pre_tokenizer"] or {}]
+    steps = [pre_tokenizer or {}]
     steps += steps[0].get("pretokenizers", [])
     local = all(s.get("type") in _CUTS_WORDS and not s.get("add_prefix_space") for s in steps)
-    rules = any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in spec["added_tokens"])
+    rules = any(t.lstrip or t.rstrip or t.single_word for t in core.get_added_tokens_decoder().values())
     return local and not rules and any(s.get("type") == "ByteLevel" for s in steps)

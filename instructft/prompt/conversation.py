@@ -29,6 +29,8 @@ class Conversation(list[Message]):
     {'enable_thinking': False}
     """
 
+    __slots__ = ("options", "tools")
+
     def __init__(
         self,
         messages: Iterable[Message] = (),
@@ -37,7 +39,7 @@ class Conversation(list[Message]):
     ):
         super().__init__(messages)
         self.tools = list(tools) if tools else None
-        self.options = dict(options or {})
+        self.options = dict(options) if options else {}
 
     @overload
     def __getitem__(self, at: SupportsIndex) -> Message: ...

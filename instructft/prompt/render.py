@@ -72,8 +72,7 @@ class Renderer:
             TemplateError: a message that has no such form.
         """
         conversation = as_conversation(messages)
-        plain = all(len(m) == 2 and m["role"] in _PLAIN and isinstance(m.get("content"), str) for m in conversation)
-        if plain and not any(m["role"] == "assistant" and "<think>" in m["content"] for m in conversation):
+        if all(map(_is_plain, conversation)):
             return conversation
         try:
             return conversation.of(self._extras(self.traits.normal(message)) for message in conversation)
@@ -166,7 +165,8 @@ class Renderer:
         for messages in (*tried, Conversation(turns, tools, {"enable_thinking": False})):
             for asks in (True, False):
                 try:
-                    same = self._direct(compiled, [messages], asks) == self._slow([messages], asks)
+                    # twice, so that what a template leaves behind would be seen
+                    same = self._direct(compiled, [messages] * 2, asks) == self._slow([messages], asks) * 2
                 except Exception:  # a template may refuse a system message, by either way and by whatever it raises
                     continue
                 if not same:
@@ -177,12 +177,17 @@ class Renderer:
         """As `compiled.render` does it, which for every text makes a new dict of all that templates may call."""
         values = {**self.tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": asks}
         given = {**compiled.globals, **values}
-        render, context = compiled.root_render_func, compiled.new_context
+        render, new = compiled.root_render_func, compiled.new_context
+        context = new(given, shared=True)  # of all that have no options of their own
         texts = []
         for conversation in map(as_conversation, conversations):
-            # upstream gives its own values first, and what the caller names beside them last
-            own = {**given, "messages": list(conversation), "tools": conversation.tools, **conversation.options}
-            texts.append("".join(render(context(own, shared=True))))
+            given["messages"], given["tools"] = list(conversation), conversation.tools
+            if conversation.options:  # upstream gives its own values first, and what the caller names beside them last
+                texts.append("".join(render(new({**given, **conversation.options}, shared=True))))
+                continue
+            context.vars.clear()
+            context.exported_vars.clear()
+            texts.append("".join(render(context)))
         return texts
 
     def _slow(self, conversations: Sequence[Sequence[Message]], asks: bool) -> list[str]:
@@ -195,6 +200,14 @@ class Renderer:
             render([list(one)], tools=one.tools, tokenize=False, add_generation_prompt=asks, **one.options)[0]
             for one in together
         ]
+
+
+def _is_plain(message: Message) -> bool:
+    """Whether a message is in normal form for every template."""
+    content = message.get("content")
+    if len(message) != 2 or not isinstance(content, str):
+        return False
+    return message["role"] in _PLAIN and ("<think>" not in content or message["role"] != "assistant")
 
 
 def _in_parts(conversation: Conversation) -> Conversation:

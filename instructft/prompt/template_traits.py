@@ -36,7 +36,7 @@ def split_thought(content: str) -> tuple[str, str]:
     >>> split_thought("<think>\\neasy\\n</think>\\n\\n2")
     ('easy', '2')
     """
-    found = _THINK.match(content)
+    found = _THINK.match(content) if "<think>" in content else None
     return (found[1].strip("\n"), content[found.end() :]) if found else ("", content)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from instructft.errors import TemplateError
 from instructft.prompt.conversation import Conversation, Message
@@ -22,8 +22,7 @@ from instructft.prompt.template_traits import THOUGHT_KEYS, split_thought, with_
 _ALIKE = 24  # characters before a generation prompt by which its place in another text is known
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One answer: what a model is given, and what it should give, the token that ends it included.
 
     Args:
@@ -35,7 +34,7 @@ class Turn:
     unread: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen ones take twice as long to make, and there are as many as rows
 class Script:
     """A conversation as the turns that are trained.
 
@@ -67,8 +66,7 @@ def scripts(
     return [_script(renderer, plan, next(found)) if isinstance(plan, _Plan) else plan for plan in plans]
 
 
-@dataclass(frozen=True)
-class _Plan:
+class _Plan(NamedTuple):
     messages: Conversation
     answers: list[int]  # positions of the answers that are trained
     only_read: int
@@ -76,9 +74,8 @@ class _Plan:
     @property
     def shown(self) -> list[Conversation]:
         """The conversation up to each answer, and the whole one."""
-        ends = [i + 1 for i in self.answers]
-        whole = [] if ends[-1:] == [len(self.messages)] else [len(self.messages)]
-        return [self.messages[:end] for end in [*ends, *whole]]
+        before = [i + 1 for i in self.answers if i + 1 < len(self.messages)]
+        return [*(self.messages[:end] for end in before), self.messages]
 
 
 def _planned(renderer: Renderer, messages: Sequence[Message], train_on: str) -> _Plan | TemplateError:
@@ -93,6 +90,8 @@ def _planned(renderer: Renderer, messages: Sequence[Message], train_on: str) -> 
         answers = answers[-1:]
     unasked = ("system", "developer", "assistant")
     asked = next((i for i, message in enumerate(normal) if message["role"] not in unasked), len(normal))
+    if not answers or answers[0] > asked:
+        return _Plan(normal, answers, 0)
     # nobody has asked yet: a server takes that with some templates, others refuse it, or render another text
     read = {i for i in answers if i < asked and not _served(renderer, normal, i)}
     return _Plan(normal, [i for i in answers if i not in read], len(read))
@@ -119,7 +118,7 @@ def _script(renderer: Renderer, plan: _Plan, shown: Any) -> Script | TemplateErr
     left_out: list[str] = []
     try:
         for i, prompt, text in zip(plan.answers, prompts, texts, strict=False):
-            answer = _answer(renderer, plan.messages[: i + 1], prompt, text)
+            answer = _answer(renderer, plan.messages, i, prompt, text)
             missing = list(_missing(plan.messages[i], answer))
             if "tool_calls" in missing:
                 calls = len(plan.messages[i]["tool_calls"])
@@ -141,12 +140,12 @@ def _script(renderer: Renderer, plan: _Plan, shown: Any) -> Script | TemplateErr
     return Script(turns, whole[len(end) :] if whole.startswith(end) else "", left_out, plan.only_read)
 
 
-def _answer(renderer: Renderer, messages: Conversation, prompt: str, text: str) -> str:
-    """What a model should give after `prompt`, where `text` shows the conversation with it."""
+def _answer(renderer: Renderer, messages: Conversation, i: int, prompt: str, text: str) -> str:
+    """What a model should give as message `i` after `prompt`, where `text` shows the conversation with it."""
     traits = renderer.traits
     end = traits.end(text)
     if end < 0 or (text.startswith(prompt) and end <= len(prompt)):
-        text = _closed(renderer, messages, text)
+        text = _closed(renderer, messages[i], text)
         end = len(text)
     text = text[:end]
     if text.startswith(prompt):
@@ -156,12 +155,12 @@ def _answer(renderer: Renderer, messages: Conversation, prompt: str, text: str) 
     border = prompt[-len(lead) - _ALIKE :]
     if lead and prompt.endswith(lead) and (at := text.rfind(border)) >= 0:
         return text[at + len(border) :]
-    return _behind_open_thought(messages, prompt, text)
+    return _behind_open_thought(messages[i], prompt, text)
 
 
-def _closed(renderer: Renderer, messages: Conversation, text: str) -> str:
+def _closed(renderer: Renderer, answer: Message, text: str) -> str:
     """A text whose answer nothing ends (GLM): a server stops at the special token that opens what comes next."""
-    opener = renderer.traits.opener(bool(messages[-1].get("tool_calls")))
+    opener = renderer.traits.opener(bool(answer.get("tool_calls")))
     if not opener:
         raise TemplateError(
             f"the chat template does not end this answer with a special token; the text ends with {text[-60:]!r}, so "
@@ -170,11 +169,11 @@ def _closed(renderer: Renderer, messages: Conversation, text: str) -> str:
     return text + opener
 
 
-def _behind_open_thought(messages: Conversation, prompt: str, text: str) -> str:
+def _behind_open_thought(answer: Message, prompt: str, text: str) -> str:
     """The answer to a prompt that has opened a thought, which the template takes out of answers (DeepSeek R1)."""
     before, opened, after = prompt.rpartition("<think>")
-    thought = split_thought(messages[-1].get("content") or "")[0]
-    thought = thought or next((messages[-1][key] for key in THOUGHT_KEYS if messages[-1].get(key)), "")
+    thought = split_thought(answer.get("content") or "")[0]
+    thought = thought or next((answer[key] for key in THOUGHT_KEYS if answer.get(key)), "")
     if opened and not after.strip() and text.startswith(before):
         if thought:
             whole = before + with_thought(thought, text[len(before) :].lstrip("\n"))
@@ -202,9 +201,11 @@ def _missing(message: Message, answer: str) -> Iterator[str]:
     """What an answer says that the template does not show."""
     content = message.get("content")
     thought, rest = split_thought(content) if isinstance(content, str) else ("", "")
-    thought = thought or next((message[key] for key in THOUGHT_KEYS if message.get(key)), "")
     if rest.strip() not in answer:
         yield "content"
+    if len(message) == 2 and not thought:  # nothing but role and content
+        return
+    thought = thought or next((message[key] for key in THOUGHT_KEYS if message.get(key)), "")
     if thought.strip() not in answer:
         yield "reasoning"
     calls = message.get("tool_calls") or ()

@@ -19,9 +19,9 @@ from trl import SFTTrainer
 
 from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import token_rows
+from instructft.data.arrow.token_rows import slices_of
 from instructft.data.batches.counts import Counting, Counts, taken
 from instructft.data.batches.flat_packs import FlatPacks
-from instructft.data.batches.row_slices import row_slices
 from instructft.data.row_order import LengthGrouped, set_epoch
 from instructft.errors import CheckpointError, DivergedError, NotFiniteError, OutOfMemoryError, UsageError
 from instructft.formatting import first_line
@@ -232,7 +232,7 @@ class Trainer(SFTTrainer):
 
     def get_train_dataloader(self) -> Any:
         """Rows as slices of Arrow's columns; each batch says how much it holds, and flat packs have a fixed shape."""
-        rows, collate = row_slices(self.train_dataset), self.data_collator
+        rows, collate = slices_of(self.train_dataset), self.data_collator
         if self._pack_width and collate.flatten:
             width = self._pack_width + -self._pack_width % (collate.pad_to_multiple_of or 1)
             collate = FlatPacks.of(rows, collate.pad_token_id, width, self._rows_of_a_process())
@@ -258,7 +258,7 @@ class Trainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGrouped(row_slices(dataset).lengths, step, args.seed if args.data_seed is None else args.data_seed)
+        return LengthGrouped(slices_of(dataset).lengths, step, args.seed if args.data_seed is None else args.data_seed)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
@@ -350,7 +350,7 @@ class Trainer(SFTTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Every held-out row once, whatever becomes of the last rows in training; batches say how long rows are."""
-        rows = row_slices(self.eval_dataset if eval_dataset is None else eval_dataset)
+        rows = slices_of(self.eval_dataset if eval_dataset is None else eval_dataset)
         collate = self._counting(_WithRowLengths(self.data_collator))
         with _in_place(self, data_collator=collate), _in_place(self.args, dataloader_drop_last=False):
             return super().get_eval_dataloader(rows)
@@ -359,7 +359,7 @@ class Trainer(SFTTrainer):
         """The longest rows first: little padding is computed, and memory that does not suffice shows at once."""
         if not hasattr(eval_dataset, "__len__"):
             return super()._get_eval_sampler(eval_dataset)
-        self._eval_order = np.argsort(-row_slices(eval_dataset).lengths, kind="stable")
+        self._eval_order = np.argsort(-slices_of(eval_dataset).lengths, kind="stable")
         return self._eval_order.tolist()
 
     # -- logging and saving -----------------------------------------------------------------------------------------

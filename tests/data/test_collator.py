@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from instructft.data.batches.row_slices import RowSlices
+from instructft.data.arrow.token_rows import tokens_of
 from instructft.data.collator import CompletionOnlyCollator
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import encode_conversation
@@ -75,7 +75,7 @@ def test_batches_are_those_made_token_by_token(packed: bool) -> None:
         rows: list[Any] = random_rows(6, packed, seed=seed)
         wanted = plain_batch(rows, pad=3)
         arrays = [{name: np.array(values, dtype=np.int32) for name, values in row.items()} for row in rows]
-        slices = RowSlices(Dataset.from_list(rows))
+        slices = tokens_of(Dataset.from_list(rows))
         for some in (rows, arrays, slices.__getitems__(range(6))):
             assert same(CompletionOnlyCollator(3)(some), wanted)
         wider = plain_batch(rows, pad=3, width=-(-wanted["labels"].shape[1] // 16) * 16)

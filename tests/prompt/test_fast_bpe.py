@@ -117,6 +117,40 @@ def test_a_text_that_is_not_proved_goes_to_the_library(monkeypatch: pytest.Monke
     module._made.clear()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_beside_each_other_do_not_meet(kind: str) -> None:
+    """Texts are encoded together, with a sign between them, of which they may hold a part, or the whole."""
+    tokenizer, sign = KINDS[kind](), module._BETWEEN
+    parts = [sign[:1], sign[:2], sign[1:], sign[2:], " ", "\n", "a", "", "<|end", "|>"]
+    assert equal(tokenizer, parts)
+    assert equal(tokenizer, [a + b for a in parts for b in parts])
+    assert equal(tokenizer, ["a", f"b{sign}c", sign, "d", "é"])
+    assert equal(tokenizer, [])
+    fast = fast_bpe(tokenizer)
+    assert fast is not None
+    assert fast._together(["a", f"b{sign}"]) is None
+    assert fast._together(parts) is not None
+
+
+SPACES = sorted({chr(c) for c in range(0x3100) if chr(c).isspace()} | set("\u180e\u200b\u2060\ufeff"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_white_space_of_every_kind_before_everything(kind: str) -> None:
+    """Runs of one, two and three, before a word, a number, a sign, a special token, the end and the next text."""
+    tokenizer = KINDS[kind]()
+    behind = ["b", "1", "!", "<|end|>", "<|endoftext|>", "<", "", "\x1d", "'s", "é"]
+    runs = [a + b + c for a in ("", " ", "\n") for b in SPACES for c in ("", " ", "\r", "\t\n", "\u00a0")]
+    assert equal(tokenizer, [f"a{run}{after}" for run in runs for after in behind])
+    assert equal(tokenizer, [f"!{run}{after}" for run in runs for after in behind])
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(st.sampled_from(" \n\r\t\u00a0\u3000aA1!'s<|end>é日")), max_size=8))
+def test_the_ids_are_the_same_for_any_white_space(tokenizer: Tokenizer, texts: list[str]) -> None:
+    assert equal(tokenizer, texts)
+
+
 def test_a_character_between_words_is_never_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pattern that matches ASCII only: the library keeps what lies between, tiktoken passes over it."""
     assert fast_bpe(made(r"\p{L}+")) is None

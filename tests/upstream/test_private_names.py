@@ -76,7 +76,7 @@ TABLE = (
     Private("_call_impl", MODULE, "models/kernels/compiled_blocks", "evaluation enters compiled blocks"),
     # data
     Private("_fingerprint", "datasets.arrow_dataset:Dataset", "data/arrow/encoded", "prepared rows are lost"),
-    Private("_indices", "datasets.arrow_dataset:Dataset", "data/batches/row_slices", "other rows are trained"),
+    Private("_indices", "datasets.arrow_dataset:Dataset", "data/arrow/token_rows", "other rows are trained"),
     Private("ExamplesIterable", "datasets.iterable_dataset", "data/streaming", "a stream pickles the tokenizer"),
     Private("_compile_jinja_template", "transformers.utils.chat_template_utils", "prompt/render",
             "rendering takes half as long again"),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.data.batches.row_slices import RowSlices
+from instructft.data.arrow.token_rows import TokenRows
 from instructft.data.collator import checked
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX
@@ -62,7 +62,7 @@ class FlatPacks:
         Kernels allocate for every border, used or not, so that it is little above what batches do hold.
         """
         documents = packs * DOCUMENTS_IN_A_PACK
-        if isinstance(rows, RowSlices):
+        if isinstance(rows, TokenRows):
             found = rows.documents + (rows.lengths < width)  # what a pack leaves is a document too
             usual = math.ceil(packs * found.mean() + SPREAD * math.sqrt(packs) * found.std())
             documents = min(usual, packs * int(found.max()))
@@ -94,7 +94,7 @@ class FlatPacks:
         borders = np.full(self.documents + 1, total, dtype=np.int32)
         borders[: len(starts)] = starts
         labels_of_all = torch.from_numpy(flat_labels)[None]
-        supervised, supervised_labels = supervised_positions(labels_of_all)
+        supervised, supervised_labels = whole_chunks(labels_of_all)
         cu_seq_lens = torch.from_numpy(borders)
         return {
             "input_ids": torch.from_numpy(ids.reshape(1, -1)),
@@ -111,24 +111,33 @@ class FlatPacks:
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions whose next token carries loss, and that token, filled up with position 0 and label -100.
-
-    Args:
-        labels: (1, T).
-
-    Returns (S,) and (S,).
+    """Of labels (B, T) the flat positions whose next token carries loss, and that token, (S,) each; waits for a GPU.
 
     >>> import torch
-    >>> positions, labels = supervised_positions(torch.tensor([[-100, 7, -100, 8]]))
+    >>> supervised_positions(torch.tensor([[-100, 7, 8], [5, -100, 9]]))
+    (tensor([0, 1, 4]), tensor([7, 8, 9]))
+    """
+    from torch.nn.functional import pad
+
+    following = pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    where = (following != IGNORE_INDEX).nonzero()[:, 0]
+    return where, following[where]
+
+
+def whole_chunks(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`supervised_positions`, filled up with position 0 and label -100 to as many as a head scores at once.
+
+    >>> import torch
+    >>> positions, labels = whole_chunks(torch.tensor([[-100, 7, -100, 8]]))
     >>> positions[:3].tolist(), labels[:3].tolist(), len(labels)
     ([0, 2, 0], [7, 8, -100], 64)
     """
     from torch.nn.functional import pad
 
-    chunk = CHUNK if labels.shape[1] >= 2 * CHUNK else SMALL_CHUNK
-    positions = (labels[0, 1:] != IGNORE_INDEX).nonzero()[:, 0]
+    positions, following = supervised_positions(labels)
+    chunk = CHUNK if labels.numel() >= 2 * CHUNK else SMALL_CHUNK
     more = max(chunk, math.ceil(len(positions) / chunk) * chunk) - len(positions)
-    return pad(positions, (0, more)), pad(labels[0, positions + 1], (0, more), value=IGNORE_INDEX)
+    return pad(positions, (0, more)), pad(following, (0, more), value=IGNORE_INDEX)
 
 
 def rows_in(batch: Mapping[str, Any]) -> tuple[int, int]:
@@ -155,5 +164,5 @@ def some_rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]
     found = {name: value[:, part] if getattr(value, "ndim", 0) == 2 else value for name, value in batch.items()}
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):  # what lies outside becomes documents without a token
         found[name] = (batch[name] - part.start).clamp(0, part.stop - part.start)
-    found["supervised"], found["supervised_labels"] = supervised_positions(found["labels"])
+    found["supervised"], found["supervised_labels"] = whole_chunks(found["labels"])
     return found

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from instructft.adapters.lora import token_rows
+from instructft.data.batches.flat_packs import supervised_positions
 from instructft.models.kernels import gpu_head
 
 # Where TRL has no Triton, scores every position, and nothing is compiled for each new number of them.
@@ -232,7 +233,7 @@ def add_supervised_head(model: PreTrainedModel) -> bool:
         labels = kwargs["labels"]
         if positions[0] is None and labels.device.type not in _DEVICES:
             # ahead of the model: this waits for what is queued, and now that is little
-            positions[:2] = gpu_head.supervised_positions(labels)
+            positions[:2] = supervised_positions(labels)
         # `num_items_in_batch` is TRL's business: it divides the sum of `log_probs` itself
         inputs = {k: v for k, v in kwargs.items() if k not in ("fused_lm_head", "labels", "num_items_in_batch")}
         states = self.base_model(*args, **{**inputs, "use_cache": False}).last_hidden_state  # (B, T, D)

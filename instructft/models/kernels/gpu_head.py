@@ -85,17 +85,6 @@ def torch_parts(
     return z, log_probs * kept, entropy * kept, is_top1
 
 
-def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of labels (B, T) the flat positions whose next token carries loss, and that token, (S,) each; waits for a GPU.
-
-    >>> supervised_positions(torch.tensor([[-100, 7, 8], [5, -100, 9]]))
-    (tensor([0, 1, 4]), tensor([7, 8, 9]))
-    """
-    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-    where = (following != IGNORE_INDEX).nonzero()[:, 0]
-    return where, following[where]
-
-
 def score(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, parts: Parts
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,13 +1,20 @@
-"""Rows of tokens are found wherever they lie: in several tables, in slices of them, behind indices."""
+"""Rows of tokens are those of the data set, wherever they lie and however it came to be, and nothing is copied."""
 
 from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, concatenate_datasets, load_from_disk
 
-from instructft.data.arrow.token_rows import cuts, flat_rows, tokens_of
+from instructft.data.arrow.token_rows import cuts, flat_rows, slices_of, tokens_of
+from instructft.data.packing import pack
+from instructft.errors import DataError
+from tests.helpers.plain_batches import random_rows
 
 ROWS = [list(range(100 * i, 100 * i + (i * 7) % 5)) for i in range(20)]
 
@@ -63,3 +70,78 @@ def test_cuts_lose_no_row() -> None:
     assert [start for start, _ in found] == [0, *(end for _, end in found[:-1])]
     assert found[-1][1] == 200
     assert all(sizes[a:b].sum() <= 40 for a, b in found)
+
+
+def test_labels_that_do_not_fit_their_tokens_are_never_read_as_if_they_did() -> None:
+    rows = tokens_of(Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "labels": [[1, 2, 9], [3]]}))
+    assert [row["labels"].tolist() for row in rows.__getitems__([0, 1])] == [[1, 2, 9], [3]]
+    with pytest.raises(DataError, match="row 0 has 2 input_ids and 3 labels"):
+        rows.flat()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# As a data loader takes them
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def random(packed: bool = False, seed: int = 0) -> Dataset:
+    return Dataset.from_list(random_rows(20, packed, seed=seed))
+
+
+def on_disk(folder: Path) -> Dataset:
+    random().save_to_disk(folder / "set")
+    found = load_from_disk(folder / "set")
+    assert found.cache_files  # mapped
+    return found
+
+
+def wide() -> Dataset:
+    """Columns whose chunks begin at other rows."""
+    rest = random().remove_columns("labels")
+    labels = concatenate_datasets([random().select_columns("labels").select(range(n, n + 10)) for n in (0, 10)])
+    return concatenate_datasets([rest, labels], axis=1)
+
+
+KINDS: dict[str, Any] = {
+    "plain": lambda _: random(),
+    "packs": lambda _: pack(random(), capacity=40),
+    "chunks": lambda _: concatenate_datasets([random(seed=seed) for seed in range(4)]),
+    "chunks with an empty one": lambda _: concatenate_datasets([random(), random().select([]), random(seed=1)]),
+    "a range": lambda _: random().select(range(5, 15)),
+    "a selection": lambda _: random().select([7, 3, 3, 19]),
+    "another order": lambda _: concatenate_datasets([random(), random(seed=1)]).shuffle(seed=1).select(range(30)),
+    "mapped": on_disk,
+    "mapped, another order": lambda folder: on_disk(folder).shuffle(seed=1),
+    "more columns": lambda _: random().add_column("text", ["x"] * 20),
+    "chunks of unequal columns": lambda _: wide(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_are_the_rows(kind: str, tmp_path: Path) -> None:
+    dataset = KINDS[kind](tmp_path)
+    rows = tokens_of(dataset)
+    assert len(rows) == len(dataset)
+    wanted = [{name: value for name, value in row.items() if name != "text"} for row in dataset]
+    found = rows.__getitems__(range(len(dataset)))
+    assert [{name: value.tolist() for name, value in row.items()} for row in found] == wanted
+    assert rows.lengths.tolist() == [len(row["input_ids"]) for row in wanted]
+    if "seq_lengths" in dataset.column_names:
+        assert rows.documents.tolist() == [len(row["seq_lengths"]) for row in wanted]
+    again = pickle.loads(pickle.dumps(rows))  # as a worker that is spawned gets it
+    assert all(np.array_equal(again[i]["labels"], rows[i]["labels"]) for i in range(len(rows)))
+
+
+def test_nothing_is_copied(tmp_path: Path) -> None:
+    """Two rows lie in one buffer, of the columns and of the files that Arrow has mapped."""
+    for dataset in (random(), on_disk(tmp_path), random().shuffle(seed=0)):
+        rows = tokens_of(dataset)
+        buffer = dataset.data.column("input_ids").chunk(0).values.to_numpy()
+        assert all(np.shares_memory(rows[i]["input_ids"], buffer) for i in range(len(rows)))
+
+
+def test_what_is_no_table_stays_as_it_is() -> None:
+    stream = random().to_iterable_dataset()
+    assert slices_of(stream) is stream
+    rows = slices_of(random())
+    assert slices_of(rows) is rows

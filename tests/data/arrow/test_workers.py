@@ -18,6 +18,19 @@ def squared(number: int) -> bytes:
     return str(number * number).encode() * 50_000
 
 
+@pytest.mark.parametrize("number", [2, 3])  # of this process, of the other one
+def test_an_error_is_raised_where_its_turn_comes(number: int) -> None:
+    def work(piece: int) -> bytes:
+        if piece == number:
+            raise DataError("row 7 is broken")
+        return bytes([piece])
+
+    found = in_order(work, 6, 2)
+    assert [next(found) for _ in range(number)] == [bytes([piece]) for piece in range(number)]
+    with pytest.raises(DataError, match="row 7 is broken"):
+        next(found)
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 20])
 def test_results_come_in_order(processes: int) -> None:
     assert list(in_order(squared, 10, processes)) == [squared(number) for number in range(10)]
@@ -27,22 +40,11 @@ def test_no_pieces_give_nothing() -> None:
     assert list(in_order(squared, 0, 4)) == []
 
 
-def test_work_is_done_in_other_processes() -> None:
-    found = set(in_order(lambda _: str(os.getpid()).encode(), 6, 3))
-    assert len(found) == 3
-    assert str(os.getpid()).encode() not in found
-
-
-def test_an_error_of_a_process_is_raised_here_where_its_turn_comes() -> None:
-    def work(number: int) -> bytes:
-        if number == 3:
-            raise DataError("row 7 is broken")
-        return bytes([number])
-
-    found = in_order(work, 6, 2)
-    assert [next(found) for _ in range(3)] == [b"\x00", b"\x01", b"\x02"]
-    with pytest.raises(DataError, match="row 7 is broken"):
-        next(found)
+def test_work_is_done_in_this_process_and_in_others() -> None:
+    found = list(in_order(lambda _: str(os.getpid()).encode(), 6, 3))
+    assert found[0] == str(os.getpid()).encode()
+    assert found[:3] == found[3:]
+    assert len(set(found)) == 3
 
 
 def test_an_error_that_cannot_travel_is_told_by_its_words() -> None:
@@ -50,7 +52,9 @@ def test_an_error_that_cannot_travel_is_told_by_its_words() -> None:
         pass
 
     def work(number: int) -> bytes:
-        raise Local("of no module")
+        if number:
+            raise Local("of no module")
+        return b""
 
     with pytest.raises(RuntimeError, match="Local: of no module"):
         list(in_order(work, 2, 2))
@@ -58,7 +62,7 @@ def test_an_error_that_cannot_travel_is_told_by_its_words() -> None:
 
 def test_a_process_that_is_killed_is_no_end_of_the_rows() -> None:
     def work(number: int) -> bytes:
-        if number == 2:
+        if number == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return bytes([number])
 
@@ -81,11 +85,11 @@ def test_a_process_that_is_far_ahead_waits(tmp_path: Path) -> None:
 
 def test_processes_end_with_the_one_that_asks_no_more() -> None:
     found = in_order(lambda _: str(os.getpid()).encode(), 100, 2)
-    pids = [int(next(found)), int(next(found))]
+    here, other = int(next(found)), int(next(found))
     found.close()
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert here == os.getpid()
+    with pytest.raises(ProcessLookupError):
+        os.kill(other, 0)
 
 
 def test_this_process_may_use_some_core() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from instructft.data.batches.flat_packs import CHUNK, SMALL_CHUNK, FlatPacks, rows_in, some_rows, supervised_positions
-from instructft.data.batches.row_slices import RowSlices
+from instructft.data.arrow.token_rows import tokens_of
+from instructft.data.batches.flat_packs import CHUNK, SMALL_CHUNK, FlatPacks, rows_in, some_rows, whole_chunks
 from instructft.data.collator import CompletionOnlyCollator
 from instructft.errors import DataError
 from tests.helpers.plain_batches import plain_batch, random_rows, same
@@ -76,7 +76,7 @@ def test_a_flat_batch_holds_what_rows_hold(count: int) -> None:
 
 def test_batches_have_one_shape() -> None:
     rows: Any = random_rows(40 * PACKS, packed=True)
-    collate = FlatPacks.of(RowSlices(Dataset.from_list(rows)), PAD, WIDTH, PACKS)
+    collate = FlatPacks.of(tokens_of(Dataset.from_list(rows)), PAD, WIDTH, PACKS)
     batches = [collate(rows[i : i + PACKS]) for i in range(0, len(rows), PACKS)]
     batches.append(collate(rows[:1]))
     for batch in batches:
@@ -98,9 +98,9 @@ def test_borders_grow_where_a_batch_needs_more() -> None:
 
 def test_the_head_scores_a_chunk_at_a_time() -> None:
     labels = torch.full((1, 2 * CHUNK), -100)
-    assert [len(part) for part in supervised_positions(labels)] == [CHUNK, CHUNK]
+    assert [len(part) for part in whole_chunks(labels)] == [CHUNK, CHUNK]
     labels[0, : CHUNK + 2] = 5
-    positions, wanted = supervised_positions(labels)
+    positions, wanted = whole_chunks(labels)
     assert len(positions) == 2 * CHUNK
     assert int((wanted == 5).sum()) == CHUNK + 1
 

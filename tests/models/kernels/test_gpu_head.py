@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from instructft.data.batches.flat_packs import supervised_positions
 from instructft.models.kernels import fused_loss, gpu_head, softmax_kernel
 from instructft.models.kernels.fused_loss import nll_of
 from tests.helpers.read_backs import ReadBacks
@@ -38,7 +39,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 def with_positions(inputs: dict[str, torch.Tensor], multiple: int = 8) -> dict[str, torch.Tensor]:
     """A batch with what the collator says of it: positions filled up with position 0 and no label."""
-    where, wanted = gpu_head.supervised_positions(inputs["labels"])
+    where, wanted = supervised_positions(inputs["labels"])
     more = -len(where) % multiple
     return {
         **inputs,
