@@ -6,7 +6,8 @@ stay what they are. A template that is not our own is tried first, within limits
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,11 @@ class Renderer:
             TemplateError: a message that has no such form.
         """
         conversation = as_conversation(messages)
+        if unread := self.unread(conversation.options):
+            raise TemplateError(
+                f"`{unread[0]}`, which the row gives to the chat template, is not read there, so the model would be "
+                f"trained without it; choose another data.template, or leave it out: data.ignore: [{unread[0]}]"
+            )
         plain = all(len(m) == 2 and m["role"] in _PLAIN and isinstance(m.get("content"), str) for m in conversation)
         if plain and not any(m["role"] == "assistant" and "<think>" in m["content"] for m in conversation):
             return conversation
@@ -79,6 +85,11 @@ class Renderer:
             return conversation.of(self._extras(self.traits.normal(message)) for message in conversation)
         except ValueError as error:
             raise TemplateError(str(error)) from error
+
+    def unread(self, options: Mapping[str, Any]) -> list[str]:
+        """The options that say something, and that no word of the template asks for."""
+        text = str(self.tokenizer.chat_template)
+        return [name for name, value in options.items() if value and not re.search(rf"\b{re.escape(name)}\b", text)]
 
     def _extras(self, message: Message) -> Message:
         """Put `input` and `context` where the template reads them."""

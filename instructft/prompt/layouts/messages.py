@@ -13,7 +13,7 @@ from typing import Any
 
 from instructft.prompt.conversation import Conversation, Message
 from instructft.prompt.layouts.tool_calls import calls_of, parsed, tools_of
-from instructft.prompt.ledger import Ledger, Unusable, absent, compact, shown
+from instructft.prompt.ledger import Ledger, Unusable, absent, compact, is_switch, shown
 
 _NAMES = {
     "system": "system sys system_prompt",
@@ -80,6 +80,27 @@ def with_tools(messages: list[Message], tools: Any, options: Mapping[str, Any] |
     return Conversation(messages, known, options)
 
 
+_TOOLS_IN_TEXT = re.compile(r"<tools>(.*?)</tools>", re.DOTALL)
+
+
+def tools_in_system(messages: list[Message], tools: Any) -> bool:
+    """Whether the system message lists these tools already, written out in its text as Hermes has them.
+
+    >>> told = {"role": "system", "content": "Use <tools>[{'name': 'f'}]</tools>."}
+    >>> tools_in_system([told], [{"name": "f"}]), tools_in_system([told], [{"name": "g"}])
+    (True, False)
+    """
+    if not messages or messages[0]["role"] != "system":
+        return False
+    wanted = tools_of(tools, "", Ledger())
+    for text in _TOOLS_IN_TEXT.findall(messages[0]["content"]):
+        lines = [parsed(line) for line in text.strip().splitlines()]
+        given = lines if all(isinstance(line, Mapping) for line in lines) else parsed(text)
+        if wanted and not isinstance(given, str) and tools_of(given, "", Ledger()) == wanted:
+            return True
+    return False
+
+
 def messages_of(turns: Any, where: str, ledger: Ledger) -> list[Message]:
     """A list of turns, or its JSON text, as messages; one that names tools has them under `tools`."""
     given = parsed(turns)
@@ -115,7 +136,8 @@ def _read(turn: Mapping[str, Any], where: str, ledger: Ledger, messages: list[Me
     value = turn.get(key, turn.get("value", turn.get("text")))
     extras = [name for name in ("input", "context") if role == "user"]
     twice = [name for name in (*CONTENT, *SPEAKER) if name in turn and _again(turn, name, key, speaker)]
-    known_here = _KNOWN.difference(twice).union(extras)
+    repeated = [name for name in turn if name not in _KNOWN and isinstance(value, str) and turn[name] == value]
+    known_here = _KNOWN.difference(twice).union(extras, repeated)
     ledger.rest(turn, known_here, f"key `{{}}` of a message in `{where}`", role)
     if role == "call":
         _add_calls(calls_of(value, f"`{where}`: a turn of {speaker}", ledger), turn, where, ledger, messages)
@@ -140,7 +162,7 @@ def _read(turn: Mapping[str, Any], where: str, ledger: Ledger, messages: list[Me
             _add_reasoning(message, turn.get(name), f"key `{name}` of a message in `{where}`", ledger)
     else:
         for name in (*REASONING, *_CALLS):
-            if not absent(turn.get(name)) and not ledger.ignores(name, role):
+            if not absent(turn.get(name)) and not is_switch(turn[name]) and not ledger.ignores(name, role):
                 ledger.unread(f"key `{name}` of a message in `{where}`", turn[name], f"a {role} has none")
     _weigh(message, turn, where, ledger)
     messages += parts.tools
@@ -223,7 +245,7 @@ class _Parts:
 
 
 def _add_reasoning(message: Message, value: Any, where: str, ledger: Ledger) -> None:
-    if absent(value) or ledger.ignores(where.split("`")[1], "assistant"):
+    if absent(value) or is_switch(value) or ledger.ignores(where.split("`")[1], "assistant"):
         return
     if isinstance(value, list | tuple):  # blocks of thinking
         value = "".join(str(b.get("thinking", b.get("text", ""))) if isinstance(b, Mapping) else str(b) for b in value)
