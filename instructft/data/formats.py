@@ -147,12 +147,12 @@ def _question_answer(row: Row, ledger: Ledger) -> list[Message]:
     """`{"question", "answer"}` under any of the names that data sets have for them."""
     answer = next((name for name in ANSWERS if not absent(row.get(name))), _first(ANSWERS, row) or "answer")
     question = next((name for name in QUESTIONS if not absent(row.get(name))), _first(QUESTIONS, row) or "question")
-    read = (row.get(question), row.get(answer), None)  # the recipe may map a column, which then is there twice
+    # the recipe may map a column, which then is there twice
+    known = {question, answer, "input", *(name for name in row if row[name] in (row.get(question), row.get(answer)))}
     for name in (*QUESTIONS, *ANSWERS):
-        if name not in (question, answer, "input") and row.get(name) not in read and not ledger.ignores(name):
-            if not absent(row[name]):
-                why = f"`{question}` and `{answer}` are read, and a row has one each"
-                ledger.unread(f"column `{name}`", row[name], why)
+        if name not in known and not absent(row.get(name)) and not ledger.ignores(name):
+            why = f"`{question}` and `{answer}` are read, and a row has one each"
+            ledger.unread(f"column `{name}`", row[name], why)
     return _asked(row, ledger, question, answer)
 
 

@@ -18,10 +18,10 @@ from instructft.errors import DataError
 _HARMLESS = """
 id ids idx index uid uuid guid key row __index_level_0__ hash md5 sha1 sha256 checksum fingerprint signature
 source sources src origin dataset dataset_name datasource subset config split fold shard part position number
-category categories subcategory task tasks task_type task_name type types kind domain domains topic topics subtopic subject
+category categories task tasks task_type task_name type types kind domain domains topic topics subtopic subject
 subjects tag tags keyword keywords difficulty level grade quality complexity field area genre style intent intents
-score scores rating ratings reward rewards votes upvotes downvotes rank perplexity ppl similarity confidence instruct_reward
-min_neighbor_distance input_quality quality_explanation used_in_training title
+score scores rating ratings reward rewards votes upvotes downvotes rank perplexity ppl similarity confidence
+instruct_reward min_neighbor_distance input_quality quality_explanation used_in_training title
 language lang languages langdetect locale country region
 model models model_name models_used generator generated_by engine teacher provider backend gen_input_configs
 temperature top_p top_k max_tokens max_completion_tokens seed stream n store service_tier parallel_tool_calls
@@ -33,7 +33,7 @@ repo repository revision commit metadata meta extra extra_info additional_info
 turn num_turns turn_identifier length len word_count char_count
 toxicity toxic moderation detoxify redacted pii nsfw flagged safe safety llama_guard_2 llama_guard_3 hashed_ip
 deleted review_count review_result tree_state synthetic lang_score emojis
-cluster embedding embeddings cache_control skip_prompt_formatting
+subcategory subcategories cluster embedding embeddings cache_control skip_prompt_formatting
 """
 HARMLESS = frozenset(_HARMLESS.split())
 _ABOUT = re.compile(
@@ -47,7 +47,7 @@ _BESIDE = {
 }
 # A field of these names may hold a text that matters, or just say whether there is one.
 _SWITCHED = frozenset(("reasoning", "thinking", "custom_instruction"))
-_SWITCHES = frozenset("on off yes no true false none low medium high".split())
+_SWITCHES = frozenset(["on", "off", "yes", "no", "true", "false", "none", "low", "medium", "high"])
 
 # Why a column is refused, where more can be said than that nothing reads it.
 _PREFERENCES = (
@@ -57,7 +57,8 @@ _PREFERENCES = (
 _MEDIA = "images, sound and video are not read; a model would be trained as if they were not there"
 _TOKENS = "tokens that were made elsewhere are not read; give the text"
 _NAMES_OF = {
-    _PREFERENCES: "chosen rejected label labels preferred_output non_preferred_output winner loser preferred preference chosen_response rejected_response",
+    _PREFERENCES: "chosen rejected label labels winner loser preferred preference chosen_response "
+    "rejected_response preferred_output non_preferred_output",
     _MEDIA: "image images audio audios video videos image_url pixel_values input_audio",
     _TOKENS: "input_ids attention_mask token_ids",
 }

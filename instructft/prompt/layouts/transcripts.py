@@ -143,7 +143,7 @@ def _llama(turns: list[re.Match[str]]) -> list[dict[str, str]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 # What OpenAssistant says of a message beside its words: who judged it, and how.
-_OF_A_NODE = frozenset("text role replies rank labels emojis detoxify events review_result lang synthetic".split())
+_OF_A_NODE = frozenset(("text", "role", "replies", "labels", "events"))  # with what is harmless everywhere
 
 
 def best_path(root: Any, where: str, ledger: Ledger) -> list[Message]:
@@ -155,12 +155,13 @@ def best_path(root: Any, where: str, ledger: Ledger) -> list[Message]:
     """
     if not isinstance(root, Mapping) or absent(root.get("text")):
         raise Unusable("not_a_dialogue", f"`{where}` is {shown(root)}, expected a message with its replies")
-    path, node = [], root
+    path: list[dict[str, Any]] = []
+    node: Mapping[str, Any] | None = root
     while node is not None:
         path.append({"role": node.get("role"), "content": node.get("text")})
         ledger.rest(node, _OF_A_NODE, f"key `{{}}` of a message in `{where}`")
         replies = [r for r in node.get("replies") or () if not r.get("deleted") and r.get("review_result") is not False]
-        node = min(replies, key=_preferred, default=None)
+        node = min(replies, key=_preferred) if replies else None
     return messages_of(path, where, ledger)
 
 

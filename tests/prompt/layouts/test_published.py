@@ -24,7 +24,8 @@ def encode(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], tuple
     recipe = tmp_path_factory.mktemp("published") / "published.yaml"
     recipe.write_text(
         "model: {config: {model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 16}, tokenizer: quickstart}\n"
-        f"data: {{datasets: [{{name: quickstart}}], template: chatml, max_length: 4096, ignore: {json.dumps(IGNORED)}}}\n",
+        "data: {datasets: [{name: quickstart}], template: chatml, max_length: 4096, "
+        f"ignore: {json.dumps(IGNORED)}}}\n",
         encoding="utf-8",
     )
     loaded = instructft.load_recipe(recipe)
