@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-from instructft.errors import DataError
+from instructft.errors import DataError, UsageError
+from instructft.formatting import nearest
 from instructft.prompt.conversation import Conversation, Message
 from instructft.prompt.layouts.messages import (
     CONTENT,
@@ -284,6 +285,27 @@ def detect_format(columns: list[str], where: str) -> str:
         + f"A row needs the columns of one of these formats:\n{needs}\n"
         "If yours have other names, map them in the recipe: data.datasets[].columns: {instruction: question, …}"
     )
+
+
+def columns_asked(words: Iterable[str]) -> dict[str, str]:
+    """What `--columns` maps: a column that a format expects -> the column of the file.
+
+    >>> columns_asked(["instruction=question", "output=answer"])
+    {'instruction': 'question', 'output': 'answer'}
+
+    Raises:
+        UsageError: no pair, or the first of it is no column of any format.
+    """
+    names = sorted({name for fmt in FORMATS.values() for name in fmt.known})
+    found = {}
+    for word in words:
+        ours, _, theirs = word.partition("=")
+        if not ours or not theirs:
+            raise UsageError(f"--columns: found {word}, expected OURS=THEIRS, as in instruction=question")
+        if ours not in names:
+            raise UsageError(f"--columns: no format expects a column {ours}{nearest(ours, names)}")
+        found[ours] = theirs
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------------

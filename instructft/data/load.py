@@ -361,19 +361,26 @@ def conversations(recipe: Recipe, split: str, limit: int | None = None) -> list[
 
 
 def file_conversations(
-    path: str, limit: int | None = None, shapes: Sequence[Shape] = (), recipe: Recipe | None = None
+    path: str,
+    limit: int | None = None,
+    shapes: Sequence[Shape] = (),
+    recipe: Recipe | None = None,
+    strict: bool = False,
 ) -> list[dict[str, Any]]:
     """The usable rows of a file, folder, pattern or URL, as `conversations` gives them.
 
     Args:
         recipe: says how rows are read: `data.ignore`, `data.strip`, `data.template_options`.
         shapes: how rows like these may be read, the first that fits; else their columns tell.
+        strict: they are to be read as one of the shapes.
     """
     key = "--data"
     try:
         splits = located(path, key)
         wanted = next((name for name in ("test", "validation") if name in splits and len(splits) > 1), "all")
-        raw, drawn, files, fmt, columns = _read_as_one_of([*shapes, (None, {})], splits, wanted, path, key)
+        raw, drawn, files, fmt, columns = _read_as_one_of(
+            shapes if strict else [*shapes, (None, {})], splits, wanted, path, key
+        )
     except DataError:
         raise
     except Exception as error:
