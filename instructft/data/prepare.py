@@ -23,8 +23,8 @@ from instructft.data.arrow.token_rows import ranges, tokens_of
 from instructft.data.deduplicate import Known
 from instructft.data.load import SPLITS, Part, load_parts
 from instructft.data.packing import pack
-from instructft.data.tokenize import REFUSED, drop_examples, drop_reasons, refuse_unread
-from instructft.errors import DataError, TemplateError
+from instructft.data.tokenize import drop_examples, drop_reasons, refuse_losses, refuse_unread
+from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class _Pieces:
             if len(kept) == 0:
                 said = drop_reasons(reasons) + examples
                 raise DataError(f"{part.key}: no row of {part.label} can be trained on: {said}")
-            _refuse_losses(part, reasons, len(used), recipe, examples)
+            refuse_losses(part, reasons, len(used), recipe.check, examples)
             self.cut += int((lost[kept] > 0).sum())
             self.cut_tokens += int(lost[kept].sum())
             self.hidden.add(encoded, np.sort(keep.get("train", kept[:0])))
@@ -214,24 +214,6 @@ class _Pieces:
         groups = {label: len(rows) for label, rows in pieces["validation"].items()} if several or named else {}
         splits = {name: concatenate_datasets(list(found.values())) for name, found in pieces.items() if found}
         return Prepared(DatasetDict(splits), counts, self.dropped, self.cut, self.cut_tokens, groups, self.hidden)
-
-
-def _refuse_losses(part: Part, reasons: Counter[str], rows: int, recipe: Recipe, examples: str) -> None:
-    """Refuse a data set that loses more of its rows than the recipe allows."""
-    refused = reasons[REFUSED] / rows
-    dropped = (sum(reasons.values()) - reasons["too_long"]) / rows  # those of `on_too_long: drop` were asked for
-    for key, share, what in (
-        ("max_refused_share", refused, "are refused by the chat template"),
-        ("max_dropped_share", dropped, "cannot be trained on"),
-    ):
-        allowed = getattr(recipe.check, key)
-        if allowed is not None and share > allowed:
-            error = TemplateError if key == "max_refused_share" else DataError
-            raise error(
-                f"{part.key}: {share:.1%} of the {rows:,} rows of {part.label} {what}, and check.{key} allows "
-                f"{allowed:.1%}: {drop_reasons(reasons)}{examples}\nMend the rows, map their columns "
-                f"(data.datasets[].columns), or allow it: check.{key}: {min(1.0, round(share + 0.005, 2))}"
-            )
 
 
 def _refuse_empty(pieces: dict[str, dict[str, Dataset]], recipe: Recipe, dropped: Counter[str]) -> None:

@@ -29,7 +29,7 @@ from instructft.data.arrow.token_rows import flat_rows, tokens_of
 from instructft.data.deduplicate import Known
 from instructft.data.load import Part, hub_id, label_of, not_read, rules_of, shape, shape_of, stream_files
 from instructft.data.packing import best_fit
-from instructft.data.tokenize import Batches, drop_reasons, refuse_unread, shaped_by
+from instructft.data.tokenize import Batches, drop_examples, drop_reasons, refuse_losses, refuse_unread, shaped_by
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX, encoder
 
@@ -89,7 +89,7 @@ class Streamed:
         self.groups = held_out.groups if held_out else {}
         held = [tokens_of(rows) for rows in held_out.splits.values()] if held_out else []
         self._known = Known(held) if held else None
-        self._streams, self._data, self._tally = streams, recipe.data, _Tally()
+        self._streams, self._data, self._check, self._tally = streams, recipe.data, recipe.check, _Tally()
         self._weights = [stream.part.weight for stream in streams]
         ours = [shaped_by(stream.known_by, stream.part, recipe, tokenizer) for stream in streams]
         more = [ours, self._weights, [e.rows for e in self._data.datasets], self._data.seed, self._data.packing]
@@ -254,7 +254,11 @@ class Streamed:
             numbers = [number for number, _ in batch]
             ids, labels, lengths, _, lost, verdicts, notes = stream.encode([row for _, row in batch], numbers)
             refuse_unread(stream.part, verdicts, notes, numbers)
-            tally.dropped.update(verdict for verdict in verdicts if verdict)
+            dropped = Counter(verdict for verdict in verdicts if verdict)
+            tally.dropped.update(dropped)
+            if not shuffle and (len(ids) or len(batch) == ENCODED):  # ahead of the run; none at all is told below
+                examples = drop_examples(stream.part, verdicts, notes, numbers)
+                refuse_losses(stream.part, dropped, len(batch), self._check, examples, "first ")
             tally.hidden.add_notes(note for verdict, note in zip(verdicts, notes, strict=True) if not verdict)
             tally.cut += int((lost > 0).sum())
             tally.cut_tokens += int(lost.sum())
