@@ -52,6 +52,7 @@ class Part:
     key: str  # where the recipe names it, for messages
     drawn: np.ndarray | None = None  # row numbers in the file of the rows in `raw`; None: all, in order
     weight: float = 1.0  # share in a mix, relative to the other parts
+    repeat: float = 1.0  # how often its rows are trained in an epoch
     files: tuple[tuple[str, int], ...] = ()  # where there are several: each one's name, and its first row's number
     rules: Rules = AS_IT_STANDS  # what the recipe says of how rows are read
 
@@ -117,7 +118,8 @@ def _part(entry: DatasetEntry, key: str, recipe: Recipe, number: int) -> Part:
         raw = raw.select(some)
         drawn = some if drawn is None else drawn[some]
     fmt, columns = shape(shape_of(entry), columns_of(raw), label, key)
-    return Part(label, raw, fmt, columns, {}, key, drawn, entry.weight, files, rules_of(recipe, columns))
+    rules, shares = rules_of(recipe, columns), (entry.weight, entry.repeat)
+    return Part(label, raw, fmt, columns, {}, key, drawn, *shares, files, rules)
 
 
 def rules_of(recipe: Recipe, columns: dict[str, str]) -> Rules:
@@ -386,7 +388,7 @@ def file_conversations(
     except Exception as error:
         raise DataError(f"{key}: {path} could not be read: {first_line(error)}") from error
     rules = rules_of(recipe, columns) if recipe else Rules(read=frozenset((*columns, *columns.values())))
-    part = Part(path, raw, fmt, columns, {}, key, drawn, 1.0, files, rules)
+    part = Part(path, raw, fmt, columns, {}, key, drawn, files=files, rules=rules)
     found = _usable(part, raw)
     if not found:
         raise DataError(f"{key}: no row of {path} has a question and an answer")

@@ -152,7 +152,8 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     made = _Pieces(load_parts(recipe), recipe, tokenizer)
     _refuse_empty(made.pieces, recipe, made.dropped)
     _take_out_known(made.pieces, made.dropped)
-    _weigh(made.pieces["train"], made.weights, recipe.data.seed, made.dropped)
+    _repeat(made.pieces["train"], made.repeats, recipe.data.seed, made.dropped)
+    _weigh(made.pieces["train"], made.weights, recipe, made.dropped)
     return made.together(recipe)
 
 
@@ -169,6 +170,7 @@ class _Pieces:
         self.pieces: dict[str, dict[str, Dataset]] = {name: {} for name in SPLITS}  # split -> data set -> its rows
         self.dropped: Counter[str] = Counter()
         self.weights: dict[str, float] = {}
+        self.repeats: dict[str, float] = {}
         self.cut = self.cut_tokens = 0
         self.hidden = Hidden()
         for part in parts:
@@ -191,7 +193,7 @@ class _Pieces:
             self.cut_tokens += int(lost[kept].sum())
             self.hidden.add(encoded, np.sort(keep.get("train", kept[:0])))
             label = part.label if part.label not in self.weights else f"{part.label}-{len(self.weights)}"
-            self.weights[label] = part.weight
+            self.weights[label], self.repeats[label] = part.weight, part.repeat
             rows, each = trained_rows(encoded, recipe.data.max_length if part.format == "text" else None)
             first = np.cumsum(each) - each
             for name, numbers in keep.items():
@@ -249,13 +251,36 @@ def _take_out_known(pieces: dict[str, dict[str, Dataset]], dropped: Counter[str]
     dropped += Counter()  # without a count of 0
 
 
-def _weigh(pieces: dict[str, Dataset], weights: dict[str, float], seed: int, dropped: Counter[str]) -> None:
-    """Give each data set its share of the training rows: none is repeated, so the scarcest sets the size of the mix."""
-    if len({weights[label] for label in pieces}) == 1:
-        return
-    total = min(len(rows) / weights[label] for label, rows in pieces.items())
+def _repeat(pieces: dict[str, Dataset], repeats: dict[str, float], seed: int, dropped: Counter[str]) -> None:
+    """Rows of each data set as often as the recipe wants them: whole rounds, and a part of one drawn by the seed."""
     for i, (label, rows) in enumerate(pieces.items()):
-        wanted = max(1, round(total * weights[label]))
+        if repeats[label] == 1:
+            continue
+        whole, part = divmod(repeats[label], 1)
+        some = np.random.default_rng([seed, i, 3]).permutation(len(rows))[: round(part * len(rows))]
+        numbers = np.concatenate([np.tile(np.arange(len(rows)), int(whole)), np.sort(some)])
+        if not len(numbers):
+            raise DataError(f"data.datasets: repeat: {repeats[label]:g} of the {len(rows):,} rows of {label} is no row")
+        pieces[label] = rows.select(numbers)
+        if whole == 0:
+            dropped["left_out_by_repeat"] += len(rows) - len(numbers)
+
+
+def _weigh(pieces: dict[str, Dataset], weights: dict[str, float], recipe: Recipe, dropped: Counter[str]) -> None:
+    """Give each data set its share of the training rows, or of their tokens: no more is taken of one than there is, so
+    the scarcest sets the size of the mix."""
+    if len({weights[label] for label in pieces}) == 1 and (recipe.data.mix_by == "rows" or len(pieces) == 1):
+        return
+    sizes = {label: np.ones(len(rows), dtype=np.int64) for label, rows in pieces.items()}
+    if recipe.data.mix_by == "tokens":
+        sizes = {label: tokens_of(rows).lengths for label, rows in pieces.items()}
+    total = min(sizes[label].sum() / weights[label] for label in pieces)
+    for i, (label, rows) in enumerate(pieces.items()):
+        order = np.random.default_rng([recipe.data.seed, i, 2]).permutation(len(rows))
+        filled = np.cumsum(sizes[label][order])
+        share = float(total * weights[label])
+        wanted = round(share) if recipe.data.mix_by == "rows" else int(np.argmin(np.abs(filled - share))) + 1
+        wanted = max(1, wanted)
         if wanted < len(rows):
-            pieces[label] = rows.select(np.sort(np.random.default_rng([seed, i, 2]).permutation(len(rows))[:wanted]))
+            pieces[label] = rows.select(np.sort(order[:wanted]))
             dropped["left_out_by_weight"] += len(rows) - wanted

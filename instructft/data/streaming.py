@@ -92,7 +92,14 @@ class Streamed:
         self._streams, self._data, self._check, self._tally = streams, recipe.data, recipe.check, _Tally()
         self._weights = [stream.part.weight for stream in streams]
         ours = [shaped_by(stream.known_by, stream.part, recipe, tokenizer) for stream in streams]
-        more = [ours, self._weights, [e.rows for e in self._data.datasets], self._data.seed, self._data.packing]
+        more = [
+            ours,
+            self._weights,
+            [e.rows for e in self._data.datasets],
+            self._data.seed,
+            self._data.packing,
+            self._data.mix_by,
+        ]
         if held_out:
             more.append(held_out.fingerprint)
         self.fingerprint = hashlib.sha256(json.dumps(more).encode()).hexdigest()[:16]
@@ -233,8 +240,12 @@ class Streamed:
         draw = random.Random(f"{self._data.seed} mix {number}")
         rounds = [0 for _ in everyone]  # how often each was read to its end
         opened = [self._one(i, (number, 0), tally, shuffle) for i in everyone]
+        passed = [0 for _ in everyone]  # tokens
         while True:
-            i = draw.choices(everyone, self._weights)[0] if len(everyone) > 1 else 0
+            if len(everyone) > 1 and self._data.mix_by == "tokens":  # the one that lags behind its share
+                i = min(everyone, key=lambda k: passed[k] / self._weights[k])
+            else:
+                i = draw.choices(everyone, self._weights)[0] if len(everyone) > 1 else 0
             row = next(opened[i], None)
             if row is None:
                 rounds[i] += 1
@@ -242,6 +253,7 @@ class Streamed:
                     return
                 opened[i] = self._one(i, (number, rounds[i]), tally, shuffle)
                 row = next(opened[i])  # `_one` gives a row or raises
+            passed[i] += len(row[0])
             yield row
 
     def _one(self, i: int, number: tuple[int, int], tally: _Tally, shuffle: bool) -> Iterator[Encoded]:
@@ -317,7 +329,7 @@ def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out:
         if not columns:
             raise DataError(f"{key}: {label} holds no rows")
         fmt, mapped = shape(shape_of(entry), list(columns), label, key)
-        part = Part(label, None, fmt, mapped, {}, key, None, entry.weight, rules=rules_of(recipe, mapped))
+        part = Part(label, None, fmt, mapped, {}, key, weight=entry.weight, rules=rules_of(recipe, mapped))
         streams.append(_Stream(part, read, Batches(part, recipe.data, tokenizer).encode, known_by))
     return Streamed(streams, recipe, tokenizer, held_out)
 

@@ -257,6 +257,7 @@ _SAID = {
     REFUSED: "that the chat template refuses",
     "near_duplicate_of_held_out": "nearly the same as a held-out one",
     "left_out_by_weight": "left out by weight",
+    "left_out_by_repeat": "left out by a repeat below 1",
 }
 
 

@@ -281,6 +281,8 @@ def test_a_stream_that_loses_too_many_rows_is_refused_before_the_first_step(reci
         ),
         (["data.datasets=[{name: llms-from-scratch, streaming: true}]"], r"one JSON array"),
         (["data.datasets=[{hub: a/b, split: 'train[:5%]', streaming: true}]"], r"use rows: N"),
+        (["data.datasets=[{path: a.jsonl, repeat: 2, streaming: true}]"], r"begins again; set its share with weight"),
+        (["data.test=[{path: a.jsonl, repeat: 2}]"], r"data\.test.*\.repeat: held-out rows are judged once"),
     ],
 )
 def test_what_a_stream_cannot_have_is_refused(recipe: Any, overrides: list[str], message: str) -> None:
