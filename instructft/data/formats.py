@@ -279,11 +279,15 @@ def detect_format(columns: list[str], where: str) -> str:
         if not fmt.lacks(columns):
             return name
     needs = "\n".join(f"  {name}: {', '.join(fmt.columns)}" for name, fmt in FORMATS.items())
+    lower = {column.strip().lower(): column for column in columns}
+    fits = next((fmt for fmt in FORMATS.values() if not fmt.lacks(lower)), None)
+    mapping = ", ".join(f"{ours}: {theirs}" for ours, theirs in lower.items() if fits and ours in fits.known)
     raise DataError(
         f"{where}: no known format has the columns {', '.join(columns) or '(none)'}.\n"
         + "".join(f"`{name}`: {refused(name)}.\n" for name in columns if refused(name))
         + f"A row needs the columns of one of these formats:\n{needs}\n"
-        "If yours have other names, map them in the recipe: data.datasets[].columns: {instruction: question, …}"
+        "If yours have other names, map them in the recipe: data.datasets[].columns: "
+        + (f"{{{mapping}}}" if mapping else "{instruction: question, …}")
     )
 
 

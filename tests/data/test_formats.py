@@ -431,6 +431,13 @@ def test_rows_of_a_message_tree_are_refused_with_the_way_out():
         detect_format(["message_id", "parent_id", "text", "role"], "oasst")
 
 
+def test_columns_that_differ_in_case_come_with_the_mapping_to_write():
+    with pytest.raises(DataError, match=r"columns: \{question: Question, answer: Answer \}$"):
+        detect_format(["Id", "Question", "Answer "], "rows.csv")
+    with pytest.raises(DataError, match=r"columns: \{instruction: question, …\}$"):
+        detect_format(["Id", "Frage", "Antwort"], "rows.csv")
+
+
 def test_columns_that_are_typed():
     assert columns_asked(["instruction=question", "output=a=b"]) == {"instruction": "question", "output": "a=b"}
     for words, said in (

@@ -283,6 +283,8 @@ ROWS: dict[str, list[tuple[Row, str]]] = {
         ({"conversations": json.dumps(said(("human", ASK[1]), ("gpt", "Cold.")), indent=2)}, PAIR),
         ({"messages": [json.dumps(turn) for turn in chat(ASK, COLD)]}, PAIR),
         ({"conversation": json.dumps([{"input": ASK[1], "output": "Cold."}])}, PAIR),
+        ({"messages": {"role": ["user", "assistant"], "content": [ASK[1], "Cold."]}}, PAIR),
+        ({"conversations": {"from": ["human", "gpt"], "value": [ASK[1], "Cold."], "weight": [None, 1]}}, PAIR),
         ({"text": f"### Human: {ASK[1]}### Assistant: Cold."}, PAIR),
         ({"text": f"### User:\n{ASK[1]}\n\n### Assistant:\nCold.\n"}, PAIR),
         ({"text": f"<|im_start|>user\n{ASK[1]}<|im_end|>\n<|im_start|>assistant\nCold.<|im_end|>\n"}, PAIR),

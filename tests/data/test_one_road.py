@@ -129,6 +129,35 @@ def test_evaluate_data(recipe: Any, tmp_path: Path) -> None:
         assert len(of_recipe) == len(TEXTS)
 
 
+def test_five_roads_lead_to_the_same_conversations(recipe: Any, tmp_path: Path, hub: Any) -> None:
+    """A file, the Hub, Parquet, a stream and `evaluate --data`, of all rows; right is what one writes by hand."""
+    from instructft.data.load import conversations
+
+    right = {
+        *(row["output"] for row in TEXTS),
+        *("20", "0.1", "true", '["a","b",{"c":[1,null]}]', '{"a":"1","b":2}', str(2**62)),
+    }
+    file, table = str(write(tmp_path, ".jsonl", ALL)), str(parquet(tmp_path / "all.parquet", ALL))
+    hub.put("tester/all", {"train.jsonl": Path(file)}, type="dataset")
+    (stream,) = prepare_stream(
+        recipe({"path": file, "streaming": True}), instructft.load_tokenizer(recipe({"path": file}))
+    )._streams
+    streamed_rows = [stream.part.conversation(raw) for raw in stream.read() if raw["output"]]
+    roads = {
+        "file": conversations(recipe({"path": file}), "train"),
+        "Hub": conversations(recipe({"hub": "tester/all"}), "train"),
+        "Parquet": conversations(recipe({"path": table}), "train"),
+        "stream": [{"messages": messages} for messages in streamed_rows],
+        "evaluate": file_conversations(file),
+        "evaluate on Parquet": file_conversations(table),
+    }
+    for road, rows in roads.items():
+        answers = [row["messages"][-1]["content"] for row in rows]
+        assert len(answers) == len(ALL) - 2, road  # null and "" are no answers
+        assert set(answers) == right, road
+        assert [row["messages"] for row in rows] == [row["messages"] for row in roads["file"]], road
+
+
 def test_nan_is_read_alike_everywhere(recipe: Any, tmp_path: Path) -> None:
     rows = [{"instruction": "a", "output": "b", "score": math.nan}, {"instruction": "c", "output": "d", "score": 0.5}]
     found = []

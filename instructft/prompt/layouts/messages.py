@@ -32,6 +32,11 @@ CONTENT = ("content", "value", "text")
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 FLAGS = ("weight", "train", "training", "loss", "loss_weight", "loss_scale", "mask", "masked")  # 0: no loss
 _INVERSE = ("mask", "masked")  # of these 1 means no loss
+_NO_SHARE = (
+    "an answer is trained or not (1 or 0), and each of its tokens counts as much as any other; write 0 or 1, leave the "
+    "flag out with data.ignore, or give such rows a data set of their own and train that more or less often "
+    "(data.datasets[].repeat)"
+)
 _SPANS = ("train_detail", "training_detail")
 TOOLS = ("tools", "functions")
 _CALLS = ("tool_calls", "function_call")
@@ -103,7 +108,7 @@ def tools_in_system(messages: list[Message], tools: Any) -> bool:
 
 def messages_of(turns: Any, where: str, ledger: Ledger) -> list[Message]:
     """A list of turns, or its JSON text, as messages; one that names tools has them under `tools`."""
-    given = parsed(turns)
+    given = _as_turns(parsed(turns))
     if not isinstance(given, list | tuple) or not all(isinstance(turn, Mapping | str) for turn in given):
         raise Unusable("not_a_dialogue", f"`{where}` is {shown(turns)}, expected a list of messages")
     messages: list[Message] = []
@@ -122,6 +127,18 @@ def messages_of(turns: Any, where: str, ledger: Ledger) -> list[Message]:
         else:
             _read(turn, where, ledger, messages)
     return messages
+
+
+def _as_turns(given: Any) -> Any:
+    """Columns of turns as turns: `{"role": […], "content": […]}`, which `datasets` makes of a `Sequence` of them."""
+    if not isinstance(given, Mapping) or not any(name in given for name in SPEAKER):
+        return given
+    if (
+        not all(isinstance(column, list | tuple) for column in given.values())
+        or len(set(map(len, given.values()))) != 1
+    ):
+        return given
+    return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
 
 
 def _read(turn: Mapping[str, Any], where: str, ledger: Ledger, messages: list[Message]) -> None:
@@ -293,7 +310,7 @@ def _weigh(message: Message, turn: Mapping[str, Any], where: str, ledger: Ledger
                     f"only answers carry loss; where this does not matter: data.ignore: [{role}.{name}]",
                 )
         elif share not in (0, 1):
-            ledger.unread(place, value, "a message is trained or not (1 or 0); shares of a loss are not supported")
+            ledger.unread(place, value, _NO_SHARE)
         elif (share == 0) != (name in _INVERSE):
             message["weight"] = 0
     for name in _SPANS:
