@@ -7,6 +7,7 @@ more than is read is `Unread`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -17,6 +18,7 @@ from instructft.formatting import nearest
 from instructft.prompt.conversation import Conversation, Message
 from instructft.prompt.layouts.messages import (
     CONTENT,
+    PARTS,
     REASONING,
     TOOLS,
     finished,
@@ -89,10 +91,14 @@ def _prompt_completion(row: Row, ledger: Ledger) -> list[Message]:
 
 
 def _side(value: Any, where: str, role: str, ledger: Ledger) -> list[Message]:
-    """A text as a message of this role; a list of messages, or its JSON text, as they are."""
-    turns = parsed(value)
-    if isinstance(turns, list | tuple) and turns and all(isinstance(turn, Mapping) and _speaks(turn) for turn in turns):
-        return messages_of(turns, where, ledger)
+    """A text, or one in parts, as a message of this role; messages, or their JSON text, as they are."""
+    given = parsed(value)
+    turns = [given] if isinstance(given, Mapping) else given
+    if isinstance(turns, list | tuple) and turns and all(isinstance(turn, Mapping) for turn in turns):
+        if all(map(_speaks, turns)):
+            return messages_of(turns, where, ledger)
+        if all(turn.get("type") in PARTS for turn in turns):
+            return messages_of([{"role": role, "content": turns}], where, ledger)
     return [finished({"role": role, "content": ledger.text(value, where)})]
 
 
@@ -281,7 +287,7 @@ def detect_format(columns: list[str], where: str) -> str:
     needs = "\n".join(f"  {name}: {', '.join(fmt.columns)}" for name, fmt in FORMATS.items())
     lower = {column.strip().lower(): column for column in columns}
     fits = next((fmt for fmt in FORMATS.values() if not fmt.lacks(lower)), None)
-    mapping = ", ".join(f"{ours}: {theirs}" for ours, theirs in lower.items() if fits and ours in fits.known)
+    mapping = ", ".join(f"{ours}: {_quoted(theirs)}" for ours, theirs in lower.items() if fits and ours in fits.known)
     raise DataError(
         f"{where}: no known format has the columns {', '.join(columns) or '(none)'}.\n"
         + "".join(f"`{name}`: {refused(name)}.\n" for name in columns if refused(name))
@@ -289,6 +295,11 @@ def detect_format(columns: list[str], where: str) -> str:
         "If yours have other names, map them in the recipe: data.datasets[].columns: "
         + (f"{{{mapping}}}" if mapping else "{instruction: question, …}")
     )
+
+
+def _quoted(name: str) -> str:
+    """A name as YAML takes it inside braces."""
+    return name if name.isidentifier() else json.dumps(name, ensure_ascii=False)
 
 
 def columns_asked(words: Iterable[str]) -> dict[str, str]:
@@ -381,7 +392,7 @@ def _with_system(messages: list[Message], row: Row, ledger: Ledger) -> list[Mess
     found = [name for name in SYSTEM if not absent(row.get(name))]
     if not found:
         return messages
-    text = _text(row, found[0], ledger)
+    text = "\n\n".join(message["content"] for message in _side(row[found[0]], found[0], "system", ledger))
     for name in found[1:]:
         if row[name] != row[found[0]] and not ledger.ignores(name):
             ledger.unread(f"column `{name}`", row[name], f"`{found[0]}` is the system message already")

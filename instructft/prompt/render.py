@@ -88,8 +88,11 @@ class Renderer:
 
     def unread(self, options: Mapping[str, Any]) -> list[str]:
         """The options that say something, and that no word of the template asks for."""
-        text = str(self.tokenizer.chat_template)
-        return [name for name, value in options.items() if value and not re.search(rf"\b{re.escape(name)}\b", text)]
+        return [name for name, value in options.items() if value and name not in self._words]
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        return frozenset(re.findall(r"\w+", str(self.tokenizer.chat_template)))
 
     def _extras(self, message: Message) -> Message:
         """Put `input` and `context` where the template reads them."""

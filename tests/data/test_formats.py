@@ -432,7 +432,7 @@ def test_rows_of_a_message_tree_are_refused_with_the_way_out():
 
 
 def test_columns_that_differ_in_case_come_with_the_mapping_to_write():
-    with pytest.raises(DataError, match=r"columns: \{question: Question, answer: Answer \}$"):
+    with pytest.raises(DataError, match=r'columns: \{question: Question, answer: "Answer "\}$'):
         detect_format(["Id", "Question", "Answer "], "rows.csv")
     with pytest.raises(DataError, match=r"columns: \{instruction: question, …\}$"):
         detect_format(["Id", "Frage", "Antwort"], "rows.csv")

@@ -263,6 +263,21 @@ ROWS: dict[str, list[tuple[Row, str]]] = {
         (answers(bot({"type": "text", "text": "Cold."})), PAIR),
         (answers(bot([{"type": "text", "text": "Co"}, {"text": "ld."}])), PAIR),
     ],
+    "a side of a row in parts, or as a message": [
+        (
+            {"system": [{"type": "text", "text": "Be brief."}], "messages": chat(ASK, COLD)},
+            hand(("system", "Be brief."), ASK, COLD),
+        ),
+        ({"prompt": chat(ASK)[0], "completion": chat(COLD)[0]}, PAIR),
+        ({"instruction": ASK[1], "output": [{"type": "text", "text": "Co"}, {"type": "text", "text": "ld."}]}, PAIR),
+        ({"question": json.dumps([{"type": "input_text", "text": ASK[1]}]), "answer": "Cold."}, PAIR),
+        ({"instruction": ASK[1], "output": {"type": "cold"}}, hand(ASK, ("assistant", '{"type":"cold"}'))),
+        (
+            {"prompt": [{"type": "image", "url": "x.png"}, {"type": "text", "text": ASK[1]}], "completion": "Cold."},
+            "unread: part `image` of a content in `prompt`: "
+            "expected text, thinking, tool_use or tool_result; images and sound are not read",
+        ),
+    ],
     "names of speakers": [
         ({"messages": [{"role": "human", "content": ASK[1]}, bot("Cold.")]}, PAIR),
         ({"messages": said(("human", ASK[1]), ("gpt", "Cold."))}, PAIR),

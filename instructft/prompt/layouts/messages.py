@@ -47,6 +47,7 @@ _KNOWN = frozenset(
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 _THINKING_PARTS = ("thinking", "reasoning")
+PARTS = (*_TEXT_PARTS, *_THINKING_PARTS, "tool_use", "tool_result", "image", "image_url", "input_image", "input_audio")
 _PART_KEYS = frozenset(("type", "text", "refusal"))
 # The only spelling that says exactly which line breaks belong to it; what is written otherwise stays in the content.
 _THINK = re.compile(r"<think>\n((?!\s).*?(?<!\s))\n</think>\n\n((?!\s).*)", re.DOTALL)
