@@ -44,6 +44,12 @@ ResumeOption = Annotated[
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
 TopPOption = Annotated[float, typer.Option(help="Nucleus sampling.")]
 MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens in an answer, at most.")]
+ColumnsOption = Annotated[
+    list[str] | None,
+    _option(
+        metavar="OURS=THEIRS …", help="Columns of the file, as instruction=question; default: as the run's recipe."
+    ),
+]
 StrategyOption = Annotated[
     str, typer.Option(metavar="ddp|fsdp2|zero2|zero3", help="ddp: each process holds the whole model; else divided.")
 ]
@@ -329,12 +335,16 @@ def generate(
         str | None, _option(help="A second model, for base_response; `start`: what the run began from.")
     ] = None,
     backend: Annotated[str, typer.Option(help="transformers, or vllm where it is installed.")] = "transformers",
+    columns: ColumnsOption = None,
 ) -> None:
     """Answer a file of prompts. The same command again resumes where it stopped."""
+    from instructft.data.formats import columns_asked
+
+    mapped = columns_asked(columns or ())
     from instructft.inference.generate_file import generate_file
 
     _quiet_libraries()
-    generate_file(model, input, output, max_new_tokens, temperature, top_p, batch_size, base, backend)
+    generate_file(model, input, output, max_new_tokens, temperature, top_p, batch_size, base, backend, mapped)
 
 
 @app.command()
@@ -346,6 +356,7 @@ def evaluate(
     data: Annotated[str | None, _option(help="A file, or a recipe; default: the run's own recipe.")] = None,
     split: Annotated[str | None, _option(help="train, validation or test; default: test, else validation.")] = None,
     limit: Annotated[int | None, _option(help="Evaluate on this many rows.")] = None,
+    columns: ColumnsOption = None,
     show: Annotated[int, typer.Option(help="Rows to show with question, expected answer and answers.")] = 10,
     json_file: Annotated[Path | None, _option("--json", help="Write the results to this file.")] = None,
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="All checkpoints of a run in one table.")] = False,
@@ -359,9 +370,9 @@ def evaluate(
     chosen = [name for name, wanted in ways.items() if wanted]
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(chosen)} are different evaluations; choose one at a time")
-    given = {"--base": base, "--data": data, "--split": split, "--limit": limit}
-    useless = {"--checkpoints": ["--base"], "--prompts": ["--data", "--split", "--limit"]}
-    useless["--tasks"] = ["--data", "--split"]
+    given = {"--base": base, "--data": data, "--split": split, "--limit": limit, "--columns": columns}
+    useless = {"--checkpoints": ["--base"], "--prompts": ["--data", "--split", "--limit", "--columns"]}
+    useless["--tasks"] = ["--data", "--split", "--columns"]
     for option in useless[chosen[0]] if chosen else []:
         if given[option] is not None:
             raise UsageError(f"{option} has no effect with {chosen[0]}; leave it out")
@@ -371,17 +382,19 @@ def evaluate(
 
         run_tasks(model, tasks, base=base, limit=limit, json_file=json_file)
     elif checkpoints:
+        from instructft.data.formats import columns_asked
         from instructft.evaluation.compare import compare_checkpoints
 
-        compare_checkpoints(model, data, split, limit, json_file)
+        compare_checkpoints(model, data, split, limit, json_file, columns_asked(columns or ()))
     elif prompts:
         from instructft.extras.further_evaluation import read_prompts
 
         read_prompts(model, base, json_file)
     else:
+        from instructft.data.formats import columns_asked
         from instructft.evaluation.compare import compare
 
-        compare(model, base, data, split, limit, show, json_file)
+        compare(model, base, data, split, limit, show, json_file, columns_asked(columns or ()))
 
 
 @app.command()
@@ -518,6 +531,20 @@ def _root(
         pickles.trust()
 
 
+def _each_named(words: list[str]) -> list[str]:
+    """`--columns a=b c=d` as the parser takes it: with the option's name before each pair.
+
+    >>> _each_named(["evaluate", "run", "--columns", "a=b", "c=d", "--limit", "3"])
+    ['evaluate', 'run', '--columns', 'a=b', '--columns', 'c=d', '--limit', '3']
+    """
+    named: list[str] = []
+    for word in words:
+        if named[-2:-1] == ["--columns"] and "=" in word and not word.startswith("-"):
+            named.append("--columns")
+        named.append(word)
+    return named
+
+
 def main() -> None:
     """Run the command line; every error on purpose is one message on stderr and an exit code."""
     # Nothing is reported to anybody: not by this library, and not by those that it calls.
@@ -531,7 +558,7 @@ def main() -> None:
     try:
         # may stand behind any command
         trust = sorted({word for word in sys.argv[1:] if word in ("--trust-remote-code", "--trust-checkpoint")})
-        app([*trust, *(word for word in sys.argv[1:] if word not in trust)])
+        app([*trust, *_each_named([word for word in sys.argv[1:] if word not in trust])])
     except InstructftError as error:
         if os.environ.get("INSTRUCTFT_TRACEBACK") == "1":
             raise

@@ -76,6 +76,8 @@ OWN: dict[str, tuple[str, str]] = {
     "data.datasets.0.revision": ("", "main"),
     "data.datasets.0.rows": ("rows", "2000"),
     "data.datasets.0.weight": ("relative share", "2.0"),
+    "data.datasets.0.repeat": ("times an epoch", "3"),
+    "data.mix_by": ("", "tokens"),
     "data.datasets.0.columns": ("", "{instruction: question, output: answer}"),
     "data.datasets.0.label": ("", "medical"),
     "data.datasets.0.streaming": ("", "true"),

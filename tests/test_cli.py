@@ -442,3 +442,11 @@ def test_every_public_name_resolves():
     assert callable(instructft.train)
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         instructft.trian  # noqa: B018
+
+
+def test_columns_may_be_typed_in_a_row():
+    words = ["evaluate", "run", "--columns", "a=b", "c=d", "--limit", "3", "--columns", "e=f"]
+    named = ["evaluate", "run", "--columns", "a=b", "--columns", "c=d", "--limit", "3", "--columns", "e=f"]
+    assert cli._each_named(words) == named
+    overrides = ["train", "r.yaml", "train.max_steps=1", "data.packing=true"]
+    assert cli._each_named(overrides) == overrides

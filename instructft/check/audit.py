@@ -44,7 +44,9 @@ FINDINGS = {
     "one_word_answers": "rows with an answer of one word",
     "markers_in_answers": "answers that hold a marker of the template",
     "markers_in_prompts": "prompts that hold a marker of the template",
+    "outer_space": "rows with white space before or after a text",
     "control_characters": "rows with control characters",
+    "windows_line_ends": "rows with line ends of Windows (CR)",
     "zero_width_characters": "rows with characters of no width",
     "bidi_characters": "rows with marks of writing direction",
     "replacement_characters": "rows with U+FFFD, text once read wrongly",
@@ -118,6 +120,8 @@ class _Texts:
         prompts = [
             str(m.get(k, "")) for m in messages if m["role"] != "assistant" for k in ("content", "input", "context")
         ]
+        if spaced := [text for text in (*prompts, *answers) if text != text.strip()]:
+            self.found["outer_space"].append((number, repr(spaced[0][:8] + "…" + spaced[0][-8:])))
         for name, texts in (("markers_in_answers", answers), ("markers_in_prompts", prompts)):
             if hit := next(filter(None, map(self.marker.search, texts)), None):
                 self.found[name].append((number, hit.group().strip()[:30]))

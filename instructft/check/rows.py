@@ -89,6 +89,7 @@ def draw(total: int, limit: int, seed: int) -> list[int]:
 
 def summary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Prepared, split: str) -> dict[str, str]:
     """What the rows come from and what became of all of them, line by line."""
+    from instructft.data.account import said_of_hidden
     from instructft.data.tokenize import drop_reasons
     from instructft.prompt.templates import TEMPLATES
 
@@ -110,7 +111,7 @@ def summary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Prepared, 
         lines["cut"] = f"{data.cut:,} rows longer than {recipe.data.max_length:,} lost {data.cut_tokens:,} tokens"
     if data.dropped:
         lines["dropped"] = drop_reasons(data.dropped)
-    return lines
+    return lines | dict(said_of_hidden(data.hidden.facts()))
 
 
 def _print(rows: Sequence[Shown], about: Mapping[str, str], ids: bool, console: Console) -> None:

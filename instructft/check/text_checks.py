@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 CHARACTERS = {
     "control_characters": re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]"),
+    "windows_line_ends": re.compile("\r"),
     # joiners stand rightly in emoji and in many scripts, behind a letter that is not ASCII
     "zero_width_characters": re.compile("[\u00ad\u180e\u200b\u2060-\u2064\ufeff]|(?<![^\x00-\x7f])[\u200c\u200d]"),
     "bidi_characters": re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"),

@@ -2,7 +2,8 @@
 
 Two rows are nearly the same when the sets of their runs of `RUN` tokens overlap by `THRESHOLD` or more (Jaccard), or
 when one stands whole in the other, as a dialogue does that was extended: all its runs, `ENOUGH` of them, but for fewer
-than `RUN` at its edges (another token within it takes `RUN` away). Runs that stand in many rows, as the headings of a
+than `RUN` at its edges (another token within it takes `RUN` away); or when what is answered in both, and the question
+before it, are nearly the same, under another system message. Runs that stand in many rows, as the headings of a
 template and the wording of a task do, say nothing and are left out; a row that has no others is compared whole. The
 runs of the held-out rows are an index, so that no pair of rows that share nothing is looked at. It lies in a file
 where it is large, and other rows pass it a block at a time: memory does not grow with the rows.
@@ -17,6 +18,7 @@ import numpy as np
 
 from instructft.data.arrow.store import scratch
 from instructft.data.arrow.token_rows import BLOCK, FlatRows, TokenRows, ranges
+from instructft.prompt.loss_mask import IGNORE_INDEX
 
 RUN = 5  # tokens
 THRESHOLD = 0.8  # share of runs in common
@@ -40,7 +42,7 @@ class Known:
             self._exact.setdefault(tokens, number)
         self._share = _SAMPLE // (1 + len(held_out))
         self._wording = [_seen(rows, self._share) for rows in held_out]
-        self._runs, self._owner, self._sizes = _index(held_out)
+        self._runs, self._owner, self._answers, self._sizes = _index(held_out)
         self._filter = np.zeros(1 << _FILTER, dtype=bool)
         for start in range(0, len(self._runs), BLOCK):
             self._filter[_filtered(self._runs[start : start + BLOCK])] = True
@@ -56,12 +58,14 @@ class Known:
         """
         found = np.fromiter((self._exact.get(tokens, -1) for tokens in _tokens(rows)), dtype=np.int64, count=len(rows))
         common = _common([_seen(rows, self._share), *self._wording])
-        sizes = self._sizes.copy()  # runs of its own that each held-out row has
+        sizes = self._sizes.copy()  # (2, held-out rows): runs of its own that each has, in all and in its answers
         first, many = self._place(common)
-        sizes -= np.bincount(self._owner[ranges(first, many)], minlength=len(sizes))
+        places = ranges(first, many)
+        sizes[0] -= np.bincount(self._owner[places], minlength=sizes.shape[1])
+        sizes[1] -= np.bincount(self._owner[places[self._answers[places]]], minlength=sizes.shape[1])
         start = 0
         for block in rows.blocks():
-            self._match(block.flat(("input_ids",)), common, sizes, found[start : start + len(block)])
+            self._match(block.flat(), common, sizes, found[start : start + len(block)])
             start += len(block)
         return found
 
@@ -74,18 +78,22 @@ class Known:
         maybe = maybe[_is_in(runs[maybe], self._runs)]
         if not len(maybe):
             return
+        answers = _in_answers(rows, counts)
         candidates = np.zeros(len(counts), dtype=bool)
         candidates[row_of[maybe]] = True
-        theirs = candidates[row_of]
-        own, hashes = _once_a_row(row_of[theirs], runs[theirs])
-        size_of = np.bincount(own[~_is_in(hashes, common)], minlength=len(counts))
-        row_of, hashes = _once_a_row(row_of[maybe], runs[maybe])
-        first, many = self._place(hashes)
+        theirs = np.flatnonzero(candidates[row_of])
+        once = theirs[_once_a_row(row_of[theirs], runs[theirs])]
+        once = once[~_is_in(runs[once], common)]
+        size_of = np.array([np.bincount(row_of[some], minlength=len(counts)) for some in (once, once[answers[once]])])
+        once = maybe[_once_a_row(row_of[maybe], runs[maybe])]
+        first, many = self._place(runs[once])
         many = np.minimum(many, _MOST_OWNERS)
         owner = self._owner[ranges(first, many)].astype(np.int64)
-        pairs, shared = np.unique(np.repeat(row_of, many) * len(sizes) + owner, return_counts=True)
-        of, held = np.divmod(pairs, len(sizes))
-        alike = (found[of] < 0) & _alike(shared, size_of[of], sizes[held])
+        pairs, pair_of = np.unique(np.repeat(row_of[once], many) * sizes.shape[1] + owner, return_inverse=True)
+        in_answers = np.repeat(answers[once], many)
+        shared = np.array([np.bincount(pair_of[some], minlength=len(pairs)) for some in (slice(None), in_answers)])
+        of, held = np.divmod(pairs, sizes.shape[1])
+        alike = (found[of] < 0) & _alike(shared, size_of[:, of], sizes[:, held])
         rows_alike, first = np.unique(of[alike], return_index=True)
         found[rows_alike] = held[alike][first]
 
@@ -99,10 +107,13 @@ class Known:
 
 
 def _alike(shared: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Whether rows of so many runs, that share so many, are nearly the same, or one holds the other."""
-    smaller = np.minimum(one, other)
-    inside = (smaller >= ENOUGH) & (smaller - shared < np.minimum(RUN, smaller // 10 + 1))
-    same: np.ndarray = (shared >= THRESHOLD * (one + other - shared)) | inside
+    """Whether rows of so many runs, that share so many, are nearly the same, one holds the other, or both answer one
+    question in the same way. Each (2, pairs): in all, and from the first answer on."""
+    smaller = np.minimum(one[0], other[0])
+    inside = (smaller >= ENOUGH) & (smaller - shared[0] < np.minimum(RUN, smaller // 10 + 1))
+    asked = shared[0] - shared[1] >= RUN
+    answered = (shared[1] >= ENOUGH) & (shared[1] >= THRESHOLD * (one[1] + other[1] - shared[1]))
+    same: np.ndarray = (shared[0] >= THRESHOLD * (one[0] + other[0] - shared[0])) | inside | (asked & answered)
     return same
 
 
@@ -128,47 +139,61 @@ def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
     return found
 
 
-def _once_a_row(row_of: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(row, run) of every run of every row, each once, in the order of rows."""
+def _once_a_row(row_of: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Where every run of every row stands for the first time, in the order of rows."""
     order = np.lexsort((hashes, row_of))
     row_of, hashes = row_of[order], hashes[order]
     new = np.ones(len(hashes), dtype=bool)
     new[1:] = (row_of[1:] != row_of[:-1]) | (hashes[1:] != hashes[:-1])
-    return row_of[new], hashes[new]
+    return order[new]
 
 
-def _index(held: Sequence[TokenRows]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All runs of held-out rows, sorted, with the row of each; and how many different ones each row has.
+def _in_answers(rows: FlatRows, counts: np.ndarray) -> np.ndarray:
+    """Which runs of rows begin with the first token that carries loss, or behind it: (runs,) bool."""
+    columns, starts, lengths = rows
+    carries = np.flatnonzero(columns["labels"] != IGNORE_INDEX)
+    first = np.append(carries, len(columns["labels"]))[np.searchsorted(carries, starts)]
+    ahead = np.minimum(first - starts, lengths)  # tokens of each row before that one
+    position = ranges(np.zeros(len(counts), dtype=np.int64), counts)
+    found: np.ndarray = position >= np.repeat(ahead, counts)
+    return found
+
+
+def _index(held: Sequence[TokenRows]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """All runs of held-out rows, sorted, with the row of each and whether it is in an answer; and how many different
+    ones each row has: (2, rows), in all and in its answers.
 
     Runs are dealt out by their first bits to as many stretches of the index as it takes to sort each in memory.
     """
     total = sum(int(np.maximum(rows.lengths - RUN + 1, 0).sum()) for rows in held)
     bits = max(0, (total // _SORTED_AT_ONCE).bit_length())
-    runs, owner = scratch(total, np.uint64), scratch(total, np.int32)
-    sizes = np.zeros(sum(map(len, held)), dtype=np.int64)
+    runs, owner, answers = scratch(total, np.uint64), scratch(total, np.int32), scratch(total, np.bool_)
+    sizes = np.zeros((2, sum(map(len, held))), dtype=np.int64)
     ends = np.zeros(1 << bits, dtype=np.int64)
     if bits:
-        for hashes, _ in _runs_of(held):
+        for hashes, _, _ in _runs_of(held):
             ends += np.bincount(_stretch(hashes, bits), minlength=1 << bits)
         ends = np.concatenate(([0], np.cumsum(ends)[:-1]))
-    for hashes, rows in _runs_of(held):
+    for hashes, rows, in_answers in _runs_of(held):
         of = _stretch(hashes, bits)
         order = np.argsort(of, kind="stable")
         many = np.bincount(of, minlength=1 << bits)
         at = ranges(ends, many)
-        runs[at], owner[at] = hashes[order], rows[order]
+        runs[at], owner[at], answers[at] = hashes[order], rows[order], in_answers[order]
         ends += many
     start = length = 0
     for end in ends.tolist():
         order = np.argsort(runs[start:end], kind="stable")
-        hashes, rows = runs[start:end][order], owner[start:end][order]
+        hashes, rows, in_answers = runs[start:end][order], owner[start:end][order], answers[start:end][order]
         new = np.ones(len(hashes), dtype=bool)
         new[1:] = (rows[1:] != rows[:-1]) | (hashes[1:] != hashes[:-1])
-        hashes, rows = hashes[new], rows[new]
-        runs[length : length + len(rows)], owner[length : length + len(rows)] = hashes, rows
-        sizes += np.bincount(rows, minlength=len(sizes))
+        hashes, rows, in_answers = hashes[new], rows[new], in_answers[new]
+        here = slice(length, length + len(rows))
+        runs[here], owner[here], answers[here] = hashes, rows, in_answers
+        sizes[0] += np.bincount(rows, minlength=sizes.shape[1])
+        sizes[1] += np.bincount(rows[in_answers], minlength=sizes.shape[1])
         start, length = end, length + len(rows)
-    return runs[:length], owner[:length], sizes
+    return runs[:length], owner[:length], answers[:length], sizes
 
 
 def _stretch(hashes: np.ndarray, bits: int) -> np.ndarray:
@@ -179,13 +204,15 @@ def _filtered(hashes: np.ndarray) -> np.ndarray:
     return (hashes >> np.uint64(64 - _FILTER)).astype(np.int64)
 
 
-def _runs_of(held: Sequence[TokenRows]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All runs of rows, some at a time, and the number of the row of each."""
+def _runs_of(held: Sequence[TokenRows]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """All runs of rows, some at a time, the number of the row of each, and whether it is in an answer."""
     before = 0
     for rows in held:
         for block in rows.blocks():
-            hashes, _, counts = _runs(block.flat(("input_ids",)))
-            yield hashes, np.repeat(np.arange(before, before + len(counts), dtype=np.int32), counts)
+            rows_here = block.flat()
+            hashes, _, counts = _runs(rows_here)
+            numbers = np.repeat(np.arange(before, before + len(counts), dtype=np.int32), counts)
+            yield hashes, numbers, _in_answers(rows_here, counts)
             before += len(block)
 
 
@@ -209,7 +236,7 @@ def _seen(rows: TokenRows, share: int) -> tuple[np.ndarray, int]:
     seen = [np.zeros(0, dtype=np.uint64)]
     for block in first.blocks():
         hashes, _, counts = _runs(block.flat(("input_ids",)))
-        seen.append(_once_a_row(np.repeat(np.arange(len(counts)), counts), hashes)[1])
+        seen.append(hashes[_once_a_row(np.repeat(np.arange(len(counts)), counts), hashes)])
     return np.concatenate(seen), len(first)
 
 

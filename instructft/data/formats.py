@@ -8,23 +8,33 @@ more than is read is `Unread`.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-from instructft.errors import DataError
+from instructft.errors import DataError, UsageError
+from instructft.formatting import nearest
 from instructft.prompt.conversation import Conversation, Message
-from instructft.prompt.layouts.messages import CONTENT, REASONING, TOOLS, finished, messages_of, with_tools
-from instructft.prompt.layouts.tool_calls import calls_of, parsed, tools_of
-from instructft.prompt.ledger import Ledger, Unusable, absent, shown
+from instructft.prompt.layouts.messages import (
+    CONTENT,
+    PARTS,
+    REASONING,
+    TOOLS,
+    finished,
+    messages_of,
+    tools_in_system,
+    with_tools,
+)
+from instructft.prompt.layouts.tool_calls import calls_of, parsed
+from instructft.prompt.layouts.transcripts import best_path, divided, glaive, human_assistant, rendered
+from instructft.prompt.ledger import Ledger, Unusable, absent, is_switch, refused, shown
 
 Row = Mapping[str, Any]
 SYSTEM = ("system", "system_prompt", "system_message")
 OPTIONS = ("chat_template_kwargs", "template_options")
-QUESTIONS = ("question", "query", "prompt", "problem", "instruction", "user", "input")
-ANSWERS = ("answer", "response", "output", "completion", "solution", "assistant")
+QUESTIONS = ("question", "query", "prompt", "problem", "instruction", "user", "input", "inputs")
+ANSWERS = ("answer", "response", "output", "completion", "solution", "assistant", "targets")
 
 
 @dataclass(frozen=True)
@@ -81,10 +91,14 @@ def _prompt_completion(row: Row, ledger: Ledger) -> list[Message]:
 
 
 def _side(value: Any, where: str, role: str, ledger: Ledger) -> list[Message]:
-    """A text as a message of this role; a list of messages, or its JSON text, as they are."""
-    turns = parsed(value)
-    if isinstance(turns, list | tuple) and turns and all(isinstance(turn, Mapping) and _speaks(turn) for turn in turns):
-        return messages_of(turns, where, ledger)
+    """A text, or one in parts, as a message of this role; messages, or their JSON text, as they are."""
+    given = parsed(value)
+    turns = [given] if isinstance(given, Mapping) else given
+    if isinstance(turns, list | tuple) and turns and all(isinstance(turn, Mapping) for turn in turns):
+        if all(map(_speaks, turns)):
+            return messages_of(turns, where, ledger)
+        if all(turn.get("type") in PARTS for turn in turns):
+            return messages_of([{"role": role, "content": turns}], where, ledger)
     return [finished({"role": role, "content": ledger.text(value, where)})]
 
 
@@ -96,7 +110,7 @@ def _answer(row: Row, column: str, ledger: Ledger) -> list[Message]:
     """The answer of a row, with the thoughts before it where they stand in a column of their own."""
     messages = _side(row.get(column), column, "assistant", ledger)
     for name in REASONING:
-        if name in row and not absent(row[name]) and not ledger.ignores(name):
+        if name in row and not absent(row[name]) and not is_switch(row[name]) and not ledger.ignores(name):
             if len(messages) == 1 and "reasoning_content" not in messages[0] and isinstance(row[name], str):
                 messages[0]["reasoning_content"] = ledger.text(row[name], name)
             else:
@@ -139,11 +153,12 @@ def _question_answer(row: Row, ledger: Ledger) -> list[Message]:
     """`{"question", "answer"}` under any of the names that data sets have for them."""
     answer = next((name for name in ANSWERS if not absent(row.get(name))), _first(ANSWERS, row) or "answer")
     question = next((name for name in QUESTIONS if not absent(row.get(name))), _first(QUESTIONS, row) or "question")
+    # the recipe may map a column, which then is there twice
+    known = {question, answer, "input", *(name for name in row if row[name] in (row.get(question), row.get(answer)))}
     for name in (*QUESTIONS, *ANSWERS):
-        if name not in (question, answer, "input") and not absent(row.get(name)) and not ledger.ignores(name):
-            ledger.unread(
-                f"column `{name}`", row[name], f"`{question}` and `{answer}` are read, and a row has one each"
-            )
+        if name not in known and not absent(row.get(name)) and not ledger.ignores(name):
+            why = f"`{question}` and `{answer}` are read, and a row has one each"
+            ledger.unread(f"column `{name}`", row[name], why)
     return _asked(row, ledger, question, answer)
 
 
@@ -154,91 +169,45 @@ def _xlam(row: Row, ledger: Ledger) -> list[Message]:
     return [*_side(row.get("query"), "query", "user", ledger), answer]
 
 
-_DIALOGUE_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
-
-
 def _hh(row: Row, ledger: Ledger) -> list[Message]:
     """`{"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": …}`: the preferred dialogue of Anthropic HH."""
     value = row.get("chosen")
-    compared = isinstance(parsed(value), list | dict) or any(not absent(row.get(name)) for name in QUESTIONS)
-    chosen = ledger.text(value, "chosen")
-    before, *parts = _DIALOGUE_TURN.split(chosen)
-    if before.strip() or not parts:
-        if compared:
-            ledger.rest({name: row.get(name) for name in ("chosen", "rejected")}, (), "column `{}`")
-            ledger.close()
-        raise Unusable("not_a_dialogue", f"`chosen` is {shown(chosen)}, expected Human: … Assistant: …")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return _spoken(parts, roles, "chosen", ledger)
-
-
-def _spoken(parts: list[str], roles: Mapping[str, str], where: str, ledger: Ledger) -> list[Message]:
-    """Speaker, text, speaker, text, … as messages; white space around the markers belongs to the markers."""
-    turns = [
-        {"role": roles[speaker.lower().capitalize()], "content": text.strip()}
-        for speaker, text in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    return messages_of(turns, where, ledger)
-
-
-_GLAIVE_TURN = re.compile(r"(?:\A|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
-_GLAIVE_CALL = re.compile(r"<functioncall>\s*(\{.*\})\s*", re.DOTALL)
-_GLAIVE_ARGUMENTS = re.compile(r"""("arguments":\s*)'(.*)'(\s*\}\s*)\Z""", re.DOTALL)
+    if (messages := human_assistant(ledger.text(value, "chosen"), "chosen", ledger)) is not None:
+        return messages
+    if isinstance(parsed(value), list | dict) or any(not absent(row.get(name)) for name in QUESTIONS):
+        ledger.rest({name: row.get(name) for name in ("chosen", "rejected")}, (), "column `{}`")
+        ledger.close()
+    raise Unusable("not_a_dialogue", f"`chosen` is {shown(value)}, expected Human: … Assistant: …")
 
 
 def _glaive(row: Row, ledger: Ledger) -> list[Message]:
-    """`{"system", "chat"}` of Glaive's function calling: USER:, ASSISTANT:, FUNCTION RESPONSE: in one text."""
-    before, *parts = _GLAIVE_TURN.split(ledger.text(row.get("chat"), "chat"))
-    if before.strip() or not parts:
-        raise Unusable("not_a_dialogue", f"`chat` is {shown(row.get('chat'))}, expected USER: … ASSISTANT: …")
-    system, tools = _glaive_system(ledger.text(row.get("system"), "system"), ledger)
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    for speaker, text in zip(parts[::2], parts[1::2], strict=True):
-        content = text.strip().removesuffix("<|endoftext|>").strip()
-        if speaker != "ASSISTANT":
-            messages.append({"role": "user" if speaker == "USER" else "tool", "content": content})
-            continue
-        message: Message = {"role": "assistant", "content": content}
-        if found := _GLAIVE_CALL.search(content):
-            call = _GLAIVE_ARGUMENTS.sub(lambda m: m[1] + m[2] + m[3], found[1])
-            message["content"] = (content[: found.start()] + content[found.end() :]).strip()
-            message["tool_calls"] = calls_of(call, "a <functioncall> in `chat`", ledger)
-        messages.append(message)
-    if tools and messages:
-        messages[0]["tools"] = tools
-    return messages
-
-
-def _glaive_system(text: str, ledger: Ledger) -> tuple[str, Any]:
-    """The system message without the functions that stand in it as JSON, and these."""
-    text = text.strip().removeprefix("SYSTEM:").strip()
-    at = text.find("\n{")
-    if at < 0:
-        return text, None
-    tools, rest, decode = [], text[at:].strip(), json.JSONDecoder().raw_decode
-    try:
-        while rest:
-            tool, end = decode(rest)
-            tools.append(tool)
-            rest = rest[end:].strip()
-    except ValueError:
-        return text, None
-    return text[:at].strip(), tools_of(tools, "the functions in `system`", ledger)
-
-
-_GUANACO_TURN = re.compile(r"\s*### ?(Human|User|Assistant|System): ?")
+    """Glaive's function calling: `{"system", "chat"}`, or both in one text under `sample`."""
+    column = _first(("chat", "sample"), row) or "chat"
+    system, chat = ledger.text(row.get("system"), "system"), ledger.text(row.get(column), column)
+    if column == "sample":
+        system, chat = divided(chat)
+    return glaive(system, chat, column, ledger)
 
 
 def _document(row: Row, ledger: Ledger) -> list[Message]:
-    """`{"text"}`: a document, or Guanaco's `### Human: … ### Assistant: …`, which is a conversation."""
+    """`{"text"}`: a document; or a conversation, where it is written out as Guanaco, Llama 2 and ChatML write them."""
     text = ledger.text(row.get("text"), "text")
-    before, *parts = _GUANACO_TURN.split(text)
-    if not before.strip() and "Assistant" in parts[::2]:
-        roles = {"Human": "user", "User": "user", "Assistant": "assistant", "System": "system"}
-        return _spoken(parts, roles, "text", ledger)
     if not text.strip():
         raise Unusable("empty_text", f"`text` is {shown(row.get('text'))}")
-    return [{"role": "text", "content": text}]
+    return rendered(text, "text", ledger) or [{"role": "text", "content": text}]
+
+
+def _tree(row: Row, ledger: Ledger) -> list[Message]:
+    """`{"message_tree_id", "prompt": {"text", "role", "replies": […]}}`, a tree of OpenAssistant: its best path."""
+    return best_path(parsed(row.get("prompt")), "prompt", ledger)
+
+
+_DIALOGUES = ("dialogue", "dialog", "turns", "data")
+
+
+def _dialogue(row: Row, ledger: Ledger) -> list[Message]:
+    """Turns under a name that tells less: UltraChat's `data`, `dialogue`, `turns`."""
+    return _turns(row, ledger, _first(_DIALOGUES, row) or "dialogue")
 
 
 @dataclass(frozen=True)
@@ -280,7 +249,8 @@ FORMATS: dict[str, Format] = {
     "thread": Format(("thread",), partial(_turns, column="thread")),
     "prompt-completion": Format(("prompt", "completion"), _prompt_completion, REASONING),
     "xlam": Format(("query", "tools", "answers"), _xlam),
-    "glaive": Format(("system", "chat"), _glaive),
+    "glaive": Format(("chat",), _glaive, names={"chat": ("sample",)}),
+    "tree": Format(("message_tree_id", "prompt"), _tree),
     "dolly": Format(("instruction", "response"), partial(_asked, question="instruction", answer="response"), _EXTRAS),
     "alpaca": Format(("instruction", "output"), partial(_asked, question="instruction", answer="output"), _EXTRAS),
     "question-answer": Format(
@@ -291,6 +261,7 @@ FORMATS: dict[str, Format] = {
     ),
     "hh": Format(("chosen",), _hh, ("rejected",)),
     "text": Format(("text",), _document),
+    "dialogue": Format(("dialogue",), _dialogue, names={"dialogue": _DIALOGUES[1:]}),
 }
 
 
@@ -313,11 +284,42 @@ def detect_format(columns: list[str], where: str) -> str:
         if not fmt.lacks(columns):
             return name
     needs = "\n".join(f"  {name}: {', '.join(fmt.columns)}" for name, fmt in FORMATS.items())
+    lower = {column.strip().lower(): column for column in columns}
+    fits = next((fmt for fmt in FORMATS.values() if not fmt.lacks(lower)), None)
+    mapping = ", ".join(f"{ours}: {_quoted(theirs)}" for ours, theirs in lower.items() if fits and ours in fits.known)
     raise DataError(
         f"{where}: no known format has the columns {', '.join(columns) or '(none)'}.\n"
-        f"A row needs the columns of one of these formats:\n{needs}\n"
-        "If yours have other names, map them in the recipe: data.datasets[].columns: {instruction: question, …}"
+        + "".join(f"`{name}`: {refused(name)}.\n" for name in columns if refused(name))
+        + f"A row needs the columns of one of these formats:\n{needs}\n"
+        "If yours have other names, map them in the recipe: data.datasets[].columns: "
+        + (f"{{{mapping}}}" if mapping else "{instruction: question, …}")
     )
+
+
+def _quoted(name: str) -> str:
+    """A name as YAML takes it inside braces."""
+    return name if name.isidentifier() else json.dumps(name, ensure_ascii=False)
+
+
+def columns_asked(words: Iterable[str]) -> dict[str, str]:
+    """What `--columns` maps: a column that a format expects -> the column of the file.
+
+    >>> columns_asked(["instruction=question", "output=answer"])
+    {'instruction': 'question', 'output': 'answer'}
+
+    Raises:
+        UsageError: no pair, or the first of it is no column of any format.
+    """
+    names = sorted({name for fmt in FORMATS.values() for name in fmt.known})
+    found = {}
+    for word in words:
+        ours, _, theirs = word.partition("=")
+        if not ours or not theirs:
+            raise UsageError(f"--columns: found {word}, expected OURS=THEIRS, as in instruction=question")
+        if ours not in names:
+            raise UsageError(f"--columns: no format expects a column {ours}{nearest(ours, names)}")
+        found[ours] = theirs
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -351,10 +353,12 @@ def to_conversation(row: Row, fmt: str, rules: Rules = AS_IT_STANDS) -> Conversa
     given = next((row[name] for name in TOOLS if name in present), None)
     if fmt != "glaive":
         messages = _with_system(messages, row, [name for name in SYSTEM if name in present], ledger)
+    if given is not None and tools_in_system(messages, given):  # Hermes: the template would list them once more
+        given = None
     conversation = with_tools(messages, given, options, ledger)
     if len(row) > len(shape.columns):
         rest = {name: value for name, value in row.items() if name not in shape.known and name not in rules.read}
-        repeated = [name for name, value in rest.items() if name in present and _repeats(value, messages)]
+        repeated = [name for name, value in rest.items() if name in present and _repeats(name, value, messages)]
         ledger.rest(rest, repeated, "column `{}`")
     ledger.close()
     if messages and messages[0]["role"] == "text":
@@ -388,7 +392,7 @@ def _with_system(messages: list[Message], row: Row, found: list[str], ledger: Le
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip() or "tools" in m]
     if not found:
         return messages
-    text = _text(row, found[0], ledger)
+    text = "\n\n".join(message["content"] for message in _side(row[found[0]], found[0], "system", ledger))
     for name in found[1:]:
         if row[name] != row[found[0]] and not ledger.ignores(name):
             ledger.unread(f"column `{name}`", row[name], f"`{found[0]}` is the system message already")
@@ -405,16 +409,23 @@ def _options(value: Any, name: str, ledger: Ledger) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         ledger.unread(f"column `{name}`", value, "expected what the template takes, as {enable_thinking: false}")
         return {}
-    return {key: option for key, option in given.items() if option is not None}
+    return {key: option for key, option in given.items() if option is not None and not ledger.ignores(key, name)}
 
 
-def _repeats(value: Any, messages: list[Message]) -> bool:
-    """Whether a column says once more what the conversation says: Alpaca's `text`, UltraChat's `prompt`."""
+_ALONE = 20  # characters: a shorter text may stand in a conversation by chance
+
+
+def _repeats(name: str, value: Any, messages: list[Message]) -> bool:
+    """Whether a column says once more what the conversation says: Alpaca's `text`, UltraChat's `prompt`, a schema."""
+    if refused(name):
+        return False
     contents = [m["content"].strip() for m in messages if m["content"].strip()]
     extras = [str(m[key]).strip() for m in messages for key in ("input", "context") if key in m]
-    given = parsed(value)
+    given = value if isinstance(value, str) else parsed(value)
     if isinstance(given, str):
-        return given.strip() in [*contents, *extras] or (bool(contents) and all(text in given for text in contents))
+        text = given.strip()
+        stands = len(text) >= _ALONE and any(text in content for content in contents)
+        return stands or text in [*contents, *extras] or (bool(contents) and all(each in text for each in contents))
     if isinstance(given, list):
         try:
             again = messages_of(given, "", Ledger())

@@ -52,6 +52,7 @@ class Part:
     key: str  # where the recipe names it, for messages
     drawn: np.ndarray | None = None  # row numbers in the file of the rows in `raw`; None: all, in order
     weight: float = 1.0  # share in a mix, relative to the other parts
+    repeat: float = 1.0  # how often its rows are trained in an epoch
     files: tuple[tuple[str, int], ...] = ()  # where there are several: each one's name, and its first row's number
     rules: Rules = AS_IT_STANDS  # what the recipe says of how rows are read
 
@@ -117,7 +118,8 @@ def _part(entry: DatasetEntry, key: str, recipe: Recipe, number: int) -> Part:
         raw = raw.select(some)
         drawn = some if drawn is None else drawn[some]
     fmt, columns = shape(shape_of(entry), columns_of(raw), label, key)
-    return Part(label, raw, fmt, columns, {}, key, drawn, entry.weight, files, rules_of(recipe, columns))
+    rules, shares = rules_of(recipe, columns), (entry.weight, entry.repeat)
+    return Part(label, raw, fmt, columns, {}, key, drawn, *shares, files, rules)
 
 
 def rules_of(recipe: Recipe, columns: dict[str, str]) -> Rules:
@@ -361,25 +363,32 @@ def conversations(recipe: Recipe, split: str, limit: int | None = None) -> list[
 
 
 def file_conversations(
-    path: str, limit: int | None = None, shapes: Sequence[Shape] = (), recipe: Recipe | None = None
+    path: str,
+    limit: int | None = None,
+    shapes: Sequence[Shape] = (),
+    recipe: Recipe | None = None,
+    strict: bool = False,
 ) -> list[dict[str, Any]]:
     """The usable rows of a file, folder, pattern or URL, as `conversations` gives them.
 
     Args:
         recipe: says how rows are read: `data.ignore`, `data.strip`, `data.template_options`.
         shapes: how rows like these may be read, the first that fits; else their columns tell.
+        strict: they are to be read as one of the shapes.
     """
     key = "--data"
     try:
         splits = located(path, key)
         wanted = next((name for name in ("test", "validation") if name in splits and len(splits) > 1), "all")
-        raw, drawn, files, fmt, columns = _read_as_one_of([*shapes, (None, {})], splits, wanted, path, key)
+        raw, drawn, files, fmt, columns = _read_as_one_of(
+            shapes if strict else [*shapes, (None, {})], splits, wanted, path, key
+        )
     except DataError:
         raise
     except Exception as error:
         raise DataError(f"{key}: {path} could not be read: {first_line(error)}") from error
     rules = rules_of(recipe, columns) if recipe else Rules(read=frozenset((*columns, *columns.values())))
-    part = Part(path, raw, fmt, columns, {}, key, drawn, 1.0, files, rules)
+    part = Part(path, raw, fmt, columns, {}, key, drawn, files=files, rules=rules)
     found = _usable(part, raw)
     if not found:
         raise DataError(f"{key}: no row of {path} has a question and an answer")

@@ -25,8 +25,8 @@ from instructft.data.arrow.token_rows import FlatRows, ranges, tokens_of
 from instructft.data.deduplicate import Known
 from instructft.data.load import SPLITS, Part, load_parts
 from instructft.data.packing import pack
-from instructft.data.tokenize import REFUSED, drop_examples, drop_reasons, refuse_unread
-from instructft.errors import DataError, TemplateError
+from instructft.data.tokenize import drop_examples, drop_reasons, refuse_losses, refuse_unread
+from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -154,7 +154,8 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         made = _Pieces(load_parts(recipe), recipe, tokenizer)
         _refuse_empty(made.pieces, recipe, made.dropped)
         _take_out_known(made.pieces, made.dropped)
-        _weigh(made.pieces["train"], made.weights, recipe.data.seed, made.dropped)
+        _repeat(made.pieces["train"], made.repeats, recipe.data.seed, made.dropped)
+        _weigh(made.pieces["train"], made.weights, recipe, made.dropped)
         return made.together(recipe)
 
 
@@ -185,6 +186,7 @@ class _Pieces:
         self.pieces: dict[str, dict[str, Dataset]] = {name: {} for name in SPLITS}  # split -> data set -> its rows
         self.dropped: Counter[str] = Counter()
         self.weights: dict[str, float] = {}
+        self.repeats: dict[str, float] = {}
         self.cut = self.cut_tokens = 0
         self.hidden = Hidden()
         for part in parts:
@@ -202,12 +204,12 @@ class _Pieces:
             if len(kept) == 0:
                 said = drop_reasons(reasons) + examples
                 raise DataError(f"{part.key}: no row of {part.label} can be trained on: {said}")
-            _refuse_losses(part, reasons, len(used), recipe, examples)
+            refuse_losses(part, reasons, len(used), recipe.check, examples)
             self.cut += int((lost[kept] > 0).sum())
             self.cut_tokens += int(lost[kept].sum())
             self.hidden.add(encoded, np.sort(keep.get("train", kept[:0])))
             label = part.label if part.label not in self.weights else f"{part.label}-{len(self.weights)}"
-            self.weights[label] = part.weight
+            self.weights[label], self.repeats[label] = part.weight, part.repeat
             rows, each = trained_rows(encoded, recipe.data.max_length if part.format == "text" else None)
             first = np.cumsum(each) - each
             for name, numbers in keep.items():
@@ -230,24 +232,6 @@ class _Pieces:
         groups = {label: len(rows) for label, rows in pieces["validation"].items()} if several or named else {}
         splits = {name: concatenate_datasets(list(found.values())) for name, found in pieces.items() if found}
         return Prepared(DatasetDict(splits), counts, self.dropped, self.cut, self.cut_tokens, groups, self.hidden)
-
-
-def _refuse_losses(part: Part, reasons: Counter[str], rows: int, recipe: Recipe, examples: str) -> None:
-    """Refuse a data set that loses more of its rows than the recipe allows."""
-    refused = reasons[REFUSED] / rows
-    dropped = (sum(reasons.values()) - reasons["too_long"]) / rows  # those of `on_too_long: drop` were asked for
-    for key, share, what in (
-        ("max_refused_share", refused, "are refused by the chat template"),
-        ("max_dropped_share", dropped, "cannot be trained on"),
-    ):
-        allowed = getattr(recipe.check, key)
-        if allowed is not None and share > allowed:
-            error = TemplateError if key == "max_refused_share" else DataError
-            raise error(
-                f"{part.key}: {share:.1%} of the {rows:,} rows of {part.label} {what}, and check.{key} allows "
-                f"{allowed:.1%}: {drop_reasons(reasons)}{examples}\nMend the rows, map their columns "
-                f"(data.datasets[].columns), or allow it: check.{key}: {min(1.0, round(share + 0.005, 2))}"
-            )
 
 
 def _refuse_empty(pieces: dict[str, dict[str, Dataset]], recipe: Recipe, dropped: Counter[str]) -> None:
@@ -283,13 +267,36 @@ def _take_out_known(pieces: dict[str, dict[str, Dataset]], dropped: Counter[str]
     dropped += Counter()  # without a count of 0
 
 
-def _weigh(pieces: dict[str, Dataset], weights: dict[str, float], seed: int, dropped: Counter[str]) -> None:
-    """Give each data set its share of the training rows: none is repeated, so the scarcest sets the size of the mix."""
-    if len({weights[label] for label in pieces}) == 1:
-        return
-    total = min(len(rows) / weights[label] for label, rows in pieces.items())
+def _repeat(pieces: dict[str, Dataset], repeats: dict[str, float], seed: int, dropped: Counter[str]) -> None:
+    """Rows of each data set as often as the recipe wants them: whole rounds, and a part of one drawn by the seed."""
     for i, (label, rows) in enumerate(pieces.items()):
-        wanted = max(1, round(total * weights[label]))
+        if repeats[label] == 1:
+            continue
+        whole, part = divmod(repeats[label], 1)
+        some = np.random.default_rng([seed, i, 3]).permutation(len(rows))[: round(part * len(rows))]
+        numbers = np.concatenate([np.tile(np.arange(len(rows)), int(whole)), np.sort(some)])
+        if not len(numbers):
+            raise DataError(f"data.datasets: repeat: {repeats[label]:g} of the {len(rows):,} rows of {label} is no row")
+        pieces[label] = rows.select(numbers)
+        if whole == 0:
+            dropped["left_out_by_repeat"] += len(rows) - len(numbers)
+
+
+def _weigh(pieces: dict[str, Dataset], weights: dict[str, float], recipe: Recipe, dropped: Counter[str]) -> None:
+    """Give each data set its share of the training rows, or of their tokens: no more is taken of one than there is, so
+    the scarcest sets the size of the mix."""
+    if len({weights[label] for label in pieces}) == 1 and (recipe.data.mix_by == "rows" or len(pieces) == 1):
+        return
+    sizes = {label: np.ones(len(rows), dtype=np.int64) for label, rows in pieces.items()}
+    if recipe.data.mix_by == "tokens":
+        sizes = {label: tokens_of(rows).lengths for label, rows in pieces.items()}
+    total = min(sizes[label].sum() / weights[label] for label in pieces)
+    for i, (label, rows) in enumerate(pieces.items()):
+        order = np.random.default_rng([recipe.data.seed, i, 2]).permutation(len(rows))
+        filled = np.cumsum(sizes[label][order])
+        share = float(total * weights[label])
+        wanted = round(share) if recipe.data.mix_by == "rows" else int(np.argmin(np.abs(filled - share))) + 1
+        wanted = max(1, wanted)
         if wanted < len(rows):
-            pieces[label] = rows.select(np.sort(np.random.default_rng([seed, i, 2]).permutation(len(rows))[:wanted]))
+            pieces[label] = rows.select(np.sort(order[:wanted]))
             dropped["left_out_by_weight"] += len(rows) - wanted

@@ -29,7 +29,7 @@ from instructft.data.arrow.token_rows import flat_rows, tokens_of
 from instructft.data.deduplicate import Known
 from instructft.data.load import Part, hub_id, label_of, not_read, rules_of, shape, shape_of, stream_files
 from instructft.data.packing import best_fit
-from instructft.data.tokenize import Batches, drop_reasons, refuse_unread, shaped_by
+from instructft.data.tokenize import Batches, drop_examples, drop_reasons, refuse_losses, refuse_unread, shaped_by
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX, encoder
 
@@ -89,10 +89,17 @@ class Streamed:
         self.groups = held_out.groups if held_out else {}
         held = [tokens_of(rows) for rows in held_out.splits.values()] if held_out else []
         self._known = Known(held) if held else None
-        self._streams, self._data, self._tally = streams, recipe.data, _Tally()
+        self._streams, self._data, self._check, self._tally = streams, recipe.data, recipe.check, _Tally()
         self._weights = [stream.part.weight for stream in streams]
         ours = [shaped_by(stream.known_by, stream.part, recipe, tokenizer) for stream in streams]
-        more = [ours, self._weights, [e.rows for e in self._data.datasets], self._data.seed, self._data.packing]
+        more = [
+            ours,
+            self._weights,
+            [e.rows for e in self._data.datasets],
+            self._data.seed,
+            self._data.packing,
+            self._data.mix_by,
+        ]
         if held_out:
             more.append(held_out.fingerprint)
         self.fingerprint = hashlib.sha256(json.dumps(more).encode()).hexdigest()[:16]
@@ -233,8 +240,12 @@ class Streamed:
         draw = random.Random(f"{self._data.seed} mix {number}")
         rounds = [0 for _ in everyone]  # how often each was read to its end
         opened = [self._one(i, (number, 0), tally, shuffle) for i in everyone]
+        passed = [0 for _ in everyone]  # tokens
         while True:
-            i = draw.choices(everyone, self._weights)[0] if len(everyone) > 1 else 0
+            if len(everyone) > 1 and self._data.mix_by == "tokens":  # the one that lags behind its share
+                i = min(everyone, key=lambda k: passed[k] / self._weights[k])
+            else:
+                i = draw.choices(everyone, self._weights)[0] if len(everyone) > 1 else 0
             row = next(opened[i], None)
             if row is None:
                 rounds[i] += 1
@@ -242,6 +253,7 @@ class Streamed:
                     return
                 opened[i] = self._one(i, (number, rounds[i]), tally, shuffle)
                 row = next(opened[i])  # `_one` gives a row or raises
+            passed[i] += len(row[0])
             yield row
 
     def _one(self, i: int, number: tuple[int, int], tally: _Tally, shuffle: bool) -> Iterator[Encoded]:
@@ -254,7 +266,11 @@ class Streamed:
             numbers = [number for number, _ in batch]
             ids, labels, lengths, _, lost, verdicts, notes = stream.encode([row for _, row in batch], numbers)
             refuse_unread(stream.part, verdicts, notes, numbers)
-            tally.dropped.update(verdict for verdict in verdicts if verdict)
+            dropped = Counter(verdict for verdict in verdicts if verdict)
+            tally.dropped.update(dropped)
+            if not shuffle and (len(ids) or len(batch) == ENCODED):  # ahead of the run; none at all is told below
+                examples = drop_examples(stream.part, verdicts, notes, numbers)
+                refuse_losses(stream.part, dropped, len(batch), self._check, examples, "first ")
             tally.hidden.add_notes(note for verdict, note in zip(verdicts, notes, strict=True) if not verdict)
             tally.cut += int((lost > 0).sum())
             tally.cut_tokens += int(lost.sum())
@@ -313,7 +329,7 @@ def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out:
         if not columns:
             raise DataError(f"{key}: {label} holds no rows")
         fmt, mapped = shape(shape_of(entry), list(columns), label, key)
-        part = Part(label, None, fmt, mapped, {}, key, None, entry.weight, rules=rules_of(recipe, mapped))
+        part = Part(label, None, fmt, mapped, {}, key, weight=entry.weight, rules=rules_of(recipe, mapped))
         streams.append(_Stream(part, read, Batches(part, recipe.data, tokenizer).encode, known_by))
     return Streamed(streams, recipe, tokenizer, held_out)
 

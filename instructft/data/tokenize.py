@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-    from instructft.recipe.schema import Recipe
+    from instructft.recipe.schema import CheckSection, Recipe
 
 UNREAD, REFUSED = "unread", "refused_by_template"  # verdicts on rows
 _MANY = 5_000  # rows; for fewer of them a faster tokenizer is not worth its proof
@@ -224,6 +224,26 @@ def refuse_unread(part: Part, verdicts: Iterable[str], notes: Iterable[str], num
     )
 
 
+def refuse_losses(
+    part: Part, reasons: Counter[str], rows: int, check: CheckSection, examples: str, which: str = ""
+) -> None:
+    """Refuse a data set that loses more of its rows than the recipe allows; `which` of them were looked at."""
+    refused = reasons[REFUSED] / rows
+    dropped = (sum(reasons.values()) - reasons["too_long"]) / rows  # those of `on_too_long: drop` were asked for
+    for key, share, what in (
+        ("max_refused_share", refused, "are refused by the chat template"),
+        ("max_dropped_share", dropped, "cannot be trained on"),
+    ):
+        allowed = getattr(check, key)
+        if allowed is not None and share > allowed:
+            error = TemplateError if key == "max_refused_share" else DataError
+            raise error(
+                f"{part.key}: {share:.1%} of the {which}{rows:,} rows of {part.label} {what}, and check.{key} allows "
+                f"{allowed:.1%}: {drop_reasons(reasons)}{examples}\nMend the rows, map their columns "
+                f"(data.datasets[].columns), or allow it: check.{key}: {min(1.0, round(share + 0.005, 2))}"
+            )
+
+
 _SAID = {
     "not_a_dialogue": "with no conversation where one is expected",
     "no_assistant_turn": "without an answer",
@@ -237,6 +257,7 @@ _SAID = {
     REFUSED: "that the chat template refuses",
     "near_duplicate_of_held_out": "nearly the same as a held-out one",
     "left_out_by_weight": "left out by weight",
+    "left_out_by_repeat": "left out by a repeat below 1",
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from instructft.checkpoints.manifest import folders, verify
 from instructft.checkpoints.resume import fixed_keys
 from instructft.data.files.kinds import SUFFIXES, suffix_of
 from instructft.data.files.locate import as_pattern
-from instructft.data.load import conversations, file_conversations, shape_of
+from instructft.data.load import Shape, conversations, file_conversations, shape_of
 from instructft.data.prepare import SPLITS
 from instructft.errors import CheckpointError, UsageError
 from instructft.evaluation.confidence import differences
@@ -25,7 +26,7 @@ from instructft.inference.generator import Generator
 from instructft.inference.reference_model import START, ReferenceModel, check_base, recipe_of
 from instructft.models.load_for_inference import load_for_inference, locate
 from instructft.recipe.load import load_recipe
-from instructft.recipe.schema import Recipe
+from instructft.recipe.schema import DatasetEntry, Recipe
 
 _IN_GROUPS = ("loss", "exact_match", "rougeL", "bleu", "stopped")
 Found = TypeVar("Found")
@@ -39,6 +40,7 @@ def compare(
     limit: int | None = None,
     show: int = 10,
     json_file: Path | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> None:
     """Evaluate, print a table of answers and a table of metrics, write `json_file`.
 
@@ -65,7 +67,7 @@ def compare(
     if limit is not None and limit < 1:
         raise UsageError(f"--limit: found {limit}, expected 1 or more rows")
     check_json(json_file)
-    rows, described, recipe = rows_of(run_recipe, data, split, limit)
+    rows, described, recipe = rows_of(run_recipe, data, split, limit, columns)
     train_on = train_on_of(run_recipe or recipe)
 
     tokens: list[dict[str, int]] = []  # each model's vocabulary
@@ -171,15 +173,20 @@ def train_on_of(recipe: Recipe | None) -> str:
 
 
 def rows_of(
-    recipe: Recipe | None, data: str | None, split: str | None, limit: int | None
+    recipe: Recipe | None,
+    data: str | None,
+    split: str | None,
+    limit: int | None,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[list[Any], str, Recipe | None]:
     """The rows, what they are called, and the recipe that they come from."""
     if data and _holds_rows(data):
         if split:
             raise UsageError("--split goes with a recipe; a file is evaluated whole")
-        entries = sorted(recipe.data.datasets if recipe else (), key=lambda entry: data not in (entry.path, entry.url))
-        shapes = [shape_of(entry) for entry in entries if entry.columns]
-        return file_conversations(data, limit, shapes, recipe), data, None
+        shapes: list[Shape] = [(None, columns)] if columns else _shapes(recipe, data)
+        return file_conversations(data, limit, shapes, recipe, strict=bool(columns)), data, None
+    if columns:
+        raise UsageError("--columns goes with --data FILE; a recipe says itself how its rows are read")
     if data:
         recipe = load_recipe(data)
     if recipe is None:
@@ -194,6 +201,19 @@ def rows_of(
     if not rows:
         raise UsageError(f"the {split} split of {recipe.name} is empty; choose another with --split")
     return rows, f"the {split} split of {recipe.name}", recipe
+
+
+def _shapes(recipe: Recipe | None, data: str) -> list[Shape]:
+    """How a recipe has its rows read, the entry of this very file first."""
+
+    def is_it(entry: DatasetEntry) -> bool:
+        there = entry.path and Path(entry.path).expanduser().resolve() == Path(data).expanduser().resolve()
+        return bool(there) or data == entry.url
+
+    held_out = (recipe.data.validation or (), recipe.data.test or ()) if recipe else ()
+    entries = [*(recipe.data.datasets if recipe else ()), *chain.from_iterable(held_out)]
+    entries.sort(key=lambda entry: not is_it(entry))
+    return [shape_of(entry) for entry in entries if entry.columns or (entry.format and is_it(entry))]
 
 
 def _holds_rows(data: str) -> bool:
@@ -297,6 +317,7 @@ def compare_checkpoints(
     split: str | None = None,
     limit: int | None = None,
     json_file: Path | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> None:
     """Evaluate every checkpoint that verifies and the final model; print a table, write `json_file`.
 
@@ -324,7 +345,7 @@ def compare_checkpoints(
     recipe = recipe_of(str(folder))
     if split is None and recipe is not None and not data and recipe.data.holds_out("validation"):
         split = "validation"
-    rows, described, made_from = rows_of(recipe, data, split, limit)
+    rows, described, made_from = rows_of(recipe, data, split, limit, columns)
     train_on = train_on_of(recipe or made_from)
 
     found: dict[str, Any] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from instructft.errors import DataError, TemplateError, UsageError
 from instructft.inference.chat import as_generator
 from instructft.inference.generator import Answer, Generator, check_settings
 from instructft.inference.jsonl import ADDED, BASE_ADDED, Asked, Output, SetAside, alone, first_ten, read_rows
-from instructft.inference.reference_model import ReferenceModel, check_base
+from instructft.inference.reference_model import ReferenceModel, check_base, recipe_of
 from instructft.models.load_for_inference import find_adapter, locate
 from instructft.weights.weight_files import fingerprint
 
@@ -30,6 +30,7 @@ def generate_file(
     batch_size: str = "auto",
     base: str | None = None,
     backend: str = "transformers",
+    columns: Mapping[str, str] | None = None,
 ) -> None:
     """Answer every row of `source` and append it to `target` with `response` and `finish_reason`.
 
@@ -41,6 +42,7 @@ def generate_file(
         base: a second model, or `start` (what the run began from), whose answers go to `base_response` and
             `base_finish_reason`.
         backend: transformers, or vllm where it is installed.
+        columns: a column that we expect -> the one of `source`; default: as the run's recipe maps its data.
 
     Example::
 
@@ -59,7 +61,9 @@ def generate_file(
         raise UsageError("--base needs --backend transformers; with vllm, write each model's answers to its own file")
     check_settings(max_new_tokens, temperature, top_p)
     added = ADDED + BASE_ADDED if base else ADDED
-    rows, bad = read_rows(source, added)
+    recipe = None if columns else recipe_of(model)
+    mappings = [columns] if columns else [entry.columns for entry in (recipe.data.datasets if recipe else ())]
+    rows, bad = read_rows(source, added, mappings, strict=bool(columns))
     with alone(target):
         _generate(model, source, target, rows, bad, (max_new_tokens, temperature, top_p, batch_size), base, backend)
 

@@ -49,8 +49,18 @@ class SetAside:
         return f"line {self.line}{self.reason}"
 
 
-def read_rows(source: Path, added: tuple[str, ...] = ADDED) -> tuple[list[Asked], list[SetAside]]:
+def read_rows(
+    source: Path,
+    added: tuple[str, ...] = ADDED,
+    columns: Sequence[Mapping[str, str]] = (),
+    strict: bool = False,
+) -> tuple[list[Asked], list[SetAside]]:
     """The rows of a JSONL file, and the lines that are none: not JSON, or without a prompt.
+
+    Args:
+        columns: how rows like these may be read, ours -> theirs: where a row has no prompt of its own, by the first
+            whose columns it has.
+        strict: every row is to be read so.
 
     Example::
 
@@ -70,7 +80,7 @@ def read_rows(source: Path, added: tuple[str, ...] = ADDED) -> tuple[list[Asked]
             continue
         try:
             row = json.loads(line.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
-            rows.append(Asked(number, _kept(row, added), _asked(row)))
+            rows.append(Asked(number, _kept(row, added), _asked(_mapped(row, columns, strict))))
             continue
         except json.JSONDecodeError as error:
             reason = f", column {error.colno}: not JSON: {error.msg}"
@@ -121,6 +131,28 @@ def _kept(row: Any, added: tuple[str, ...]) -> dict[str, Any]:
             free = f"input_{free}"
         kept[free] = value
     return kept
+
+
+_ASKING = ("messages", "prompt", "instruction")
+_NAMES = {"question": "instruction", "query": "instruction", "problem": "instruction"}  # of formats with other names
+
+
+def _mapped(row: Any, columns: Sequence[Mapping[str, str]], strict: bool) -> Any:
+    """The row with what stands in mapped columns under our names too; an answer may be missing, a question not."""
+    own = isinstance(row, dict) and any(row.get(name) is not None for name in _ASKING)
+    if not isinstance(row, dict) or (own and not strict):
+        return row
+    lacking: list[str] = []
+    for mapping in columns:
+        ours = {_NAMES.get(name, name): theirs for name, theirs in mapping.items()}
+        asks = [theirs for name, theirs in ours.items() if name in _ASKING]
+        lacking = [theirs for theirs in asks if row.get(theirs) is None]
+        if asks and not lacking:
+            return {**row, **{name: row[theirs] for name, theirs in ours.items() if theirs in row}}
+    if strict:
+        missing = ", ".join(lacking) or "is mapped to a question"
+        raise DataError(f"--columns: no column {missing}; it has {', '.join(row)}")
+    return row
 
 
 def _asked(row: dict[str, Any]) -> list[Message]:

@@ -186,7 +186,10 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
     if recipe.data.system_prompt:
         text = _default_system(recipe.data.system_prompt) + text
     text = with_date(text, recipe.data.template_date)
-    tokenizer.chat_template = with_options(text, dict(recipe.data.template_options))
+    options = dict(recipe.data.template_options)
+    if unread := [option for option in options if not re.search(rf"\b{re.escape(option)}\b", text)]:
+        raise TemplateError(f"data.template_options.{unread[0]}: the chat template ({name}) does not read it")
+    tokenizer.chat_template = with_options(text, options)
 
 
 def with_date(text: str, day: str) -> str:

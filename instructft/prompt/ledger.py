@@ -21,7 +21,8 @@ source sources src origin dataset dataset_name datasource subset config split fo
 category categories task tasks task_type task_name type types kind domain domains topic topics subtopic subject
 subjects tag tags keyword keywords difficulty level grade quality complexity field area genre style intent intents
 score scores rating ratings reward rewards votes upvotes downvotes rank perplexity ppl similarity confidence
-language lang languages locale country region
+instruct_reward min_neighbor_distance input_quality quality_explanation used_in_training title
+language lang languages langdetect locale country region
 model models model_name models_used generator generated_by engine teacher provider backend gen_input_configs
 temperature top_p top_k max_tokens max_completion_tokens seed stream n store service_tier parallel_tool_calls
 finish_reason stop_reason usage cost latency duration logprobs system_fingerprint object choices_count
@@ -29,15 +30,24 @@ timestamp timestamps time date datetime created created_at created_time updated 
 author authors annotator annotators annotations worker username user_name avatarurl views
 license licence copyright url urls uri link links website homepage file filename file_name path filepath
 repo repository revision commit metadata meta extra extra_info additional_info
-num_turns length len word_count char_count
-toxicity toxic moderation openai_moderation detoxify redacted pii nsfw flagged safe safety
+turn num_turns turn_identifier length len word_count char_count
+toxicity toxic moderation detoxify redacted pii nsfw flagged safe safety llama_guard_2 llama_guard_3 hashed_ip
 deleted review_count review_result tree_state synthetic lang_score emojis
-cluster embedding embeddings cache_control skip_prompt_formatting
+subcategory subcategories cluster embedding embeddings cache_control skip_prompt_formatting
 """
 HARMLESS = frozenset(_HARMLESS.split())
 _ABOUT = re.compile(
-    r"(?:^|_)(?:ids?|uuid|hash|url|count|scores?|timestamp|date|language|model|version|license)$|^(?:num|n)_|^unnamed:"
+    r"(?:^|_)(?:ids?|uuid|hash|fingerprint|url|count|length|tokens|index|scores?|timestamp|date|language|language_code"
+    r"|model|generator|version|license|category|type|moderation|configs?)$|^(?:num|n|original)_|^unnamed:"
 )
+# Harmless beside another field that tells whose rows these are, and more than that elsewhere.
+_BESIDE = {
+    "gen_input_configs": ("knowledge",),  # Magpie
+    "hashed_ip": ("state", "header"),  # WildChat, a row and a message
+}
+# A field of these names may hold a text that matters, or just say whether there is one.
+_SWITCHED = frozenset(("reasoning", "thinking", "custom_instruction"))
+_SWITCHES = frozenset(["on", "off", "yes", "no", "true", "false", "none", "low", "medium", "high"])
 
 # Why a column is refused, where more can be said than that nothing reads it.
 _PREFERENCES = (
@@ -47,7 +57,8 @@ _PREFERENCES = (
 _MEDIA = "images, sound and video are not read; a model would be trained as if they were not there"
 _TOKENS = "tokens that were made elsewhere are not read; give the text"
 _NAMES_OF = {
-    _PREFERENCES: "chosen rejected label labels winner loser preferred preference chosen_response rejected_response",
+    _PREFERENCES: "chosen rejected label labels winner loser preferred preference chosen_response "
+    "rejected_response preferred_output non_preferred_output",
     _MEDIA: "image images audio audios video videos image_url pixel_values input_audio",
     _TOKENS: "input_ids attention_mask token_ids",
 }
@@ -106,13 +117,18 @@ class Ledger:
             place: how a field is called in messages; `{}` is its name.
             role: whose message it is; `data.ignore` may name the key of one role: `user.train`.
         """
+        beside: list[str] | None = None
         for name, value in fields.items():
             if name in known or absent(value) or self.ignores(name, role):
                 continue
             lower = str(name).lower()
-            if lower not in _WHY and (lower in HARMLESS or _ABOUT.search(lower)):
+            why = refused(lower)
+            if not why and (lower in HARMLESS or _ABOUT.search(lower) or (lower in _SWITCHED and is_switch(value))):
                 continue
-            self.unread(place.format(name), value, _WHY.get(lower, "nothing reads it"))
+            if beside is None:
+                beside = [fine for other, names in _BESIDE.items() if other in fields for fine in names]
+            if lower not in beside:
+                self.unread(place.format(name), value, why or "nothing reads it")
 
     def ignores(self, name: Any, role: str = "") -> bool:
         return bool(self.ignore) and (name in self.ignore or f"{role}.{name}" in self.ignore)
@@ -146,6 +162,24 @@ class Ledger:
                 half = f"U+{ord(text[error.start]):04X}"
                 raise Unusable("not_text", f"{where} holds half a character ({half}), expected whole ones") from None
         return text.strip() if self.strip else text
+
+
+def refused(name: str) -> str:
+    """Why a field of this name is refused wherever it stands; "": it is not.
+
+    >>> refused("images")
+    'images, sound and video are not read; a model would be trained as if they were not there'
+    """
+    return _WHY.get(name.lower(), "")
+
+
+def is_switch(value: Any) -> bool:
+    """Whether a value says that something is so, or how much, and is no text to be read: Nemotron's `reasoning`.
+
+    >>> is_switch("off"), is_switch(True), is_switch("Off we go: 2 + 2 is 4.")
+    (True, True, False)
+    """
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in _SWITCHES)
 
 
 def absent(value: Any) -> bool:

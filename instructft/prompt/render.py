@@ -6,7 +6,8 @@ stay what they are. A template that is not our own is tried first, within limits
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +73,25 @@ class Renderer:
             TemplateError: a message that has no such form.
         """
         conversation = as_conversation(messages)
+        if unread := self.unread(conversation.options):
+            raise TemplateError(
+                f"`{unread[0]}`, which the row gives to the chat template, is not read there, so the model would be "
+                f"trained without it; choose another data.template, or leave it out: data.ignore: [{unread[0]}]"
+            )
         if all(map(_is_plain, conversation)):
             return conversation
         try:
             return conversation.of(self._extras(self.traits.normal(message)) for message in conversation)
         except ValueError as error:
             raise TemplateError(str(error)) from error
+
+    def unread(self, options: Mapping[str, Any]) -> list[str]:
+        """The options that say something, and that no word of the template asks for."""
+        return [name for name, value in options.items() if value and name not in self._words]
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        return frozenset(re.findall(r"\w+", str(self.tokenizer.chat_template)))
 
     def _extras(self, message: Message) -> Message:
         """Put `input` and `context` where the template reads them."""

@@ -41,6 +41,8 @@ def _sections(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[Contradicti
         at: KeyPath = ("data", key, index)
         if key != "datasets" and entry.streaming:
             yield ((*at, "streaming"),), "held-out rows are read whole; take it out, with rows: N for a large set"
+        if key != "datasets" and entry.repeat != 1:
+            yield ((*at, "repeat"),), "held-out rows are judged once each; take it out"
         given = [name for name in ("name", "hub", "path", "url") if getattr(entry, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
@@ -79,6 +81,9 @@ def _streaming(recipe: Recipe) -> Iterator[Contradiction]:
         yield (at,), f"data.datasets[{other}] does not stream; either all data sets of a recipe do, or none"
     for index in streams:
         entry = entries[index]
+        if entry.repeat != 1:
+            say = "a stream that ends sooner than the others begins again; set its share with weight"
+            yield (("data", "datasets", index, "repeat"),), say
         url = SOURCES[entry.name].url if entry.name in SOURCES else None
         key = "path" if entry.path else "url" if entry.url else "name"
         location = entry.path or entry.url or url

@@ -157,6 +157,11 @@ class DatasetEntry(_Section):
     revision: str | None = Field(default=None, min_length=1, description="branch, tag or commit on the Hub")
     rows: int | None = Field(default=None, gt=0, description="rows to take at most; default: all")
     weight: float = Field(default=1.0, gt=0, description="share in a mix, relative to the other data sets")
+    repeat: float = Field(
+        default=1.0,
+        gt=0,
+        description="how often its rows are trained in an epoch; 0.5: half of them, drawn by data.seed",
+    )
     columns: Annotated[Mapping[str, str], AfterValidator(freeze)] = Field(
         default_factory=FrozenDict, description="column that the format expects: column in this data set"
     )
@@ -179,6 +184,9 @@ class DataSection(_Section):
     """`data:` which conversations, how they are rendered, cut, packed and held out."""
 
     datasets: tuple[DatasetEntry, ...] = Field(min_length=1, description="each with name, hub, path or url")
+    mix_by: Literal["rows", "tokens"] = Field(
+        default="rows", description="what the weights of data sets are shares of, where they differ"
+    )
     template: str = Field(
         default="auto", min_length=1, description="auto, a built-in name, tokenizer, or a .jinja file"
     )

@@ -106,8 +106,11 @@ PLANTED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (row("Turn it around.", "Here \u202eit turns."), ("bidi_characters",)),
     (row("What was lost?", "Caf\ufffd was lost."), ("replacement_characters",)),
     (row("Half an emoji?", "Here \ud83d is half."), ("lone_surrogates",)),
+    (row("Write code.", "    indented = True"), ("outer_space",)),
+    (row("Which line ends?\n", "These two."), ("outer_space",)),
+    (row("Lines of Windows?", "One.\r\nTwo."), ("windows_line_ends",)),
     (row("Count.", " ".join(str(n) for n in range(200))), ()),
-    (row("Read: " + "word " * 90, "The answer is gone."), ()),
+    (row("Read: " + "word " * 90 + "end", "The answer is gone."), ()),
 ]
 EXPECTED_DROPS = {"empty_answer": 2, "empty_prompt": 1, "not_text": 1, "answer_cut_away": 1}
 
@@ -329,7 +332,7 @@ def test_a_passed_limit_is_named(make: Any) -> None:
         "check.max_memory_gib": True,
     }  # fmt: skip
     assert some["check.max_markers"]["found"] == 2
-    assert some["check.max_dropped_share"]["found"] == 5 / 68
+    assert some["check.max_dropped_share"]["found"] == 5 / 71
     least = {name: "1e-9" if name == "max_memory_gib" else "0" for name in LIMITS}
     passed = [key for key, limit in found(*(f"{n}={v}" for n, v in least.items())).items() if not limit["kept"]]
     assert passed == [f"check.{name}" for name in LIMITS if name not in ("max_leaks", "max_refused_share")]

@@ -128,6 +128,17 @@ def test_check_says_the_same(asked, capsys):
         assert re.search(line, out)
 
 
+def test_inspect_says_the_same(asked, capsys):
+    from rich.console import Console
+
+    from instructft.check.rows import inspect_rows
+
+    inspect_rows(asked(), console=Console(width=200, highlight=False))
+    out = capsys.readouterr().out
+    for line in ("1 conversations are 3 rows", "content of 1 rows", "1 answers before any question"):
+        assert re.search(line, out)
+
+
 def test_the_notes_of_rows_name_each_part_once():
     rows = SimpleNamespace(left_out=[(3, "reasoning"), (3, "reasoning"), (3, "content")], only_read=[(1, 2)])
     found = {place: json.loads(note) for place, note in notes_of(rows).items()}

@@ -11,6 +11,8 @@ from instructft.data import deduplicate
 from instructft.data.arrow.store import scratch
 from instructft.data.arrow.token_rows import TokenRows, flat_rows
 from instructft.data.deduplicate import Known
+from instructft.data.prepare import prepare_held_out
+from instructft.data.streaming import prepare_stream
 from instructft.errors import DataError
 from tests.helpers.rows import answers, held, prepared
 
@@ -95,12 +97,38 @@ def test_a_dialogue_that_extends_a_held_out_one_leaves_training(recipe):
     assert made.dropped == {"near_duplicate_of_held_out": 2}
 
 
-def test_check_and_train_count_the_same_leaks(recipe):
+def under(row, number):
+    """A row under a system message that is its own, and longer than the row."""
+    return {**row, "system": " ".join(f"s{number}y{j}" for j in range(60))}
+
+
+def test_the_same_pair_under_another_system_message_leaves_training(recipe):
+    rows = [{**row, "instruction": f"Please tell me all of it: {i}?"} for i, row in enumerate(long_rows(40))]
+    alone = {**rows[2], "output": rows[30]["output"]}  # another question, the same answer
+    other = {**rows[32], "output": rows[3]["output"]}  # the same question, another answer
+    train = [under(row, i) for i, row in enumerate([*rows[:20], rows[30], rows[31], alone, other])]
+    held_out = [under(row, 100 + i) for i, row in enumerate(rows[30:34])]
+    made = prepared(own_test_set(recipe, train, held_out, "systems"))
+    assert made.dropped == {"near_duplicate_of_held_out": 2}
+    left = {row["output"] for row in [*rows[:20]]}
+    assert left <= set(answers(made.splits["train"], instructft.load_tokenizer(recipe(rows))))
+
+
+def test_check_train_and_a_stream_count_the_same_leaks(recipe):
+    """Copies in a group, a data set that is held out whole, a dialogue that goes on, a pair under another system."""
     rows = long_rows(60)
     copies = [{**rows[7], "output": rows[7]["output"] + f" and {i}"} for i in range(5)]
-    asked = own_test_set(recipe, [*rows[:50], *copies], [rows[7], *rows[50:]], "same")
-    found = audit(asked, instructft.load_tokenizer(asked))["total"]["findings"]["leaks"]["rows"]
-    assert found == prepared(asked).dropped["near_duplicate_of_held_out"] == 6
+    longer = {**rows[51], "output": rows[51]["output"] + "\n\n" + rows[30]["output"]}
+    train = [*rows[:50], *copies, longer, under(rows[52], 1), *rows[56:]]
+    asked = own_test_set(recipe, train, [rows[7], rows[51], under(rows[52], 2), *rows[56:]], "same")
+    tokenizer = instructft.load_tokenizer(asked)
+    found = audit(asked, tokenizer)["total"]["findings"]["leaks"]["rows"]
+    assert found == prepared(asked).dropped["near_duplicate_of_held_out"] == 12
+    entry = asked.data.datasets[0].model_copy(update={"streaming": True})
+    data = asked.data.model_copy(update={"datasets": (entry,)})
+    stream = prepare_stream(asked.model_copy(update={"data": data}), tokenizer, prepare_held_out(asked, tokenizer))
+    assert len(list(stream.splits["train"])) == len(train) - 12
+    assert stream.dropped == {"near_duplicate_of_held_out": 12}
 
 
 def test_a_large_index_in_a_file_and_rows_in_blocks_give_the_same_matches(monkeypatch, tmp_path):

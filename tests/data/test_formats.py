@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructft.data.formats import FORMATS, Rules, detect_format, to_conversation
+from instructft.data.formats import FORMATS, Rules, columns_asked, detect_format, to_conversation
 from instructft.data.sources import SOURCES
-from instructft.errors import DataError
+from instructft.errors import DataError, UsageError
 from instructft.prompt.ledger import Unread, Unusable
 
 
@@ -429,3 +429,22 @@ def test_tools_options_and_rules():
 def test_rows_of_a_message_tree_are_refused_with_the_way_out():
     with pytest.raises(DataError, match="one message of a tree"):
         detect_format(["message_id", "parent_id", "text", "role"], "oasst")
+
+
+def test_columns_that_differ_in_case_come_with_the_mapping_to_write():
+    with pytest.raises(DataError, match=r'columns: \{question: Question, answer: "Answer "\}$'):
+        detect_format(["Id", "Question", "Answer "], "rows.csv")
+    with pytest.raises(DataError, match=r"columns: \{instruction: question, …\}$"):
+        detect_format(["Id", "Frage", "Antwort"], "rows.csv")
+
+
+def test_columns_that_are_typed():
+    assert columns_asked(["instruction=question", "output=a=b"]) == {"instruction": "question", "output": "a=b"}
+    for words, said in (
+        (["instruction"], "found instruction, expected OURS=THEIRS"),
+        (["=a"], "found =a, expected OURS=THEIRS"),
+        (["instructions=a"], 'no format expects a column instructions; did you mean "instruction"?'),
+    ):
+        with pytest.raises(UsageError) as caught:
+            columns_asked(words)
+        assert said in str(caught.value)

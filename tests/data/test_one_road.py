@@ -13,6 +13,7 @@ import pytest
 import instructft
 from instructft.data.load import file_conversations, load_parts
 from instructft.data.streaming import prepare_stream
+from instructft.errors import DataError
 from tests.data.test_readers import write
 
 Rows = list[dict[str, Any]]
@@ -128,6 +129,35 @@ def test_evaluate_data(recipe: Any, tmp_path: Path) -> None:
         assert len(of_recipe) == len(TEXTS)
 
 
+def test_five_roads_lead_to_the_same_conversations(recipe: Any, tmp_path: Path, hub: Any) -> None:
+    """A file, the Hub, Parquet, a stream and `evaluate --data`, of all rows; right is what one writes by hand."""
+    from instructft.data.load import conversations
+
+    right = {
+        *(row["output"] for row in TEXTS),
+        *("20", "0.1", "true", '["a","b",{"c":[1,null]}]', '{"a":"1","b":2}', str(2**62)),
+    }
+    file, table = str(write(tmp_path, ".jsonl", ALL)), str(parquet(tmp_path / "all.parquet", ALL))
+    hub.put("tester/all", {"train.jsonl": Path(file)}, type="dataset")
+    (stream,) = prepare_stream(
+        recipe({"path": file, "streaming": True}), instructft.load_tokenizer(recipe({"path": file}))
+    )._streams
+    streamed_rows = [stream.part.conversation(raw) for raw in stream.read() if raw["output"]]
+    roads = {
+        "file": conversations(recipe({"path": file}), "train"),
+        "Hub": conversations(recipe({"hub": "tester/all"}), "train"),
+        "Parquet": conversations(recipe({"path": table}), "train"),
+        "stream": [{"messages": messages} for messages in streamed_rows],
+        "evaluate": file_conversations(file),
+        "evaluate on Parquet": file_conversations(table),
+    }
+    for road, rows in roads.items():
+        answers = [row["messages"][-1]["content"] for row in rows]
+        assert len(answers) == len(ALL) - 2, road  # null and "" are no answers
+        assert set(answers) == right, road
+        assert [row["messages"] for row in rows] == [row["messages"] for row in roads["file"]], road
+
+
 def test_nan_is_read_alike_everywhere(recipe: Any, tmp_path: Path) -> None:
     rows = [{"instruction": "a", "output": "b", "score": math.nan}, {"instruction": "c", "output": "d", "score": 0.5}]
     found = []
@@ -135,3 +165,31 @@ def test_nan_is_read_alike_everywhere(recipe: Any, tmp_path: Path) -> None:
         entry = {"path": str(write(tmp_path, suffix, rows))}
         found += [repr(rows_of(recipe(entry))), repr(streamed(recipe({**entry, "streaming": True})))]
     assert set(found) == {repr(rows)}
+
+
+def test_evaluate_on_the_training_file_of_a_recipe_with_columns(recipe: Any, tmp_path: Path) -> None:
+    """`evaluate --data` reads it as the recipe does, also where its own columns would tell another format."""
+    from instructft.data.load import conversations
+    from instructft.evaluation.compare import rows_of as evaluated
+
+    rows = [{"question": row["instruction"], "reply": row["output"], "output": "not this"} for row in TEXTS]
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        path = str(write(tmp_path, suffix, rows))
+        mapped = recipe({"path": path, "columns": {"instruction": "question", "output": "reply"}})
+        found, _, _ = evaluated(mapped, path, None, None)
+        assert [row["messages"] for row in found] == [row["messages"] for row in conversations(mapped, "train")]
+        assert [row["messages"][-1]["content"] for row in found] == [row["output"] for row in TEXTS]
+
+
+def test_columns_that_are_asked_for_win_over_those_of_the_recipe(recipe: Any, tmp_path: Path) -> None:
+    from instructft.errors import UsageError
+    from instructft.evaluation.compare import rows_of as evaluated
+
+    path = str(write(tmp_path, ".jsonl", [{"q": "What?", "a": "This."}]))
+    other = recipe({"path": str(write(tmp_path, ".csv", TEXTS)), "columns": {"instruction": "output"}})
+    found, _, _ = evaluated(other, path, None, None, {"instruction": "q", "output": "a"})
+    assert [m["content"] for m in found[0]["messages"]] == ["What?", "This."]
+    with pytest.raises(DataError, match=r"--data.columns: .* has no column for instruction: question"):
+        evaluated(other, path, None, None, {"instruction": "question", "output": "a"})
+    with pytest.raises(UsageError, match="--columns goes with --data FILE"):
+        evaluated(other, None, None, None, {"instruction": "q"})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 
 import pytest
 
 import instructft
+from instructft.data.prepare import prepare_dataset
 from instructft.errors import DataError
 from tests.data.test_readers import write
 from tests.helpers.rows import SHAPES, answers, made_up, prepared
@@ -135,6 +137,55 @@ def test_a_mix_by_weight_repeats_no_row_and_counts_what_it_leaves_out(recipe, tm
     assert made.dropped == {"left_out_by_weight": 50}
     other = prepared(recipe(*entries(1, 3), overrides=[*no_splits, "data.seed=1"], name="weighed"))
     assert other.fingerprint != made.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("repeat", "times"), [(1, [1] * 20), (2, [2] * 20), (2.5, [2] * 10 + [3] * 10), (0.5, [0] * 10 + [1] * 10)]
+)
+def test_rows_are_trained_as_often_as_their_entry_says(recipe, tmp_path, repeat, times):
+    few = [{"instruction": f"Ask {i * 7919}?", "output": f"few {i}"} for i in range(20)]
+    rest = [{"instruction": f"Say {i * 7919}.", "output": f"rest {i}"} for i in range(10)]
+    entries = [{"path": str(write(tmp_path, ".jsonl", few)), "repeat": repeat}, rest]
+    asked = recipe(*entries, overrides=["data.splits={validation: 0, test: 0}"])
+    made = prepared(asked)
+    said = Counter(answers(made.splits["train"], instructft.load_tokenizer(asked)))
+    assert sorted(said[f"few {i}"] for i in range(20)) == times
+    assert all(said[f"rest {i}"] == 1 for i in range(10))
+    assert made.rows["train"] == sum(times) + 10
+    assert made.dropped == ({"left_out_by_repeat": 10} if repeat < 1 else {})
+
+
+def test_a_repeated_row_is_neither_held_out_nor_a_leak_of_itself(recipe, tmp_path):
+    rows = [{"instruction": f"Ask {i * 7919}?", "output": f"answer {i * 104729} of it all"} for i in range(40)]
+    once = {"path": str(write(tmp_path, ".jsonl", rows))}
+    plain, twice = (prepared(recipe({**once, "repeat": n}, name=f"r{n}")) for n in (1, 2))
+    assert twice.rows == {**plain.rows, "train": 2 * plain.rows["train"]}
+    assert not twice.dropped
+
+
+def test_shares_of_a_mix_may_be_of_tokens(recipe, tmp_path):
+    """Sets of long and of short rows: by rows the long ones are nearly all that is trained."""
+    long = [{"instruction": f"Ask {i * 7919}?", "output": "long " + f"{i} " * 40} for i in range(40)]
+    short = [{"instruction": f"Say {i * 7919}.", "output": f"short {i}"} for i in range(200)]
+    for name, rows in (("long", long), ("short", short)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, ".jsonl", rows)
+
+    def share(weights, *overrides, streaming=False):
+        paths = [str(next((tmp_path / name).iterdir())) for name in ("long", "short")]
+        entries = [{"path": p, "weight": w, "streaming": streaming} for p, w in zip(paths, weights, strict=True)]
+        asked = recipe(*entries, overrides=["data.splits={validation: 0, test: 0}", *overrides], name="mix")
+        tokenizer = instructft.load_tokenizer(asked)
+        train = prepare_dataset(asked, tokenizer)["train"]
+        sizes = {"long": 0, "short": 0}
+        for row in islice(train, 150 if streaming else None):
+            text = tokenizer.decode([label for label in row["labels"] if label != -100])
+            sizes[text.split()[0]] += len(row["input_ids"])
+        return sizes["long"] / sum(sizes.values())
+
+    assert share((1, 1.5)) > 0.7
+    assert abs(share((1, 1.5), "data.mix_by=tokens") - 0.4) < 0.03
+    assert abs(share((1, 1.5), "data.mix_by=tokens", "train.max_steps=1", streaming=True) - 0.4) < 0.03
 
 
 @pytest.mark.parametrize(("turns", "count"), [("all", 6), ("last", 3)])

@@ -23,7 +23,7 @@ import instructft
 from instructft.cli import app
 from instructft.data.prepare import prepare
 from instructft.data.streaming import Streamed, prepare_stream
-from instructft.errors import DataError, RecipeError
+from instructft.errors import DataError, RecipeError, TemplateError
 
 Rows = list[dict[str, Any]]
 
@@ -244,6 +244,30 @@ def test_a_stream_without_a_row_to_train_on_ends_with_a_reason(recipe: Any, tmp_
         opened(recipe({"path": str(tmp_path / "none.jsonl")}))
 
 
+def test_a_stream_that_loses_too_many_rows_is_refused_before_the_first_step(recipe: Any, tmp_path: Path) -> None:
+    rows = made(1300)
+    for row in rows[:300]:
+        row["output"] = " "
+    path = str(jsonl(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(
+        DataError, match=r"31.4% of the first 1,000 rows of .* check.max_dropped_share allows 20.0%: "
+    ) as e:
+        opened(recipe({"path": path})).account(40)
+    assert "row 1: nothing in `output`" in str(e.value)
+    allowed = recipe({"path": path}, overrides=["check.max_dropped_share=0.4"])
+    assert dict(opened(allowed).account(40))["dropped"]
+    greeting = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    template = tmp_path / "refuses.jinja"
+    template.write_text(
+        "{%- for m in messages -%}{%- if m.content == 'bad' -%}{{ raise_exception('no') }}{%- endif -%}"
+        "{{ m.role + m.content + eos_token }}{%- endfor -%}{%- if add_generation_prompt -%}assistant{%- endif -%}"
+    )
+    bad = {"messages": [{"role": "user", "content": "bad"}, {"role": "assistant", "content": "b"}]}
+    path = str(jsonl(tmp_path / "chat.jsonl", [greeting] * 50 + [bad]))
+    with pytest.raises(TemplateError, match=r"2\.0% of the first 51 rows .* check.max_refused_share allows 0.0%"):
+        opened(recipe({"path": path}, overrides=[f"data.template={template}"])).account(40)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -257,6 +281,8 @@ def test_a_stream_without_a_row_to_train_on_ends_with_a_reason(recipe: Any, tmp_
         ),
         (["data.datasets=[{name: llms-from-scratch, streaming: true}]"], r"one JSON array"),
         (["data.datasets=[{hub: a/b, split: 'train[:5%]', streaming: true}]"], r"use rows: N"),
+        (["data.datasets=[{path: a.jsonl, repeat: 2, streaming: true}]"], r"begins again; set its share with weight"),
+        (["data.test=[{path: a.jsonl, repeat: 2}]"], r"data\.test.*\.repeat: held-out rows are judged once"),
     ],
 )
 def test_what_a_stream_cannot_have_is_refused(recipe: Any, overrides: list[str], message: str) -> None:

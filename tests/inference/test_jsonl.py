@@ -70,3 +70,23 @@ def test_numbers_that_nothing_can_write_back_are_set_aside_and_the_others_asked(
     rows, bad = read_rows(source)
     assert [row.row for row in rows] == [{"prompt": "a", "x": 1000.0}]
     assert said in str(bad[0])
+
+
+def test_columns_say_where_the_question_stands(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", '{"q": "Hi", "a": "x"}', '{"prompt": "Ho"}', '{"z": "Hu"}')
+    run = [{"instruction": "other"}, {"instruction": "q", "output": "a"}]  # as a run's recipe maps two data sets
+    rows, bad = read_rows(source, columns=run)
+    assert [row.messages[0]["content"] for row in rows] == ["Hi", "Ho"]
+    assert rows[0].row == {"q": "Hi", "a": "x"}  # as it came
+    assert [one.line for one in bad] == [3]
+    rows, bad = read_rows(source, columns=[{"prompt": "z"}], strict=True)
+    assert [row.messages[0]["content"] for row in rows] == ["Hu"]
+    assert str(bad[0]) == "line 1: --columns: no column z; it has q, a"
+
+
+def test_a_mapped_question_goes_by_the_names_of_its_format(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", '{"q": "Hi", "c": "there"}')
+    for name in ("prompt", "instruction", "question", "query", "problem"):
+        assert read_rows(source, columns=[{name: "q"}])[0][0].messages == [{"role": "user", "content": "Hi"}]
+    found = read_rows(source, columns=[{"instruction": "q", "context": "c"}])[0][0].messages
+    assert found == [{"role": "user", "content": "Hi", "context": "there"}]

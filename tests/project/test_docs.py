@@ -316,7 +316,7 @@ def test_data_sets_and_formats() -> None:
     assert [code(cell)[0] for cell in rows] == list(FORMATS)
     for cell, (needed, more) in rows.items():
         known = FORMATS[code(cell)[0]]
-        names = {name for name in code(needed) if re.fullmatch("[a-z]+", name)}
+        names = {name for name in code(needed) if re.fullmatch("[a-z_]+", name)}
         assert names == set(known.columns)
         assert set(code(more)) == set(known.optional)
 

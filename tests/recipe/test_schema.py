@@ -32,6 +32,7 @@ def test_defaults_are_those_of_the_contract(load):
         },
         "data": {
             "datasets": "…",
+            "mix_by": "rows",
             "template": "auto",
             "system_prompt": None,
             "template_options": {},

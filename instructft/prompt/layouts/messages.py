@@ -13,7 +13,7 @@ from typing import Any
 
 from instructft.prompt.conversation import Conversation, Message
 from instructft.prompt.layouts.tool_calls import calls_of, parsed, tools_of
-from instructft.prompt.ledger import Ledger, Unusable, absent, compact, shown
+from instructft.prompt.ledger import Ledger, Unusable, absent, compact, is_switch, shown
 
 _NAMES = {
     "system": "system sys system_prompt",
@@ -32,6 +32,11 @@ CONTENT = ("content", "value", "text")
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 FLAGS = ("weight", "train", "training", "loss", "loss_weight", "loss_scale", "mask", "masked")  # 0: no loss
 _INVERSE = ("mask", "masked")  # of these 1 means no loss
+_NO_SHARE = (
+    "an answer is trained or not (1 or 0), and each of its tokens counts as much as any other; write 0 or 1, leave the "
+    "flag out with data.ignore, or give such rows a data set of their own and train that more or less often "
+    "(data.datasets[].repeat)"
+)
 _SPANS = ("train_detail", "training_detail")
 TOOLS = ("tools", "functions")
 _CALLS = ("tool_calls", "function_call")
@@ -42,6 +47,7 @@ _KNOWN = frozenset(
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 _THINKING_PARTS = ("thinking", "reasoning")
+PARTS = (*_TEXT_PARTS, *_THINKING_PARTS, "tool_use", "tool_result", "image", "image_url", "input_image", "input_audio")
 _PART_KEYS = frozenset(("type", "text", "refusal"))
 # The only spelling that says exactly which line breaks belong to it; what is written otherwise stays in the content.
 _THINK = re.compile(r"<think>\n((?!\s).*?(?<!\s))\n</think>\n\n((?!\s).*)", re.DOTALL)
@@ -80,9 +86,30 @@ def with_tools(messages: list[Message], tools: Any, options: Mapping[str, Any] |
     return Conversation(messages, known, options)
 
 
+_TOOLS_IN_TEXT = re.compile(r"<tools>(.*?)</tools>", re.DOTALL)
+
+
+def tools_in_system(messages: list[Message], tools: Any) -> bool:
+    """Whether the system message lists these tools already, written out in its text as Hermes has them.
+
+    >>> told = {"role": "system", "content": "Use <tools>[{'name': 'f'}]</tools>."}
+    >>> tools_in_system([told], [{"name": "f"}]), tools_in_system([told], [{"name": "g"}])
+    (True, False)
+    """
+    if not messages or messages[0]["role"] != "system":
+        return False
+    wanted = tools_of(tools, "", Ledger())
+    for text in _TOOLS_IN_TEXT.findall(messages[0]["content"]):
+        lines = [parsed(line) for line in text.strip().splitlines()]
+        given = lines if all(isinstance(line, Mapping) for line in lines) else parsed(text)
+        if wanted and not isinstance(given, str) and tools_of(given, "", Ledger()) == wanted:
+            return True
+    return False
+
+
 def messages_of(turns: Any, where: str, ledger: Ledger) -> list[Message]:
     """A list of turns, or its JSON text, as messages; one that names tools has them under `tools`."""
-    given = parsed(turns)
+    given = _as_turns(parsed(turns))
     if not isinstance(given, list | tuple) or not all(isinstance(turn, Mapping | str) for turn in given):
         raise Unusable("not_a_dialogue", f"`{where}` is {shown(turns)}, expected a list of messages")
     messages: list[Message] = []
@@ -103,6 +130,18 @@ def messages_of(turns: Any, where: str, ledger: Ledger) -> list[Message]:
     return messages
 
 
+def _as_turns(given: Any) -> Any:
+    """Columns of turns as turns: `{"role": […], "content": […]}`, which `datasets` makes of a `Sequence` of them."""
+    if not isinstance(given, Mapping) or not any(name in given for name in SPEAKER):
+        return given
+    if (
+        not all(isinstance(column, list | tuple) for column in given.values())
+        or len(set(map(len, given.values()))) != 1
+    ):
+        return given
+    return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
+
+
 def _read(turn: Mapping[str, Any], where: str, ledger: Ledger, messages: list[Message]) -> None:
     """One turn of any layout: a message, or several where it holds the answers of several tools."""
     speaker = next((turn[key] for key in SPEAKER if not absent(turn.get(key))), None)
@@ -115,7 +154,8 @@ def _read(turn: Mapping[str, Any], where: str, ledger: Ledger, messages: list[Me
     value = turn.get(key, turn.get("value", turn.get("text")))
     extras = [name for name in ("input", "context") if role == "user"]
     twice = [name for name in (*CONTENT, *SPEAKER) if name in turn and _again(turn, name, key, speaker)]
-    known_here = _KNOWN.difference(twice).union(extras)
+    repeated = [name for name in turn if name not in _KNOWN and isinstance(value, str) and turn[name] == value]
+    known_here = _KNOWN.difference(twice).union(extras, repeated)
     ledger.rest(turn, known_here, f"key `{{}}` of a message in `{where}`", role)
     if role == "call":
         _add_calls(calls_of(value, f"`{where}`: a turn of {speaker}", ledger), turn, where, ledger, messages)
@@ -140,7 +180,7 @@ def _read(turn: Mapping[str, Any], where: str, ledger: Ledger, messages: list[Me
             _add_reasoning(message, turn.get(name), f"key `{name}` of a message in `{where}`", ledger)
     else:
         for name in (*REASONING, *_CALLS):
-            if not absent(turn.get(name)) and not ledger.ignores(name, role):
+            if not absent(turn.get(name)) and not is_switch(turn[name]) and not ledger.ignores(name, role):
                 ledger.unread(f"key `{name}` of a message in `{where}`", turn[name], f"a {role} has none")
     _weigh(message, turn, where, ledger)
     messages += parts.tools
@@ -223,7 +263,7 @@ class _Parts:
 
 
 def _add_reasoning(message: Message, value: Any, where: str, ledger: Ledger) -> None:
-    if absent(value) or ledger.ignores(where.split("`")[1], "assistant"):
+    if absent(value) or is_switch(value) or ledger.ignores(where.split("`")[1], "assistant"):
         return
     if isinstance(value, list | tuple):  # blocks of thinking
         value = "".join(str(b.get("thinking", b.get("text", ""))) if isinstance(b, Mapping) else str(b) for b in value)
@@ -271,7 +311,7 @@ def _weigh(message: Message, turn: Mapping[str, Any], where: str, ledger: Ledger
                     f"only answers carry loss; where this does not matter: data.ignore: [{role}.{name}]",
                 )
         elif share not in (0, 1):
-            ledger.unread(place, value, "a message is trained or not (1 or 0); shares of a loss are not supported")
+            ledger.unread(place, value, _NO_SHARE)
         elif (share == 0) != (name in _INVERSE):
             message["weight"] = 0
     for name in _SPANS:

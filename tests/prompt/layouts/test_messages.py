@@ -60,7 +60,8 @@ def test_a_turn_in_normal_form(turn, expected):
 @pytest.mark.parametrize(
     ("turn", "named"),
     [
-        (answer(weight=0.5), "key `weight`"),
+        (answer(weight=0.5), "key `weight` .*: an answer is trained or not .*repeat"),
+        (answer(loss_scale=2), "key `loss_scale` .*: an answer is trained or not"),
         ({"role": "user", "content": "Q", "train": True}, "data.ignore: \\[user.train\\]"),
         (answer(channel="analysis"), "key `channel`"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "part `image_url`"),
