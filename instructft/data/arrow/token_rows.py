@@ -15,6 +15,7 @@ FlatRows = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
 
 BLOCK = 1 << 20  # tokens that are looked at together
 COLUMNS = ("input_ids", "labels")
+PARTS = ("seq_lengths", "seq_starts")  # of rows that hold several documents or branches
 
 
 class TokenRows:
@@ -61,17 +62,21 @@ class TokenRows:
             yield self.some(slice(start, end))
 
 
-def tokens_of(dataset: Dataset) -> TokenRows:
-    """The rows of a data set; its indices, which `select` makes, are followed."""
-    lists = {name: dataset.data.column(name).chunks for name in COLUMNS}
+def tokens_of(dataset: Dataset, columns: tuple[str, ...] = COLUMNS) -> TokenRows:
+    """The rows of a data set; its indices, which `select` makes, are followed.
+
+    Args:
+        columns: of lists that have one length in each row.
+    """
+    lists = {name: dataset.data.column(name).chunks for name in columns}
     pieces, piece, starts, lengths = [], [], [], []
-    for ids, labels in zip(*lists.values(), strict=True):
-        borders = {name: chunk.offsets.to_numpy() for name, chunk in zip(COLUMNS, (ids, labels), strict=True)}
+    for chunks in zip(*lists.values(), strict=True):
+        borders = {name: chunk.offsets.to_numpy() for name, chunk in zip(columns, chunks, strict=True)}
         first = {name: int(found[0]) for name, found in borders.items()}
         last = {name: int(found[-1]) for name, found in borders.items()}
-        values = zip(COLUMNS, (ids, labels), strict=True)
+        values = zip(columns, chunks, strict=True)
         pieces.append({name: chunk.values.to_numpy()[first[name] : last[name]] for name, chunk in values})
-        ends = borders["input_ids"].astype(np.int64) - first["input_ids"]
+        ends = borders[columns[0]].astype(np.int64) - first[columns[0]]
         starts.append(ends[:-1])
         lengths.append(np.diff(ends))
         piece.append(np.full(len(ends) - 1, len(pieces) - 1, dtype=np.int32))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-COLUMNS = ("input_ids", "labels", "seq_lengths")  # the last one where rows are packs
+COLUMNS = ("input_ids", "labels", "seq_lengths", "seq_starts")  # the last two where rows are packs, or turns folded
 
 
 class RowSlices:
