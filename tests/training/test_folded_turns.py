@@ -72,8 +72,8 @@ data:
   splits: {{validation: 0.0, test: 0.0}}
   max_length: 800
 train: {{use_cpu: true, max_steps: 3, learning_rate: 0.01, lr_scheduler_type: constant, logging_steps: 1,
-        eval_strategy: steps, eval_steps: 3, save_strategy: "no", per_device_train_batch_size: 40, per_device_eval_batch_size: 2,
-        gradient_accumulation_steps: 1}}
+        eval_strategy: steps, eval_steps: 3, save_strategy: "no",
+        per_device_train_batch_size: 40, per_device_eval_batch_size: 2, gradient_accumulation_steps: 1}}
 output_dir: {tmp_path / run}
 """
         return instructft.load_recipe(write_recipe(text, f"{run}.yaml"), list(overrides))
@@ -109,6 +109,8 @@ def test_a_run_is_the_same_with_fewer_tokens(recipe_of: Callable[..., Any]) -> N
     one, other = (result.facts["train"] for result in (folded, unrolled))
     assert one["supervised_tokens"] == other["supervised_tokens"]
     assert one["tokens"] < 0.7 * other["tokens"]
+    saved = folded.facts["saved"]  # turns of the folder's model one by one, against the folded rows of the run
+    assert (saved["rows"], saved["saved_loss"]) == (2, pytest.approx(saved["loss"], abs=1e-5))
 
 
 def test_a_run_of_packs_is_the_same(recipe_of: Callable[..., Any]) -> None:

@@ -174,6 +174,24 @@ def last_readers(lengths: Sequence[int] | np.ndarray, starts: Sequence[int] | np
     return last
 
 
+def unfolded(row: Mapping[str, Any]) -> list[dict[str, list[int]]]:
+    """The turns of a folded row in rows of their own; each token carries loss in one of them.
+
+    >>> no = IGNORE_INDEX
+    >>> row = {"input_ids": [1, 2, 3, 2, 4], "labels": [no, no, 3, no, 4], "seq_lengths": [3, 2], "seq_starts": [0, 1]}
+    >>> [turn["input_ids"] for turn in unfolded(row)]
+    [[1, 2, 3], [1, 2, 4]]
+    """
+    ids, labels = np.array(row["input_ids"]), np.array(row["labels"])
+    last = last_readers(row["seq_lengths"], row["seq_starts"], len(ids))
+    found = []
+    for end in np.cumsum(row["seq_lengths"]) - 1:
+        slots = np.flatnonzero((last >= end) & (np.arange(len(ids)) <= end))
+        found.append({"input_ids": ids[slots].tolist(), "labels": labels[slots].tolist()})
+        labels[slots] = IGNORE_INDEX
+    return found
+
+
 @dataclass(frozen=True)
 class Masks:
     """How a model takes the mask of rows with branches; `instructft.models.branches.masks_for` finds it.

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instructft.data.batches import branches
-from instructft.data.batches.branches import Masks, Row, fold, fold_all, last_readers
+from instructft.data.batches.branches import Masks, Row, fold, fold_all, last_readers, unfolded
 from instructft.data.packing import position_ids
 
 NO = -100
+NAMES = ("input_ids", "labels", "seq_lengths", "seq_starts")
 
 
 def turn(ids: list[int], trained: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -47,7 +48,7 @@ def paths(row: Row) -> list[list[int]]:
 
 def test_the_examples_in_the_docstrings() -> None:
     found = doctest.testmod(branches)
-    assert (found.attempted, found.failed) == (5, 0)
+    assert (found.attempted, found.failed) == (8, 0)
 
 
 @given(turns=conversations(), most=st.integers(12, 40))
@@ -68,6 +69,10 @@ def test_every_turn_is_read_and_trained_as_in_a_row_of_its_own(turns: Any, most:
                 contexts[tuple(row.input_ids[path].tolist())] += 1
     wanted = Counter(tuple(ids[: i + 1].tolist()) for ids, labels in turns for i in np.flatnonzero(labels != NO) if i)
     assert contexts == wanted
+    again = [unfolded(dict(zip(NAMES, row, strict=True))) for row in rows]
+    alone = Counter(tuple(turn["input_ids"][: i + 1]) for some in again for turn in some
+                    for i, label in enumerate(turn["labels"]) if i and label != NO)  # fmt: skip
+    assert alone == wanted
     assert {tuple(ids.tolist()) for ids, _ in turns} <= read
 
 
