@@ -199,7 +199,7 @@ class DataSection(_Section):
         default="all",
         description="where a template rewrites history: every turn as it is served, or the last row alone",
     )
-    fold_turns: Literal["auto", True, False] = Field(
+    fold_turns: Literal["auto"] | bool = Field(
         default="auto",
         description="such turns in one row, what they share once (sdpa, eager); auto: where the model is proved to "
         "keep them apart and a tenth of the tokens is saved",
