@@ -186,17 +186,22 @@ class RowView:
 def names(starts: Sequence[int]) -> list[str]:
     """What the parts of a row are called: documents, and branches of the document before them.
 
-    A branch is read behind the tokens of the document up to the position that it begins with, and begins with a copy of
-    the last of them.
+    A branch is read behind the first tokens of the document, or of the branch that it leaves, and begins with a copy of
+    the last of these.
 
     >>> names([0, 7, 0])
     ['document 1 of 2', 'branch of document 1, behind its first 7 tokens', 'document 2 of 2']
+    >>> names([0, 7])
+    ['trunk', 'branch behind the first 7 tokens']
     """
     total, document, found = sum(start == 0 for start in starts), 0, []
     for start in starts:
         document += start == 0
-        branch = f"branch of document {document}, behind its first {start:,} tokens"
-        found.append(branch if start else f"document {document} of {total}")
+        if total > 1:
+            branch = f"branch of document {document}, behind its first {start:,} tokens"
+            found.append(branch if start else f"document {document} of {total}")
+        else:
+            found.append(f"branch behind the first {start:,} tokens" if start else "trunk")
     return found
 
 
