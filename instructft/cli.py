@@ -144,13 +144,14 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     loaded = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     from instructft.data.prepare import prepare as prepare_data
+    from instructft.models.branches import why_not
     from instructft.models.starting_point import starting_point
     from instructft.models.tokenizer import date_in_prompts, load_tokenizer, said_of_date
 
     began = time.perf_counter()
     tokenizer = load_tokenizer(loaded)
-    starting_point(loaded, tokenizer)
-    data = prepare_data(loaded, tokenizer)
+    origin = starting_point(loaded, tokenizer)
+    data = prepare_data(loaded, tokenizer, lambda: why_not(loaded, origin.config))
     seconds = time.perf_counter() - began
     day = date_in_prompts(loaded, tokenizer)
     lines = [*data.account(loaded.data.max_length), *([("date", said_of_date(day))] if day else [])]

@@ -184,6 +184,24 @@ def mask_drawing() -> str:
     return "\n".join(["```text", *drawn, "```"])
 
 
+def branches_drawing() -> str:
+    """The drawing of a folded row, and who sees whom in it."""
+    from instructft.data.batches.branches import last_readers
+
+    (path,) = definitions()["last_readers"]
+    drawn = (ast.get_docstring(modules()[path]) or "").split("::\n\n")[1].split("\n\n")[0].splitlines()
+    rows = {line[:16].strip(): line[16:].split() for line in drawn}
+    tokens, starts = rows["input_ids"], [0, 2]
+    lengths = [int(n) for n in rows["seq_lengths"]]
+    last = last_readers(lengths, starts, len(tokens))
+    head = "                  " + " ".join(tokens)
+    lines = [
+        f"slot {q} ({token}) sees    " + " ".join("■" if k <= q <= last[k] else "·" for k in range(len(tokens)))
+        for q, token in enumerate(tokens)
+    ]
+    return "\n".join(["```text", *(line.removeprefix("    ") for line in drawn), "", head, *lines, "```"])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "folders": folders,
     "layers": layer_lines,
@@ -191,6 +209,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "questions": question_table,
     "errors": error_tree,
     "mask": mask_drawing,
+    "branches": branches_drawing,
 }
 
 

@@ -55,6 +55,7 @@ OWN: dict[str, tuple[str, str]] = {
     "data.system_prompt": ("", "You are a patient assistant."),
     "data.train_on": ("", "last_response"),
     "data.turns": ("", "last"),
+    "data.fold_turns": ("", "true"),
     "data.template_options": ("", "{enable_thinking: false}"),
     "data.ignore": ("", "[mood, user.train]"),
     "data.strip": ("", "true"),

@@ -34,6 +34,7 @@ def take(recipe: Recipe) -> dict[str, Any]:
 
     from instructft.checkpoints.resume import RunStart
     from instructft.data.prepare import prepare
+    from instructft.models.branches import why_not
     from instructft.models.load import load_model
     from instructft.models.starting_point import starting_point
     from instructft.models.tokenizer import load_tokenizer
@@ -44,7 +45,7 @@ def take(recipe: Recipe) -> dict[str, Any]:
     state = PartialState(cpu=bool(recipe.train.get("use_cpu")))
     tokenizer = load_tokenizer(recipe)
     origin = starting_point(recipe, tokenizer)
-    data, tokens = _longest(recipe, prepare(recipe, tokenizer))
+    data, tokens = _longest(recipe, prepare(recipe, tokenizer, lambda: why_not(recipe, origin.config)))
     args, _ = training_arguments(recipe, data, state)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     try:

@@ -62,6 +62,7 @@ def check(
     from instructft.check.audit import audit
     from instructft.data.prepare import prepare
     from instructft.models.attention import check_attention
+    from instructft.models.branches import why_not
     from instructft.models.memory import estimate, resident
     from instructft.models.several_devices import on_paper
     from instructft.models.starting_point import starting_point
@@ -81,7 +82,7 @@ def check(
     report: dict[str, Any] = {"schema": SCHEMA, "recipe": recipe.name, "data": audit(recipe, tokenizer)}
     report |= {"training": None, "estimate": None, "measured": None, "limits": [], "problems": []}
     try:
-        data = prepare(recipe, tokenizer)
+        data = prepare(recipe, tokenizer, lambda: why_not(recipe, start.config))
     except (DataError, TemplateError) as error:  # the audit stands, and says why
         report["problems"].append(str(error))
     else:

@@ -50,13 +50,15 @@ def inspect_rows(
     from rich.console import Console
 
     from instructft.data.prepare import prepare
+    from instructft.models.branches import why_not
+    from instructft.models.starting_point import starting_point
     from instructft.models.tokenizer import load_tokenizer
 
     if page is not None and (page.suffix.lower() not in (".html", ".htm") or not page.absolute().parent.is_dir()):
         raise UsageError(f"--html: {page}: expected a file name that ends in .html, in a folder that exists")
     with Console(stderr=True).status("Reading and encoding the data …"):
         tokenizer = load_tokenizer(recipe)
-        data = prepare(recipe, tokenizer)
+        data = prepare(recipe, tokenizer, lambda: why_not(recipe, starting_point(recipe, tokenizer).config))
     if split not in data.splits:
         raise UsageError(f"--split: the recipe makes no {split!r} rows; it makes {', '.join(data.splits)}")
     rows = data.splits[split]
@@ -104,7 +106,7 @@ def summary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: Prepared, 
         "rows": " · ".join(f"{key} {value:,}" for key, value in data.rows.items() if value),
         "loss on": f"{recipe.data.train_on}: {supervised:,} of {tokens:,} {split} tokens ({supervised / tokens:.1%})",
     }
-    if "seq_lengths" in data.splits[split].column_names:
+    if data.packed and split != "test":
         length = recipe.data.max_length
         lines["packed"] = f"{packs:,} {split} packs of {length:,} tokens, {tokens / (packs * length):.1%} full"
     if data.cut:
@@ -129,15 +131,14 @@ def _print(rows: Sequence[Shown], about: Mapping[str, str], ids: bool, console: 
     for row in rows:
         tokens, loss = row.counts
         facts = [f"{tokens:,} tokens", f"{loss:,} with loss ({loss / tokens:.1%})"]
-        if len(row.documents) > 1:
-            facts.append(f"{len(row.documents)} documents")
+        facts += row.parts_in_words
         if row.cut:
             facts.append("cut: its end is missing")
         console.print()
         title = Text(f"row {row.number:,} of {row.of:,} · {' · '.join(facts)}", style="bold")
         console.print(Rule(title, align="left", characters="━", style="default"))
         # in a file nothing is wrapped: a line ends where the row has a new line
-        console.print(RowView(row.documents, ids), soft_wrap=not console.is_terminal and not ids)
+        console.print(RowView(row.documents, ids, row.starts), soft_wrap=not console.is_terminal and not ids)
 
 
 def _legend(plain: bool, ids: bool) -> Text:

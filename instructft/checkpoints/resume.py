@@ -180,6 +180,7 @@ def fixed_keys(recipe: Recipe) -> dict[str, Any]:
     42
     """
     values = recipe.to_dict()
+    del values["data"]["fold_turns"]  # what became of it is in the rows
     found = {f"{name}.{key}": value for name in ("model", "data", "adapter") for key, value in values[name].items()}
     return found | {f"train.{key}": value for key, value in values["train"].items() if not key.startswith(_FREE)}
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from instructft.data.batches.branches import Masks, last_readers
 from instructft.data.packing import position_ids
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX
@@ -27,15 +28,20 @@ class CompletionOnlyCollator:
     model with `use_cache=False`, as training here does: with a cache, which is the default outside of it, transformers
     5.23 looks at no positions, and the documents see each other.
 
+    Rows with `seq_starts` besides have turns folded into them (`instructft.data.batches.branches`): where a batch holds
+    a branch, its `attention_mask` says slot by slot who sees whom, which attention by `sdpa` and `eager` can take.
+
     Args:
         pad_token_id: fills `input_ids` behind the end of a row; any id will do, no token there is seen or trained.
         pad_to_multiple_of: round T up, for kernels that like it.
         flatten: packs as one row (1, sum of tokens) with `cu_seq_lens`, which flash-attention wants. Never for sdpa,
             whose mask and work grow with the square of the row.
+        masks: how the model takes masks of branches; `instructft.models.branches.masks_for(model.config)` says it.
 
     Returns (when called with B rows of at most T tokens):
         `input_ids` (B, T), `labels` (B, T) with -100 for no loss, and `attention_mask` (B, T) of 0 and 1, or for packs
-        `position_ids` (B, T); all int64.
+        `position_ids` (B, T); all int64. With branches `position_ids`, and `attention_mask` (B, 1, T, T), or a dict of
+        such by the type of layer.
 
     >>> collate = CompletionOnlyCollator(pad_token_id=0)
     >>> collate([{"input_ids": [5, 6, 0], "labels": [-100, 6, 0]}, {"input_ids": [7, 8], "labels": [-100, 8]}])
@@ -46,17 +52,28 @@ class CompletionOnlyCollator:
         DataError: a row without a token that carries loss, or with labels of another length than its `input_ids`.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None, flatten: bool = False):
+    def __init__(
+        self,
+        pad_token_id: int,
+        pad_to_multiple_of: int | None = None,
+        flatten: bool = False,
+        masks: Masks | None = None,
+    ):
         if pad_token_id is None:
             raise DataError("CompletionOnlyCollator needs a pad_token_id; instructft.load_tokenizer sets one")
         self.pad_token_id = int(pad_token_id)
         self.pad_to_multiple_of = pad_to_multiple_of
         self.flatten = flatten
+        self.masks = masks or Masks()
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
 
-        packed = "seq_lengths" in rows[0]
+        branches = any(np.any(row["seq_starts"]) for row in rows if "seq_starts" in row)
+        # rows of a data set with branches, but none in this batch, are what they are elsewhere
+        packed = branches or ("seq_lengths" in rows[0] and (
+            "seq_starts" not in rows[0] or any(len(row["seq_lengths"]) > 1 for row in rows)
+        ))  # fmt: skip
         if packed and self.flatten:
             return self._flat(rows)
         length = max(len(row["input_ids"]) for row in rows)
@@ -73,8 +90,12 @@ class CompletionOnlyCollator:
             lengths.append(n)
         batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
         if packed:
-            positions = [position_ids(row["seq_lengths"], length) for row in rows]
-            return {**batch, "position_ids": torch.from_numpy(np.stack(positions))}
+            parts = [_parts(row) for row in rows]
+            positions = np.stack([position_ids(lengths, length, starts) for lengths, starts in parts])
+            if branches:
+                last = np.stack([last_readers(lengths, starts, length) for lengths, starts in parts])
+                batch["attention_mask"] = self.masks(positions, last)
+            return {**batch, "position_ids": torch.from_numpy(positions)}
         mask = np.arange(length) < np.array(lengths)[:, None]
         return {**batch, "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
@@ -85,6 +106,11 @@ class CompletionOnlyCollator:
         def joined(column: str) -> np.ndarray:
             return np.concatenate([np.asarray(row[column]) for row in rows], dtype=np.int64)
 
+        if any(np.any(row["seq_starts"]) for row in rows if "seq_starts" in row):
+            raise DataError(
+                "rows with folded turns cannot be taken by their borders; set data.fold_turns to false, or "
+                "model.attn_implementation to sdpa"
+            )
         lengths = joined("seq_lengths")
         ends = np.cumsum(lengths)
         labels = joined("labels")
@@ -100,6 +126,12 @@ class CompletionOnlyCollator:
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+
+def _parts(row: Mapping[str, Any]) -> tuple[Sequence[int], Sequence[int]]:
+    """Lengths and first positions of the documents and branches of a row."""
+    lengths = row.get("seq_lengths", [len(row["input_ids"])])
+    return lengths, row.get("seq_starts", [0] * len(lengths))
 
 
 def checked(row: Mapping[str, Any], i: int) -> tuple[np.ndarray, np.ndarray]:

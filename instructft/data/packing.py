@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from instructft.data.arrow.store import cached, mapped, write
-from instructft.data.arrow.token_rows import COLUMNS, cuts, tokens_of
+from instructft.data.arrow.token_rows import COLUMNS, PARTS, cuts, tokens_of
 from instructft.errors import ModelError
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import torch
     from datasets import Dataset
     from transformers import PreTrainedModel
 
@@ -79,18 +80,21 @@ def pack(dataset: Dataset, capacity: int, seed: int = 0) -> Dataset:
     """Pack rows of `input_ids` and `labels` into rows of at most `capacity` tokens.
 
     Each new row also holds `seq_lengths`, the tokens of each of its documents in order. The label of a document's
-    first token becomes -100, so that it is never predicted from its neighbour's last.
+    first token becomes -100, so that it is never predicted from its neighbour's last. Rows of folded turns have
+    `seq_lengths` and `seq_starts` of their own (`instructft.data.batches.branches`), and so have their packs.
     """
     import pyarrow as pa
     from datasets import Dataset
 
     rows = tokens_of(dataset)
+    parts = rows if PARTS[1] in dataset.column_names else None
     packs = best_fit(rows.lengths, capacity, seed)
     order = np.fromiter((d for documents in packs for d in documents), dtype=np.int64, count=len(rows))
     per_pack = np.fromiter(map(len, packs), dtype=np.int64, count=len(packs))
     del packs
     rows, lasts = rows.some(order), np.cumsum(per_pack)
-    schema = pa.schema({name: pa.list_(pa.int32()) for name in (*COLUMNS, "seq_lengths")})
+    parts = parts.some(order) if parts else None
+    schema = pa.schema({name: pa.list_(pa.int32()) for name in (*COLUMNS, *(PARTS if parts else PARTS[:1]))})
 
     def lists(values: np.ndarray, sizes: np.ndarray) -> pa.ListArray:
         offsets = pa.array(np.concatenate(([0], np.cumsum(sizes))), type=pa.int32())
@@ -99,24 +103,35 @@ def pack(dataset: Dataset, capacity: int, seed: int = 0) -> Dataset:
     def batches() -> Iterator[pa.RecordBatch]:
         """The packs in order, some at a time: their documents are gathered from wherever they lie."""
         for first, last in cuts(np.add.reduceat(rows.lengths, lasts - per_pack), _GATHERED):
-            start = int(lasts[first] - per_pack[first])
-            columns, starts, documents = rows.some(slice(start, int(lasts[last - 1]))).flat()
+            some = slice(int(lasts[first] - per_pack[first]), int(lasts[last - 1]))
+            columns, starts, documents = rows.some(some).flat()
             columns["labels"][starts[documents > 0]] = IGNORE_INDEX
             inside = per_pack[first:last]
             sizes = np.add.reduceat(documents, np.cumsum(inside) - inside)
-            made = [lists(columns["input_ids"], sizes), lists(columns["labels"], sizes), lists(documents, inside)]
+            made = [lists(columns["input_ids"], sizes), lists(columns["labels"], sizes)]
+            if parts:
+                branches, _, each = parts.some(some).flat(PARTS)
+                inside = np.add.reduceat(each, np.cumsum(inside) - inside)
+                made += [lists(branches[name], inside) for name in PARTS]
+            else:
+                made.append(lists(documents, inside))
             yield pa.record_batch(made, schema=schema)
 
     # of itself the library would pickle and hash every token, for as long as packing takes
-    made_of = f"{dataset._fingerprint} pack 2 {capacity} {seed}".encode()
+    made_of = f"{dataset._fingerprint} pack 3 {capacity} {seed}".encode()
     fingerprint = blake2b(made_of, digest_size=8).hexdigest()
     if rows.lengths.sum() <= _GATHERED:
         return Dataset(pa.Table.from_batches(batches(), schema), fingerprint=fingerprint)
     return mapped(cached(fingerprint, lambda path: write(path, schema, batches())), fingerprint)
 
 
-def position_ids(seq_lengths: Sequence[int] | np.ndarray, width: int) -> np.ndarray:
+def position_ids(
+    seq_lengths: Sequence[int] | np.ndarray, width: int, starts: Sequence[int] | np.ndarray | None = None
+) -> np.ndarray:
     """Positions of a pack's tokens, each document from 0, each pad 0: (width,) int64.
+
+    Args:
+        starts: the first position of each branch, where turns are folded.
 
     >>> position_ids([3, 2], width=7).tolist()
     [0, 1, 2, 0, 1, 0, 0]
@@ -124,7 +139,8 @@ def position_ids(seq_lengths: Sequence[int] | np.ndarray, width: int) -> np.ndar
     lengths = np.asarray(seq_lengths, dtype=np.int64)
     ends = np.cumsum(lengths)
     positions = np.zeros(width, dtype=np.int64)
-    positions[: ends[-1]] = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    first = ends - lengths if starts is None else ends - lengths - np.asarray(starts, dtype=np.int64)
+    positions[: ends[-1]] = np.arange(ends[-1]) - np.repeat(first, lengths)
     return positions
 
 
@@ -169,39 +185,72 @@ def probe(
     """
     import torch
 
+    generator = torch.Generator().manual_seed(0)
+    pads = 2
+    lengths = (-(-(width - pads) // 2), (width - pads) // 2)
+    ids = torch.randint(0, model.get_input_embeddings().weight.shape[0], (width,), generator=generator)
+    first, second, _ = ids.split([*lengths, pads])
+    inputs = {"position_ids": torch.from_numpy(position_ids(lengths, width))[None]}
+    inputs |= flat_borders([*lengths, *[1] * pads], width, device) if borders else {}
+    slots = [torch.arange(lengths[0]), torch.arange(lengths[0], sum(lengths))]
+    return look(model, device, ids, inputs, [first, second], slots, _leaks, alone)
+
+
+def look(
+    model: PreTrainedModel,
+    device: Any,
+    ids: torch.Tensor,
+    inputs: dict[str, Any],
+    rows: Sequence[torch.Tensor],
+    slots: Sequence[torch.Tensor],
+    refusal: Callable[[PreTrainedModel, str], str],
+    alone: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> float:
+    """Ask the model whether rows that share one give the logits that each gives alone, and depend on nothing else.
+
+    Args:
+        ids: (T,), of the row that they share.
+        inputs: what keeps them apart in it.
+        rows: the ids of each alone, (n,).
+        slots: where the tokens of each stand in the shared row, (n,).
+        refusal: words for what was found.
+
+    Returns and raises what `probe` does.
+    """
+    import torch
+
     was_training = model.training
     model.eval()
     embedding = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
-    pads = 2
-    lengths = (-(-(width - pads) // 2), (width - pads) // 2)
-    ids = torch.randint(0, embedding.weight.shape[0], (sum(lengths) + pads,), generator=generator)
-    first, second, _ = ids.split([*lengths, pads])
     states: list[torch.Tensor] = []
 
     def watch(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
         states.append(out.detach().requires_grad_())
         return states[-1]
 
-    def logits(tokens: torch.Tensor, lengths: Sequence[int], more: dict[str, Any] | None = None) -> torch.Tensor:
-        positions = torch.from_numpy(position_ids(lengths, len(tokens)))[None]
-        inputs = {"input_ids": tokens[None].to(device), "position_ids": positions.to(device)}
-        return model(**inputs, **(more or {}), use_cache=False).logits[0]
+    def on_device(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: on_device(one) for name, one in value.items()}
+        return value.to(device) if isinstance(value, torch.Tensor) else value
 
-    packed_by = flat_borders([*lengths, *[1] * pads], width, device) if borders else None
+    def logits(tokens: torch.Tensor, more: dict[str, Any]) -> torch.Tensor:
+        return model(input_ids=tokens[None].to(device), **on_device(more), use_cache=False).logits[0]
+
     try:
         with torch.inference_mode(), alone():
-            single = torch.cat([logits(one, [len(one)]).float() for one in (first, second)])
+            positions = [torch.arange(len(one))[None] for one in rows]
+            single = [logits(one, {"position_ids": p}).float() for one, p in zip(rows, positions, strict=True)]
         torch.clear_autocast_cache()  # of weights lowered in inference mode, through which no gradient goes
         hook = embedding.register_forward_hook(watch)
         try:
-            found = logits(ids, lengths, packed_by)
+            found = logits(ids, inputs)
         finally:
             hook.remove()
-        documents = found[: sum(lengths)].split(lengths)
+        shared = [found[where.to(found.device)] for where in slots]
         # a loss of many unlike weights, so that nothing cancels
         sums = [(part.float() * torch.randn(part.shape, generator=generator).to(part.device)).sum()
-                for part in documents]  # fmt: skip
+                for part in shared]  # fmt: skip
         for scale in (
             2**13,
             2**10,
@@ -214,26 +263,25 @@ def probe(
             if all(bool(torch.isfinite(part).all()) for grad in grads for part in grad):
                 break
     except TypeError as error:
-        raise ModelError(_leaks(model, f"it takes no position_ids ({error})")) from error
+        raise ModelError(refusal(model, f"it takes no position_ids ({error})")) from error
     finally:
         model.train(was_training)
     leak = 0.0
-    for (own, others), grad in zip(((0, 1), (1, 0)), grads, strict=True):
-        parts = [torch.stack([part[0].abs().max() for part in one.float().split([*lengths, pads], dim=1)])
-                 if one.dim() == 3 else None for one in grad]  # fmt: skip
-        for part in parts:
-            if part is not None:
-                seen = float(torch.maximum(part[others], part[2]))  # not a number is no zero either
-                share = seen / max(float(part[own].nan_to_num(1.0)), 1e-30)
-                leak = max(leak, share if share > 0 else float(seen != 0))
-    packed = found[: sum(lengths)].detach().float()
-    difference = float((packed - single).abs().max() / single.abs().max().clamp(min=1e-6))
+    for where, grad in zip(slots, grads, strict=True):
+        own = torch.zeros(len(ids), dtype=torch.bool).index_fill(0, where, True)
+        for part in (part[0].abs().float().amax(-1).cpu() for part in grad if part.dim() == 3):
+            seen = float(part[~own].max())  # not a number is no zero either
+            share = seen / max(float(part[own].max().nan_to_num(1.0)), 1e-30)
+            leak = max(leak, share if share > 0 else float(seen != 0))
+    there = torch.cat([part.detach().float() for part in shared])
+    whole = torch.cat(single)
+    difference = float((there - whole).abs().max() / whole.abs().max().clamp(min=1e-6))
     # a model may keep documents apart and still count their positions in its own way; rounding differs by the dtype
-    exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(packed.device.type)
+    exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(there.device.type)
     tolerance = 1e-4 if exact else 5e-2
     if leak > 0 or not difference <= tolerance:
         raise ModelError(
-            _leaks(
+            refusal(
                 model,
                 f"logits of a document differ by {difference:.2g} of the largest when it stands in a pack (up to "
                 f"{tolerance:g} would be rounding), and their gradient at its neighbour's tokens is {leak:.2g} of that "

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from instructft.data.account import Hidden, said_of_hidden
-from instructft.data.arrow.encoded import encode_part, notes, trained_rows, verdicts
-from instructft.data.arrow.token_rows import FlatRows, ranges, tokens_of
+from instructft.data.account import Hidden, WhyNot, folding, said_of_hidden
+from instructft.data.arrow.encoded import encode_part, fold_part, has_turns, notes, trained_rows, verdicts
+from instructft.data.arrow.token_rows import PARTS, FlatRows, ranges, tokens_of
 from instructft.data.deduplicate import Known
 from instructft.data.load import SPLITS, Part, load_parts
 from instructft.data.packing import pack
@@ -42,13 +42,14 @@ class Prepared:
 
     Args:
         splits: rows of `input_ids` and `labels`, two lists of int32 of the same length, and `seq_lengths` in packs;
-            an empty split is left out.
+            where turns are folded also `seq_starts` (`instructft.data.batches.branches`). An empty split is left out.
         rows: rows in each split before packing, 0 for an empty one.
         dropped: rows that no split holds, by reason.
         cut: rows that were longer than `max_length` and are trained without their end.
         cut_tokens: tokens that these rows lost.
         groups: data set -> its rows (packs) in `validation`, in order; empty for a single data set.
         hidden: what the template does to the training rows besides.
+        packed: rows are packs.
     """
 
     splits: DatasetDict
@@ -58,6 +59,7 @@ class Prepared:
     cut_tokens: int = 0
     groups: dict[str, int] = field(default_factory=dict)
     hidden: Hidden = field(default_factory=Hidden)
+    packed: bool = False
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -74,6 +76,11 @@ class Prepared:
                 carry = columns["labels"] != IGNORE_INDEX
                 found[name] += int(carry.sum() - carry[starts[lengths > 0]].sum())
         return found
+
+    @property
+    def folds(self) -> bool:
+        """Whether turns are folded (`instructft.data.batches.branches`)."""
+        return any(PARTS[1] in split.column_names for split in self.splits.values())
 
     @property
     def tokens_per_row(self) -> float:
@@ -100,6 +107,10 @@ class Prepared:
             for columns, _, lengths in _blocks(split):
                 for array in (lengths, columns["input_ids"], columns["labels"]):
                     digest.update(array.astype(np.int32).tobytes())
+            if PARTS[1] in split.column_names:
+                columns, _, lengths = tokens_of(split).flat(PARTS)
+                for array in (lengths, *columns.values()):
+                    digest.update(array.astype(np.int32).tobytes())
         return digest.hexdigest()[:16]
 
     def account(self, max_length: int) -> list[tuple[str, str]]:
@@ -115,7 +126,7 @@ class Prepared:
             lost = f"{self.cut:,} rows longer than {max_length} tokens lost {self.cut_tokens:,} tokens"
             lines.append(("cut", f"{lost}; they do not teach the end of an answer"))
         lines += said_of_hidden(self.hidden.facts())
-        if "seq_lengths" in self.splits["train"].column_names:
+        if self.packed:
             packs = len(self.splits["train"])
             fill = tokens / (packs * max_length)
             lines.append(("packed", f"{packs:,} packs of {max_length} tokens, {fill:.1%} full"))
@@ -135,7 +146,8 @@ def prepare_dataset(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Datas
     Returns:
         a `DatasetDict` with `train`, and `validation` and `test` where the recipe asks for them (an
         `IterableDatasetDict` with `train` alone where the data sets stream, see `instructft.data.streaming`); each row
-        holds `input_ids` and `labels`, two lists of T ints, a label of -100 carrying no loss; packs also `seq_lengths`.
+        holds `input_ids` and `labels`, two lists of T ints, a label of -100 carrying no loss; packs also `seq_lengths`,
+        and with `data.fold_turns: true` rows of folded turns `seq_lengths` and `seq_starts`.
 
     Raises:
         DataError: data that cannot be read, or of which nothing is left to train on.
@@ -148,10 +160,15 @@ def prepare_dataset(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Datas
     return prepare(recipe, tokenizer).splits
 
 
-def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """`prepare_dataset` with the account of what became of every row."""
+def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, why_not: WhyNot | None = None) -> Prepared:
+    """`prepare_dataset` with the account of what became of every row.
+
+    Args:
+        why_not: what the model says of folded turns (`instructft.models.branches.why_not`); without it they are folded
+            where the recipe says `data.fold_turns: true`.
+    """
     with _old_objects_left_alone():
-        made = _Pieces(load_parts(recipe), recipe, tokenizer)
+        made = _Pieces(load_parts(recipe), recipe, tokenizer, why_not)
         _refuse_empty(made.pieces, recipe, made.dropped)
         _take_out_known(made.pieces, made.dropped)
         _repeat(made.pieces["train"], made.repeats, recipe.data.seed, made.dropped)
@@ -173,22 +190,27 @@ def _old_objects_left_alone() -> Iterator[None]:
         gc.unfreeze()
 
 
-def prepare_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared | None:
+def prepare_held_out(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, why_not: WhyNot | None = None
+) -> Prepared | None:
     """The rows of `data.validation` and `data.test` alone, for a recipe whose other rows stream; None: it has none."""
     parts = load_parts(recipe, ["validation", "test"])
-    return _Pieces(parts, recipe, tokenizer).together(recipe) if parts else None
+    return _Pieces(parts, recipe, tokenizer, why_not).together(recipe) if parts else None
 
 
 class _Pieces:
     """The encoded rows of all parts that can be trained on, and what became of the others."""
 
-    def __init__(self, parts: list[Part], recipe: Recipe, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self, parts: list[Part], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, why_not: WhyNot | None = None
+    ):
         self.pieces: dict[str, dict[str, Dataset]] = {name: {} for name in SPLITS}  # split -> data set -> its rows
         self.dropped: Counter[str] = Counter()
         self.weights: dict[str, float] = {}
         self.repeats: dict[str, float] = {}
         self.cut = self.cut_tokens = 0
         self.hidden = Hidden()
+        kept_of: list[tuple[Part, Dataset, dict[str, np.ndarray]]] = []  # of each part the rows of its splits
         for part in parts:
             encoded = encode_part(part, recipe, tokenizer)
             used = np.sort(np.concatenate(list(part.rows.values())))
@@ -207,10 +229,19 @@ class _Pieces:
             refuse_losses(part, reasons, len(used), recipe.check, examples)
             self.cut += int((lost[kept] > 0).sum())
             self.cut_tokens += int(lost[kept].sum())
-            self.hidden.add(encoded, np.sort(keep.get("train", kept[:0])))
+            kept_of.append((part, encoded, keep))
+        worth, self.hidden.not_folded = None, ""
+        if any(has_turns(encoded, rows) for _, encoded, keep in kept_of for rows in keep.values()):
+            worth, self.hidden.not_folded = folding(recipe, why_not)
+        for part, encoded, keep in kept_of:
             label = part.label if part.label not in self.weights else f"{part.label}-{len(self.weights)}"
             self.weights[label], self.repeats[label] = part.weight, part.repeat
-            rows, each = trained_rows(encoded, recipe.data.max_length if part.format == "text" else None)
+            length = recipe.data.max_length
+            # documents without speakers have no turns, and are longer than a row
+            folded = fold_part(encoded, length, worth) if worth is not None and part.format != "text" else None
+            self.hidden.add(encoded, np.sort(keep.get("train", np.zeros(0, dtype=np.int64))), folded)
+            most = length if part.format == "text" else None
+            rows, each = trained_rows(encoded if folded is None else folded, most, worth is not None)
             first = np.cumsum(each) - each
             for name, numbers in keep.items():
                 if len(numbers):
@@ -231,7 +262,8 @@ class _Pieces:
         several = len(recipe.data.validation or recipe.data.datasets) > 1
         groups = {label: len(rows) for label, rows in pieces["validation"].items()} if several or named else {}
         splits = {name: concatenate_datasets(list(found.values())) for name, found in pieces.items() if found}
-        return Prepared(DatasetDict(splits), counts, self.dropped, self.cut, self.cut_tokens, groups, self.hidden)
+        what = (self.dropped, self.cut, self.cut_tokens, groups, self.hidden, bool(recipe.data.packing))
+        return Prepared(DatasetDict(splits), counts, *what)
 
 
 def _refuse_empty(pieces: dict[str, dict[str, Dataset]], recipe: Recipe, dropped: Counter[str]) -> None:

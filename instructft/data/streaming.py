@@ -18,14 +18,16 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import chain, count, islice
+from functools import cache, cached_property
+from itertools import chain, count, groupby, islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from instructft.data.account import Hidden, said_of_hidden
+from instructft.data.account import Hidden, WhyNot, folding, said_of_hidden
 from instructft.data.arrow.token_rows import flat_rows, tokens_of
+from instructft.data.batches import branches
 from instructft.data.deduplicate import Known
 from instructft.data.load import Part, hub_id, label_of, not_read, rules_of, shape, shape_of, stream_files
 from instructft.data.packing import best_fit
@@ -44,7 +46,6 @@ SHUFFLED = 10_000  # raw rows of a data set among which the next one is drawn
 ENCODED = 1_000  # rows encoded at a time, packed together, and looked at for the account ahead of a run
 
 Row = dict[str, list[int]]
-Encoded = tuple[np.ndarray, np.ndarray]  # input_ids and labels of one row
 T = TypeVar("T")
 
 
@@ -59,6 +60,7 @@ class _Tally:
     cut: int = 0
     cut_tokens: int = 0
     hidden: Hidden = field(default_factory=Hidden)
+    ahead: bool = False  # of the account, before a run
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class Streamed:
         recipe: Recipe,
         tokenizer: PreTrainedTokenizerBase,
         held_out: Prepared | None = None,
+        why_not: WhyNot | None = None,
     ):
+        self._folding = cache(lambda: folding(recipe, why_not))  # asked when the first conversation could be folded
         self._held_out = held_out
         self.groups = held_out.groups if held_out else {}
         held = [tokens_of(rows) for rows in held_out.splits.values()] if held_out else []
@@ -155,7 +159,7 @@ class Streamed:
     @cached_property
     def _sample(self) -> tuple[_Tally, int, Row]:
         """The first thousand rows that can be trained on: their tally, the rows or packs they make, one to show."""
-        tally, made = _Tally(), 0
+        tally, made = _Tally(ahead=True), 0
         first = example = None
         for row in self._rows(0, tally, shuffle=False):
             made += 1
@@ -170,6 +174,11 @@ class Streamed:
         """Mean tokens of a training row (pack), estimated from the first thousand rows."""
         tally, made, _ = self._sample
         return tally.tokens / made
+
+    @cached_property
+    def folds(self) -> bool:
+        """Whether turns are folded: the first thousand rows decide, so that the model is asked before it is trained."""
+        return self._sample[0].hidden.unrolled > 0 and self._folding()[0] is not None
 
     @property
     def example(self) -> Row:
@@ -213,28 +222,32 @@ class Streamed:
     def _rows(self, number: int, tally: _Tally, shuffle: bool = True) -> Iterator[Row]:
         """The rows (packs) of pass `number`, counted in `tally`."""
         for documents in self._documents(self._mixed(number, tally, shuffle)):
-            ids = np.concatenate([ids for ids, _ in documents])
-            labels = np.concatenate([labels for _, labels in documents])
-            lengths = [len(ids) for ids, _ in documents]
+            ids = np.concatenate([row.input_ids for row in documents])
+            labels = np.concatenate([row.labels for row in documents])
+            lengths = [tokens for row in documents for tokens in row.lengths]
+            starts = [start for row in documents for start in row.starts]
             row = {"input_ids": ids.tolist()}
             if self._data.packing:  # no first token is predicted from its neighbour's last
                 labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX
+            if self._data.packing or any(starts):
                 row["seq_lengths"] = lengths
+            if any(starts):
+                row["seq_starts"] = starts
             row["labels"] = labels.tolist()
             tally.rows += len(documents)
             tally.tokens += len(ids)
             tally.supervised_tokens += int((labels != IGNORE_INDEX).sum())
             yield row
 
-    def _documents(self, rows: Iterator[Encoded]) -> Iterator[list[Encoded]]:
+    def _documents(self, rows: Iterator[branches.Row]) -> Iterator[list[branches.Row]]:
         """Rows that share a pack; none is split or dropped, and each window of rows is packed to the end."""
         if not self._data.packing:
             yield from ([row] for row in rows)
         while window := list(islice(rows, ENCODED)):
-            for documents in best_fit([len(ids) for ids, _ in window], self._data.max_length, self._data.seed):
+            for documents in best_fit([len(row.input_ids) for row in window], self._data.max_length, self._data.seed):
                 yield [window[i] for i in documents]
 
-    def _mixed(self, number: int, tally: _Tally, shuffle: bool) -> Iterator[Encoded]:
+    def _mixed(self, number: int, tally: _Tally, shuffle: bool) -> Iterator[branches.Row]:
         """Rows of all streams, each as often as its weight says."""
         everyone = range(len(self._streams))
         draw = random.Random(f"{self._data.seed} mix {number}")
@@ -256,15 +269,15 @@ class Streamed:
             passed[i] += len(row[0])
             yield row
 
-    def _one(self, i: int, number: tuple[int, int], tally: _Tally, shuffle: bool) -> Iterator[Encoded]:
-        """Ids and labels of the rows of stream `i` that can be trained on, read once from start to end."""
+    def _one(self, i: int, number: tuple[int, int], tally: _Tally, shuffle: bool) -> Iterator[branches.Row]:
+        """The rows of stream `i` that can be trained on, read once from start to end."""
         stream, given = self._streams[i], False
         rows: Iterator[tuple[int, dict[str, Any]]] = enumerate(stream.read())
         if shuffle:
             rows = shuffled(rows, random.Random(f"{self._data.seed} {i} {number}"), SHUFFLED)
         while batch := list(islice(rows, ENCODED)):
             numbers = [number for number, _ in batch]
-            ids, labels, lengths, _, lost, verdicts, notes = stream.encode([row for _, row in batch], numbers)
+            ids, labels, lengths, of, lost, verdicts, notes = stream.encode([row for _, row in batch], numbers)
             refuse_unread(stream.part, verdicts, notes, numbers)
             dropped = Counter(verdict for verdict in verdicts if verdict)
             tally.dropped.update(dropped)
@@ -281,13 +294,33 @@ class Streamed:
                 tally.dropped["near_duplicate_of_held_out"] += int(copies.sum())
                 ends[copies] = (ends - lengths)[copies]  # no row
                 lengths = np.where(copies, 0, lengths)
-            for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True):
-                for at in range(start, end, self._data.max_length):  # only documents are longer
-                    given, stop = True, min(end, at + self._data.max_length)
-                    yield ids[at:stop], labels[at:stop]
+            turns = [(slice(a, b), n) for a, b, n in zip(ends - lengths, ends, of, strict=True) if a < b]
+            for _, same in groupby(turns, key=itemgetter(1)):
+                for row in self._folded([(ids[place], labels[place]) for place, _ in same], tally):
+                    given = True
+                    yield row
         if not given:
             part = stream.part
             raise DataError(f"{part.key}: no row of {part.label} can be trained on: {drop_reasons(tally.dropped)}")
+
+    def _folded(self, turns: list[tuple[np.ndarray, np.ndarray]], tally: _Tally) -> Iterator[branches.Row]:
+        """The rows of a conversation, or of a document."""
+        most = self._data.max_length
+        if len(turns) > 1:
+            alone = sum(len(ids) for ids, _ in turns)
+            tally.hidden.add_turns(len(turns), alone, len(turns[-1][0]))
+            worth, tally.hidden.not_folded = self._folding() if tally.ahead or self.folds else (None, "")
+            folded = branches.fold(turns, most) if worth is not None else []
+            tokens = sum(len(row.input_ids) for row in folded)
+            if worth is not None and tokens < worth * alone:
+                tally.hidden.add_folded(len(folded), tokens)
+                yield from folded
+                return
+            tally.hidden.add_folded(len(turns), alone)
+        for ids, labels in turns:
+            for at in range(0, len(ids), most):  # only documents are longer
+                some = slice(at, at + most)
+                yield branches.Row(ids[some], labels[some], [len(ids[some])], [0])
 
 
 def shuffled(rows: Iterable[T], draw: random.Random, size: int) -> Iterator[T]:
@@ -306,11 +339,17 @@ def shuffled(rows: Iterable[T], draw: random.Random, size: int) -> Iterator[T]:
     yield from held
 
 
-def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out: Prepared | None = None) -> Streamed:
+def prepare_stream(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Prepared | None = None,
+    why_not: WhyNot | None = None,
+) -> Streamed:
     """Open the data sets of a recipe that streams; no more than the first thousand rows of each are read.
 
     Args:
         held_out: what `instructft.data.prepare.prepare_held_out` makes of `data.validation` and `data.test`.
+        why_not: as `instructft.data.prepare.prepare` takes it.
 
     Raises:
         DataError: a file, URL or Hub id that cannot be read, or whose rows have no known format; while rows are read
@@ -331,7 +370,7 @@ def prepare_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out:
         fmt, mapped = shape(shape_of(entry), list(columns), label, key)
         part = Part(label, None, fmt, mapped, {}, key, weight=entry.weight, rules=rules_of(recipe, mapped))
         streams.append(_Stream(part, read, Batches(part, recipe.data, tokenizer).encode, known_by))
-    return Streamed(streams, recipe, tokenizer, held_out)
+    return Streamed(streams, recipe, tokenizer, held_out, why_not)
 
 
 def _reader(entry: DatasetEntry, label: str, key: str) -> tuple[Callable[[], Iterator[dict[str, Any]]], Any]:

@@ -77,11 +77,12 @@ def check_attention(recipe: Recipe, config: PretrainedConfig) -> None:
             raise UsageError(f"{_KEY}: {VARLEN} cannot train {type(model).__name__}: {why}; or write {_KEY}=auto")
 
 
-def choose_attention(recipe: Recipe, config: PretrainedConfig, args: SFTConfig) -> Attention:
+def choose_attention(recipe: Recipe, config: PretrainedConfig, args: SFTConfig, folds: bool = False) -> Attention:
     """The attention that a recipe names or, with `auto`, the one that is best for packs on this machine.
 
     Args:
         args: of the trainer, with device and precision as they were decided.
+        folds: turns are folded, which takes a mask.
 
     Example::
 
@@ -98,7 +99,7 @@ def choose_attention(recipe: Recipe, config: PretrainedConfig, args: SFTConfig) 
         return Attention(VARLEN)
     if asked != "auto" or not recipe.data.packing:
         return Attention("" if asked == "auto" else asked)
-    why = _why_not(recipe, config, args)
+    why = "it knows borders alone, and folded turns take a mask" if folds else _why_not(recipe, config, args)
     return Attention("", f"not {VARLEN}: {why}") if why else Attention(VARLEN, may_change=True)
 
 

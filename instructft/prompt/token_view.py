@@ -168,18 +168,41 @@ class RowView:
 
     documents: list[list[Piece]]
     ids: bool = False
+    starts: tuple[int, ...] = ()  # the first position of each document, or branch
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         plain = no_colour(console)
-        for number, parts in enumerate(self.documents, start=1):
+        for name, parts in zip(names(self.starts or (0,) * len(self.documents)), self.documents, strict=True):
             if len(self.documents) > 1:
                 tokens, loss = count(parts)
-                title = f"document {number} of {len(self.documents)} · {tokens:,} tokens, {loss:,} with loss"
+                title = f"{name} · {tokens:,} tokens, {loss:,} with loss"
                 yield Rule(Text(title, style="cyan"), align="left", style="cyan")
             if self.ids:
                 yield from _interlinear(parts, options.max_width, plain)
             else:
                 yield _running(parts, plain)
+
+
+def names(starts: Sequence[int]) -> list[str]:
+    """What the parts of a row are called: documents, and branches of the document before them.
+
+    A branch is read behind the first tokens of the document, or of the branch that it leaves, and begins with a copy of
+    the last of these.
+
+    >>> names([0, 7, 0])
+    ['document 1 of 2', 'branch of document 1, behind its first 7 tokens', 'document 2 of 2']
+    >>> names([0, 7])
+    ['trunk', 'branch behind the first 7 tokens']
+    """
+    total, document, found = sum(start == 0 for start in starts), 0, []
+    for start in starts:
+        document += start == 0
+        if total > 1:
+            branch = f"branch of document {document}, behind its first {start:,} tokens"
+            found.append(branch if start else f"document {document} of {total}")
+        else:
+            found.append(f"branch behind the first {start:,} tokens" if start else "trunk")
+    return found
 
 
 def coloured(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase, ids: bool = False) -> RowView:
@@ -189,7 +212,8 @@ def coloured(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBas
 
         rich.print(coloured(row, tokenizer))
     """
-    return RowView(pieces(row, tokenizer), ids)
+    found = pieces(row, tokenizer)
+    return RowView(found, ids, tuple(row.get("seq_starts") or ())[: len(found)])
 
 
 def no_colour(console: Console) -> bool:
@@ -261,12 +285,14 @@ class Shown:
         of: rows in the split.
         documents: its pieces, document by document.
         cut: whether its end was cut off.
+        starts: the first position of each document; more than 0 is a branch of the document before it.
     """
 
     number: int
     of: int
     documents: list[list[Piece]]
     cut: bool = False
+    starts: tuple[int, ...] = ()
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -274,15 +300,25 @@ class Shown:
         return count([piece for document in self.documents for piece in document])
 
     @property
+    def parts_in_words(self) -> list[str]:
+        """How many documents and branches it holds, where it is not one document."""
+        branches = sum(start > 0 for start in self.starts)
+        documents = len(self.documents) - branches
+        found = [f"{documents} documents"] if documents > 1 else []
+        return found + ([f"{branches} {'branches' if branches > 1 else 'branch'}"] if branches else [])
+
+    @property
     def parts(self) -> list[dict[str, Any]]:
         """What the page shows of each document."""
+        called = names(self.starts or (0,) * len(self.documents))
         return [
             {
+                "name": name[0].upper() + name[1:],
                 "counts": count(document),
                 "runs": [(loss, count(list(run))[0]) for loss, run in groupby(document, key=lambda p: p.loss)],
                 "html": "".join(map(_span, document)),
             }
-            for document in self.documents
+            for name, document in zip(called, self.documents, strict=True)
         ]
 
 
@@ -295,14 +331,15 @@ def show(
 ) -> Shown:
     """A row made ready to be shown, and whether it was cut at `max_length`."""
     documents = pieces(row, tokenizer)
+    starts = tuple(row.get("seq_starts") or (0,) * len(documents))[: len(documents)]
     cut = False
     if max_length is not None:
         learned = encoder(tokenizer)
         ending = learned.stop_token + learned.after_ending
-        for document in documents:
-            full = sum(len(piece.ids) for piece in document) >= max_length
+        for document, start in zip(documents, starts, strict=True):
+            full = start + sum(len(piece.ids) for piece in document) >= max_length
             cut |= full and not "".join(piece.text for piece in document[-32:]).endswith(ending)
-    return Shown(number, of, documents, cut)
+    return Shown(number, of, documents, cut, starts)
 
 
 def _span(piece: Piece) -> str:

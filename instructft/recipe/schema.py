@@ -207,6 +207,11 @@ class DataSection(_Section):
         default="all",
         description="where a template rewrites history: every turn as it is served, or the last row alone",
     )
+    fold_turns: Literal["auto"] | bool = Field(
+        default="auto",
+        description="such turns in one row, what they share once (sdpa, eager); auto: where the model is proved to "
+        "keep them apart and a tenth of the tokens is saved",
+    )
     ignore: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), description="columns and message keys that are known not to matter; others unread are an error"
     )

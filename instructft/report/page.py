@@ -23,6 +23,7 @@ from instructft.report.logs import read_log
 from instructft.report.model_card import read_evaluation
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
     from instructft.data.prepare import Prepared
@@ -233,17 +234,26 @@ def lengths(recipe: Recipe, data: Prepared | Streamed | None) -> dict[str, Any] 
     if not isinstance(rows, Dataset):  # a stream is read once, by training
         return None
     tables = rows.with_format("arrow").iter(batch_size=4096)
-    if "seq_lengths" in rows.column_names:
-        parts = [table.column("seq_lengths").combine_chunks().flatten().to_numpy() for table in tables]
+    if recipe.data.packing:
+        parts = [_documents(table) for table in tables]
     else:
         parts = [table.column("input_ids").combine_chunks().value_lengths().to_numpy() for table in tables]
     found = np.concatenate(parts)
     width = -(-(int(found.max()) + 1) // BARS)  # bars of one width: the same number of lengths in each
     edges = list(range(0, int(found.max()) + width + 1, width))
     counts, _ = np.histogram(found, bins=edges)
-    what = "Tokens in a document" if "seq_lengths" in rows.column_names else "Tokens in a row"
+    what = "Tokens in a document" if recipe.data.packing else "Tokens in a row"
     drawn = bars(f"{what}, training", edges, counts.tolist(), "tokens")
     return {"drawn": drawn, "quantiles": quantiles(found), "max_length": recipe.data.max_length}
+
+
+def _documents(packs: pa.Table) -> np.ndarray:
+    """The tokens of each document of some packs, with those of its branches."""
+    lengths: np.ndarray = packs.column("seq_lengths").combine_chunks().flatten().to_numpy()
+    if "seq_starts" not in packs.column_names:
+        return lengths
+    starts = packs.column("seq_starts").combine_chunks().flatten().to_numpy()
+    return np.add.reduceat(lengths, np.flatnonzero(starts == 0))
 
 
 def training_row(recipe: Recipe, tokenizer: Any, data: Prepared | Streamed | None) -> Any:

@@ -20,6 +20,7 @@ from instructft.data.streaming import Streamed, prepare_stream
 from instructft.launch.silent import silent_named, state_of
 from instructft.launch.workers import first_process
 from instructft.models.attention import VARLEN, Attention, check_attention, choose_attention, switch_attention
+from instructft.models.branches import masks_for, why_not
 from instructft.models.latest import asks_for_latest, forget_newest, resolve_latest
 from instructft.models.load import load_model
 from instructft.models.starting_point import StartingPoint, starting_point
@@ -110,7 +111,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
     check_attention(recipe, origin.config)
     quantization.check(recipe)
     with state.main_process_first():
-        data = _prepared(recipe, tokenizer)
+        data = _prepared(recipe, tokenizer, origin)
     args, precision = training_arguments(recipe, data, state)
     made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, args))
     start = run_start(checkpoint, passed, made_of)
@@ -118,7 +119,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
         console.print(f"{run} is finished, {facts['train']['steps']:,} steps: there is nothing to resume")
         return Result(run, facts)
 
-    attention = choose_attention(recipe, origin.config, args)
+    attention = choose_attention(recipe, origin.config, args, data.folds)
     model = load_model(recipe, tokenizer, start=origin)
     attention = switch_attention(model, attention)
     base = origin.facts()  # now, since a branch on the Hub may move while the run lasts
@@ -136,6 +137,8 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
         trainer.publisher = publisher
         if recipe.data.packing:
             attention = packs_apart(trainer, attention, recipe.data.max_length, console)
+        if data.folds:
+            turns_apart(trainer, recipe.data.max_length, console)
         found = rehearse_run(trainer, data, console) if rehearsal else None
         proof = watch_adapter(trainer, found.reach.may_stay if found else ())
 
@@ -183,10 +186,11 @@ def _console(state: PartialState) -> Console:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _prepared(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared | Streamed:
+def _prepared(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, origin: StartingPoint) -> Prepared | Streamed:
+    cannot_fold = functools.cache(functools.partial(why_not, recipe, origin.config))
     if recipe.data.datasets[0].streaming:
-        return prepare_stream(recipe, tokenizer, prepare_held_out(recipe, tokenizer))
-    return prepare(recipe, tokenizer)
+        return prepare_stream(recipe, tokenizer, prepare_held_out(recipe, tokenizer, cannot_fold), cannot_fold)
+    return prepare(recipe, tokenizer, cannot_fold)
 
 
 def announce(
@@ -240,6 +244,13 @@ def packs_apart(trainer: Trainer, attention: Attention, max_length: int, console
     from instructft.training.rehearsal.isolation import prove_isolation
 
     return prove_isolation(trainer, attention, max_length, console)
+
+
+def turns_apart(trainer: Trainer, max_length: int, console: Console) -> None:
+    """Ask the model whether turns of a folded row see each other; stops the run when they do."""
+    from instructft.training.rehearsal.isolation import prove_branches
+
+    prove_branches(trainer, max_length, console)
 
 
 def rehearse_run(trainer: Trainer, data: Prepared | Streamed, console: Console) -> Rehearsal:
@@ -298,11 +309,12 @@ def build_trainer(
     metadata = None
     if is_peft(model) and args.should_save:
         metadata = AdapterMetadata(origin.record(model, recipe.model.quantization))
-    flatten = takes_borders(model)
+    masks = masks_for(model.config)
+    collate = CompletionOnlyCollator(tokenizer.pad_token_id, args.pad_to_multiple_of, takes_borders(model), masks)
     trainer = Trainer(
         model=model,
         args=args,
-        data_collator=CompletionOnlyCollator(tokenizer.pad_token_id, args.pad_to_multiple_of, flatten),
+        data_collator=collate,
         train_dataset=data.for_training,
         eval_dataset=validation,
         eval_groups=data.groups,

@@ -250,6 +250,7 @@ class StepChecks(TrainerCallback):
 
     def _text_of(self, one: dict[str, torch.Tensor]) -> dict[str, Any]:
         ids = one["input_ids"][0]
-        if (mask := one.get("attention_mask")) is not None:
+        mask = one.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             ids = ids[mask[0].bool()]
         return {"text": self.trainer.processing_class.decode(ids), "input_ids": ids.tolist()}

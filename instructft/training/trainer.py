@@ -19,7 +19,7 @@ from trl import SFTTrainer
 
 from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import token_rows
-from instructft.data.arrow.token_rows import slices_of
+from instructft.data.arrow.token_rows import PARTS, slices_of
 from instructft.data.batches.counts import Counting, Counts, taken
 from instructft.data.batches.flat_packs import FlatPacks
 from instructft.data.row_order import LengthGrouped, set_epoch
@@ -70,6 +70,7 @@ class Trainer(SFTTrainer):
 
     data_collator: Any
     train_dataset: Any
+    _signature_columns: list[str] | None
     current_gradient_accumulation_steps: int  # of upstream: micro-batches in the step under way
 
     def __init__(
@@ -238,6 +239,13 @@ class Trainer(SFTTrainer):
             collate = FlatPacks.of(rows, collate.pad_token_id, width, self._rows_of_a_process())
         with _in_place(self, train_dataset=rows, data_collator=self._counting(collate)):
             return super().get_train_dataloader()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Columns that reach the collator; upstream knows of packs alone, and would drop where their branches begin."""
+        if self._signature_columns is not None:
+            return
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*(self._signature_columns or ()), *PARTS]
 
     def _rows_of_a_process(self) -> int:
         """Rows of a batch, which each process makes of its own: one row that holds all packs cannot be divided."""

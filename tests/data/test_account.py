@@ -124,7 +124,11 @@ def test_check_says_the_same(asked, capsys):
     json.dumps(report)
     show(report, Console(width=200, highlight=False))
     out = capsys.readouterr().out
-    for line in ("1 conversations are 3 rows", "content of 1 rows", "1 answers before any question"):
+    for line in (
+        "1 conversations have 3 turns, each as it is served, folded into 1 rows",
+        "content of 1 rows",
+        "1 answers before any question",
+    ):
         assert re.search(line, out)
 
 

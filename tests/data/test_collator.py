@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 
 from instructft.data.arrow.token_rows import tokens_of
+from instructft.data.batches.branches import Masks
 from instructft.data.collator import CompletionOnlyCollator
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import encode_conversation
@@ -96,3 +97,43 @@ def plain_flat(rows: list[dict[str, Any]]) -> dict[str, Any]:
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders.int()),
         **dict.fromkeys(("max_length_q", "max_length_k"), max(whole["seq_lengths"])),
     }
+
+
+FOLDED = {
+    "input_ids": [1, 2, 3, 4, 2, 5],
+    "labels": [-100, -100, 3, 4, -100, 5],
+    "seq_lengths": [4, 2],
+    "seq_starts": [0, 1],
+}
+ALONE = {"input_ids": [7, 8, 9], "labels": [-100, 8, 9], "seq_lengths": [3], "seq_starts": [0]}
+
+
+def test_a_batch_with_branches_says_slot_by_slot_who_sees_whom() -> None:
+    batch = CompletionOnlyCollator(0)([FOLDED, ALONE])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 1, 2], [0, 1, 2, 0, 0, 0]]
+    seen = [
+        [[k for k, shown in enumerate(line) if shown] for line in row[0]] for row in batch["attention_mask"].tolist()
+    ]
+    assert seen == [
+        [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 4], [0, 4, 5]],
+        [[0], [0, 1], [0, 1, 2], [3], [4], [5]],  # a pad sees itself
+    ]
+    layers = {"full_attention": ("all", 0), "sliding_attention": ("window", 2)}
+    masks = CompletionOnlyCollator(0, masks=Masks(layers, by_layer=True))([FOLDED, ALONE])["attention_mask"]
+    assert torch.equal(masks["full_attention"], batch["attention_mask"])
+    assert [int(mask.sum()) for mask in masks.values()] == [24, 19]
+
+
+def test_rows_beside_branches_are_what_they_are_elsewhere() -> None:
+    """Where no row of a batch has a branch, it takes no mask slot by slot."""
+    plain = {name: ALONE[name] for name in ("input_ids", "labels")}
+    collate = CompletionOnlyCollator(0)
+    assert same(collate([ALONE, ALONE]), collate([plain, plain]))
+    assert same(collate([FOLDED, plain]), collate([FOLDED, ALONE]))  # as a stream has them
+
+
+def test_borders_alone_cannot_take_branches() -> None:
+    with pytest.raises(
+        DataError, match=r"folded turns cannot be taken by their borders; set data\.fold_turns to false"
+    ):
+        CompletionOnlyCollator(0, flatten=True)([FOLDED])

@@ -259,3 +259,19 @@ def test_packing_leaves_the_validation_loss_as_it_is(write_recipe: Any) -> None:
         recipe = recipe.model_copy(update={"output_dir": f"{recipe.output_dir}-{i}"})
         losses.append(instructft.train(recipe, console=Console(quiet=True)).metrics["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_rows_with_branches_are_packed_with_them() -> None:
+    rows = [
+        {"input_ids": [1, 2, 3, 2, 4], "labels": [-100, 2, 3, -100, 4], "seq_lengths": [3, 2], "seq_starts": [0, 1]},
+        {"input_ids": [5, 6, 7], "labels": [5, 6, 7], "seq_lengths": [3], "seq_starts": [0]},
+        {"input_ids": [8, 9, 9], "labels": [-100, 9, 9], "seq_lengths": [3], "seq_starts": [0]},
+    ]
+    packs = {len(row["input_ids"]): row for row in pack(Dataset.from_list(rows), 8)}
+    assert sorted(packs) == [3, 8]
+    full = packs[8]
+    assert full["seq_lengths"] == [3, 2, 3]
+    assert full["seq_starts"] == [0, 1, 0]
+    assert full["input_ids"][:5] == [1, 2, 3, 2, 4]
+    assert full["labels"][5] == -100
+    assert position_ids(full["seq_lengths"], 9, full["seq_starts"]).tolist() == [0, 1, 2, 1, 2, 0, 1, 2, 0]

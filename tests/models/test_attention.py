@@ -70,6 +70,11 @@ def test_weights_of_16_bits_without_autocast_will_do(chosen: Any) -> None:
     assert chosen(*PACKED, "model.dtype=bfloat16", given=args(bf16=False)).name == "varlen"
 
 
+def test_folded_turns_take_a_mask(write_recipe: Any) -> None:
+    found = choose_attention(load_recipe(write_recipe(), PACKED), STILL, args(), folds=True)
+    assert found == Attention("", "not varlen: it knows borders alone, and folded turns take a mask")
+
+
 def test_named_on_a_machine_without_it(chosen: Any, monkeypatch: Any) -> None:
     named = [*PACKED, "model.attn_implementation=varlen"]
     assert chosen(*named) == Attention("varlen")

@@ -173,6 +173,20 @@ def test_documents_of_a_pack(tokenizer):
     assert "document" not in printed(coloured(rows[0], tokenizer))
 
 
+def test_branches_are_told_from_documents(tokenizer):
+    first, second = tokenizer("one two three")["input_ids"], tokenizer(" two four")["input_ids"]
+    ids = [*first, *second]
+    row = {"input_ids": ids, "labels": [-100, *ids[1:]], "seq_lengths": [len(first), len(second)], "seq_starts": [0, 2]}
+    out = printed(coloured(row, tokenizer))
+    assert "trunk · " in out
+    assert "branch behind the first 2 tokens · " in out
+    shown = show(row, tokenizer)
+    assert shown.parts_in_words == ["1 branch"]
+    assert [part["name"] for part in shown.parts] == ["Trunk", "Branch behind the first 2 tokens"]
+    full = show({**row, "seq_starts": [0, 20]}, tokenizer, max_length=20 + len(second))
+    assert full.cut  # a branch ends where its turn does
+
+
 def test_a_pack_that_is_shown_in_part():
     row = {"input_ids": list(range(5)), "labels": [-100] * 5}
     assert documents({**row, "seq_lengths": [3, 4, 2]}) == [range(0, 3), range(3, 5)]

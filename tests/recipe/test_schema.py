@@ -39,6 +39,7 @@ def test_defaults_are_those_of_the_contract(load):
             "template_date": "2024-07-26",
             "train_on": "responses",
             "turns": "all",
+            "fold_turns": "auto",
             "ignore": [],
             "strip": False,
             "max_length": 1024,

@@ -44,6 +44,8 @@ TABLE = (
     Private("_get_train_sampler", TRAINER, "training/trainer", "group_by_length follows the micro-batch size"),
     Private("_get_eval_sampler", TRAINER, "training/trainer", "validation pads more; data sets' own losses mix rows"),
     Private("_train_batch_size", TRAINER, "training/trainer", "flat packs have another shape than a batch has rows"),
+    Private("_set_signature_columns_if_needed", SFT, "training/trainer", "branches are trained as documents"),
+    Private("_signature_columns", TRAINER, "training/trainer", "branches are trained as documents"),
     # what the trainer counts
     Private("_tr_loss", TRAINER, "training/resumable", "the first loss that a resumed run logs is wrong"),
     Private("_globalstep_last_logged", TRAINER, "training/resumable", "the first loss of a resumed run is wrong"),

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from instructft.data.arrow.store import cached, mapped, write
-from instructft.data.arrow.token_rows import cuts, ranges
+from instructft.data.arrow.token_rows import PARTS, cuts, ranges
 from instructft.data.arrow.workers import cores, in_order
+from instructft.data.batches.branches import fold_all
 from instructft.data.load import Part
 from instructft.data.readers import ROW
 from instructft.data.tokenize import Batches, schema, shaped_by
@@ -84,6 +85,94 @@ def _pieces(raw: Dataset) -> list[tuple[int, int]]:
     return list(cuts(np.maximum(np.concatenate(sizes), least), least * _ROWS_AT_ONCE))
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Turns folded
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def has_turns(encoded: Dataset, numbers: np.ndarray) -> bool:
+    """Whether any of these raw rows is trained as several rows."""
+    return bool((_turns_of(encoded)[numbers] > 1).any())
+
+
+def _turns_of(encoded: Dataset) -> np.ndarray:
+    chunks = encoded.data.column("turns").chunks
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(chunk.value_lengths().to_numpy() for chunk in chunks)])
+
+
+def fold_part(encoded: Dataset, most: int, worth: float) -> Dataset:
+    """`encode_part`'s rows with the turns of each raw row folded, where that is worth it (`fold_all`).
+
+    `turns` holds the tokens of each row that is left, `segments` how many parts it has, `seq_lengths` and `seq_starts`
+    these parts (`instructft.data.batches.branches`), all rows end to end.
+
+    Args:
+        most: tokens of a row.
+    """
+    fingerprint = blake2b(f"{encoded._fingerprint} folded {most} {worth}".encode(), digest_size=8).hexdigest()
+    return mapped(cached(fingerprint, lambda path: _fold(encoded, most, worth, path)), fingerprint)
+
+
+def _fold(encoded: Dataset, most: int, worth: float, path: Path) -> None:
+    import pyarrow as pa
+
+    work = _Folding(encoded, most, worth)
+    pieces = -(-len(encoded) // _ROWS_AT_ONCE)
+    processes = min(cores(), len(encoded) // _ROWS_PER_PROCESS)
+    made = in_order(work, pieces, processes)
+    write(path, _folded_schema(), (pa.ipc.read_record_batch(found, _folded_schema()) for found in made))
+
+
+def _folded_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    names = ("input_ids", "labels", "turns", "segments", *PARTS)
+    return pa.schema({name: pa.list_(pa.int64() if name == "turns" else pa.int32()) for name in names})
+
+
+@dataclass(frozen=True)
+class _Folding:
+    """Folds one piece of the rows, for `in_order`."""
+
+    encoded: Dataset
+    most: int
+    worth: float
+
+    def __call__(self, number: int) -> pa.Buffer:
+        import pyarrow as pa
+
+        start = number * _ROWS_AT_ONCE
+        names = ["input_ids", "labels", "turns"]
+        found = self.encoded.select_columns(names).with_format("arrow")[start : start + _ROWS_AT_ONCE].combine_chunks()
+        ids, labels, turns = (found.column(name).combine_chunks() for name in names)
+        tokens, wanted, sizes = (column.flatten().to_numpy() for column in (ids, labels, turns))
+        rows = fold_all(tokens, wanted, sizes, turns.value_lengths().to_numpy(), self.most, self.worth)
+        every, parts = (_sums(values, rows.each) for values in (rows.sizes, rows.segments))  # of each raw row
+        values = (rows.input_ids, rows.labels, rows.sizes, rows.segments, rows.seq_lengths, rows.seq_starts)
+        each = (every, every, rows.each, rows.each, parts, parts)
+        batch = pa.record_batch([_lists(v, n) for v, n in zip(values, each, strict=True)], schema=_folded_schema())
+        return batch.serialize()
+
+
+def _sums(values: np.ndarray, each: np.ndarray) -> np.ndarray:
+    """Sums over the first `each[0]` of the values, the next `each[1]`, and so on."""
+    before = np.concatenate(([0], np.cumsum(values)))
+    ends = np.cumsum(each)
+    sums: np.ndarray = before[ends] - before[ends - each]
+    return sums
+
+
+def _lists(values: np.ndarray, sizes: np.ndarray) -> pa.ListArray:
+    import pyarrow as pa
+
+    return pa.ListArray.from_arrays(pa.array(np.concatenate(([0], np.cumsum(sizes))), type=pa.int32()), values)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is read of them
+# --------------------------------------------------------------------------------------------------------------------
+
+
 def verdicts(encoded: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Of each of `encode_part`'s rows why it is dropped ("" when it is not), and the tokens that it lost."""
     found = [chunk.dictionary_encode() for chunk in encoded.data.column("dropped").chunks]
@@ -103,11 +192,14 @@ def notes(encoded: Dataset, numbers: np.ndarray) -> Iterator[str]:
         start += len(chunk)
 
 
-def trained_rows(encoded: Dataset, most: int | None = None) -> tuple[Dataset, np.ndarray]:
-    """The rows that are trained, of `encode_part`'s, and how many of them each raw row has.
+def trained_rows(encoded: Dataset, most: int | None = None, parts: bool = False) -> tuple[Dataset, np.ndarray]:
+    """The rows that are trained, of `encode_part`'s or `fold_part`'s, and how many of them each raw row has.
 
     Each of a row's `turns` is a row by itself, and of a document each part of `most` tokens. No token is moved: the
     rows are other borders over the same file.
+
+    Args:
+        parts: rows say of which parts they are (`seq_lengths`, `seq_starts`), also those that have one.
     """
     import pyarrow as pa
     from datasets import Dataset
@@ -118,18 +210,25 @@ def trained_rows(encoded: Dataset, most: int | None = None) -> tuple[Dataset, np
         turns, ids, labels = (batch.column(name) for name in ("turns", "input_ids", "labels"))
         sizes, each = turns.flatten().to_numpy(), turns.value_lengths().to_numpy().astype(np.int64)
         if most is not None:
-            parts = -(-sizes // most)
-            place = ranges(np.zeros(len(sizes), dtype=np.int64), parts)
-            each = np.bincount(np.repeat(np.arange(len(each)), each), weights=parts, minlength=len(each))
-            each, sizes = each.astype(np.int64), np.minimum(np.repeat(sizes, parts) - place * most, most)
+            pieces = -(-sizes // most)
+            place = ranges(np.zeros(len(sizes), dtype=np.int64), pieces)
+            each = np.bincount(np.repeat(np.arange(len(each)), each), weights=pieces, minlength=len(each))
+            each, sizes = each.astype(np.int64), np.minimum(np.repeat(sizes, pieces) - place * most, most)
         offsets = pa.array(np.concatenate(([0], np.cumsum(sizes))), type=pa.int32())
         lists = {
             name: pa.ListArray.from_arrays(offsets, column.flatten())
             for name, column in (("input_ids", ids), ("labels", labels))
         }
+        if "segments" in batch.schema.names:
+            segments = batch.column("segments").flatten().to_numpy()
+            lists |= {name: _lists(batch.column(name).flatten(), segments) for name in PARTS}
+        elif parts:
+            one = np.ones(len(sizes), dtype=np.int64)
+            values = (sizes, np.zeros_like(sizes))
+            lists |= {name: _lists(v.astype(np.int32), one) for name, v in zip(PARTS, values, strict=True)}
         tables.append(pa.table(lists))
         every.append(each)
-    made_of = f"{encoded._fingerprint} rows {most}".encode()
+    made_of = f"{encoded._fingerprint} rows {most} {parts}".encode()
     fingerprint = blake2b(made_of, digest_size=8).hexdigest()
     return Dataset(pa.concat_tables(tables), fingerprint=fingerprint), np.concatenate(every)
 

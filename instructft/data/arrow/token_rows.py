@@ -18,7 +18,8 @@ Borders = tuple[np.ndarray, np.ndarray]  # where each row starts in its piece of
 
 BLOCK = 1 << 20  # tokens that are looked at together
 COLUMNS = ("input_ids", "labels")
-LISTS = (*COLUMNS, "seq_lengths")  # what a row may hold; the last one where rows are packs
+PARTS = ("seq_lengths", "seq_starts")  # of rows that hold several documents or branches
+LISTS = (*COLUMNS, *PARTS)  # what a row may hold
 
 
 class TokenRows:
@@ -88,10 +89,13 @@ class TokenRows:
     def flat(self, columns: tuple[str, ...] = COLUMNS) -> FlatRows:
         """All of the rows end to end, in memory.
 
+        Args:
+            columns: of lists that have one length in each row.
+
         Raises:
             DataError: a row has not as many labels as tokens.
         """
-        lengths = self.lengths
+        lengths = self._borders[columns[0]][1]
         ends = np.cumsum(lengths)
         starts = ends - lengths
         total = int(ends[-1]) if len(ends) else 0
@@ -100,7 +104,7 @@ class TokenRows:
         for name in columns:
             if (theirs := self._borders[name][1]) is not lengths and not np.array_equal(theirs, lengths):
                 row = int(np.flatnonzero(theirs != lengths)[0])
-                raise DataError(f"row {row} has {lengths[row]} input_ids and {theirs[row]} {name}")
+                raise DataError(f"row {row} has {lengths[row]} {columns[0]} and {theirs[row]} {name}")
         if total and (self._piece == self._piece[0]).all() and self._end_to_end(columns):
             for name in columns:
                 start = int(self._borders[name][0][0])
@@ -134,7 +138,8 @@ def tokens_of(dataset: Dataset) -> TokenRows:
     """The rows of a data set; its indices, which `select` makes, are followed."""
     names = [name for name in LISTS if name in dataset.column_names]
     none = np.zeros(0, dtype=np.int64)
-    pieces, piece = [], [none.astype(np.int32)]
+    pieces: list[dict[str, np.ndarray]] = []
+    piece = [none.astype(np.int32)]
     starts: dict[str, list[np.ndarray]] = {name: [none] for name in names}
     lengths: dict[str, list[np.ndarray]] = {name: [none] for name in names}
     for batch in dataset.data.table.select(names).to_batches():  # of columns in unlike chunks too, without a copy

@@ -45,7 +45,7 @@ def counted(batch: Mapping[str, torch.Tensor]) -> Counts:
     import torch
 
     labels, attention_mask, positions = batch["labels"], batch.get("attention_mask"), batch.get("position_ids")
-    if attention_mask is not None:
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         tokens = int(attention_mask.sum())
     elif positions is None:
         tokens = labels.numel()

@@ -158,7 +158,8 @@ def some_rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]
     """Rows (packs) `start` to `stop` of a batch, as a batch."""
     count, width = rows_in(batch)
     if "supervised" not in batch:
-        return {name: value[start:stop] if getattr(value, "shape", ())[:1] == (count,) else value
+        return {name: {kind: mask[start:stop] for kind, mask in value.items()} if isinstance(value, Mapping)
+                else value[start:stop] if getattr(value, "shape", ())[:1] == (count,) else value
                 for name, value in batch.items()}  # fmt: skip
     part = slice(start * width, min(stop, count) * width)
     found = {name: value[:, part] if getattr(value, "ndim", 0) == 2 else value for name, value in batch.items()}

@@ -1,4 +1,4 @@
-"""Whether documents of a pack see each other, asked of the model at hand under the attention that the run was given."""
+"""Whether documents of a pack, or turns of a folded row, see each other: asked of the model at hand as it trains."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from instructft.adapters.lora import count_parameters
 from instructft.data.packing import flat_borders, probe
 from instructft.errors import ModelError
 from instructft.formatting import first_line
+from instructft.models import branches
 from instructft.models.attention import VARLEN, Attention, give_up
 from instructft.models.kernels.varlen import plain, takes_borders
 from instructft.training.out_of_memory import ran_out
@@ -34,9 +35,7 @@ def prove_isolation(trainer: Trainer, attention: Attention, max_length: int, con
     Raises:
         ModelError: they do, under the attention that the recipe names or under every one that could be taken.
     """
-    width = max_length
-    if trainer.args.device.type == "cpu" and count_parameters(trainer.model)[1] * width > PROBE_WORK:
-        width = min(width, 256)
+    width = _width(trainer, max_length)
     try:
         difference = _difference(trainer, width)
     except (ModelError, RuntimeError) as error:
@@ -52,6 +51,30 @@ def prove_isolation(trainer: Trainer, attention: Attention, max_length: int, con
         highlight=False,
     )
     return attention
+
+
+def prove_branches(trainer: Trainer, max_length: int, console: Console) -> None:
+    """Stop the run where turns of a folded row see each other, or are not what they are in rows of their own.
+
+    Raises:
+        ModelError: they do, under the attention that the run has.
+    """
+    model: Any = trainer.model
+    width = max(_width(trainer, max_length), 16)  # three turns and what they share
+    with trainer.compute_loss_context_manager():
+        difference = branches.probe(model, model.device, width)
+    console.print(
+        f"folded turns are clean: no gradient from a branch to another in a row of {width:,} tokens; logits of a turn "
+        f"alone and in a row differ by {difference:.1e} at most\n",
+        highlight=False,
+    )
+
+
+def _width(trainer: Trainer, max_length: int) -> int:
+    """Tokens of the row that is tried: those of training, fewer where a CPU would take minutes."""
+    if trainer.args.device.type == "cpu" and count_parameters(trainer.model)[1] * max_length > PROBE_WORK:
+        return min(max_length, 256)
+    return max_length
 
 
 def _difference(trainer: Trainer, width: int) -> float:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import send_to_device
 
+from instructft.data.batches.branches import unfolded
 from instructft.errors import ModelError
 from instructft.models.kernels.fused_loss import scores
 from instructft.prompt.loss_mask import IGNORE_INDEX
@@ -37,17 +38,17 @@ def prove_saved_loss(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
     rows: Any = trainer.eval_dataset
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     quantized = getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None
-    if rows is None or not hasattr(rows, "__len__") or size > MOST or quantized or "seq_lengths" in rows[0]:
+    if rows is None or not hasattr(rows, "__len__") or size > MOST or quantized or _packed(rows[0]):
         return None
     chosen: list[dict[str, list[int]]] = []
     for row in rows.select(range(min(ROWS, len(rows)))):
         if not chosen or sum(len(one["input_ids"]) for one in chosen) + len(row["input_ids"]) <= TOKENS:
-            chosen.append({name: row[name] for name in ("input_ids", "labels")})
+            chosen.append(row)
     ours = _of_the_run(trainer, chosen)
     saved = _load(model, folder)
     if saved is None:
         return None
-    theirs = _by_logits(saved, chosen)
+    theirs = _by_logits(saved, [turn for row in chosen for turn in (unfolded(row) if "seq_starts" in row else [row])])
     exact = model.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
     limit = (TOLERANCE if exact else ROUNDED) * max(1.0, abs(ours))
     if not abs(ours - theirs) <= limit:
@@ -57,6 +58,11 @@ def prove_saved_loss(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
             "are not those of its folder"
         )
     return {"rows": len(chosen), "loss": ours, "saved_loss": theirs}
+
+
+def _packed(row: dict[str, list[int]]) -> bool:
+    """Whether documents share a row; turns of one conversation may, and are taken apart again."""
+    return "seq_lengths" in row and row.get("seq_starts", [0, 0]).count(0) > 1
 
 
 def _of_the_run(trainer: Trainer, rows: list[dict[str, list[int]]]) -> float:

@@ -7,11 +7,12 @@ import os
 import numpy as np
 import pyarrow as pa
 import pytest
+from datasets import Dataset
 
 import instructft
 from instructft.data.arrow import encoded as module
 from instructft.data.arrow import store
-from instructft.data.arrow.encoded import encode_part, notes, trained_rows, verdicts
+from instructft.data.arrow.encoded import encode_part, fold_part, has_turns, notes, trained_rows, verdicts
 from instructft.data.load import load_parts
 from instructft.data.prepare import prepare
 from instructft.data.tokenize import schema
@@ -97,3 +98,28 @@ def test_what_is_encoded_is_mapped_from_a_file(recipe):
     found = encode_part(load_parts(mine)[0], mine, instructft.load_tokenizer(mine))
     assert found.cache_files
     assert found.features["input_ids"].feature.dtype == "int32"
+
+
+def test_folded_rows_say_of_which_parts_they_are(tmp_path, monkeypatch):
+    """Raw rows keep their places; one process or several, whatever is folded together."""
+    rows = [([4, 4], "", ""), ([], "no_loss", ""), ([2], "", ""), ([4, 4, 4], "", ""), ([3], "", "")]
+    ids = [[1, 2, 3, 4, 1, 2, 3, 5], [], [6, 7], [1, 2, 8, 9, 1, 2, 8, 7, 1, 2, 8, 6], [4, 4, 4]]
+    labels = [[-100, -100, -100, i] * (len(row) // 4) if len(row) > 3 else row for row in ids for i in [9]]
+    found = Dataset.from_dict({"input_ids": ids, "labels": labels, "turns": [turns for turns, *_ in rows]})
+    kinds = {name: pa.list_(pa.int64() if name == "turns" else pa.int32()) for name in found.column_names}
+    found = Dataset(found.data.table.cast(pa.schema(kinds)), fingerprint="raw")
+    assert has_turns(found, np.array([0, 1]))
+    assert not has_turns(found, np.array([1, 2, 4]))
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(module, "_ROWS_PER_PROCESS", 2)
+    monkeypatch.setattr(module, "cores", lambda: 2)
+    monkeypatch.setattr(store, "folder", lambda: tmp_path)
+    folded, each = trained_rows(fold_part(found, 100, 1.0))
+    assert each.tolist() == [1, 0, 1, 1, 1]
+    assert folded["input_ids"][:] == [[1, 2, 3, 4, 3, 5], [6, 7], [1, 2, 8, 9, 8, 7, 8, 6], [4, 4, 4]]
+    assert folded["seq_lengths"][:] == [[4, 2], [2], [4, 2, 2], [3]]
+    assert folded["seq_starts"][:] == [[0, 2], [0], [0, 2, 2], [0]]
+    alone, each = trained_rows(found, parts=True)
+    assert each.tolist() == [2, 0, 1, 3, 1]
+    assert alone["seq_lengths"][:] == [[len(row)] for row in alone["input_ids"][:]]
+    assert alone["seq_starts"][:] == [[0]] * 7

@@ -48,3 +48,17 @@ def test_a_label_that_nothing_predicts_is_no_supervised_token(kind: str) -> None
 def test_a_list_will_do() -> None:
     """Pinning a batch made lists of tuples in older releases of torch."""
     assert taken({"counts": [1, 2, 3], "labels": torch.zeros(1, 1)}) == (1, 2, 3)
+
+
+def test_branches_are_counted_by_their_positions() -> None:
+    """A batch that another process has put together says nothing; its mask (B, 1, T, T) is no count of tokens."""
+    row = {
+        "input_ids": [1, 2, 3, 2, 5],
+        "labels": [-100, -100, 3, -100, 5],
+        "seq_lengths": [3, 2],
+        "seq_starts": [0, 1],
+    }
+    short = {"input_ids": [1, 2], "labels": [-100, 2], "seq_lengths": [2], "seq_starts": [0]}
+    batch = CompletionOnlyCollator(0)([row, short])
+    assert batch["attention_mask"].dim() == 4
+    assert counted(batch) == taken(Counting(CompletionOnlyCollator(0))([row, short])) == (7, 3, 10)

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from instructft.data.arrow.token_rows import tokens_of
+from instructft.data.batches.branches import Masks
 from instructft.data.batches.flat_packs import CHUNK, SMALL_CHUNK, FlatPacks, rows_in, some_rows, whole_chunks
 from instructft.data.collator import CompletionOnlyCollator
 from instructft.errors import DataError
@@ -135,3 +136,18 @@ def test_a_part_of_a_padded_batch_is_its_rows() -> None:
     assert all(torch.equal(value, batch[name][1:3]) for name, value in part.items())
     parts: Any = [some_rows(batch, i, i + 2)["labels"] for i in (0, 2, 4)]
     assert np.concatenate(parts).tolist() == batch["labels"].tolist()
+
+
+def test_a_part_of_a_batch_with_branches_has_its_part_of_each_mask() -> None:
+    row = {
+        "input_ids": [1, 2, 3, 2, 5],
+        "labels": [-100, -100, 3, -100, 5],
+        "seq_lengths": [3, 2],
+        "seq_starts": [0, 1],
+    }
+    masks = Masks({"full_attention": ("all", 0), "sliding_attention": ("window", 2)}, by_layer=True)
+    collate = CompletionOnlyCollator(0, masks=masks)
+    part = some_rows(collate([row, row, row]), 1, 3)
+    wanted = collate([row, row])
+    assert all(torch.equal(part["attention_mask"][kind], mask) for kind, mask in wanted["attention_mask"].items())
+    assert all(torch.equal(part[name], wanted[name]) for name in ("input_ids", "labels", "position_ids"))
