@@ -267,6 +267,7 @@ def build_trainer(
     from instructft.models.kernels.varlen import takes_borders
     from instructft.training.budget import Budget, decides
     from instructft.training.callbacks import MetricsFile, Outlasted, ProgressLine, Samples
+    from instructft.training.rehearsal.start_loss import StartLoss
     from instructft.training.run_warnings import RunWarnings
     from instructft.training.stopping import EarlyStopping
     from instructft.training.trainer import Trainer
@@ -317,6 +318,7 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    trainer.add_callback(StartLoss(trainer, asked if hasattr(asked, "__len__") else [data.example]))
     trainer.remove_callback(PrinterCallback)
     handler = trainer.callback_handler
     handler.callbacks = [
