@@ -141,10 +141,6 @@ class ProgressLine(TrainerCallback):
         """Show loss, learning rate, tokens a second and the time left."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        if "start_loss" in logs:
-            say = f"before the first step: loss {logs['start_loss']:.4f}, perplexity {perplexity(logs['start_loss'])}"
-            self.console.print(say, markup=False, highlight=False)
-            return
         parts = [text.format(logs[key]) for key, text in _SHOWN.items() if key in logs]
         if "eval_loss" in logs:
             parts.append(f"perplexity {perplexity(logs['eval_loss'])}")

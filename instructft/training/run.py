@@ -318,7 +318,7 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    trainer.add_callback(StartLoss(trainer, asked if hasattr(asked, "__len__") else [data.example]))
+    trainer.add_callback(StartLoss(trainer, asked if hasattr(asked, "__len__") else [data.example], say))
     trainer.remove_callback(PrinterCallback)
     handler = trainer.callback_handler
     handler.callbacks = [

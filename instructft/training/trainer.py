@@ -30,6 +30,7 @@ from instructft.models.kernels.varlen import plain
 from instructft.training.batch_size import MicroBatches
 from instructft.training.budget import Budget
 from instructft.training.out_of_memory import ran_out
+from instructft.training.rehearsal.start_loss import not_yet_logged
 from instructft.training.resumable import Progress, Sealing, gathered, random_states_kept
 from instructft.training.step_checks import StepChecks
 from instructft.training.stopping import EvaluationLeft, Stop
@@ -374,6 +375,8 @@ class Trainer(SFTTrainer):
             logs["train_loss"] = (self.progress.loss_before + self._total_loss_scalar) / steps
         if self.model.training:
             self._metrics["train"].update(self._logged_metrics())
+        if "loss" in logs:
+            logs.update(not_yet_logged(self.state.log_history))
         super().log(logs, *args, **kwargs)
 
     def _logged_metrics(self) -> dict[str, list[float]]:
@@ -413,16 +416,15 @@ class Trainer(SFTTrainer):
         """Whether each process holds a part of every weight only (FSDP, version 2)."""
         return bool(self.is_fsdp_enabled and self.accelerator.is_fsdp2)
 
+    @contextlib.contextmanager
+    def config_as_loaded(self) -> Iterator[dict[str, Any]]:
+        """Take back for a while what training sets in the model's configuration; gives what stands there then."""
+        with _in_place(self.model.config.get_text_config(), **self._as_loaded):
+            yield dict(self._as_loaded)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        text = self.model.config.get_text_config()
-        trained = {name: getattr(text, name) for name in self._as_loaded}
-        try:
-            for name, value in self._as_loaded.items():
-                setattr(text, name, value)
+        with self.config_as_loaded():
             super()._save(output_dir, state_dict)
-        finally:
-            for name, value in trained.items():
-                setattr(text, name, value)
         if self._metadata is not None and self.args.should_save:
             self._metadata.write(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
 

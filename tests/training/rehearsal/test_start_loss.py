@@ -26,7 +26,7 @@ def test_it_is_that_of_the_untrained_model(recipe_of: Callable[..., Any], packin
     said = Console(file=io.StringIO(), width=200)
     result = instructft.train(recipe, console=said)
     lines = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if NAME in line] == [0]
+    assert [line["step"] for line in lines if NAME in line] == [1]
     tokenizer = instructft.load_tokenizer(recipe)
     whole = instructft.prepare_dataset(recipe_of(GPT2), tokenizer)["validation"]
     assert len(whole) == 4
@@ -48,7 +48,7 @@ def test_a_resumed_run_keeps_the_one_it_had(recipe_of: Callable[..., Any], monke
     result = instructft.train(recipe, console=Console(quiet=True))
     assert result.facts["train"]["resumed"]
     lines = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if NAME in line] == [0]
+    assert [line["step"] for line in lines if NAME in line] == [1]
     assert result.metrics[NAME] == next(line[NAME] for line in lines if NAME in line)
 
 
@@ -56,7 +56,7 @@ def test_a_large_model_on_a_cpu_is_asked_one_row(
     recipe_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(recipe_of(GPT2))
-    asked = StartLoss(trainer, trainer.train_dataset)
+    asked = StartLoss(trainer, trainer.train_dataset, print)
     assert len(asked._chosen()) == len(trainer.train_dataset)
     monkeypatch.setattr("instructft.training.rehearsal.start_loss.TOKENS", 1)
     assert len(asked._chosen()) == 1
