@@ -21,6 +21,7 @@ from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import token_rows
 from instructft.data.batches.counts import Counting, Counts, taken
 from instructft.data.batches.flat_packs import FlatPacks
+from instructft.data.batches.parts import ONCE_MORE
 from instructft.data.batches.row_slices import row_slices
 from instructft.data.row_order import LengthGrouped, set_epoch
 from instructft.errors import CheckpointError, DivergedError, NotFiniteError, OutOfMemoryError, UsageError
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 # soon as it answers in a batch (transformers#29087).
 _SET_BY_TRAINING = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 # What a batch says of itself for a step, and no model takes.
-_FOR_TRAINING = ("counts", "supervised", "supervised_labels")
+_FOR_TRAINING = ("counts", "parts", "supervised", "supervised_labels")
 
 
 class Trainer(SFTTrainer):
@@ -53,7 +54,8 @@ class Trainer(SFTTrainer):
       figure changes with the batch size.
     - `seen` counts tokens, supervised tokens and padding of the training batches, on all processes. Upstream's
       `num_tokens` counts a batch of packs as if it were one row (trl 1.16, `compute_loss`).
-    - `train_sampling_strategy: group_by_length` forms steps of rows of like length (`LengthGrouped`).
+    - `train_sampling_strategy: group_by_length` forms steps of rows of all lengths, trained in parts of like length
+      (`LengthGrouped`, `data.batches.parts`). Upstream's steps hold rows of one length.
     - The model card is written by `instructft.report.model_card`, not at every checkpoint.
     - An adapter is trained in float32 over a quantized base too, and each folder that holds one gets its metadata.
 
@@ -169,7 +171,8 @@ class Trainer(SFTTrainer):
         """Loss and gradient of one micro-batch, in parts where it does not fit into memory as a whole."""
         self._stepping = self.state.global_step
         counts = taken(inputs)
-        loss = self.micro_batches.train(super().training_step, model, inputs, num_items_in_batch)
+        parts = inputs.pop("parts", ())
+        loss = self.micro_batches.train(super().training_step, model, inputs, num_items_in_batch, parts)
         tokens, supervised, slots = (before + more for before, more in zip(self.counts, counts, strict=True))
         self.counts = tokens, supervised, slots
         self.step_checks.add(loss)
@@ -237,8 +240,19 @@ class Trainer(SFTTrainer):
         if self._pack_width and collate.flatten:
             width = self._pack_width + -self._pack_width % (collate.pad_to_multiple_of or 1)
             collate = FlatPacks.of(rows, collate.pad_token_id, width, self._rows_of_a_process())
-        with _in_place(self, train_dataset=rows, data_collator=self._counting(collate)):
+        counting = self._counting(collate, self._once_more())
+        with _in_place(self, train_dataset=rows, data_collator=counting):
             return super().get_train_dataloader()
+
+    def _once_more(self) -> int | None:
+        """What a part of a batch costs (`data.batches.parts`); None where batches are not to be divided.
+
+        A router's loss is a mean over batches, and some other losses are; shared weights are gathered for each pass.
+        """
+        whole = self.aux_loss_enabled or not self._plain_loss or self.micro_batches.find
+        if whole or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        return ONCE_MORE["cpu" if self.args.device.type == "cpu" else "cuda"]
 
     def _rows_of_a_process(self) -> int:
         """Rows of a batch, which each process makes of its own: one row that holds all packs cannot be divided."""
@@ -249,9 +263,12 @@ class Trainer(SFTTrainer):
             )
         return int(self._train_batch_size) // (self.args.world_size if self.accelerator.split_batches else 1)
 
-    def _counting(self, collate: Any) -> Any:
+    def _counting(self, collate: Any, once_more: int | None = None) -> Any:
         """A collator that counts, unless one process makes batches for all: they are divided, and are tensors alone."""
-        return collate if self.accelerator.dispatch_batches else Counting(collate)
+        together = self.accelerator.dispatch_batches or self.accelerator.split_batches
+        if self.accelerator.dispatch_batches:
+            return collate
+        return Counting(collate, None if together else once_more)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -259,7 +276,8 @@ class Trainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGrouped(row_slices(dataset).lengths, step, args.seed if args.data_seed is None else args.data_seed)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return LengthGrouped(row_slices(dataset).lengths, step, seed, args.train_batch_size, args.world_size)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
