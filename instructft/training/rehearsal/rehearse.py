@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 
-from instructft.adapters.lora import count_parameters
 from instructft.formatting import first_line
 from instructft.inference.generator import Generator
 from instructft.inference.padding import PADDING_TOLERANCE, padding_difference
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
 
 TOKENS = 32  # of the longer row of the batch
-FEW, MANY = 16, 250_000_000  # tokens where a CPU computes with so many weights, so that it takes seconds
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,8 @@ def short_batch(trainer: Trainer, example: Any) -> dict[str, torch.Tensor]:
     """Two short rows of unequal length, cut from a training row around its first token that carries loss."""
     ids, labels = list(example["input_ids"]), list(example["labels"])
     first = next((i for i, label in enumerate(labels) if i and label != IGNORE_INDEX), 1)
-    large = trainer.args.device.type == "cpu" and count_parameters(trainer.model)[1] > MANY
-    longest, rows = FEW if large else TOKENS, []
-    for tokens in (longest, longest * 5 // 8):
+    rows = []
+    for tokens in (TOKENS, TOKENS * 5 // 8):
         start = max(0, min(first - tokens // 2, len(ids) - tokens))
         row: dict[str, Any] = {"input_ids": ids[start : start + tokens], "labels": labels[start : start + tokens]}
         if "seq_lengths" in example:
