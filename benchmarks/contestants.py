@@ -160,7 +160,7 @@ def prepare_rows(task: Task) -> dict[str, Any]:
     step = task.batch * task.accumulation
     order: Any = range(len(train))
     if task.sampling == "group_by_length":
-        order = LengthGrouped(tokens_of(train).lengths, step, recipe.train["seed"])
+        order = LengthGrouped(tokens_of(train).lengths, step, recipe.train["seed"], task.batch)
     if len(train) < task.steps * step:
         raise SystemExit(f"{len(train)} rows are too few for {task.steps} steps of {step}: ask for more --rows")
     rows = [train[i] for i in itertools.islice(order, task.steps * step)]

@@ -5,7 +5,8 @@
 A GPT-2 shape of 4 layers × 256 with GPT-2's 50,257 tokens, float32, AdamW; batches of 8 rows in Alpaca's shape
 behind the template `instruction`, only answers carry loss. Cases:
 
-- padded: batches of rows of like length, in one order for all three. TRL also without padding (`padding_free`).
+- padded: batches in our default order, the same for all three; ours divides them in parts of like length. TRL also
+  without padding (`padding_free`).
 - shuffled: batches in any order, as TRL takes rows by default.
 - packed: ours and the loop train our packs as 8 rows. TRL makes its own packs and gets three settings, of which the
   best counts: 8 packs flattened into one row (its default), 1 pack at a time with 8 accumulated, and `wrapped`.

@@ -173,6 +173,9 @@ def check(
     measure: Annotated[
         bool, typer.Option("--measure", help="Find out by real steps here what fits, and how fast it is.")
     ] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Load the model, and try on one short batch all that a run does.")
+    ] = False,
     device: Annotated[str | None, _option(help="cpu or cuda; default: where it would train here.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
     devices: Annotated[int | None, _option(min=1, help="GPUs that are not here: memory and hours on paper.")] = None,
@@ -193,7 +196,12 @@ def check(
 
     if measure and (device is not None or processes > 1):
         raise UsageError("--measure takes steps on this machine, in one process; leave out --device and --processes")
-    asked: dict[str, Any] = {"device": device, "processes": processes, "strategy": strategy, "measure": measure}
+    if rehearse and (device is not None or processes > 1 or devices is not None):
+        raise UsageError(
+            "--rehearse loads the model on this machine, in one process; leave out --device, --devices and --processes"
+        )
+    asked: dict[str, Any] = {"device": device, "processes": processes, "strategy": strategy}
+    asked |= {"measure": measure, "rehearse": rehearse}
     if devices is not None:
         from instructft.models.several_devices import CARDS
 

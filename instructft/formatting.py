@@ -12,10 +12,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+
+class _Power(str):
+    """A form of numbers that are written as powers of ten above a million.
+
+    >>> _Power("{:,.3f}").format(7.389), _Power("{:,.3f}").format(3e12)
+    ('7.389', '10^12.5')
+    """
+
+    def format(self, *values: Any, **named: Any) -> str:
+        value = values[0]
+        if not value > 1e6:  # not a number is none
+            return super().format(*values, **named)
+        return "above 10^304" if value > 1e304 else f"10^{math.log10(value):.1f}"
+
+
 # figure of an evaluation -> how it is written, in the order of a table
-FORMS = {
+FORMS: dict[str, str] = {
     "loss": "{:,.3f}",
-    "perplexity": "{:,.3f}",
+    "perplexity": _Power("{:,.3f}"),
     "exact_match": "{:.1%}",
     "rougeL": "{:.3f}",
     "bleu": "{:.1f}",

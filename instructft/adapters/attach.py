@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+_ROWS = ".token_adapter.trainable_tokens_delta"  # the trained rows of an embedding
 
 # --------------------------------------------------------------------------------------------------------------------
 # The base
@@ -126,6 +128,15 @@ def attach(model: PreTrainedModel, adapter: AdapterFolder, *, trainable: bool = 
         raise AdapterError(f"{adapter.folder / WEIGHTS} is not usable:\n" + first_three(sorted(bad)))
     wrapped = _wrap(fix_layout(model), adapter, trainable)
     converted = _check(wrapped, adapter, weights)
+    for name, original in saved_twice(
+        converted, get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    ).items():
+        if not converted.pop(name).equal(converted[original]):
+            raise AdapterError(
+                f"{adapter.folder / WEIGHTS}: {name} and {original} stand for one weight, and their values differ; "
+                "save the adapter again with PEFT's save_pretrained"
+            )
+        del weights[name]
     set_peft_model_state_dict(wrapped, weights)
     now = wrapped.state_dict() | get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     for name, tensor in converted.items():
@@ -199,6 +210,7 @@ def _check(wrapped: PeftModel, adapter: AdapterFolder, weights: dict[str, torch.
     needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     expected = {name: tuple(tensor.shape) for name, tensor in needed.items()}
     allowed = expected | _whole_embeddings(wrapped)
+    allowed |= {name: expected[original] for name, original in saved_twice(found, expected).items()}
     problems = [f"{name} is missing" for name in sorted(set(expected) - set(found))]
     problems += [f"{name} belongs to no layer of this base" for name in sorted(set(found) - set(allowed))]
     problems += [
@@ -209,6 +221,26 @@ def _check(wrapped: PeftModel, adapter: AdapterFolder, weights: dict[str, torch.
     if problems:
         base = adapter.base.name_or_path
         raise AdapterError(f"{adapter.folder / WEIGHTS} does not fit its base {base}:\n" + first_three(problems))
+    return found
+
+
+def saved_twice(names: Iterable[str], needed: Collection[str]) -> dict[str, str]:
+    """Tensors that PEFT saves once more under another name, with whole embeddings -> the name it loads them by.
+
+    >>> saved_twice(["lm_head.weight", "lm_head.modules_to_save.weight"], ["lm_head.weight"])
+    {'lm_head.modules_to_save.weight': 'lm_head.weight'}
+
+    Args:
+        needed: the names that PEFT asks a file for.
+    """
+    rows = [name for name in needed if name.endswith(_ROWS)]
+    found = {}
+    for name in names:
+        original = name.replace(".modules_to_save.", ".")
+        if name.endswith(_ROWS) and len(rows) == 1:  # a tied head has none of its own
+            original = rows[0]
+        if name not in needed and original in needed:
+            found[name] = original
     return found
 
 

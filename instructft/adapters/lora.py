@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import UsageError
-from instructft.formatting import nearest
+from instructft.formatting import first_line, nearest
 from instructft.prompt.sandbox import SECONDS, at_most
 from instructft.weights import remote_code
 
@@ -129,7 +129,11 @@ def lora_config(recipe: Recipe, model: Any, new_tokens: Sequence[int] = ()) -> L
         fields["target_modules"] = _linear_layers(model)
     if new_tokens:
         fields["trainable_token_indices"] = rows_to_train(model, fields, new_tokens)
-    config = LoraConfig(task_type="CAUSAL_LM", **fields)
+    given = {name: value for name, value in fields.items() if value is not None}  # null is PEFT's own default
+    try:
+        config = LoraConfig(task_type="CAUSAL_LM", **given)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(f"adapter: PEFT refuses it: {first_line(error)}") from error
     targets = _targets(model, config, recipe.adapter.target_modules)
     _refuse_tied_and_head(model, config, targets)
     # weights of a Conv1D lie as (in, out); a quantized one is a Linear by now, but merges into the Conv1D of its base

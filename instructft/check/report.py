@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from instructft.errors import DataError, TemplateError, UsageError
+from instructft.errors import DataError, ModelError, TemplateError, UsageError
 from instructft.formatting import clock, memory_size
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ def check(
     strategy: str = "ddp",
     card: str | None = None,
     measured: Callable[[str], Any] | None = None,
+    rehearsed: Callable[[str], Any] | None = None,
 ) -> dict[str, Any]:
-    """The report as plain dicts and lists; nothing is trained, and unless it is measured no weight is loaded.
+    """The report as plain dicts and lists; nothing is trained, and no weight is loaded unless asked.
 
     Args:
         tokens_per_second: of all processes together; default: what the last run of this recipe did.
@@ -51,6 +52,7 @@ def check(
         strategy: ddp, fsdp2, zero2 or zero3.
         card: a name of `instructft.models.several_devices.CARDS`: what the run would take there, on paper.
         measured: find out by real steps here what fits and how fast it is; told in one line of each try.
+        rehearsed: load the model, and try all that a run does on one short batch; told in one line of each finding.
 
     Raises:
         UsageError: recipe or data are not right, as `instructft.train` would say.
@@ -80,7 +82,7 @@ def check(
         check_attention(recipe, start.config)
     base = resident()  # before the audit reads all rows, which training does not keep
     report: dict[str, Any] = {"schema": SCHEMA, "recipe": recipe.name, "data": audit(recipe, tokenizer)}
-    report |= {"training": None, "estimate": None, "measured": None, "limits": [], "problems": []}
+    report |= {"training": None, "estimate": None, "measured": None, "rehearsal": None, "limits": [], "problems": []}
     try:
         data = prepare(recipe, tokenizer, lambda: why_not(recipe, start.config))
     except (DataError, TemplateError) as error:  # the audit stands, and says why
@@ -121,6 +123,13 @@ def check(
                 speed = best["tokens_per_second"]
                 seconds = report["estimate"]["schedule"]["total_tokens"] / speed
                 report["estimate"]["time"] = {"tokens_per_second": speed, "source": "measured", "seconds": seconds}
+        if rehearsed:
+            from instructft.check.rehearsal import rehearsal
+
+            try:
+                report["rehearsal"] = rehearsal(recipe, tokenizer, start, data, rehearsed)
+            except ModelError as error:
+                report["problems"].append(str(error))
     report["limits"] = limits(recipe, report)
     report["ok"] = not report["problems"] and all(limit["kept"] for limit in report["limits"])
     return report
@@ -153,8 +162,9 @@ def run(recipe: Recipe, as_json: bool, **options: Any) -> bool:
     """Check and print; False when a limit is passed or the run could not start."""
     from rich.console import Console
 
-    if options.pop("measure", False):
-        options["measured"] = functools.partial(print, file=sys.stderr, flush=True)
+    for asked, told in (("measure", "measured"), ("rehearse", "rehearsed")):
+        if options.pop(asked, False):
+            options[told] = functools.partial(print, file=sys.stderr, flush=True)
     report = check(recipe, **options)
     if as_json:
         json.dump(report, sys.stdout, indent=2)
@@ -179,6 +189,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         _show_data(report["data"]["total"], f"all {len(sets)} data sets", console)
     if report["estimate"]:
         _show_needs(report, console)
+    if report["rehearsal"]:
+        _show_rehearsal(report["rehearsal"], console)
     for problem in report["problems"]:
         console.print(f"[bold red]unusable[/]  {_plain(problem)}")
     for limit in report["limits"]:
@@ -300,6 +312,17 @@ def _show_measured(found: dict[str, Any], estimated: int, console: Console) -> N
     best = found["best"]
     lines.append(("fastest", keys(best) if best else "nothing fits: it takes a smaller model, or more memory"))
     _grid(console, f"measured on this {found['device']}, on the longest rows", lines)
+
+
+def _show_rehearsal(found: dict[str, Any], console: Console) -> None:
+    head = {"fused": "fused, as the model's own logits", "logits": "the model's own logits"}.get(found["head"], "")
+    lines = [
+        ("head", head),
+        ("precision", found["precision"]),
+        *(("said", line) for line in found["said"] or ["all is right: head, gradients, answers, what is saved"]),
+        ("time", f"{found['seconds']:.1f} s, beside {found['loading_seconds']:.1f} s of loading"),
+    ]
+    _grid(console, "rehearsed on one short batch", lines)
 
 
 def _time(time: dict[str, Any]) -> str:

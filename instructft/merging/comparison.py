@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
-from instructft.errors import InstructftError
+from instructft.errors import InstructftError, TemplateError
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,7 @@ def choose_texts(
     Args:
         tokenizer: that of the merged model; None when it has none.
         context: tokens that the model takes at most.
-        vocabulary: rows of its embedding.
+        vocabulary: rows of its embedding; a text with a token beyond them is left out.
     """
     from instructft.prompt.loss_mask import encoder
 
@@ -95,27 +96,39 @@ def choose_texts(
         draw = torch.Generator().manual_seed(0)
         rows = torch.randint(vocabulary, (len(FIXED), min(32, room)), generator=draw).tolist()
         return Texts(rows, rows, "random token ids", [], 0, ANSWER)
-    if not isinstance(tokenizer.chat_template, str):
-        rows = prompts = [tokenizer(text)["input_ids"] for text in FIXED]
-        source, stop = "fixed texts", tokenizer.eos_token_id
-    else:
-        stop = encoder(tokenizer).stop_token_id
+    source = "fixed texts"
+    try:
+        if not isinstance(tokenizer.chat_template, str):
+            raise TemplateError("there is none")
+        chat = encoder(tokenizer)
+        stop = chat.stop_token_id
         if conversations := _held_out(recipe):
-            prompts = encoder(tokenizer).prompts([messages[:-1] for messages in conversations])
-            encoded = encoder(tokenizer).encode(conversations).lists()
+            prompts = chat.prompts([messages[:-1] for messages in conversations])
+            encoded = chat.encode(conversations).lists()
             rows, labels = ([row[key] for row in encoded] for key in ("input_ids", "labels"))
             source = "the recipe's held-out rows"
         else:
-            rows = prompts = encoder(tokenizer).prompts([[{"role": "user", "content": text}] for text in FIXED])
-            source = "fixed texts"
+            rows = prompts = chat.prompts([[{"role": "user", "content": text}] for text in FIXED])
+    except TemplateError:  # somebody else's, which no run here would train; texts without it prove as much
+        rows = prompts = [tokenizer(text)["input_ids"] for text in FIXED]
+        stop = tokenizer.eos_token_id
+
+    def known(texts: Sequence[list[int]]) -> list[bool]:
+        return [bool(ids) and max(ids) < vocabulary for ids in texts]
+
+    kept = known(rows)
+    rows, prompts = list(compress(rows, kept)), list(compress(prompts, known(prompts)))
+    labels = list(compress(labels, kept))
+    if not rows or not prompts:  # the tokenizer is not this model's, or of no use
+        return choose_texts(recipe, None, context, vocabulary)
     return Texts(
-        rows=[ids[:limit] for ids in rows if ids],
-        prompts=[ids[-room:] for ids in prompts if ids],
+        rows=[ids[:limit] for ids in rows],
+        prompts=[ids[-room:] for ids in prompts],
         source=source,
         stop_ids=[] if stop is None else [stop],
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop or 0,
         answer=ANSWER,
-        labels=[ids[:limit] for ids in labels if ids],
+        labels=[ids[:limit] for ids in labels],
     )
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from instructft.adapters.attach import saved_twice
 from instructft.errors import ModelError, UsageError
 from instructft.merging.arithmetic import Edit, Lora
+from instructft.weights.tensor_io import pieces, read_tensors
+from instructft.weights.weight_files import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
 _PREFIX = "base_model.model."  # before every module's name in an adapter file
+# what PEFT puts between the name of a layer that it wraps and the weight of the base in it
+_UNWRAPPED = re.compile(r"\.(token_adapter\.)?(base_layer|original_module)\.")
 
 # Options of peft.LoraConfig that are merged here, or that do not touch the result. Any other must be at its default.
 _PROVED = {
@@ -80,20 +86,62 @@ def find_edits(
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     edits = _from_modules(wrapped, expected)
     taken = {name for edit in edits.values() for name in edit.names}
-    for name in sorted((expected.keys() | shapes.keys()) - taken):  # a bias, or an embedding saved whole
-        parameter = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
-        if parameter not in parameters or parameter in edits:
-            continue
+    twice = saved_twice(shapes, expected)
+    own: dict[str, str] = {}  # parameter of the base -> the adapter's own copy of it: a bias, an embedding saved whole
+    for name in sorted((expected.keys() | shapes.keys()) - taken - twice.keys()):
+        parameter = _UNWRAPPED.sub(".", name.removeprefix(_PREFIX))
+        if parameter in parameters:
+            own[parameter] = name
+            expected.setdefault(name, parameters[parameter])
+    _refuse_unequal(adapter, {**twice, **_of_tied(own, groups)})
+    for parameter, name in own.items():
         for member in groups.get(parameter, [parameter]):
-            edits[member] = Edit(replaced=name)
-        expected.setdefault(name, parameters[parameter])
+            edit = edits.get(member, Edit())
+            if not edit.replaced:  # one of `modules_to_save`, or one that is tied, has its copy already
+                edits[member] = dataclasses.replace(edit, replaced=name)
+    shapes = {name: shape for name, shape in shapes.items() if name not in twice}
     _check_tensors(expected, shapes, adapter)
     wrapped.unload()
-    if unknown := sorted(edits.keys() - parameters.keys()):
+    unknown = sorted(edits.keys() - parameters.keys())
+    if without := [name for name in unknown if edits[name].bias]:
+        raise UsageError(
+            f"{adapter}: lora_bias: {', '.join(without[:3])} ({len(without)} in all): these layers of the base have no "
+            "bias, so that no merged model could hold what the adapter adds; use the adapter as it is"
+        )
+    if unknown:
         raise UsageError(
             f"{adapter}: {', '.join(unknown[:3])}: adapted in more than one way, and no merge of that is proved here"
         )
     return edits
+
+
+def _of_tied(own: Mapping[str, str], groups: Mapping[str, list[str]]) -> dict[str, str]:
+    """Copies of one weight of the base under several names -> the first of them; a file may hold all."""
+    first: dict[str, str] = {}
+    found = {}
+    for parameter, name in own.items():
+        owner = first.setdefault(groups.get(parameter, [parameter])[0], name)
+        if owner != name:
+            found[name] = owner
+    return found
+
+
+def _refuse_unequal(adapter: Path, twice: Mapping[str, str]) -> None:
+    """What a file holds under two names must be the same under both: PEFT would take the one or the other."""
+    import torch
+
+    tensors = read_tensors(adapter / ADAPTER_WEIGHTS) if twice else {}
+    for name, original in twice.items():
+        if original not in tensors:  # which the check of names and shapes will say
+            continue
+        one, other = tensors[name], tensors[original]
+        if one.shape != other.shape or not all(
+            torch.equal(one.read(*run), other.read(*run)) for run in pieces(one.rows, one.width)
+        ):
+            raise ModelError(
+                f"{adapter}: {name} and {original} stand for one weight, and their values differ; save the adapter "
+                "again with PEFT's save_pretrained"
+            )
 
 
 def _from_modules(wrapped: PeftModel, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Edit]:

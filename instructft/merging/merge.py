@@ -12,6 +12,7 @@ disk and proved; a merge that was killed leaves a `.partial-` folder, which the 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import time
@@ -26,6 +27,7 @@ from instructft.checkpoints.as_saved import require_as_saved
 from instructft.checkpoints.run_folder import partial_folder, refuse_used
 from instructft.errors import AdapterError, ModelError, UsageError
 from instructft.formatting import size
+from instructft.hub.files import TOKENIZER
 from instructft.merging.arithmetic import merged
 from instructft.merging.comparison import Texts, choose_texts
 from instructft.merging.edits import refuse_unproved
@@ -203,12 +205,18 @@ def _write_weights(
 def _texts(adapter: AdapterFolder, folder: Path, plan: Plan, machine: Machine, console: Console) -> Texts:
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **remote_code.flag())
-    except (OSError, ValueError):  # neither the adapter nor its base has one
-        tokenizer = None
+    tokenizer = None  # of a folder without its files transformers makes one that knows no token (5.23)
+    if any((folder / name).is_file() for name in TOKENIZER):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **remote_code.flag())
     context = getattr(plan.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
     rows = plan.model.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and len(tokenizer) > rows:
+        console.print(
+            f"warning: the tokenizer has {len(tokenizer):,} tokens and the model {rows:,} rows: a text with one of the "
+            "others fails in every library",
+            style="yellow",
+        )
     texts = choose_texts(run_recipe(adapter.folder), tokenizer, context, rows)
     precision = str(machine.dtype).removeprefix("torch.")
     where = machine.device if machine.whole else "cpu, read from the disk since it does not fit in memory"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.checkpoints.as_saved import sums
-from instructft.errors import InstructftError
+from instructft.errors import InstructftError, TemplateError
 from instructft.hub.files import TOKENIZER
 from instructft.recipe.load import load_run_recipe
 from instructft.recipe.schema import Recipe
@@ -84,7 +84,10 @@ def _special_tokens(target: Path, model: PreTrainedModel) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(target, **remote_code.flag())
     if not isinstance(tokenizer.chat_template, str) or tokenizer.pad_token is None:
         return {}
-    fit_special_tokens(model, tokenizer)
+    try:
+        fit_special_tokens(model, tokenizer)
+    except TemplateError:  # somebody else's, which no run here would train: the base's own stay
+        return {}
     text = model.config.get_text_config()
     return {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 

@@ -2,7 +2,8 @@
 
 Three questions, a tensor at a time, none of which depends on what the model makes of it:
 
-1. The change before it is rounded is PEFT's: `B·A·scale` and all that is like it, at float64's precision.
+1. The change before it is rounded is PEFT's: `B·A·scale` and all that is like it, at float64's precision, however small
+   it is beside the weight.
 2. Each number in the file is that value rounded to the file's dtype: one of its two neighbours, or the nearest.
 3. The change is in the file: how much of it is (`applied`, 1 where rounding loses nothing), and of how many entries
    nothing is left (`vanished`).
@@ -20,14 +21,16 @@ from typing import TYPE_CHECKING, Any
 from instructft.errors import ModelError
 from instructft.merging.arithmetic import unrounded
 from instructft.weights.rounding import STOCHASTIC, unit_in_last_place
-from instructft.weights.tensor_io import Stored
+from instructft.weights.tensor_io import Stored, pieces
 
 if TYPE_CHECKING:
     import torch
 
     from instructft.merging.plan import Output, Plan
 
-PRECISION = 1e-9  # of a tensor's largest weight: float64 in another order of the same sums
+PRECISION = 1e-9  # of the largest change of a tensor, so that the smallest adapter is not passed over
+SUMS = 2.0**-50  # of a tensor's largest weight: the same sums in another order, in float64
+MEAN = 2.0**-23  # the same where a row is new: its start is a mean, which PEFT's model holds in float32
 
 
 def compare_weights(
@@ -72,15 +75,21 @@ def _compare(
         held: the dtype that PEFT's model holds the weight in; one that is narrower than the file's has rounded it.
         stored: the weight in the merged file.
     """
+    import torch
+
     largest = float(theirs.abs().max())
     source = adapter[out.edit.replaced] if out.edit.replaced else out.base
     coarse = held.itemsize < source.dtype.itemsize
     units = 1.001 if rounding == STOCHASTIC else 0.501  # of the last place: either neighbour, or the nearest
+    change = _largest_change(out, theirs)
     furthest, start = 0.0, 0
     for exact in unrounded(out.base, out.edit, adapter):
         stop, ours = start + len(exact), exact.double()
         value = theirs[start:stop].cpu()
-        allowed = PRECISION * largest + (unit_in_last_place(value, held) if coarse else 0)
+        allowed = torch.full_like(value, PRECISION * change + SUMS * largest)
+        if coarse:
+            allowed += unit_in_last_place(value, held)
+        allowed[max(0, source.rows - start) :] += MEAN * largest
         difference = (ours - value).abs()
         if not bool((difference <= allowed).all()):  # not a number is no proof either
             raise ModelError(
@@ -93,6 +102,15 @@ def _compare(
         sums.count(found, ours, out, start, stop)
         furthest, start = max(furthest, float(difference.max())), stop
     return furthest / max(largest, 1e-300)
+
+
+def _largest_change(out: Output, theirs: torch.Tensor) -> float:
+    """The largest change that PEFT's merge makes of a weight of the base."""
+    largest = 0.0
+    for start, stop in pieces(out.base.rows, out.base.width):
+        was = out.base.read(start, stop).double()
+        largest = max(largest, float((theirs[start:stop].cpu().reshape(was.shape) - was).abs().max()))
+    return largest
 
 
 class Changed:

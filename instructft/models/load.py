@@ -25,7 +25,7 @@ from instructft.weights.readable import reading
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from instructft.recipe.schema import Recipe
 
@@ -113,6 +113,19 @@ def _train_further(adapter: AdapterFolder, model: PreTrainedModel, tokenizer: Pr
     adapted = lora.as_trained_here(attach(model, adapter, trainable=True))
     fit_special_tokens(adapted, tokenizer)
     return adapted
+
+
+def stored_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype | None:
+    """The type in which the final model is stored, where that is not the one it was trained in; else None.
+
+    With `dtype: auto` a base in 16 bits is trained in float32 (`weights_dtype`), and comes back in its own.
+    """
+    import torch
+
+    narrow = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16)}
+    if recipe.model.name_or_path is None or recipe.model.dtype != "auto" or recipe.adapter.type != "none":
+        return None
+    return narrow.get(str(config.dtype).removeprefix("torch."))
 
 
 def fit_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -23,7 +23,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,  # steps
     "logging_nan_inf_filter": False,  # a loss of NaN must be seen, not logged as 0.0
     "report_to": ("tensorboard",),  # curves without an account
-    "train_sampling_strategy": "group_by_length",  # steps of rows of like length: little padding is computed
+    "train_sampling_strategy": "group_by_length",  # steps of all lengths, batches of like length: little padding
     "save_strategy": "steps",
     "save_steps": 0.25,  # share of all steps: a short run has checkpoints too, a long one does not fill the disk
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.data.sources import SOURCES
-from instructft.formatting import FORMS, name_of, yaml_text
+from instructft.formatting import FORMS, name_of, perplexity, yaml_text
 from instructft.redaction import bare_url, last_name, without_places, without_roots
 from instructft.version import __version__
 from instructft.weights.base_record import is_hub_id
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 _METRICS = {
+    "start_loss": "loss before the first step",
     "train_loss": "training loss, mean over the run",
     "loss": "training loss, at the end",
     "eval_loss": "validation loss",
@@ -75,7 +76,8 @@ def card(
         adapter=_adapter(recipe, facts) if lora else "",
         licence=known.get("license_name") or known.get("license"),
         data_licences=sorted({f"{e.name}: {SOURCES[e.name].licence}" for e in recipe.data.datasets if e.name}),
-        metrics=[(words, facts["metrics"][key]) for key, words in _METRICS.items() if key in facts["metrics"]],
+        metrics=_figures(facts["metrics"]),
+        diverged=[one["text"] for one in facts.get("warnings") or () if one["kind"] == "diverged"],
         title=" ".join(recipe.name.split()) or "recipe",
         resolved=yaml_text(without_places(recipe.to_dict(), [Path(recipe.output_dir)])).strip(),
     )
@@ -238,6 +240,15 @@ def _evaluation(results: Mapping[str, Any] | None) -> str:
     count = len(results["tuned"].get("rows") or ())
     head = f"| {count} held-out rows | {' | '.join(names)} |" if count else f"| | {' | '.join(names)} |"
     return "\n".join(["", "## Evaluation", "", head, "| --- |" + " ---: |" * len(names), *rows, ""])
+
+
+def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The metrics of a run in words, and their values as they are printed."""
+    found = {words: metrics[key] for key, words in _METRICS.items() if key in metrics}
+    printed = {words: f"{value:.4f}" for words, value in found.items()}
+    if "eval_perplexity" in metrics and metrics["eval_perplexity"] > 1e6:
+        printed[_METRICS["eval_perplexity"]] = perplexity(metrics["eval_loss"])
+    return list(printed.items())
 
 
 def _adapter(recipe: Recipe, facts: Mapping[str, Any]) -> str:

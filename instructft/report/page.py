@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.formatting import FORMS, clock, name_of, yaml_text
+from instructft.formatting import FORMS, clock, name_of, perplexity, yaml_text
 from instructft.prompt.token_view import visible
 from instructft.redaction import bare_url, last_name, without_places, without_roots
 from instructft.report.curves import Chart, bars, chart, finite, number, read_metrics, series_of
@@ -43,6 +43,7 @@ _CURVES = (  # title, unit, (name, key in metrics.jsonl, marked with dots)
     ),
 )
 _WORDS = {
+    "start_loss": "loss before the first step",
     "train_loss": "training loss, mean over the run",
     "loss": "training loss, at the end",
     "eval_loss": "validation loss",
@@ -118,6 +119,7 @@ def page(
     )
     environment.filters["number"] = lambda value: number(value) if finite(value) else str(value)
     environment.filters["clock"] = clock
+    environment.filters["perplexity"] = perplexity
     folders = [run, run.parent, Path(recipe.output_dir)]
     resolved = without_places(recipe.to_dict(), folders)
     text = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
@@ -136,7 +138,7 @@ def page(
         evaluation=evaluation_table(read_evaluation(run)),
         lengths=lengths(recipe, data),
         row=training_row(recipe, tokenizer, data),
-        metrics={key: (_WORDS.get(key, key), value) for key, value in _in_order(facts["metrics"]).items()},
+        metrics={key: (_WORDS.get(key, key), value) for key, value in _in_order(_powers(facts["metrics"])).items()},
         notes=notes(facts, records),
         load=loading(recipe),
         resolved=yaml_text(resolved).strip(),
@@ -152,6 +154,16 @@ def _charts(records: list[dict[str, Any]]) -> Iterable[Chart]:
             yield drawn
 
 
+def _powers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics, with perplexities above a million in words: what a float holds of them ends at e^709."""
+    huge = {
+        name: perplexity(metrics[loss])
+        for name, value in metrics.items()
+        if name.endswith("_perplexity") and value > 1e6 and (loss := name.replace("_perplexity", "_loss")) in metrics
+    }
+    return {**metrics, **huge}
+
+
 def _in_order(metrics: Mapping[str, Any]) -> dict[str, Any]:
     first = {key: metrics[key] for key in _WORDS if key in metrics}
     return {**first, **{key: value for key, value in sorted(metrics.items()) if key not in first}}
@@ -165,9 +177,9 @@ TEXT = 2_000  # characters of any text of data or models
 
 
 def notes(facts: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What a reader should know before trusting the numbers: resumes, spikes, rows that were cut, a loss that rose."""
+    """What a reader should know before trusting the numbers: warnings (a divergence first), resumes, cut rows."""
     train, data, metrics = facts["train"], facts["data"], facts["metrics"]
-    found = []
+    found = [f"Step {warning['step']:,}: {warning['text']}." for warning in facts.get("warnings") or ()]
     if resumed := train.get("resumed"):
         steps = " and ".join(f"{entry['step']:,}" for entry in resumed)
         equal = "" if all(entry.get("exact", True) for entry in resumed) else ", on a GPU: equal but for rounding"

@@ -1,4 +1,4 @@
-"""`auto_find_batch_size`: a batch that does not fit into memory is trained in parts; the step stays what it was.
+"""A micro-batch in parts: of like length, or as large as memory holds (`auto_find_batch_size`); the step stays.
 
 Upstream starts the run anew with nine tenths of the batch, from weights that some steps have changed already, and with
 another number of rows in a step. Here the step under way is taken back and done again with half as many rows at a time:
@@ -11,9 +11,10 @@ A loss is a sum over tokens divided by the tokens of the whole step, so the part
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,16 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 from instructft.data.batches.flat_packs import rows_in, some_rows
+from instructft.data.batches.parts import Part, cut_out
 from instructft.training.out_of_memory import ran_out
 
 
 class MicroBatches:
-    """Trains the micro-batches of a step, in parts where they do not fit as a whole. In one process only.
+    """Trains the micro-batches of a step, in parts where rows differ in length, or do not fit as a whole.
 
     Args:
         trainer: whose step it is.
-        find: find out how many rows at a time fit; else an error of memory passes through.
+        find: find out how many rows at a time fit, in one process only; else an error of memory passes through.
         say: told in one line when the number of rows changes.
 
     `rows_at_once` is what was found; None as long as whole batches fit. `under_way` says what was begun last.
@@ -47,10 +49,22 @@ class MicroBatches:
         self.done = 0  # those whose gradients are there
         self._random: Any = None  # states as they were when the step began
 
-    def train(self, step: Callable[..., torch.Tensor], model: Any, inputs: dict[str, Any], items: Any) -> torch.Tensor:
-        """The loss of one micro-batch, with its gradient added; `step` is upstream's `training_step`."""
+    def train(
+        self,
+        step: Callable[..., torch.Tensor],
+        model: Any,
+        inputs: dict[str, Any],
+        items: Any,
+        parts: Sequence[Part] = (),
+    ) -> torch.Tensor:
+        """The loss of one micro-batch, with its gradient added; `step` is upstream's `training_step`.
+
+        Args:
+            parts: of like length, which are trained one after the other; none where the batch is trained whole.
+        """
         if not self.find:
-            return self._in_parts(step, model, inputs, items)
+            batches = [cut_out(inputs, part) for part in parts] if len(parts) > 1 else [inputs]
+            return self._one_after_the_other(step, model, batches, items)
         if self._random is None:  # not sooner: a resumed run has its random states back only now
             self._random = _random_states(self.trainer.args.device)
         counted, again = self._counted(), False
@@ -78,22 +92,30 @@ class MicroBatches:
         self, step: Callable[..., torch.Tensor], model: Any, inputs: dict[str, Any], items: Any
     ) -> torch.Tensor:
         """Train a micro-batch, `rows_at_once` rows after the other; the sum of their losses."""
-        trainer = self.trainer
         rows, _ = rows_in(inputs)
         size = min(self.rows_at_once or rows, rows)
-        parts = math.ceil(rows / size)
+        starts = range(0, rows, size)
+        parts = [some_rows(inputs, start, start + size) for start in starts] if size < rows else [inputs]
+        return self._one_after_the_other(step, model, parts, items)
+
+    def _one_after_the_other(
+        self, step: Callable[..., torch.Tensor], model: Any, parts: Sequence[dict[str, Any]], items: Any
+    ) -> torch.Tensor:
+        """Train the parts of a micro-batch; gradients go to other processes with the last one alone."""
+        trainer = self.trainer
         accumulated = trainer.current_gradient_accumulation_steps
         # what is averaged over micro-batches is told of parts
-        trainer.current_gradient_accumulation_steps = accumulated * parts
+        trainer.current_gradient_accumulation_steps = accumulated * len(parts)
         losses = []
         try:
-            for start in range(0, rows, size):
-                part = some_rows(inputs, start, start + size) if parts > 1 else inputs
+            for number, part in enumerate(parts, 1):
                 self.under_way = (f"step {trainer.state.global_step + 1}", rows_in(part))
-                losses.append(step(model, part, items))
+                last = number == len(parts)
+                with contextlib.nullcontext() if last else trainer.accelerator.no_sync(model):
+                    losses.append(step(model, part, items))
         finally:
             trainer.current_gradient_accumulation_steps = accumulated
-        return torch.stack(losses).sum() if parts > 1 else losses[0]
+        return torch.stack(losses).sum() if len(parts) > 1 else losses[0]
 
     def _take_fewer(self) -> bool:
         """Half of the rows that did not fit; False where it was one."""

@@ -44,7 +44,9 @@ class Budget(TrainerCallback):
         self, share: float | None, needed: bool = False, rows: int = 0, say: Callable[[str], Any] = lambda _: None
     ):
         self.share, self.needed, self.rows, self.say = share, needed, rows, say
-        self.seconds = dict.fromkeys(("steps", *LOOKING, "checkpoints"), 0.0)  # of this run, before a resume too
+        self.seconds = dict.fromkeys(
+            ("start", "steps", *LOOKING, "checkpoints"), 0.0
+        )  # of this run, before a resume too
         self.waiting = False  # whether an evaluation that was due has not been made
         self.told = False
         self._costs: dict[str, float] = {}  # seconds of each kind, the last time

@@ -20,6 +20,7 @@ from instructft.errors import ModelError
 from instructft.version import __version__
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
@@ -136,14 +137,20 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     facts: dict[str, Any],
     data: Prepared | Streamed,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the final model, its tokenizer and the metadata of the run."""
+    """Write the final model, its tokenizer and the metadata of the run.
+
+    Args:
+        dtype: narrower than that of training, as the base has it; None: the model stays as it was trained.
+    """
     from instructft.models.load import fit_special_tokens
     from instructft.models.tokenizer import hand_on
     from instructft.report.curves import plot_loss
     from instructft.report.model_card import write_card
     from instructft.report.page import draw_report
     from instructft.training.rehearsal.saved_loss import prove_saved_loss
+    from instructft.weights.rounding import narrow_files
     from instructft.weights.weight_files import require_whole
 
     run = Path(trainer.args.output_dir)
@@ -154,12 +161,15 @@ def save(
         return
     require_whole(model, run / PARTIAL)
     hand_on(recipe, run / PARTIAL)
+    if dtype is not None:
+        narrow_files(run / PARTIAL, dtype)
+    facts["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
     for_older_readers(run / PARTIAL / "config.json")
     try:
         facts["saved"] = (
             None
             if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-            else prove_saved_loss(trainer, run / PARTIAL)
+            else prove_saved_loss(trainer, run / PARTIAL, narrowed=dtype is not None)
         )
     except ModelError as error:
         shutil.rmtree(run / UNPROVED, ignore_errors=True)

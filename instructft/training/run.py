@@ -22,7 +22,7 @@ from instructft.launch.workers import first_process
 from instructft.models.attention import VARLEN, Attention, check_attention, choose_attention, switch_attention
 from instructft.models.branches import masks_for, why_not
 from instructft.models.latest import asks_for_latest, forget_newest, resolve_latest
-from instructft.models.load import load_model
+from instructft.models.load import load_model, stored_dtype
 from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import date_in_prompts, load_tokenizer, said_of_date
 from instructft.recipe.installed import check_against_installed
@@ -157,7 +157,13 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
                 facts["torch_compile"] = compiled.facts() if compiled else None
                 facts["fp8"] = {"layers": fp8.layers, "of": fp8.of, "emulated": fp8.emulated} if fp8 else None
 
-        save(trainer, recipe, tokenizer, facts, data)
+        if narrower := stored_dtype(recipe, origin.config):
+            console.print(
+                f"the final model is stored in {str(narrower).removeprefix('torch.')}, as its base is "
+                "(model.dtype=float32 keeps what was trained)",
+                highlight=False,
+            )
+        save(trainer, recipe, tokenizer, facts, data, narrower)
         state.wait_for_everyone()  # the others need not wait for an upload
         status = publisher.finish(final=True) if publisher else None
     return Result(run, facts, status)
@@ -279,6 +285,7 @@ def build_trainer(
     from instructft.models.kernels.varlen import takes_borders
     from instructft.training.budget import Budget, decides
     from instructft.training.callbacks import MetricsFile, Outlasted, ProgressLine, Samples
+    from instructft.training.rehearsal.start_loss import StartLoss
     from instructft.training.run_warnings import RunWarnings
     from instructft.training.stopping import EarlyStopping
     from instructft.training.trainer import Trainer
@@ -330,6 +337,7 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    trainer.add_callback(StartLoss(trainer, asked if hasattr(asked, "__len__") else [data.example], say))
     trainer.remove_callback(PrinterCallback)
     handler = trainer.callback_handler
     handler.callbacks = [

@@ -1,6 +1,6 @@
 """Known warning signs of a run, each told once with what to do, and kept in `run.json` under `warnings`.
 
-    diverged        the loss is above that of the first step, and above that of a uniform guess
+    diverged        the loss is above that before the first step, and above that of a uniform guess
     overfitting     the validation loss rises over several evaluations while the training loss falls
     loss_at_zero    the training loss is zero: nothing carries loss, or the rows are known by heart
     template        answers continue with the template's own headings, such as `### Instruction:`
@@ -79,14 +79,16 @@ def overfits(history: Sequence[Mapping[str, Any]]) -> str:
 def diverged(history: Sequence[Mapping[str, Any]], vocabulary: int) -> str:
     """What is wrong where the model has become worse than one that guesses; else "".
 
-    One validation loss, or several logged training losses in a row, above the first loss and above ln(vocabulary).
+    One validation loss, or several logged training losses in a row, above the loss before the first step (in runs that
+    have none, the first that was logged) and above ln(vocabulary).
 
     >>> diverged([{"step": 1, "loss": 7.0}, {"step": 4, "eval_loss": 2634433.0}], 1490)[:38]
     'the run has diverged: the validation l'
     """
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluations = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    reference = max([math.log(vocabulary), *losses[:1]])
+    start = [entry["start_loss"] for entry in history if "start_loss" in entry]
+    reference = max([math.log(vocabulary), *(start or losses[:1])])
     limit = reference + max(APART, APART / 10 * reference)
     if evaluations and evaluations[-1][1] > limit and evaluations[-1][0] == history[-1]["step"]:
         what = f"the validation loss is {evaluations[-1][1]:,.4f}"
@@ -95,6 +97,8 @@ def diverged(history: Sequence[Mapping[str, Any]], vocabulary: int) -> str:
     else:
         return ""
     first = f"the first loss was {losses[0]:.4f}" if losses else "no loss was logged before"
+    if start:
+        first = f"before the first step it was {start[0]:.4f}"
     return (
         f"the run has diverged: {what}, {first}, and a uniform guess over {vocabulary:,} tokens has "
         f"{math.log(vocabulary):.4f}. Begin anew with a train.learning_rate of a tenth, or more train.warmup_steps"

@@ -22,6 +22,7 @@ from instructft.adapters.lora import token_rows
 from instructft.data.arrow.token_rows import PARTS, slices_of
 from instructft.data.batches.counts import Counting, Counts, taken
 from instructft.data.batches.flat_packs import FlatPacks
+from instructft.data.batches.parts import ONCE_MORE
 from instructft.data.row_order import LengthGrouped, set_epoch
 from instructft.errors import CheckpointError, DivergedError, NotFiniteError, OutOfMemoryError, UsageError
 from instructft.formatting import first_line
@@ -30,6 +31,7 @@ from instructft.models.kernels.varlen import plain
 from instructft.training.batch_size import MicroBatches
 from instructft.training.budget import Budget
 from instructft.training.out_of_memory import ran_out
+from instructft.training.rehearsal.start_loss import not_yet_logged
 from instructft.training.resumable import Progress, Sealing, gathered, random_states_kept
 from instructft.training.step_checks import StepChecks
 from instructft.training.stopping import EvaluationLeft, Stop
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 # soon as it answers in a batch (transformers#29087).
 _SET_BY_TRAINING = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 # What a batch says of itself for a step, and no model takes.
-_FOR_TRAINING = ("counts", "supervised", "supervised_labels")
+_FOR_TRAINING = ("counts", "parts", "supervised", "supervised_labels")
 
 
 class Trainer(SFTTrainer):
@@ -52,7 +54,8 @@ class Trainer(SFTTrainer):
       figure changes with the batch size.
     - `seen` counts tokens, supervised tokens and padding of the training batches, on all processes. Upstream's
       `num_tokens` counts a batch of packs as if it were one row (trl 1.16, `compute_loss`).
-    - `train_sampling_strategy: group_by_length` forms steps of rows of like length (`LengthGrouped`).
+    - `train_sampling_strategy: group_by_length` forms steps of rows of all lengths, trained in parts of like length
+      (`LengthGrouped`, `data.batches.parts`). Upstream's steps hold rows of one length.
     - The model card is written by `instructft.report.model_card`, not at every checkpoint.
     - An adapter is trained in float32 over a quantized base too, and each folder that holds one gets its metadata.
 
@@ -169,7 +172,8 @@ class Trainer(SFTTrainer):
         """Loss and gradient of one micro-batch, in parts where it does not fit into memory as a whole."""
         self._stepping = self.state.global_step
         counts = taken(inputs)
-        loss = self.micro_batches.train(super().training_step, model, inputs, num_items_in_batch)
+        parts = inputs.pop("parts", ())
+        loss = self.micro_batches.train(super().training_step, model, inputs, num_items_in_batch, parts)
         tokens, supervised, slots = (before + more for before, more in zip(self.counts, counts, strict=True))
         self.counts = tokens, supervised, slots
         self.step_checks.add(loss)
@@ -237,7 +241,8 @@ class Trainer(SFTTrainer):
         if self._pack_width and collate.flatten:
             width = self._pack_width + -self._pack_width % (collate.pad_to_multiple_of or 1)
             collate = FlatPacks.of(rows, collate.pad_token_id, width, self._rows_of_a_process())
-        with _in_place(self, train_dataset=rows, data_collator=self._counting(collate)):
+        counting = self._counting(collate, self._once_more())
+        with _in_place(self, train_dataset=rows, data_collator=counting):
             return super().get_train_dataloader()
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -246,6 +251,16 @@ class Trainer(SFTTrainer):
             return
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*(self._signature_columns or ()), *PARTS]
+
+    def _once_more(self) -> int | None:
+        """What a part of a batch costs (`data.batches.parts`); None where batches are not to be divided.
+
+        A router's loss is a mean over batches, and some other losses are; shared weights are gathered for each pass.
+        """
+        whole = self.aux_loss_enabled or not self._plain_loss or self.micro_batches.find
+        if whole or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        return ONCE_MORE["cpu" if self.args.device.type == "cpu" else "cuda"]
 
     def _rows_of_a_process(self) -> int:
         """Rows of a batch, which each process makes of its own: one row that holds all packs cannot be divided."""
@@ -256,9 +271,12 @@ class Trainer(SFTTrainer):
             )
         return int(self._train_batch_size) // (self.args.world_size if self.accelerator.split_batches else 1)
 
-    def _counting(self, collate: Any) -> Any:
+    def _counting(self, collate: Any, once_more: int | None = None) -> Any:
         """A collator that counts, unless one process makes batches for all: they are divided, and are tensors alone."""
-        return collate if self.accelerator.dispatch_batches else Counting(collate)
+        together = self.accelerator.dispatch_batches or self.accelerator.split_batches
+        if self.accelerator.dispatch_batches:
+            return collate
+        return Counting(collate, None if together else once_more)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -266,7 +284,8 @@ class Trainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGrouped(slices_of(dataset).lengths, step, args.seed if args.data_seed is None else args.data_seed)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return LengthGrouped(slices_of(dataset).lengths, step, seed, args.train_batch_size, args.world_size)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
@@ -382,6 +401,8 @@ class Trainer(SFTTrainer):
             logs["train_loss"] = (self.progress.loss_before + self._total_loss_scalar) / steps
         if self.model.training:
             self._metrics["train"].update(self._logged_metrics())
+        if "loss" in logs:
+            logs.update(not_yet_logged(self.state.log_history))
         super().log(logs, *args, **kwargs)
 
     def _logged_metrics(self) -> dict[str, list[float]]:
@@ -421,16 +442,15 @@ class Trainer(SFTTrainer):
         """Whether each process holds a part of every weight only (FSDP, version 2)."""
         return bool(self.is_fsdp_enabled and self.accelerator.is_fsdp2)
 
+    @contextlib.contextmanager
+    def config_as_loaded(self) -> Iterator[dict[str, Any]]:
+        """Take back for a while what training sets in the model's configuration; gives what stands there then."""
+        with _in_place(self.model.config.get_text_config(), **self._as_loaded):
+            yield dict(self._as_loaded)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        text = self.model.config.get_text_config()
-        trained = {name: getattr(text, name) for name in self._as_loaded}
-        try:
-            for name, value in self._as_loaded.items():
-                setattr(text, name, value)
+        with self.config_as_loaded():
             super()._save(output_dir, state_dict)
-        finally:
-            for name, value in trained.items():
-                setattr(text, name, value)
         if self._metadata is not None and self.args.should_save:
             self._metadata.write(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
 

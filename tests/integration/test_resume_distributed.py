@@ -48,6 +48,7 @@ if BATTERY:
 DRIVER = """
 import contextlib, json, os, signal, sys
 import instructft
+from instructft.data.batches.parts import ONCE_MORE
 from instructft.errors import Stopped
 from instructft.training.trainer import Trainer
 from rich.console import Console
@@ -60,6 +61,7 @@ def watched(self, *args, **kwargs):
             os.kill(os.getpid(), signal.SIGTERM)
     return step(self, *args, **kwargs)
 Trainer.training_step = watched
+ONCE_MORE["cpu"] = 1  # rows of unlike length are trained in parts, of which each process has its own number
 for recipe, stops in json.loads(sys.argv[1]):
     loaded = instructft.load_recipe(recipe)
     for stop in (*stops, None):

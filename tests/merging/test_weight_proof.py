@@ -14,6 +14,7 @@ from tests.helpers.merging import (
     QUIET,
     make_adapter,
     make_base,
+    rewrite,
     with_tokenizer,
 )
 
@@ -35,6 +36,22 @@ def test_a_transposed_delta_is_refused(tmp_path: Path, tokenizer: Any, monkeypat
     monkeypatch.undo()
     torch.manual_seed(0)
     assert merge_adapter(adapter, tmp_path / "out", console=QUIET).facts["proof"]["difference"] < 1e-5
+
+
+@pytest.mark.usefixtures("short_answers")
+@pytest.mark.parametrize(("tied", "only"), [(True, "head"), (False, "all")], ids=["tied", "untied"])
+def test_an_adapter_of_the_smallest_effect_is_not_passed_over(
+    tied: bool, only: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its change is a ten-billionth of the weights: no logit tells whether it was left out."""
+    base = make_base(tmp_path / "base", "llama", tied=tied)
+    options = {"target_modules": ["q_proj", "lm_head"]} if only == "head" else {}
+    adapter = with_tokenizer(make_adapter(tmp_path / "adapter", base, **options), tokenizer)
+    rewrite(adapter, lambda found: [found[name].mul_(1e-11) for name in found if "lora_B" in name])
+    merge_adapter(adapter, tmp_path / "right", console=QUIET)
+    monkeypatch.setattr(arithmetic._Weight, "read", lambda self, start, stop: self.source.read(start, stop).double())
+    with pytest.raises(ModelError, match="is not merged as PEFT merges it"):
+        merge_adapter(adapter, tmp_path / "out", console=QUIET)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

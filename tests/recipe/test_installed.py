@@ -12,7 +12,7 @@ from rich.console import Console
 
 import instructft
 from instructft.errors import RecipeError, UsageError
-from instructft.recipe.fields import legal_train_fields
+from instructft.recipe.fields import legal_lora_fields, legal_train_fields
 from instructft.recipe.installed import _precision_and_kernels, check_against_installed
 from tests.helpers.recipes import GOOD
 
@@ -85,6 +85,61 @@ def test_each_value_is_made_or_refused_without_a_raw_error(write_recipe: Any) ->
             refused.append((name, str(error)))
     assert len(refused) > 50
     assert [error for name, error in refused if f"train.{name}" not in error] == []
+
+
+@pytest.fixture
+def lora(tmp_path: Path, tokenizer: Any) -> str:
+    """A recipe of an adapter on a tiny base."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 16, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    random_weights = TINY[TINY.index("model:") : TINY.index("data:")]
+    return TINY.replace(random_weights, f"model: {{name_or_path: {tmp_path / 'base'}}}\nadapter: {{type: lora}}\n")
+
+
+# Fields that take names, and not any value of a kind.
+WORDS = {
+    "bias": ["none", "all", "lora_only", "foo"],
+    "init_lora_weights": [True, False, "gaussian", "pissa", "olora", "eva", "loftq", "orthogonal", "corda", "foo"],
+    "target_modules": ["c_attn", ["c_attn", "wte"], ".*c_fc", ["lm_head"], ["foo"], []],
+    "modules_to_save": [["wte", "lm_head"], ["ln_f"], ["foo"]],
+    "trainable_token_indices": [[5, 6], [99_999], {"wte": [5]}, {"foo": [5]}],
+}
+
+
+def adapter_values() -> Iterator[tuple[str, Any]]:
+    others = {name: row for name, row in legal_lora_fields().items() if name not in WORDS}
+    yield from values(others)
+    yield from ((name, value) for name, found in WORDS.items() for value in found)
+
+
+def test_each_value_of_adapter_is_made_or_refused_without_a_raw_error(lora: str, write_recipe: Any) -> None:
+    """By its shapes alone, as `check` does: nothing but errors of ours comes out, and what is refused is named."""
+    from instructft.adapters.lora import check
+    from instructft.models.starting_point import starting_point
+
+    path = write_recipe(lora)
+    plain = instructft.load_recipe(path)
+    config = starting_point(plain, instructft.load_tokenizer(plain)).config
+    made, refused = [], []
+    for name, value in adapter_values():
+        try:
+            check(instructft.load_recipe(path, [f"adapter.{name}={json.dumps(value)}"]), config)
+            made.append(name)
+        except UsageError as error:
+            refused.append((name, str(error)))
+    assert len(made) > 25
+    assert len(refused) > 20
+    assert [error for name, error in refused if "adapter" not in error] == []
+
+
+@pytest.mark.battery
+def test_each_value_of_adapter_is_refused_in_time_or_trains(lora: str, write_recipe: Any, tmp_path: Path) -> None:
+    moves = lora.replace("train: {", "train: {learning_rate: 1e-2, ")
+    for name, value in adapter_values():
+        assert attempt(f"adapter.{name}", value, write_recipe, tmp_path, moves) in ("refused", "trains"), (name, value)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import instructft
 from instructft.checkpoints.manifest import NOT_FINITE
 from instructft.data.arrow.token_rows import tokens_of
 from instructft.data.batches.counts import counted
+from instructft.data.batches.parts import ONCE_MORE
 from instructft.data.row_order import LengthGrouped
 from instructft.errors import NotFiniteError, UsageError
 from instructft.training.batch_size import MicroBatches
@@ -59,23 +60,47 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_are_those_of_the_rows_in_order(recipe: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     found = trained(monkeypatch)
+    monkeypatch.setitem(ONCE_MORE, "cpu", 1)
     asked = recipe(*KINDS[kind])
     result = train(asked, console=QUIET)
     tokenizer = instructft.load_tokenizer(asked)
     rows = list(instructft.prepare_dataset(asked, tokenizer)["train"])
     if kind == "grouped":
         lengths = [len(row["input_ids"]) for row in rows]
-        rows = [rows[i] for i in LengthGrouped(lengths, step=8, seed=asked.train["seed"])]
-    wanted = [plain_batch(rows[i : i + 4], tokenizer.pad_token_id) for i in range(0, 4 * len(found), 4)]
-    assert len(found) == 8
+        rows = [rows[i] for i in LengthGrouped(lengths, step=8, seed=asked.train["seed"], batch=4)]
+    sizes = [len(batch["input_ids"]) for batch in found]
+    assert len(sizes) == 8 if kind == "packed" else len(sizes) > 8  # rows of like length at a time
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    wanted = [plain_batch(rows[i : i + n], tokenizer.pad_token_id) for i, n in zip(starts, sizes, strict=True)]
+    assert len(found) == len(wanted)
     assert all(map(same, found, wanted))
     tokens, supervised, slots = (sum(counts) for counts in zip(*map(counted, wanted), strict=True))
     facts = result.facts
     assert (facts["train"]["tokens"], facts["train"]["supervised_tokens"]) == (tokens, supervised)
     assert facts["data"]["padding_share"] == pytest.approx(1 - tokens / slots)
     totals = [line["num_tokens"] for line in logged(result.output_dir, "num_tokens") if line]
-    steps = [sum(counted(batch)[0] for batch in wanted[: i + 2]) for i in range(0, 8, 2)]
+    tokens_of_rows = [len(row["input_ids"]) for row in rows]
+    steps = (
+        [sum(tokens_of_rows[: i + 8]) for i in range(0, 32, 8)]
+        if kind != "packed"
+        else [sum(counted(batch)[0] for batch in wanted[: i + 2]) for i in range(0, 8, 2)]
+    )
     assert totals == steps
+
+
+def test_a_step_in_parts_is_the_step(recipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same losses and weights, but for the order of sums, whether batches are divided or stay whole."""
+    weights, losses = [], []
+    for once_more in (1, 1 << 30):
+        with monkeypatch.context() as patch:
+            patch.setitem(ONCE_MORE, "cpu", once_more)
+            found = trained(patch)
+            run = train(recipe(f"output_dir={tmp_path / str(once_more)}", "train.save_strategy=no"), console=QUIET)
+        assert (len(found) > 8) == (once_more == 1)
+        losses.append([line["loss"] for line in logged(run.output_dir, "loss") if line])
+        weights.append(load_file(run.output_dir / "model.safetensors"))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert all(torch.allclose(value, weights[1][name], atol=1e-4) for name, value in weights[0].items())
 
 
 def test_rows_in_random_order_come_once_an_epoch(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import instructft
@@ -82,3 +83,33 @@ def test_files_and_folders_are_on_disk_around_each_name(tmp_path: Path, monkeypa
         ("name", "model.safetensors"), ("name", "config.json"), ("disk", "run"),
         ("disk", "run.json"), ("name", "run.json"), ("disk", "run"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "stored"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_a_base_in_bfloat16_comes_back_as_one(
+    asked: str, stored: torch.dtype, tmp_path: Path, tokenizer: Any, write_recipe: Any
+) -> None:
+    """Trained in float32 all the same; and rounded so that what was learned stays."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).bfloat16().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    text = (
+        f"model: {{name_or_path: {tmp_path / 'base'}, dtype: {asked}}}\noutput_dir: {tmp_path / 'run'}\n"
+        "data: {datasets: [{name: quickstart, rows: 40}], splits: {validation: 0.2}}\n"
+        "train: {max_steps: 4, use_cpu: true, learning_rate: 1e-2, warmup_steps: 0, report_to: none, save_steps: 4}\n"
+    )
+    result = instructft.train(instructft.load_recipe(write_recipe(text)), console=Console(quiet=True))
+    final, base = load_file(tmp_path / "run" / "model.safetensors"), load_file(tmp_path / "base" / "model.safetensors")
+    checkpoint = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    assert {tensor.dtype for tensor in final.values()} == {stored}
+    assert {tensor.dtype for tensor in checkpoint.values()} == {torch.float32}  # a resumed run goes on from these bits
+    assert AutoConfig.from_pretrained(tmp_path / "run").dtype == stored
+    assert result.facts["dtype"] == str(stored).removeprefix("torch.")
+    learned = sum(((checkpoint[name] - base[name].float()) ** 2).sum() for name in base)
+    kept = sum(
+        ((final[name].float() - base[name].float()) * (checkpoint[name] - base[name].float())).sum() for name in base
+    )
+    assert float(kept / learned) == pytest.approx(1, abs=0.01)
+    saved = result.facts["saved"]
+    assert saved["saved_loss"] == pytest.approx(saved["loss"], abs=3e-2)

@@ -198,6 +198,12 @@ def test_probes_are_whole_rows_where_there_are_any() -> None:
 
 def test_a_loss_above_a_guess_is_a_sign_and_a_high_first_loss_is_none() -> None:
     start = {"step": 1, "loss": 7.3}
+    high, began = (
+        {"step": 10, "loss": 30.0},
+        {"step": 0, "start_loss": 7.3},
+    )  # of ten steps that have gone wrong already
+    assert diverged([high, {"step": 12, "eval_loss": 25.0}], 1490) == ""
+    assert "before the first step it was 7.3000" in diverged([began, high, {"step": 12, "eval_loss": 25.0}], 1490)
     assert diverged([start, {"step": 4, "loss": 7.0}, {"step": 4, "eval_loss": 7.2}], 1490) == ""
     assert diverged([start, {"step": 4, "eval_loss": 9.0}], 1490).startswith("the run has diverged: the validation")
     assert diverged([{"step": 1, "loss": 30.0}, {"step": 4, "eval_loss": 25.0}], 1490) == ""
@@ -220,3 +226,10 @@ def test_a_learning_rate_of_100_is_no_run_that_is_done(write_recipe: Any, tmp_pa
         return
     result = instructft.train(recipe, console=Console(quiet=True))
     assert result.facts["warnings"][0]["kind"] == "diverged"
+    card = (result.output_dir / "README.md").read_text()
+    page = (result.output_dir / "report.html").read_text()
+    assert card.index("**Do not use this model**: the run has diverged") < card.index("A chat model")
+    assert page.index("the run has diverged") < page.index("<h2>")
+    assert "perplexity 10^" in page
+    assert "validation perplexity | 10^" in card
+    assert "e+" not in page[page.index("All numbers") :].split("made with")[0]

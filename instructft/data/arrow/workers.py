@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from queue import Queue
 from threading import Thread
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 from instructft.errors import InstructftError
 
 _AHEAD = 4  # results that a process keeps until it is their turn
+# A process that is forked has the tokenizer, studied and proved, from the start; elsewhere forking is not safe.
+METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
 def cores() -> int:
@@ -35,11 +39,17 @@ def in_order(work: Callable[[int], bytes], pieces: int, processes: int) -> Itera
     [b'\\x00', b'\\x01', b'\\x02']
     """
     processes = min(processes, pieces)
+    if processes > 1 and METHOD == "spawn" and (script := script_without_guard()):
+        print(
+            f'{script} has no `if __name__ == "__main__":`, and each process that is started here would run it anew: '
+            f"one process does the work of {processes}. Put what the script does below such a line",
+            file=sys.stderr,
+        )
+        processes = 1
     if processes <= 1:
         yield from map(work, range(pieces))
         return
-    # a process that is forked has the tokenizer, studied and proved, from the start; elsewhere forking is not safe
-    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context: Any = multiprocessing.get_context(METHOD)
     children, answers = [], []
     try:
         for first in range(1, processes):
@@ -58,6 +68,20 @@ def in_order(work: Callable[[int], bytes], pieces: int, processes: int) -> Itera
         for child, answer in zip(children, answers, strict=False):
             child.join()
             answer.close()
+
+
+def script_without_guard() -> str:
+    """The script that runs here, if a process that is spawned would do again all that it does; else ""."""
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    if path is None:  # a notebook, a prompt: nothing is run anew
+        return ""
+    try:
+        body = ast.parse(Path(path).read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    names = (name.id for node in body if isinstance(node, ast.If) for name in ast.walk(node.test)
+             if isinstance(name, ast.Name))  # fmt: skip
+    return "" if "__name__" in names else Path(path).name
 
 
 def _received(answer: Any, child: Any) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from instructft.data.batches.parts import divide
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -16,16 +17,26 @@ Counts = tuple[int, int, int]  # tokens, supervised tokens, slots (tokens with p
 class Counting:
     """A collator whose batches say how much they hold, under `counts`; `taken` takes it out again.
 
-    `counts` is a plain tuple of Python ints, which no library copies to a device.
+    `counts` is a plain tuple of Python ints, which no library copies to a device; so is `parts`.
+
+    Args:
+        once_more: divide padded batches in `parts` (`instructft.data.batches.parts.divide`); None: they stay whole.
     """
 
-    def __init__(self, collate: Callable[..., dict[str, Any]]):
-        self.collate = collate
+    def __init__(self, collate: Callable[..., dict[str, Any]], once_more: int | None = None):
+        self.collate, self.once_more = collate, once_more
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.collate(rows)
-        tokens = sum(len(row["input_ids"]) for row in rows)
-        return {**batch, "counts": (tokens, *_of_labels(batch["labels"]))}
+        lengths = [len(row["input_ids"]) for row in rows]
+        supervised, slots = _of_labels(batch["labels"])
+        if self.once_more is not None and "attention_mask" in batch and "cu_seq_lens_q" not in batch:
+            widest, multiple = batch["labels"].shape[1], getattr(self.collate, "pad_to_multiple_of", None) or 1
+            found = divide([n + -n % multiple for n in lengths], self.once_more)
+            if len(found) > 1:
+                batch["parts"] = tuple((start, stop, min(width, widest)) for start, stop, width in found)
+                slots = sum((stop - start) * width for start, stop, width in batch["parts"])
+        return {**batch, "counts": (sum(lengths), supervised, slots)}
 
 
 def taken(batch: dict[str, Any]) -> Counts:

@@ -17,6 +17,7 @@ import torch
 from instructft.adapters.lora import is_peft, shortest_names
 from instructft.data.arrow.token_rows import tokens_of
 from instructft.errors import ModelError
+from instructft.training.rehearsal.head import as_in_a_step
 from instructft.weights.weight_files import without_wrappers
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _gradients(trainer: Trainer, batch: dict[str, torch.Tensor], *, training: bo
     was = model.training
     model.train(training)
     try:
-        with trainer.compute_loss_context_manager():
+        with as_in_a_step(trainer):
             loss = trainer.compute_loss(model, dict(batch))
         trainer.accelerator.unwrap_model(model).zero_grad(set_to_none=True)
         loss.backward()

@@ -9,6 +9,8 @@ hidden states so large that a cap or any other curve must show.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,17 +101,31 @@ def bare(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+@contextlib.contextmanager
+def as_in_a_step(trainer: Trainer) -> Iterator[None]:
+    """The precision of the run's steps: accelerate puts autocast around a model only when training begins."""
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+        yield
+
+
+def precision_of(trainer: Trainer) -> torch.dtype:
+    """The type that the model computes in when it is trained."""
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    found: torch.dtype = mixed.get(str(trainer.accelerator.mixed_precision), trainer.model.dtype)
+    return found
+
+
 def tolerance(trainer: Trainer) -> float:
     """How far rounding alone may part two ways to compute the same logits."""
-    exact = trainer.model.dtype == torch.float32 and trainer.args.device.type != "cuda"
-    return TOLERANCE if exact and not torch.is_autocast_enabled(trainer.args.device.type) else ROUNDED
+    exact = precision_of(trainer) == trainer.model.dtype == torch.float32 and trainer.args.device.type != "cuda"
+    return TOLERANCE if exact else ROUNDED
 
 
 def compare(trainer: Trainer, batch: Batch) -> float:
     """The largest difference between what training computes and what the logits say, as a share of what they say."""
     worst, scale = 0.0, 1.0
     for look in range(2):
-        with trainer.compute_loss_context_manager():
+        with as_in_a_step(trainer):
             wanted, largest = _looked_at(trainer.model, batch, scale, plain=True)
             found, _ = _looked_at(trainer.model, batch, scale, plain=False)
             # at the second look nearly all probability lies on one token: what is left of a gradient is rounding
@@ -166,7 +182,7 @@ def _looked_at(model: Any, batch: Batch, scale: float, *, plain: bool) -> tuple[
 def _failure(trainer: Trainer, batch: Batch) -> Exception | None:
     """What goes wrong when the loss of a batch is computed as training will; None where nothing does."""
     try:
-        with torch.no_grad(), trainer.compute_loss_context_manager():
+        with torch.no_grad(), as_in_a_step(trainer):
             trainer.compute_loss(trainer.model, dict(batch))
     except Exception as error:
         if ran_out(error):

@@ -17,11 +17,16 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 
+from instructft.formatting import first_line
+from instructft.inference.generator import Generator
+from instructft.inference.padding import PADDING_TOLERANCE, padding_difference
 from instructft.models.kernels.gpu_head import kernel_problem
 from instructft.prompt.loss_mask import IGNORE_INDEX
+from instructft.training.out_of_memory import ran_out
 from instructft.training.rehearsal.adapter_loads import refuse_adapter_that_does_not_load
 from instructft.training.rehearsal.gradients import Reach, leave_out_unreached
-from instructft.training.rehearsal.head import choose_head
+from instructft.training.rehearsal.head import choose_head, precision_of
+from instructft.training.rehearsal.saves import refuse_what_does_not_come_back
 
 if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
@@ -43,7 +48,7 @@ class Rehearsal:
 
 
 def rehearse(trainer: Trainer, example: Any, say: Callable[[str], Any]) -> Rehearsal:
-    """Try the head and the gradients on one short batch; repair what can be repaired, and say it.
+    """Try head, gradients, answers and what is saved on one short batch; repair what can be, and say it.
 
     Args:
         example: a training row.
@@ -61,7 +66,9 @@ def rehearse(trainer: Trainer, example: Any, say: Callable[[str], Any]) -> Rehea
         head = choose_head(trainer, batch)
         reach = leave_out_unreached(trainer, batch)
         refuse_adapter_that_does_not_load(trainer)
-    lines = [*([head.why] if head.why else []), *reach.lines(trainer.processing_class.convert_ids_to_tokens)]
+        refuse_what_does_not_come_back(trainer, batch["input_ids"][0].tolist())
+        padding, answers = _answers(trainer)
+    lines = [*([head.why] if head.why else []), *reach.lines(trainer.processing_class.convert_ids_to_tokens), *answers]
     if trainer.args.device.type == "cuda" and (problem := kernel_problem(trainer.args.device)):
         lines.append(f"the output head is computed by plain operators, which takes longer: {problem}")
     for line in lines:
@@ -71,11 +78,13 @@ def rehearse(trainer: Trainer, example: Any, say: Callable[[str], Any]) -> Rehea
         "seconds": round(seconds, 3),
         "head": head.kind,
         "head_difference": head.difference,
+        "precision": str(precision_of(trainer)).removeprefix("torch."),
+        "padding_difference": padding,
         "left_out": reach.left_out,
         "said": lines,
     }
     how = "right" if not lines else "as said above"
-    say(f"rehearsed in {seconds:.1f} s: head and gradients are {how}")
+    say(f"rehearsed in {seconds:.1f} s: head, gradients, answers and what is saved are {how}")
     return Rehearsal(facts, reach)
 
 
@@ -92,6 +101,25 @@ def short_batch(trainer: Trainer, example: Any) -> dict[str, torch.Tensor]:
         rows.append(row)
     batch: dict[str, torch.Tensor] = trainer.data_collator(rows)
     return batch
+
+
+def _answers(trainer: Trainer) -> tuple[float | None, list[str]]:
+    """How far a prompt's answer in a batch is from that alone, None where there is none; and what to say of it."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    generator = Generator(model, trainer.processing_class)
+    generator.precision = trainer.accelerator.autocast
+    try:
+        with trainer.config_as_loaded():
+            difference = padding_difference(generator)
+    except Exception as error:
+        if ran_out(error):
+            raise
+        return None, [f"{type(model).__name__} cannot answer ({type(error).__name__}: {first_line(error)})"]
+    limit = PADDING_TOLERANCE[precision_of(trainer).itemsize < 4]
+    if difference <= limit:
+        return difference, []
+    say = f"answers are made one prompt at a time: padding changes logits by {difference:.1e} of the largest"
+    return difference, [say]
 
 
 @contextlib.contextmanager

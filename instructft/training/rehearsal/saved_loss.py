@@ -28,8 +28,11 @@ TOLERANCE = 1e-3  # of the loss, in float32
 ROUNDED = 3e-2  # where weights or autocast have 16 bits
 
 
-def prove_saved_loss(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
+def prove_saved_loss(trainer: Trainer, folder: Path, narrowed: bool = False) -> dict[str, Any] | None:
     """Hold the saved model's loss on some validation rows against the run's own; None where it cannot be asked.
+
+    Args:
+        narrowed: what was trained in float32 is saved in 16 bits.
 
     Raises:
         ModelError: they differ.
@@ -49,7 +52,7 @@ def prove_saved_loss(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
     if saved is None:
         return None
     theirs = _by_logits(saved, [turn for row in chosen for turn in (unfolded(row) if "seq_starts" in row else [row])])
-    exact = model.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
+    exact = model.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16 or narrowed)
     limit = (TOLERANCE if exact else ROUNDED) * max(1.0, abs(ours))
     if not abs(ours - theirs) <= limit:
         raise ModelError(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+import instructft
 from instructft.data.arrow.workers import cores, in_order
 from instructft.errors import DataError, InstructftError
 
@@ -94,3 +97,28 @@ def test_processes_end_with_the_one_that_asks_no_more() -> None:
 
 def test_this_process_may_use_some_core() -> None:
     assert 1 <= cores() <= (os.cpu_count() or 1)
+
+
+SCRIPT = """
+import instructft.data.arrow.workers as workers
+
+workers.METHOD = "spawn"  # as on macOS and Windows
+
+
+def work(number):
+    return bytes([number])
+
+
+{guard}print(b"".join(workers.in_order(work, 4, 2)), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("guard", "said"), [("", True), ('if __name__ == "__main__":\n    ', False)])
+def test_a_script_without_a_guard_is_not_run_anew(guard: str, said: bool, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT.format(guard=guard))
+    there = {**os.environ, "PYTHONPATH": str(Path(instructft.__file__).parent.parent)}
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=there, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "b'\\x00\\x01\\x02\\x03'\n"), done.stderr
+    assert ("script.py has no `if __name__" in done.stderr) == said
+    assert "Traceback" not in done.stderr

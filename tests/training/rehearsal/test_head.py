@@ -11,10 +11,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import instructft
-from instructft.training.rehearsal.head import TOLERANCE, Head, choose_head, compare
+from instructft.training.rehearsal.head import ROUNDED, TOLERANCE, Head, choose_head, compare, precision_of, tolerance
 from instructft.training.rehearsal.rehearse import short_batch
 from tests.helpers.device import near, on
 from tests.helpers.rehearsal import trainer_of
+from tests.training.rehearsal.conftest import GPT2
 
 SIZES = "hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 48"
 DENSE_HEAD = f"{{model_type: modernbert-decoder, {SIZES}, global_attn_every_n_layers: 1}}"
@@ -43,6 +44,20 @@ def test_a_plain_head_stays_fused(recipe_of: Callable[..., Any]) -> None:
     assert (head.kind, head.why) == ("fused", "")
     assert head.difference is not None
     assert head.difference < TOLERANCE
+
+
+def test_the_head_is_asked_in_the_precision_of_the_run(recipe_of: Callable[..., Any]) -> None:
+    """Before training accelerate has wrapped nothing in autocast: float32 would be compared where bfloat16 trains."""
+    trainer = trainer_of(recipe_of(GPT2, "train.bf16=true"))
+    seen = []
+    trainer.model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    layers = trainer.model.transformer.h[0].mlp.c_fc
+    layers.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    head, batch = chosen(trainer)
+    assert head.kind == "fused"
+    assert set(seen) == {torch.bfloat16}
+    assert 1e-6 < compare(trainer, batch) < tolerance(trainer) == ROUNDED
+    assert precision_of(trainer) == torch.bfloat16
 
 
 @pytest.mark.parametrize("config", [DENSE_HEAD, SOFT_CAP], ids=["dense", "soft cap"])
