@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from instructft.errors import UsageError
 from instructft.formatting import nearest
 from instructft.weights import remote_code
+from instructft.weights.model_class import auto_class, backbone, inside, towers
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -130,6 +131,15 @@ def lora_config(recipe: Recipe, model: Any, new_tokens: Sequence[int] = ()) -> L
         fields["trainable_token_indices"] = rows_to_train(model, fields, new_tokens)
     config = LoraConfig(task_type="CAUSAL_LM", **fields)
     targets = _targets(model, config, recipe.adapter.target_modules)
+    aside = tuple(tower.name for tower in towers(model))
+    if any(inside(name, aside) for name in targets):  # `q_proj` is a name in many a vision tower too
+        targets = {name: module for name, module in targets.items() if not inside(name, aside)}
+        if not targets:
+            raise UsageError(
+                f"adapter.target_modules: {recipe.adapter.target_modules} reaches only {', '.join(aside)}, which text "
+                "does not go through; all-linear takes the layers of the language model"
+            )
+        config.target_modules = shortest_names(model, set(targets))
     _refuse_tied_and_head(model, config, targets)
     # weights of a Conv1D lie as (in, out); a quantized one is a Linear by now, but merges into the Conv1D of its base
     conv = any(Conv1D in (type(module), getattr(module, "source_cls", None)) for module in targets.values())
@@ -171,7 +181,8 @@ def _linear_layers(model: Any) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    on_the_way = {id(module) for module in model.base_model.modules()}  # what the loss is computed through
+    on_the_way = {id(module) for module in backbone(model).modules()}  # what the loss is computed through
+    aside = tuple(tower.name for tower in towers(model))
     left_out = _left_out(model)
     whole = {
         name
@@ -180,6 +191,7 @@ def _linear_layers(model: Any) -> list[str]:
         and isinstance(module, torch.nn.Linear | Conv1D)
         and id(module) in on_the_way
         and module is not head
+        and not inside(name, aside)
         and not _answers_its_own_way(module)
     }
     if not whole:
@@ -266,12 +278,11 @@ def check(recipe: Recipe, config: PretrainedConfig, new_tokens: Sequence[int] = 
         UsageError: what does not fit, and what the model has instead.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     if recipe.adapter.type == "none":
         return
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **remote_code.flag())
+        model = auto_class(config).from_config(copy.deepcopy(config), **remote_code.flag())
         add_lora(model, recipe, new_tokens, only_shapes=True)
 
 

@@ -15,6 +15,7 @@ from instructft.recipe.schema import Recipe
 from instructft.redaction import last_name
 from instructft.report.model_card import bare_card, card, read_evaluation, read_licence
 from instructft.weights import remote_code
+from instructft.weights.model_class import PROCESSOR
 from instructft.weights.tensor_io import write_text
 
 if TYPE_CHECKING:
@@ -44,7 +45,11 @@ def copy_metadata(adapter: Path, base: Path, target: Path) -> None:
     templates = "additional_chat_templates"  # those that are not the default
     if source := next((p / templates for p in tokenizer if (p / templates).is_dir()), None):
         shutil.copytree(source, target / templates)
-    for name, folders in (("generation_config.json", [*own, base]), ("recipe.yaml", own)):
+    for name, folders in (
+        ("generation_config.json", [*own, base]),
+        ("recipe.yaml", own),
+        *((name, [base]) for name in sorted(PROCESSOR)),
+    ):
         if source := find(name, folders):
             shutil.copyfile(source, target / name)
 

@@ -20,6 +20,7 @@ from instructft.errors import ModelError, UsageError
 from instructft.merging.arithmetic import Edit
 from instructft.merging.edits import find_edits
 from instructft.weights import remote_code
+from instructft.weights.model_class import auto_class
 from instructft.weights.tensor_io import Planned, Stored
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def make_plan(
 def _skeleton(base: Path) -> PreTrainedModel:
     """The base without weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base, **remote_code.flag())
     if getattr(config, "quantization_config", None):
@@ -135,7 +136,8 @@ def _skeleton(base: Path) -> PreTrainedModel:
             "unquantized model: name that as base_model_name_or_path in adapter_config.json"
         )
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **remote_code.flag())
+        model: PreTrainedModel = auto_class(config).from_config(config, **remote_code.flag())
+    return model
 
 
 def _tied(model: PreTrainedModel) -> dict[str, list[str]]:

@@ -20,6 +20,7 @@ from instructft.models.latest import resolve_latest
 from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import not_loaded
 from instructft.weights import remote_code
+from instructft.weights.model_class import auto_class, freeze_towers
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ def load_model(
         UsageError: the model is unknown or does not fit the recipe.
         ModelError: its weights could not be read.
     """
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import set_seed
 
     recipe, _ = resolve_latest(recipe)
     start = start or starting_point(recipe, tokenizer)
@@ -81,17 +82,18 @@ def load_model(
     config = copy.deepcopy(start.config)
     if not start.name:
         set_seed(recipe.train["seed"])
-        model = AutoModelForCausalLM.from_config(config, **how, **remote_code.flag())
+        model = auto_class(config).from_config(config, **how, **remote_code.flag())
     else:
         where = {"revision": start.revision, "subfolder": start.subfolder}
         trust = remote_code.pinned(start.name, start.revision)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_class(config).from_pretrained(
                 start.name, config=config, **how, **where, **trust, **quantization.loading(recipe, dtype)
             )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ModelError(not_loaded("model.name_or_path", start.name, "a model", error)) from error
     quantization.fix_layout(model)
+    freeze_towers(model)
     fuse_activations(model)
     if start.adapter is not None:
         return _train_further(start.adapter, model, tokenizer)

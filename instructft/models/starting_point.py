@@ -176,7 +176,9 @@ def adapter_to_train_further(recipe: Recipe) -> AdapterFolder | None:
         asked["target_modules"] = ("target_modules", sorted(recipe.adapter.target_modules))
     for key, (peft_key, value) in asked.items():
         there = adapter.config.get(peft_key, False)
-        there = sorted(there) if key == "target_modules" and isinstance(there, list) else there
+        if key == "target_modules" and isinstance(there, list):  # where there is a tower, names are written out whole
+            named = {next((n for n in value if name == n or name.endswith(f".{n}")), name) for name in there}
+            there = sorted(named)
         if there != value:
             say = str(there).lower() if isinstance(there, bool) else there
             raise UsageError(f"adapter.{key}: found {value}, but the adapter in {name} has {say}; write {key}: {say}")

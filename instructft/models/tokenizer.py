@@ -17,6 +17,7 @@ from instructft.formatting import first_line
 from instructft.models.latest import resolve_latest
 from instructft.prompt.templates import BOS, TEMPLATES
 from instructft.weights import remote_code
+from instructft.weights.model_class import PROCESSOR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,22 +102,38 @@ def _file_of(name: str, file: str, **where: Any) -> str | None:
 
 
 def hand_on(recipe: Recipe, folder: Path) -> None:
-    """Give a folder that holds a saved tokenizer what converters read, and take out what is of this machine.
+    """Give a folder that holds a saved tokenizer what others read of it, and take out what is of this machine.
 
-    `tokenizer.model`, SentencePiece's own file, is not written by transformers; llama.cpp and others read it. How a
-    tokenizer was found (`is_local`, `local_files_only`) says nothing where it is read.
+    `tokenizer.model`, SentencePiece's own file, is not written by transformers; llama.cpp and others read it. Nor is
+    what a whole checkpoint says of its images and sounds. How a tokenizer was found (`is_local`, `local_files_only`)
+    says nothing where it is read.
     """
     path = folder / "tokenizer_config.json"
     if path.is_file():
         held = json.loads(path.read_text(encoding="utf-8"))
         kept = {key: value for key, value in held.items() if key not in ("is_local", "local_files_only")}
         path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    name, own = recipe.model.tokenizer or recipe.model.name_or_path, recipe.model.tokenizer is None
+    base = recipe.model.name_or_path
+    where = {"revision": recipe.model.revision or "main", "subfolder": recipe.model.subfolder or ""}
+    if base and (folder / "config.json").is_file():
+        for file in sorted(PROCESSOR):
+            if found := _file_of(base, file, **where):
+                _hand_on_processor(Path(found), folder / file)
+    name, own = recipe.model.tokenizer or base, recipe.model.tokenizer is None
     if not name or name == "quickstart" or (folder / "tokenizer.model").exists():
         return
-    where = {"revision": recipe.model.revision, "subfolder": recipe.model.subfolder or ""} if own else {}
-    if found := _file_of(name, "tokenizer.model", **where):
+    if found := _file_of(name, "tokenizer.model", **(where if own else {})):
         shutil.copyfile(found, folder / "tokenizer.model")
+
+
+def _hand_on_processor(source: Path, target: Path) -> None:
+    """As it is; an older chat template inside gives way to the trained one, which lies beside it."""
+    held = json.loads(source.read_text(encoding="utf-8"))
+    if "chat_template" not in held:
+        shutil.copyfile(source, target)
+        return
+    del held["chat_template"]
+    target.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:

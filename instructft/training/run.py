@@ -28,6 +28,7 @@ from instructft.recipe.schema import Recipe
 from instructft.training.arguments import refuse_what_cannot_run, reporters, training_arguments
 from instructft.training.out_of_memory import explained
 from instructft.training.outcome import collect_facts, final_metrics, kept_unproved, library_versions, save
+from instructft.weights.model_class import towers, towers_in_words
 from instructft.whole_file import write_whole
 
 if TYPE_CHECKING:
@@ -214,6 +215,8 @@ def announce(
     if recipe.model.quantization != "none":
         share += f", base in {recipe.model.quantization}"
     table.add_row("model", escape(f"{start} · {total:,} parameters, {share}"))
+    if aside := towers(model.get_base_model() if is_peft(model) else model):
+        table.add_row("frozen", escape(towers_in_words(aside)))
     there = torch.cuda.device_count() if args.device.type == "cuda" else 0
     of = f" of {there} here" if there > args.world_size else ""
     table.add_row("device", escape(f"{args.device.type} × {args.world_size}{of} · {precision}"))

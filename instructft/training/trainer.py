@@ -33,6 +33,7 @@ from instructft.training.out_of_memory import ran_out
 from instructft.training.resumable import Progress, Sealing, gathered, random_states_kept
 from instructft.training.step_checks import StepChecks
 from instructft.training.stopping import EvaluationLeft, Stop
+from instructft.weights.model_class import backbone
 
 if TYPE_CHECKING:
     from instructft.hub.background import Publisher
@@ -99,7 +100,7 @@ class Trainer(SFTTrainer):
         bare = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_supervised_head(bare)
         if token_rows(bare.get_output_embeddings()) is not None:
-            bare.base_model.register_forward_pre_hook(functools.partial(_gather_head, bare))
+            backbone(bare).register_forward_pre_hook(functools.partial(_gather_head, bare))
         self._metadata = metadata
         self.budget = budget
         self._eval_groups = eval_groups or {}

@@ -74,9 +74,8 @@ def _of_the_run(trainer: Trainer, rows: list[dict[str, list[int]]]) -> float:
 
 def _load(model: Any, folder: Path) -> Any:
     """What lies in a folder, loaded by the field's own libraries onto the CPU; None where its base cannot be found."""
-    from transformers import AutoModelForCausalLM
-
     from instructft.weights import remote_code
+    from instructft.weights.model_class import auto_class
 
     if not hasattr(model, "peft_config"):
         plain = type(model).from_pretrained(folder, dtype=model.dtype)
@@ -86,7 +85,7 @@ def _load(model: Any, folder: Path) -> Any:
     config = model.peft_config["default"]
     if not config.base_model_name_or_path:
         return None
-    base = AutoModelForCausalLM.from_pretrained(
+    base = auto_class(model.get_base_model().config).from_pretrained(
         config.base_model_name_or_path, revision=config.revision, dtype=model.dtype, **remote_code.flag()
     )
     rows = model.get_input_embeddings().weight.shape[0]
