@@ -309,19 +309,22 @@ def is_peft(model: Any) -> bool:
 
 
 def fit_embeddings(model: PreTrainedModel, tokens: int) -> None:
-    """Grow the embeddings to `tokens` rows; each new row is the mean of the old ones. They never shrink."""
+    """Grow the embeddings to `tokens` rows; each new row is the mean of the old ones. They never shrink.
+
+    All that grows with them is treated alike: the bias of a head, and the embeddings that Gemma 3n and Gemma 4 have for
+    each layer, which transformers would fill with random numbers, others each time that the model is loaded.
+    """
     import torch
 
-    old = model.get_input_embeddings().weight.shape[0]
-    if tokens <= old:
+    if tokens <= model.get_input_embeddings().weight.shape[0]:
         return
+    before = {name: weight.shape for name, weight in model.named_parameters()}
     model.resize_token_embeddings(tokens, mean_resizing=False)
     with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if layer is not None:
-                layer.weight[old:] = layer.weight[:old].float().mean(dim=0).to(layer.weight.dtype)
-                if getattr(layer, "bias", None) is not None:
-                    layer.bias[old:] = layer.bias[:old].float().mean().to(layer.bias.dtype)
+        for name, weight in model.named_parameters():
+            if weight.shape != before[name]:
+                old = before[name][0]
+                weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
 
 
 def rows_to_train(model: Any, fields: dict[str, Any], new_tokens: Sequence[int]) -> dict[str, list[int]]:

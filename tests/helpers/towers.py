@@ -1,4 +1,4 @@
-"""Small random checkpoints with a vision or an audio tower, as they lie on the Hub: weights, tokenizer, processor files."""
+"""Small random checkpoints with a vision or audio tower, as they lie on the Hub, with tokenizer and processor files."""
 
 from __future__ import annotations
 
