@@ -324,7 +324,8 @@ def fit_embeddings(model: PreTrainedModel, tokens: int) -> None:
         for name, weight in model.named_parameters():
             if weight.shape != before[name]:
                 old = before[name][0]
-                weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
+                exact = torch.float32 if weight.device.type == "mps" else torch.float64  # as a merge has it
+                weight[old:] = (weight[:old].sum(dim=0, dtype=exact) / old).to(weight.dtype)
 
 
 def rows_to_train(model: Any, fields: dict[str, Any], new_tokens: Sequence[int]) -> dict[str, list[int]]:

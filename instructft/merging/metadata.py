@@ -68,6 +68,10 @@ def config_text(base: Path, target: Path, model: PreTrainedModel, dtype: str, un
     if section is not raw and "dtype" in section:
         section["dtype"] = dtype
     section[names["vocab_size"]] = model.get_input_embeddings().weight.shape[0]
+    if (
+        own := getattr(text, "vocab_size_per_layer_input", None)
+    ) is not None:  # of Gemma 3n and 4; grows with the others
+        section["vocab_size_per_layer_input"] = own
     if "vocab_size" in raw:
         raw["vocab_size"] = section[names["vocab_size"]]
     if untied:

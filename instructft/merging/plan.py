@@ -20,6 +20,7 @@ from instructft.errors import ModelError, UsageError
 from instructft.merging.arithmetic import Edit
 from instructft.merging.edits import find_edits
 from instructft.weights import remote_code
+from instructft.weights.base_manifest import places
 from instructft.weights.model_class import auto_class
 from instructft.weights.tensor_io import Planned, Stored
 
@@ -151,24 +152,11 @@ def _tied(model: PreTrainedModel) -> dict[str, list[str]]:
 def _sources(
     model: PreTrainedModel, stored: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, str]:
-    """Model parameter -> the one checkpoint tensor that it is loaded from, where there is one.
-
-    Follows `convert_and_load_state_dict_in_model` of transformers/core_model_loading.py.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    known, prefix = model.state_dict(), model.base_model_prefix
+    """Model parameter -> the one checkpoint tensor that it is loaded from, where there is one."""
     found: dict[str, str] = {}
     twice: set[str] = set()
-    for checkpoint in stored:
-        name, converted = rename_source_key(checkpoint, renamings, converters, prefix, known)
-        if name not in known and checkpoint in known:
-            name, converted = rename_source_key(checkpoint, [], [], prefix, known)
-        if name not in known or converted is not None:
+    for checkpoint, (name, a_part) in places(model, stored).items():
+        if name is None or a_part:
             continue
         if stored[checkpoint].shape != shapes[name]:
             raise ModelError(

@@ -87,11 +87,22 @@ def load_model(
         where = {"revision": start.revision, "subfolder": start.subfolder}
         trust = remote_code.pinned(start.name, start.revision)
         try:
-            model = auto_class(config).from_pretrained(
-                start.name, config=config, **how, **where, **trust, **quantization.loading(recipe, dtype)
+            model, info = auto_class(config).from_pretrained(
+                start.name,
+                config=config,
+                output_loading_info=True,
+                **how,
+                **where,
+                **trust,
+                **quantization.loading(recipe, dtype),
             )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ModelError(not_loaded("model.name_or_path", start.name, "a model", error)) from error
+        if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers and goes on
+            raise ModelError(
+                f"model.name_or_path: {start.name} is not whole: it holds no weights for {', '.join(missing[:3])} "
+                f"({len(missing)} in all) of {type(model).__name__}, the class that its config.json names"
+            )
     quantization.fix_layout(model)
     freeze_towers(model)
     fuse_activations(model)

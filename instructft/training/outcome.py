@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from instructft.data.prepare import Prepared
     from instructft.data.streaming import Streamed
+    from instructft.models.starting_point import StartingPoint
     from instructft.recipe.schema import Recipe
     from instructft.training.trainer import Trainer
 
@@ -135,6 +136,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     facts: dict[str, Any],
     data: Prepared | Streamed,
+    origin: StartingPoint,
 ) -> None:
     """Write the final model, its tokenizer and the metadata of the run."""
     from instructft.models.load import fit_special_tokens
@@ -153,6 +155,7 @@ def save(
         return
     require_whole(model, run / PARTIAL)
     hand_on(recipe, run / PARTIAL)
+    like_base = compared_with_base(model, run / PARTIAL, recipe, origin)
     for_older_readers(run / PARTIAL / "config.json")
     try:
         facts["saved"] = (
@@ -160,6 +163,7 @@ def save(
             if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
             else prove_saved_loss(trainer, run / PARTIAL)
         )
+        facts["like_base"] = like_base
     except ModelError as error:
         shutil.rmtree(run / UNPROVED, ignore_errors=True)
         (run / PARTIAL).replace(run / UNPROVED)
@@ -171,6 +175,22 @@ def save(
     write_card(run, recipe, facts)
     draw_report(run, recipe, facts, tokenizer, data)
     _write_facts(run, facts)  # last: by it a run is known to be finished
+
+
+def compared_with_base(model: Any, folder: Path, recipe: Recipe, origin: StartingPoint) -> dict[str, Any] | None:
+    """What was saved, in the types of its base and held against it; None for an adapter, which its loading proves.
+
+    Raises:
+        ModelError: it is not what its base is.
+    """
+    from instructft.adapters.lora import is_peft
+    from instructft.weights.base_manifest import save_like_base
+    from instructft.weights.base_record import base_folder
+
+    if not origin.name or is_peft(model) or getattr(origin.config, "quantization_config", None):
+        return None
+    base = base_folder(origin.name, origin.revision, origin.subfolder)
+    return save_like_base(model, folder, base, recipe.model.dtype != "auto") if base else None
 
 
 def _write_facts(run: Path, facts: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def auto_class(config: PretrainedConfig) -> Any:
     for kind, names in built:
         if names.intersection(named):
             return kind
-    whole = list(reversed(built)) if config.get_text_config() is not config else built
+    whole = [*built[1:], built[0]] if config.get_text_config() is not config else built
     return next((kind for kind, names in whole if names), classes[0])
 
 
@@ -107,7 +107,9 @@ def backbone(model: PreTrainedModel) -> Any:
     if model.base_model is not model:
         return model.base_model
     below = text_module(model)
-    return getattr(below, "base_model", below)
+    if below is not model and below.get_output_embeddings() is not None:  # Llama 4 has its head there
+        return below.get_decoder()
+    return below
 
 
 def towers(model: PreTrainedModel) -> list[Tower]:

@@ -89,23 +89,29 @@ FILES = {
 }
 
 
-def make(kind: str, folder: Path, dtype: str = "float32") -> Path:
-    """A checkpoint of this model type, every tensor random and some of them far from small, with a tokenizer."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+def config_of(kind: str, rows: int, **special: Any) -> Any:
+    """A config of this model type, small, with a vocabulary of `rows` tokens, the last ones for images and sounds."""
+    from transformers import AutoConfig
 
-    from tests.helpers.quickstart import tokenizer as bundled
-
-    tokenizer = bundled()
-    rows = len(tokenizer)
-    ids = {"bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
     sections = {name: dict(fields) for name, fields in SECTIONS[kind].items()}
-    sections["text_config"] = {**_TEXT, "vocab_size": rows, **ids, **sections["text_config"]}
+    sections["text_config"] = {**_TEXT, "vocab_size": rows, **special, **sections["text_config"]}
     if kind == "gemma4":
         sections["text_config"]["vocab_size_per_layer_input"] = rows
     places = {f"{name}_id": rows - 1 - n for n, name in enumerate(_PLACES.split())}
     places |= {f"{name}_index": places[f"{name}_id"] for name in _PLACES.split()}
+    return AutoConfig.for_model(kind, **sections, **places, **_MORE.get(kind, {}))
+
+
+def make(kind: str, folder: Path, dtype: str = "float32") -> Path:
+    """A checkpoint of this model type, every tensor random and some of them far from small, with a tokenizer."""
+    from transformers import AutoModelForImageTextToText
+
+    from tests.helpers.quickstart import tokenizer as bundled
+
+    tokenizer = bundled()
+    end = tokenizer.eos_token_id
+    config = config_of(kind, len(tokenizer), bos_token_id=0, eos_token_id=end, pad_token_id=end)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **sections, **places, **_MORE.get(kind, {}))
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
         for weight in model.parameters():

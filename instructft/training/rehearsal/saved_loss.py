@@ -48,7 +48,7 @@ def prove_saved_loss(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
     if saved is None:
         return None
     theirs = _by_logits(saved, chosen)
-    exact = model.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
+    exact = model.dtype == saved.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
     limit = (TOLERANCE if exact else ROUNDED) * max(1.0, abs(ours))
     if not abs(ours - theirs) <= limit:
         raise ModelError(
@@ -78,8 +78,7 @@ def _load(model: Any, folder: Path) -> Any:
     from instructft.weights.model_class import auto_class
 
     if not hasattr(model, "peft_config"):
-        plain = type(model).from_pretrained(folder, dtype=model.dtype)
-        return plain.eval()
+        return type(model).from_pretrained(folder, dtype="auto").eval()
     from peft import PeftModel
 
     config = model.peft_config["default"]
