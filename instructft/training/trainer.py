@@ -30,7 +30,14 @@ from instructft.models.kernels.varlen import plain
 from instructft.training.batch_size import MicroBatches
 from instructft.training.budget import Budget
 from instructft.training.out_of_memory import ran_out
-from instructft.training.resumable import Progress, Sealing, gathered, random_states_kept
+from instructft.training.resumable import (
+    Progress,
+    Sealing,
+    gathered,
+    load_weights,
+    random_states_kept,
+    renamed_on_disk,
+)
 from instructft.training.step_checks import StepChecks
 from instructft.training.stopping import EvaluationLeft, Stop
 from instructft.weights.model_class import backbone
@@ -413,6 +420,24 @@ class Trainer(SFTTrainer):
     def is_fsdp2(self) -> bool:
         """Whether each process holds a part of every weight only (FSDP, version 2)."""
         return bool(self.is_fsdp_enabled and self.accelerator.is_fsdp2)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._by_names_of_its_own(resume_from_checkpoint):
+            load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        if self._by_names_of_its_own(best):
+            load_weights(self.model, Path(best))
+        else:
+            super()._load_best_model()
+
+    def _by_names_of_its_own(self, folder: str) -> bool:
+        """Whether weights on the disk are named otherwise than in memory; upstream would pass them over in silence."""
+        shared = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return not shared and renamed_on_disk(self.model, Path(folder))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         text = self.model.config.get_text_config()

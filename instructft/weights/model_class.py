@@ -108,7 +108,7 @@ def backbone(model: PreTrainedModel) -> Any:
         return model.base_model
     below = text_module(model)
     if below is not model and below.get_output_embeddings() is not None:  # Llama 4 has its head there
-        return below.get_decoder()
+        return getattr(below, "model", below)
     return below
 
 

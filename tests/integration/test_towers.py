@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import instructft
 from instructft.inference.chat import as_generator, generate
 from instructft.merging.merge import merge_adapter
+from instructft.weights.base_manifest import places
 from instructft.weights.model_class import inside, towers
 from tests.conftest import BATTERY
 from tests.helpers.towers import SECTIONS, make, weights
@@ -45,8 +46,7 @@ def tower_tensors(folder: Path) -> tuple[set[str], dict[str, torch.Tensor]]:
     assert not info["unexpected_keys"]
     names = tuple(tower.name for tower in towers(model))
     held = weights(folder)
-    ends = {key.rpartition("model.")[2] for key in model.state_dict() if inside(key, names)}
-    return {name for name in held if any(name.endswith(end) for end in ends)}, held
+    return {name for name, (place, _) in places(model, held).items() if place and inside(place, names)}, held
 
 
 @pytest.mark.parametrize("kind", FULL)
