@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 
     from instructft.recipe.schema import Recipe
 
-# How PEFT may fill A and B before the first step. Its other ways (pissa, olora, corda, loftq, …) change the base's own
-# weights in memory, so that the adapter would fit no base that is on disk.
+# How PEFT may fill A and B before the first step, and why its other ways are not taken.
 _INITS = (True, False, "gaussian", "orthogonal")
+_CHANGES_BASE = "changes the base's weights, so that the adapter would fit no base on disk"
+_NEEDS_DATA = "is worked out from activations over the data, for which PEFT wants a pass of its own before training"
+_REFUSED = {"eva": _NEEDS_DATA, "corda": f"{_NEEDS_DATA}, and {_CHANGES_BASE}"}
 
 
 def _no_adapter(model: Any, recipe: Recipe, new_tokens: Sequence[int] = (), **_: Any) -> Any:
@@ -121,10 +123,9 @@ def lora_config(recipe: Recipe, model: Any, new_tokens: Sequence[int] = ()) -> L
     fields = recipe.adapter.peft_kwargs()
     init = fields.get("init_lora_weights", True)
     if init not in _INITS:
-        raise UsageError(
-            f"adapter.init_lora_weights: {init} changes the base's weights, so that the adapter would fit no base on "
-            f"disk; expected one of {', '.join(str(way).lower() for way in _INITS)}"
-        )
+        known = ", ".join(str(way).lower() for way in _INITS)
+        why = _REFUSED.get(str(init).lower(), _CHANGES_BASE)
+        raise UsageError(f"adapter.init_lora_weights: {init} {why}; expected one of {known}")
     if str(fields["target_modules"]).lower() == "all-linear":
         fields["target_modules"] = _linear_layers(model)
     if new_tokens:
@@ -301,6 +302,21 @@ def count_parameters(model: Any) -> tuple[int, int]:
         found[0] += size if parameter.requires_grad else 0
         found[1] += size
     return found[0], found[1]
+
+
+def faster_b(optimizer: Any, model: Any, ratio: float) -> None:
+    """Give B of every pair `ratio` times the learning rate (LoRA+, arXiv:2402.12354), whatever the optimizer.
+
+    A schedule multiplies the rate of each group, so that the ratio holds at every step.
+    """
+    b = {id(weight) for name, weight in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name}
+    groups = []
+    for group in optimizer.param_groups:
+        fast = [weight for weight in group["params"] if id(weight) in b]
+        groups.append({**group, "params": [weight for weight in group["params"] if id(weight) not in b]})
+        if fast:
+            groups.append({**group, "params": fast, "lr": group["lr"] * ratio})
+    optimizer.param_groups = groups
 
 
 def is_peft(model: Any) -> bool:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from instructft.adapters.lora import ADAPTERS, is_peft
 from instructft.models.kernels.activations import fuse_activations
 from instructft.weights import remote_code
-from instructft.weights.model_class import auto_class, freeze_towers
+from instructft.weights.model_class import auto_class, freeze_named, freeze_towers
 from instructft.weights.model_class import backbone as text_backbone
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def meta_model(recipe: Recipe, start: StartingPoint, dtype: torch.dtype, device:
     with torch.device("meta"):
         model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=chosen, **remote_code.flag())
         freeze_towers(model)
+        freeze_named(model, recipe.model.freeze or ())
         fuse_activations(model)  # as `load_model` does: it keeps a third of what GPT-2's own would
         model = ADAPTERS[recipe.adapter.type](model, recipe, start.new_tokens, only_shapes=True)
     return model.train(), config

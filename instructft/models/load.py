@@ -20,7 +20,7 @@ from instructft.models.latest import resolve_latest
 from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import not_loaded
 from instructft.weights import remote_code
-from instructft.weights.model_class import auto_class, freeze_towers
+from instructft.weights.model_class import auto_class, freeze_named, freeze_towers
 
 if TYPE_CHECKING:
     import torch
@@ -107,18 +107,23 @@ def load_model(
     freeze_towers(model)
     fuse_activations(model)
     if start.adapter is not None:
-        return _train_further(start.adapter, model, tokenizer)
+        return _train_further(recipe, start.adapter, model, tokenizer)
     fit_embeddings(model, len(tokenizer))
     fit_special_tokens(model, tokenizer)
+    freeze_named(model, recipe.model.freeze or ())
     return lora.ADAPTERS[recipe.adapter.type](model, recipe, start.new_tokens)
 
 
-def _train_further(adapter: AdapterFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _train_further(
+    recipe: Recipe, adapter: AdapterFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Any:
     """The base with an adapter that was trained before, ready to be trained further."""
     if len(tokenizer) > max(adapter.base.vocab_size, model.get_input_embeddings().weight.shape[0]):
+        key = "model.new_tokens" if recipe.model.new_tokens else "data.template"
         raise UsageError(
-            f"data.template: needs tokens that the adapter in {adapter.folder} was not trained with "
-            f"({len(tokenizer)}, expected {adapter.base.vocab_size}); use data.template=tokenizer"
+            f"{key}: needs tokens that the adapter in {adapter.folder} was not trained with ({len(tokenizer)}, "
+            f"expected {adapter.base.vocab_size}); use data.template=tokenizer, or merge it first and begin from what "
+            "that gives"
         )
     adapted = lora.as_trained_here(attach(model, adapter, trainable=True))
     fit_special_tokens(adapted, tokenizer)

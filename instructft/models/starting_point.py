@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from instructft.models.tokenizer import new_tokens, not_loaded
 from instructft.recipe.schema import thaw
 from instructft.weights import remote_code
 from instructft.weights.base_record import BaseModelRecord, base_fingerprint, commit_of, is_hub_id
+from instructft.weights.model_class import auto_class, freeze_named
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -146,6 +148,11 @@ def starting_point(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Starti
             f"train.router_aux_loss_coef: found {coefficient:g}, but {named['name_or_path'] or 'model.config'} "
             f"({config.model_type}) is no mixture of experts with a loss of its router; take it out"
         )
+    if model.freeze:
+        import torch
+
+        with torch.device("meta"):
+            freeze_named(auto_class(config).from_config(copy.deepcopy(config), **remote_code.flag()), model.freeze)
     added: list[int] = []
     if recipe.adapter.type != "none" and adapter is None:
         added = new_tokens(recipe, tokenizer, config.get_text_config().vocab_size)

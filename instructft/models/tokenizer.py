@@ -144,8 +144,9 @@ def new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: int) ->
     added = _ADDED.get(tokenizer)
     if added is None:  # one that was saved: the model's own knows which tokens are new in it
         template = TEMPLATES.get(recipe.data.template)
-        known = _bare_tokenizer(recipe).get_vocab() if template and template.tokens else {}
-        added = [token for token in (template.tokens if template else ()) if token not in known]
+        asked = [*(recipe.model.new_tokens or ()), *(template.tokens if template else ())]
+        known = _bare_tokenizer(recipe).get_vocab() if asked else {}
+        added = [token for token in asked if token not in known]
     return sorted({*tokenizer.convert_tokens_to_ids(added), *range(rows, len(tokenizer))})
 
 
@@ -172,6 +173,9 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
 
     name = recipe.data.template
     own = tokenizer.chat_template
+    mine = [token for token in recipe.model.new_tokens or () if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in mine])
+    _ADDED[tokenizer] = mine
     if isinstance(own, dict):  # some models carry several; the one for chatting is called default
         own = own.get("default")
     if name == "tokenizer" and not own:
@@ -189,7 +193,7 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in template.tokens if token not in vocabulary]
         tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
-        _ADDED[tokenizer] = missing
+        _ADDED[tokenizer] = [*mine, *missing]
         if template.stop:
             tokenizer.eos_token = template.stop
         text = template.text()

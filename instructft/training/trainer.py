@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from instructft.adapters.adapter_folder import AdapterMetadata
-from instructft.adapters.lora import token_rows
+from instructft.adapters.lora import faster_b, token_rows
 from instructft.data.batches.counts import Counting, Counts, taken
 from instructft.data.batches.flat_packs import FlatPacks
 from instructft.data.batches.row_slices import row_slices
@@ -72,6 +72,7 @@ class Trainer(SFTTrainer):
         spike_limit, skip_spikes: what is done about a loss that leaps, see `step_checks`.
         say: told in one line what a person should know.
         identity, versions: what every checkpoint says of the run, see `resumable`.
+        lora_plus_ratio: times the learning rate, for B of an adapter.
         pack_width: slots of a pack, where rows are packs; a collator that flattens them has them trained end to end,
             see `flat_packs`.
     """
@@ -93,6 +94,7 @@ class Trainer(SFTTrainer):
         identity: Mapping[str, Any] | None = None,
         versions: Mapping[str, str] | None = None,
         pack_width: int | None = None,
+        lora_plus_ratio: float | None = None,
         **kwargs: Any,
     ):
         text = kwargs["model"].config.get_text_config()
@@ -116,6 +118,7 @@ class Trainer(SFTTrainer):
         # tokens, supervised tokens and slots (tokens with padding) that this process has trained
         self.counts: Counts = (0, 0, 0)
         self._pack_width = pack_width
+        self._lora_plus_ratio = lora_plus_ratio
         self.micro_batches = MicroBatches(self, find_batch, say)
         self.step_checks = StepChecks(self, spike_limit, skip_spikes, say)
         self._flos_per_token: int | None = None
@@ -420,6 +423,14 @@ class Trainer(SFTTrainer):
     def is_fsdp2(self) -> bool:
         """Whether each process holds a part of every weight only (FSDP, version 2)."""
         return bool(self.is_fsdp_enabled and self.accelerator.is_fsdp2)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Upstream's, with a learning rate of its own for B where LoRA+ is asked for."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new and self._lora_plus_ratio is not None:
+            faster_b(optimizer, self.model if model is None else model, self._lora_plus_ratio)
+        return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._by_names_of_its_own(resume_from_checkpoint):

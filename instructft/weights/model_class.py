@@ -13,9 +13,13 @@ all, and by the class that its config names; what text does not reach stays as i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from instructft.errors import UsageError
+from instructft.formatting import nearest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -136,6 +140,54 @@ def freeze_towers(model: PreTrainedModel) -> list[Tower]:
         if inside(name, names):
             weight.requires_grad_(False)
     return found
+
+
+def freeze_named(model: PreTrainedModel, patterns: Collection[str]) -> list[str]:
+    r"""Freeze the weights that a pattern names, or that lie in a module that it names; their names.
+
+    Example::
+
+        freeze_named(llama, [r"model\.embed_tokens", r"model\.layers\.[0-7]"])
+        # ['model.embed_tokens.weight', 'model.layers.0.self_attn.q_proj.weight', …]
+
+    Raises:
+        UsageError: a pattern names nothing, or nothing is left to be trained.
+    """
+    found: list[str] = []
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        named = re.compile(pattern)
+        chosen = [name for name in weights if any(named.fullmatch(part) for part in _parts(name))]
+        if not chosen:
+            some = sorted({re.sub(r"\.\d+\.", ".0.", name).rpartition(".")[0] for name in weights})
+            raise UsageError(
+                f"model.freeze: nothing in {type(model).__name__} is called {pattern}"
+                f"{nearest(pattern, some) or '; it has ' + ', '.join(some[:12])}"
+            )
+        found += chosen
+    for name in found:
+        weights[name].requires_grad_(False)
+    if not any(weight.requires_grad for weight in weights.values()):
+        raise UsageError(f"model.freeze: {', '.join(patterns)} leave nothing of {type(model).__name__} to be trained")
+    return sorted(set(found))
+
+
+def frozen_as_named(model: PreTrainedModel, patterns: Collection[str]) -> str:
+    """How much of a model its patterns freeze, in words: `9 tensors, 4,096 parameters`."""
+    weights = dict(model.named_parameters())
+    chosen = [name for name in freeze_named(model, patterns) if name in weights]
+    return f"{len(chosen)} tensors, {sum(weights[name].numel() for name in chosen):,} parameters"
+
+
+def _parts(name: str) -> Iterator[str]:
+    """A weight's name, and those of the modules that it lies in.
+
+    >>> list(_parts("model.norm.weight"))
+    ['model.norm.weight', 'model.norm', 'model']
+    """
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def inside(name: str, towers: Collection[str]) -> bool:

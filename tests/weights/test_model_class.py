@@ -6,7 +6,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config, LlamaConfig
 
-from instructft.weights.model_class import auto_class, backbone, freeze_towers, text_module, towers, towers_in_words
+from instructft.errors import UsageError
+from instructft.weights.model_class import (
+    auto_class,
+    backbone,
+    freeze_named,
+    freeze_towers,
+    text_module,
+    towers,
+    towers_in_words,
+)
 from tests.helpers.towers import SECTIONS, config_of
 
 
@@ -58,3 +67,26 @@ def test_a_class_of_the_checkpoints_own_code_is_taken_as_it_is_registered() -> N
     config = LlamaConfig()
     config.auto_map = {"AutoModelForImageTextToText": "modeling_own.OwnModel"}
     assert auto_class(config) is AutoModelForImageTextToText
+
+
+def test_a_pattern_freezes_what_it_names_and_what_lies_in_it() -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=12, n_embd=8, n_head=1, vocab_size=10))
+    found = freeze_named(model, [r"transformer\.h\.1", r"lm_head"])
+    assert {name for name, weight in model.named_parameters() if not weight.requires_grad} == {
+        *(name for name, _ in model.named_parameters() if name.startswith("transformer.h.1.")),
+        "transformer.wte.weight",  # it is the head too
+    }
+    assert "lm_head.weight" in found
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ([r"transformer\.h\.7"], r"model\.freeze: nothing in GPT2LMHeadModel is called transformer\\.h\\.7"),
+        (["transformer"], "leave nothing of GPT2LMHeadModel to be trained"),
+    ],
+)
+def test_a_pattern_without_a_meaning_is_refused(patterns: list[str], message: str) -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10))
+    with pytest.raises(UsageError, match=message):
+        freeze_named(model, patterns)
