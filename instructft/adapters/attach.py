@@ -30,6 +30,7 @@ from instructft.errors import AdapterError, ModelError
 from instructft.formatting import first_line
 from instructft.weights import remote_code
 from instructft.weights.base_record import BASE, BaseModelRecord, base_folder, is_hub_id
+from instructft.weights.model_class import auto_class
 from instructft.weights.weight_files import fingerprint
 
 if TYPE_CHECKING:
@@ -165,12 +166,13 @@ def check_fit(adapter: AdapterFolder, base: Path) -> None:
         AdapterError: as `attach` does.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     trust = remote_code.flag()
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, **trust), **trust)
+            config = AutoConfig.from_pretrained(base, **trust)
+            model = auto_class(config).from_config(config, **trust)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{base} could not be read as a model: {first_line(error)}") from error
     with torch.device("meta"):

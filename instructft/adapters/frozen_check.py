@@ -91,6 +91,33 @@ class AdapterProof(TrainerCallback):
         return {**verdict, "stayed": stayed} if stayed and not still else verdict
 
 
+class FrozenProof:
+    """The same for a model that is trained without an adapter, and not whole: what is frozen stays as it is.
+
+    Args:
+        model: with `requires_grad` as training has it.
+    """
+
+    def __init__(self, model: Any):
+        self._frozen = {without_wrappers(name) for name, weight in model.named_parameters() if not weight.requires_grad}
+        self._before = {n: (digest(tensor), tensor.dtype) for n, tensor in _tensors(model) if n in self._frozen}
+
+    def verdict(self, model: Any, *, judge: bool = True) -> dict[str, Any]:
+        """How many weights stayed as they were; asked by every process, judged by the first.
+
+        Raises:
+            InstructftError: one of them changed.
+        """
+        now = {name: tensor for name, tensor in _tensors(model) if name in self._before}
+        changed = [n for n, (value, dtype) in self._before.items() if n not in now or digest(now[n].to(dtype)) != value]
+        if changed and judge:
+            raise InstructftError(
+                f"weights that are frozen changed in training: {len(changed)} of {len(self._before)}, the first "
+                f"{changed[0]}. The model is not the one that was asked for"
+            )
+        return {"tensors": len(self._before), "unchanged": True}
+
+
 def in_words(verdict: dict[str, Any]) -> str:
     """A line for the terminal.
 

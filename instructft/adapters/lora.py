@@ -24,6 +24,7 @@ from instructft.errors import UsageError
 from instructft.formatting import first_line, nearest
 from instructft.prompt.sandbox import SECONDS, at_most
 from instructft.weights import remote_code
+from instructft.weights.model_class import auto_class, backbone, inside, towers
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
 
     from instructft.recipe.schema import Recipe
 
-# How PEFT may fill A and B before the first step. Its other ways (pissa, olora, corda, loftq, …) change the base's own
-# weights in memory, so that the adapter would fit no base that is on disk.
+# How PEFT may fill A and B before the first step, and why its other ways are not taken.
 _INITS = (True, False, "gaussian", "orthogonal")
+_CHANGES_BASE = "changes the base's weights, so that the adapter would fit no base on disk"
+_NEEDS_DATA = "is worked out from activations over the data, for which PEFT wants a pass of its own before training"
+_REFUSED = {"eva": _NEEDS_DATA, "corda": f"{_NEEDS_DATA}, and {_CHANGES_BASE}"}
 
 
 def _no_adapter(model: Any, recipe: Recipe, new_tokens: Sequence[int] = (), **_: Any) -> Any:
@@ -121,10 +124,9 @@ def lora_config(recipe: Recipe, model: Any, new_tokens: Sequence[int] = ()) -> L
     fields = recipe.adapter.peft_kwargs()
     init = fields.get("init_lora_weights", True)
     if init not in _INITS:
-        raise UsageError(
-            f"adapter.init_lora_weights: {init} changes the base's weights, so that the adapter would fit no base on "
-            f"disk; expected one of {', '.join(str(way).lower() for way in _INITS)}"
-        )
+        known = ", ".join(str(way).lower() for way in _INITS)
+        why = _REFUSED.get(str(init).lower(), _CHANGES_BASE)
+        raise UsageError(f"adapter.init_lora_weights: {init} {why}; expected one of {known}")
     if str(fields["target_modules"]).lower() == "all-linear":
         fields["target_modules"] = _linear_layers(model)
     if new_tokens:
@@ -135,6 +137,15 @@ def lora_config(recipe: Recipe, model: Any, new_tokens: Sequence[int] = ()) -> L
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(f"adapter: PEFT refuses it: {first_line(error)}") from error
     targets = _targets(model, config, recipe.adapter.target_modules)
+    aside = tuple(tower.name for tower in towers(model))
+    if any(inside(name, aside) for name in targets):  # `q_proj` is a name in many a vision tower too
+        targets = {name: module for name, module in targets.items() if not inside(name, aside)}
+        if not targets:
+            raise UsageError(
+                f"adapter.target_modules: {recipe.adapter.target_modules} reaches only {', '.join(aside)}, which text "
+                "does not go through; all-linear takes the layers of the language model"
+            )
+        config.target_modules = shortest_names(model, set(targets))
     _refuse_tied_and_head(model, config, targets)
     # weights of a Conv1D lie as (in, out); a quantized one is a Linear by now, but merges into the Conv1D of its base
     conv = any(Conv1D in (type(module), getattr(module, "source_cls", None)) for module in targets.values())
@@ -176,7 +187,8 @@ def _linear_layers(model: Any) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    on_the_way = {id(module) for module in model.base_model.modules()}  # what the loss is computed through
+    on_the_way = {id(module) for module in backbone(model).modules()}  # what the loss is computed through
+    aside = tuple(tower.name for tower in towers(model))
     left_out = _left_out(model)
     whole = {
         name
@@ -185,6 +197,7 @@ def _linear_layers(model: Any) -> list[str]:
         and isinstance(module, torch.nn.Linear | Conv1D)
         and id(module) in on_the_way
         and module is not head
+        and not inside(name, aside)
         and not _answers_its_own_way(module)
     }
     if not whole:
@@ -278,12 +291,11 @@ def check(recipe: Recipe, config: PretrainedConfig, new_tokens: Sequence[int] = 
         UsageError: what does not fit, and what the model has instead.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     if recipe.adapter.type == "none":
         return
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **remote_code.flag())
+        model = auto_class(config).from_config(copy.deepcopy(config), **remote_code.flag())
         add_lora(model, recipe, new_tokens, only_shapes=True)
 
 
@@ -304,25 +316,44 @@ def count_parameters(model: Any) -> tuple[int, int]:
     return found[0], found[1]
 
 
+def faster_b(optimizer: Any, model: Any, ratio: float) -> None:
+    """Give B of every pair `ratio` times the learning rate (LoRA+, arXiv:2402.12354), whatever the optimizer.
+
+    A schedule multiplies the rate of each group, so that the ratio holds at every step.
+    """
+    b = {id(weight) for name, weight in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name}
+    groups = []
+    for group in optimizer.param_groups:
+        fast = [weight for weight in group["params"] if id(weight) in b]
+        groups.append({**group, "params": [weight for weight in group["params"] if id(weight) not in b]})
+        if fast:
+            groups.append({**group, "params": fast, "lr": group["lr"] * ratio})
+    optimizer.param_groups = groups
+
+
 def is_peft(model: Any) -> bool:
     """Whether a model carries an adapter; imports nothing."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def fit_embeddings(model: PreTrainedModel, tokens: int) -> None:
-    """Grow the embeddings to `tokens` rows; each new row is the mean of the old ones. They never shrink."""
+    """Grow the embeddings to `tokens` rows; each new row is the mean of the old ones. They never shrink.
+
+    All that grows with them is treated alike: the bias of a head, and the embeddings that Gemma 3n and Gemma 4 have for
+    each layer, which transformers would fill with random numbers, others each time that the model is loaded.
+    """
     import torch
 
-    old = model.get_input_embeddings().weight.shape[0]
-    if tokens <= old:
+    if tokens <= model.get_input_embeddings().weight.shape[0]:
         return
+    before = {name: weight.shape for name, weight in model.named_parameters()}
     model.resize_token_embeddings(tokens, mean_resizing=False)
     with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if layer is not None:
-                layer.weight[old:] = layer.weight[:old].float().mean(dim=0).to(layer.weight.dtype)
-                if getattr(layer, "bias", None) is not None:
-                    layer.bias[old:] = layer.bias[:old].float().mean().to(layer.bias.dtype)
+        for name, weight in model.named_parameters():
+            if weight.shape != before[name]:
+                old = before[name][0]
+                exact = torch.float32 if weight.device.type == "mps" else torch.float64  # as a merge has it
+                weight[old:] = (weight[:old].sum(dim=0, dtype=exact) / old).to(weight.dtype)
 
 
 def rows_to_train(model: Any, fields: dict[str, Any], new_tokens: Sequence[int]) -> dict[str, list[int]]:

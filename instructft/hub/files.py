@@ -24,6 +24,7 @@ from instructft.checkpoints.manifest import MANIFEST, NAME, kind, manifest_text,
 from instructft.errors import HubError, ModelError
 from instructft.redaction import of_file, without_places
 from instructft.weights.base_record import stays_inside
+from instructft.weights.model_class import PROCESSOR
 from instructft.weights.weight_files import NAMES, weight_files
 
 IN_MEMORY = 1 << 20  # bytes; a file up to here is read once, so that what was scanned is what is sent
@@ -33,7 +34,7 @@ _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 INDEX = NAMES[0][1]
 
 # What a later command or another library reads of a model, by name.
-CONFIGS = {"config.json", "generation_config.json", CONFIG, "base.json"}
+CONFIGS = {"config.json", "generation_config.json", CONFIG, "base.json"} | PROCESSOR
 TOKENIZER = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "tekken.json", "tokenizer.model",

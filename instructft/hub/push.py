@@ -236,8 +236,9 @@ def require_whole_folder(folder: Path) -> None:
 def _tensors(folder: Path, found: set[str]) -> dict[str, tuple[int, ...]]:
     """The tensors that a model's configuration asks for; none where this version of transformers cannot tell."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    from instructft.weights.model_class import auto_class
     from instructft.weights.weight_files import tensors
 
     try:
@@ -245,7 +246,7 @@ def _tensors(folder: Path, found: set[str]) -> dict[str, tuple[int, ...]]:
         if getattr(config, "quantization_config", None):  # its tensors are packed
             return {}
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, **remote_code.flag())
+            model = auto_class(config).from_config(config, **remote_code.flag())
     except (OSError, ValueError, KeyError, ImportError, AttributeError):
         return {}
     return tensors(model, dict.fromkeys(found))

@@ -67,7 +67,7 @@ class Batch:
             RuntimeError: out of memory; `rows` are not in then.
         """
         cache = self._generate(rows, None, len(rows), 1)
-        self.rolls = self.rolls and _is_plain(cache)
+        self.rolls = self.rolls and _is_plain(cache) and not _remembers_rows(self.generator.model)
         if self.rolls:
             self._cache = _joined(self._cache, cache)
         self.rows += rows
@@ -163,6 +163,11 @@ def _is_plain(cache: Any) -> bool:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _remembers_rows(model: Any) -> bool:
+    """Whether a model keeps a number for each row of its last batch beside the cache: Qwen-VL, offsets of positions."""
+    return any(hasattr(module, "rope_deltas") for module in model.modules())
 
 
 def _joined(cache: Any, new: Any) -> Any:

@@ -16,6 +16,7 @@ from instructft.recipe.schema import Recipe
 from instructft.redaction import last_name
 from instructft.report.model_card import bare_card, card, read_evaluation, read_licence
 from instructft.weights import remote_code
+from instructft.weights.model_class import PROCESSOR
 from instructft.weights.tensor_io import write_text
 
 if TYPE_CHECKING:
@@ -45,7 +46,11 @@ def copy_metadata(adapter: Path, base: Path, target: Path) -> None:
     templates = "additional_chat_templates"  # those that are not the default
     if source := next((p / templates for p in tokenizer if (p / templates).is_dir()), None):
         shutil.copytree(source, target / templates)
-    for name, folders in (("generation_config.json", [*own, base]), ("recipe.yaml", own)):
+    for name, folders in (
+        ("generation_config.json", [*own, base]),
+        ("recipe.yaml", own),
+        *((name, [base]) for name in sorted(PROCESSOR)),
+    ):
         if source := find(name, folders):
             shutil.copyfile(source, target / name)
 
@@ -64,6 +69,10 @@ def config_text(base: Path, target: Path, model: PreTrainedModel, dtype: str, un
     if section is not raw and "dtype" in section:
         section["dtype"] = dtype
     section[names["vocab_size"]] = model.get_input_embeddings().weight.shape[0]
+    if (
+        own := getattr(text, "vocab_size_per_layer_input", None)
+    ) is not None:  # of Gemma 3n and 4; grows with the others
+        section["vocab_size_per_layer_input"] = own
     if "vocab_size" in raw:
         raw["vocab_size"] = section[names["vocab_size"]]
     if untied:

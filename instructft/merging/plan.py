@@ -20,6 +20,8 @@ from instructft.errors import ModelError, UsageError
 from instructft.merging.arithmetic import Edit
 from instructft.merging.edits import find_edits
 from instructft.weights import remote_code
+from instructft.weights.base_manifest import places
+from instructft.weights.model_class import auto_class
 from instructft.weights.tensor_io import Planned, Stored
 
 if TYPE_CHECKING:
@@ -126,7 +128,7 @@ def make_plan(
 def _skeleton(base: Path) -> PreTrainedModel:
     """The base without weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base, **remote_code.flag())
     if getattr(config, "quantization_config", None):
@@ -135,7 +137,8 @@ def _skeleton(base: Path) -> PreTrainedModel:
             "unquantized model: name that as base_model_name_or_path in adapter_config.json"
         )
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **remote_code.flag())
+        model: PreTrainedModel = auto_class(config).from_config(config, **remote_code.flag())
+    return model
 
 
 def _tied(model: PreTrainedModel) -> dict[str, list[str]]:
@@ -149,24 +152,11 @@ def _tied(model: PreTrainedModel) -> dict[str, list[str]]:
 def _sources(
     model: PreTrainedModel, stored: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, str]:
-    """Model parameter -> the one checkpoint tensor that it is loaded from, where there is one.
-
-    Follows `convert_and_load_state_dict_in_model` of transformers/core_model_loading.py.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    known, prefix = model.state_dict(), model.base_model_prefix
+    """Model parameter -> the one checkpoint tensor that it is loaded from, where there is one."""
     found: dict[str, str] = {}
     twice: set[str] = set()
-    for checkpoint in stored:
-        name, converted = rename_source_key(checkpoint, renamings, converters, prefix, known)
-        if name not in known and checkpoint in known:
-            name, converted = rename_source_key(checkpoint, [], [], prefix, known)
-        if name not in known or converted is not None:
+    for checkpoint, (name, a_part) in places(model, stored).items():
+        if name is None or a_part:
             continue
         if stored[checkpoint].shape != shapes[name]:
             raise ModelError(
@@ -184,14 +174,12 @@ def _grow(model: PreTrainedModel, vocab_size: int, before: Mapping[str, tuple[in
     rows = model.get_input_embeddings().weight.shape[0]
     if vocab_size <= rows:  # they never shrink
         return {}
-    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
-    places = {name for name, module in model.named_modules() if any(module is layer for layer in layers)}
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
     grown = {}
     for name, tensor in model.state_dict().items():
         if tuple(tensor.shape) == before[name]:
             continue
-        if name.rpartition(".")[0] not in places or tuple(tensor.shape[1:]) != before[name][1:]:
+        if tuple(tensor.shape[1:]) != before[name][1:]:
             raise UsageError(f"{name} grows with the vocabulary, and no merge of such a weight is proved here")
         grown[name] = tensor.shape[0]
     return grown

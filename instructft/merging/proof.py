@@ -28,6 +28,7 @@ from instructft.merging.comparison import Seen, Texts, agreement, apart, look, l
 from instructft.merging.plan import Machine, Plan
 from instructft.merging.weight_proof import Changed, compare_weights
 from instructft.weights import remote_code
+from instructft.weights.model_class import auto_class
 from instructft.weights.readable import reading
 from instructft.weights.rounding import NEAREST, STOCHASTIC
 from instructft.weights.tensor_io import Stored, pieces
@@ -246,11 +247,12 @@ def measure_quantized(
 
 
 def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with reading(str(folder), folder):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **remote_code.flag(), **options
+        config = AutoConfig.from_pretrained(folder, **remote_code.flag())
+        model, info = auto_class(config).from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, **remote_code.flag(), **options
         )
     return model.eval(), info
 

@@ -10,6 +10,7 @@ from instructft.errors import UsageError
 from instructft.formatting import first_line
 from instructft.models.load import weights_dtype
 from instructft.weights import remote_code
+from instructft.weights.model_class import auto_class
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,6 @@ def check_attention(recipe: Recipe, config: PretrainedConfig) -> None:
         UsageError: what is missing, and what to write instead.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     asked = recipe.model.attn_implementation
     if asked == "auto" or "/" in asked:  # a kernel on the Hub is fetched when it is used
@@ -62,7 +62,7 @@ def check_attention(recipe: Recipe, config: PretrainedConfig) -> None:
     named = None if asked == VARLEN else asked
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 copy.deepcopy(config), attn_implementation=named, **remote_code.flag()
             )
     except (ImportError, ValueError) as error:

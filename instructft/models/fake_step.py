@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 from instructft.adapters.lora import ADAPTERS, is_peft
 from instructft.models.kernels.activations import fuse_activations
 from instructft.weights import remote_code
+from instructft.weights.model_class import auto_class, freeze_named, freeze_towers
+from instructft.weights.model_class import backbone as text_backbone
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -113,8 +115,6 @@ class MemoryTracker(TorchDispatchMode):
 
 def meta_model(recipe: Recipe, start: StartingPoint, dtype: torch.dtype, device: str) -> tuple[Any, PretrainedConfig]:
     """The model that a run would train, adapter included, on PyTorch's meta device: all shapes, no numbers."""
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(start.config)
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, start.tokens)  # the embeddings grow by the template's own tokens
@@ -125,7 +125,9 @@ def meta_model(recipe: Recipe, start: StartingPoint, dtype: torch.dtype, device:
                 setattr(text, name, 0.0)
     chosen = {"auto": None, "eager": "eager"}.get(attention, "sdpa")  # flash-attention keeps what fused sdpa keeps
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=chosen, **remote_code.flag())
+        model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=chosen, **remote_code.flag())
+        freeze_towers(model)
+        freeze_named(model, recipe.model.freeze or ())
         fuse_activations(model)  # as `load_model` does: it keeps a third of what GPT-2's own would
         model = ADAPTERS[recipe.adapter.type](model, recipe, start.new_tokens, only_shapes=True)
     return model.train(), config
@@ -150,7 +152,7 @@ def measure_step(model: Any, config: PretrainedConfig, batch: Batch, args: SFTCo
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     checkpointing = bool(args.gradient_checkpointing)
     try:
-        backbone = (model.get_base_model() if is_peft(model) else model).base_model
+        backbone = text_backbone(model.get_base_model() if is_peft(model) else model)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if is_peft(model):

@@ -21,11 +21,12 @@ from instructft.models.latest import resolve_latest
 from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import not_loaded
 from instructft.weights import remote_code
+from instructft.weights.model_class import auto_class, freeze_named, freeze_towers
 from instructft.weights.readable import reading
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from instructft.recipe.schema import Recipe
 
@@ -71,7 +72,7 @@ def load_model(
         UsageError: the model is unknown or does not fit the recipe.
         ModelError: its weights could not be read.
     """
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import set_seed
 
     recipe, _ = resolve_latest(recipe)
     start = start or starting_point(recipe, tokenizer)
@@ -83,49 +84,53 @@ def load_model(
     config = copy.deepcopy(start.config)
     if not start.name:
         set_seed(recipe.train["seed"])
-        model = AutoModelForCausalLM.from_config(config, **how, **remote_code.flag())
+        model = auto_class(config).from_config(config, **how, **remote_code.flag())
     else:
         where = {"revision": start.revision, "subfolder": start.subfolder}
         trust = remote_code.pinned(start.name, start.revision)
         with reading(f"model.name_or_path: {start.name}", Path(start.name) / start.subfolder):
             try:
-                model = AutoModelForCausalLM.from_pretrained(
-                    start.name, config=config, **how, **where, **trust, **quantization.loading(recipe, dtype)
+                model, info = auto_class(config).from_pretrained(
+                    start.name,
+                    config=config,
+                    output_loading_info=True,
+                    **how,
+                    **where,
+                    **trust,
+                    **quantization.loading(recipe, dtype),
                 )
             except (OSError, ValueError, RuntimeError, ImportError) as error:
                 raise ModelError(not_loaded("model.name_or_path", start.name, "a model", error)) from error
+        if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers and goes on
+            raise ModelError(
+                f"model.name_or_path: {start.name} is not whole: it holds no weights for {', '.join(missing[:3])} "
+                f"({len(missing)} in all) of {type(model).__name__}, the class that its config.json names"
+            )
     quantization.fix_layout(model)
+    freeze_towers(model)
     fuse_activations(model)
     if start.adapter is not None:
-        return _train_further(start.adapter, model, tokenizer)
+        return _train_further(recipe, start.adapter, model, tokenizer)
     fit_embeddings(model, len(tokenizer))
     fit_special_tokens(model, tokenizer)
+    freeze_named(model, recipe.model.freeze or ())
     return lora.ADAPTERS[recipe.adapter.type](model, recipe, start.new_tokens)
 
 
-def _train_further(adapter: AdapterFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _train_further(
+    recipe: Recipe, adapter: AdapterFolder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Any:
     """The base with an adapter that was trained before, ready to be trained further."""
     if len(tokenizer) > max(adapter.base.vocab_size, model.get_input_embeddings().weight.shape[0]):
+        key = "model.new_tokens" if recipe.model.new_tokens else "data.template"
         raise UsageError(
-            f"data.template: needs tokens that the adapter in {adapter.folder} was not trained with "
-            f"({len(tokenizer)}, expected {adapter.base.vocab_size}); use data.template=tokenizer"
+            f"{key}: needs tokens that the adapter in {adapter.folder} was not trained with ({len(tokenizer)}, "
+            f"expected {adapter.base.vocab_size}); use data.template=tokenizer, or merge it first and begin from what "
+            "that gives"
         )
     adapted = lora.as_trained_here(attach(model, adapter, trainable=True))
     fit_special_tokens(adapted, tokenizer)
     return adapted
-
-
-def stored_dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype | None:
-    """The type in which the final model is stored, where that is not the one it was trained in; else None.
-
-    With `dtype: auto` a base in 16 bits is trained in float32 (`weights_dtype`), and comes back in its own.
-    """
-    import torch
-
-    narrow = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16)}
-    if recipe.model.name_or_path is None or recipe.model.dtype != "auto" or recipe.adapter.type != "none":
-        return None
-    return narrow.get(str(config.dtype).removeprefix("torch."))
 
 
 def fit_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

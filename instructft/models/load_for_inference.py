@@ -19,6 +19,7 @@ from instructft.models.tokenizer import adds_bos
 from instructft.prompt.templates import TEMPLATES
 from instructft.weights import remote_code
 from instructft.weights.base_record import adapter_on_hub, commit_of
+from instructft.weights.model_class import auto_class
 from instructft.weights.readable import reading
 
 if TYPE_CHECKING:
@@ -184,13 +185,15 @@ def _quantized(adapter: AdapterFolder) -> dict[str, Any]:
 def _load_weights(name: str, location: str, **options: Any) -> PreTrainedModel:
     """`from_pretrained` that takes no missing weight for granted, in evaluation mode on this machine's device."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     device = _device()
     options = {"dtype": torch.float32 if device == "cpu" else "auto", **options}
     options |= remote_code.pinned(location, options.get("revision"))
-    load = AutoModelForCausalLM.from_pretrained
-    model, info = _whole(name, load, location, output_loading_info=True, **options)
+    where = {key: options[key] for key in ("revision", "trust_remote_code", "code_revision") if key in options}
+    config = _whole(name, AutoConfig.from_pretrained, location, **where)
+    load = auto_class(config).from_pretrained
+    model, info = _whole(name, load, location, config=config, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers and goes on
         raise ModelError(
             f"{name} is not whole: it holds no weights for {', '.join(missing[:3])} ({len(missing)} in all)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from instructft.models.tokenizer import new_tokens, not_loaded
 from instructft.recipe.schema import thaw
 from instructft.weights import remote_code
 from instructft.weights.base_record import BaseModelRecord, base_fingerprint, commit_of, is_hub_id
+from instructft.weights.model_class import auto_class, freeze_named
 from instructft.weights.readable import reading
 
 if TYPE_CHECKING:
@@ -158,6 +160,11 @@ def starting_point(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Starti
             f"train.router_aux_loss_coef: found {coefficient:g}, but {named['name_or_path'] or 'model.config'} "
             f"({config.model_type}) is no mixture of experts with a loss of its router; take it out"
         )
+    if model.freeze:
+        import torch
+
+        with torch.device("meta"):
+            freeze_named(auto_class(config).from_config(copy.deepcopy(config), **remote_code.flag()), model.freeze)
     added: list[int] = []
     if recipe.adapter.type != "none" and adapter is None:
         added = new_tokens(recipe, tokenizer, config.get_text_config().vocab_size)
@@ -188,7 +195,9 @@ def adapter_to_train_further(recipe: Recipe) -> AdapterFolder | None:
         asked["target_modules"] = ("target_modules", sorted(recipe.adapter.target_modules))
     for key, (peft_key, value) in asked.items():
         there = adapter.config.get(peft_key, False)
-        there = sorted(there) if key == "target_modules" and isinstance(there, list) else there
+        if key == "target_modules" and isinstance(there, list):  # where there is a tower, names are written out whole
+            named = {next((n for n in value if name == n or name.endswith(f".{n}")), name) for name in there}
+            there = sorted(named)
         if there != value:
             say = str(there).lower() if isinstance(there, bool) else there
             raise UsageError(f"adapter.{key}: found {value}, but the adapter in {name} has {say}; write {key}: {say}")

@@ -17,6 +17,7 @@ from instructft.formatting import first_line
 from instructft.models.latest import resolve_latest
 from instructft.prompt.templates import BOS, TEMPLATES
 from instructft.weights import remote_code
+from instructft.weights.model_class import PROCESSOR
 from instructft.weights.readable import unreadable_tokenizer
 
 if TYPE_CHECKING:
@@ -104,22 +105,38 @@ def _file_of(name: str, file: str, **where: Any) -> str | None:
 
 
 def hand_on(recipe: Recipe, folder: Path) -> None:
-    """Give a folder that holds a saved tokenizer what converters read, and take out what is of this machine.
+    """Give a folder that holds a saved tokenizer what others read of it, and take out what is of this machine.
 
-    `tokenizer.model`, SentencePiece's own file, is not written by transformers; llama.cpp and others read it. How a
-    tokenizer was found (`is_local`, `local_files_only`) says nothing where it is read.
+    `tokenizer.model`, SentencePiece's own file, is not written by transformers; llama.cpp and others read it. Nor is
+    what a whole checkpoint says of its images and sounds. How a tokenizer was found (`is_local`, `local_files_only`)
+    says nothing where it is read.
     """
     path = folder / "tokenizer_config.json"
     if path.is_file():
         held = json.loads(path.read_text(encoding="utf-8"))
         kept = {key: value for key, value in held.items() if key not in ("is_local", "local_files_only")}
         path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    name, own = recipe.model.tokenizer or recipe.model.name_or_path, recipe.model.tokenizer is None
+    base = recipe.model.name_or_path
+    where = {"revision": recipe.model.revision or "main", "subfolder": recipe.model.subfolder or ""}
+    if base and (folder / "config.json").is_file():
+        for file in sorted(PROCESSOR):
+            if found := _file_of(base, file, **where):
+                _hand_on_processor(Path(found), folder / file)
+    name, own = recipe.model.tokenizer or base, recipe.model.tokenizer is None
     if not name or name == "quickstart" or (folder / "tokenizer.model").exists():
         return
-    where = {"revision": recipe.model.revision, "subfolder": recipe.model.subfolder or ""} if own else {}
-    if found := _file_of(name, "tokenizer.model", **where):
+    if found := _file_of(name, "tokenizer.model", **(where if own else {})):
         shutil.copyfile(found, folder / "tokenizer.model")
+
+
+def _hand_on_processor(source: Path, target: Path) -> None:
+    """As it is; an older chat template inside gives way to the trained one, which lies beside it."""
+    held = json.loads(source.read_text(encoding="utf-8"))
+    if "chat_template" not in held:
+        shutil.copyfile(source, target)
+        return
+    del held["chat_template"]
+    target.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
@@ -130,8 +147,9 @@ def new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: int) ->
     added = _ADDED.get(tokenizer)
     if added is None:  # one that was saved: the model's own knows which tokens are new in it
         template = TEMPLATES.get(recipe.data.template)
-        known = _bare_tokenizer(recipe).get_vocab() if template and template.tokens else {}
-        added = [token for token in (template.tokens if template else ()) if token not in known]
+        asked = [*(recipe.model.new_tokens or ()), *(template.tokens if template else ())]
+        known = _bare_tokenizer(recipe).get_vocab() if asked else {}
+        added = [token for token in asked if token not in known]
     return sorted({*tokenizer.convert_tokens_to_ids(added), *range(rows, len(tokenizer))})
 
 
@@ -158,6 +176,9 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
 
     name = recipe.data.template
     own = tokenizer.chat_template
+    mine = [token for token in recipe.model.new_tokens or () if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in mine])
+    _ADDED[tokenizer] = mine
     if isinstance(own, dict):  # some models carry several; the one for chatting is called default
         own = own.get("default")
     if name == "tokenizer" and not own:
@@ -175,7 +196,7 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in template.tokens if token not in vocabulary]
         tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
-        _ADDED[tokenizer] = missing
+        _ADDED[tokenizer] = [*mine, *missing]
         if template.stop:
             tokenizer.eos_token = template.stop
         text = template.text()

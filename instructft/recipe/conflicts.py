@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -140,6 +141,14 @@ def _model(recipe: Recipe) -> Iterator[Contradiction]:
             yield (("adapter", "type"), config), say
         if model.quantization != "none":
             yield (("model", "quantization"),), "random weights (model.config) cannot be quantized; take it out"
+    for pattern in model.freeze or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield (("model", "freeze"),), f"{pattern} is no regular expression: {error}"
+    if model.freeze and recipe.adapter.type != "none":
+        say = "has no effect under an adapter, whose base is frozen whole; choose layers with adapter.target_modules"
+        yield (("model", "freeze"), ("adapter", "type")), say
     if model.quantization != "none" and model.config is None and recipe.adapter.type == "none":
         say = f"{model.quantization} weights cannot be trained themselves; add adapter.type: lora, or take it out"
         yield (("model", "quantization"), ("adapter", "type")), say

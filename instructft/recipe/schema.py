@@ -135,6 +135,14 @@ class ModelSection(_Section):
     overrides: FrozenMap | None = Field(
         default=None, description="fields of the model's own config.json that are set anew, e.g. {attn_pdrop: 0.0}"
     )
+    freeze: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="regular expressions for names of layers or weights that stay as they are",
+    )
+    new_tokens: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        default=None, min_length=1, description="tokens of your own that the vocabulary gains; their rows are trained"
+    )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         default="none", description="bits of the frozen base weights; needs adapter.type: lora"
     )
@@ -252,6 +260,9 @@ class AdapterSection(_Section):
     )
     use_dora: bool = Field(default=False, description="weight-decomposed LoRA, arXiv:2402.09353")
     use_rslora: bool = Field(default=False, description="rank-stabilized LoRA, arXiv:2312.03732")
+    lora_plus_ratio: float | None = Field(
+        default=None, ge=1, description="times the learning rate, for B alone (LoRA+, arXiv:2402.12354)"
+    )
     more: FrozenMap = Field(default_factory=FrozenDict, exclude=True)  # not a key
 
     def peft_kwargs(self) -> dict[str, Any]:

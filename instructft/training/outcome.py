@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,12 @@ from instructft.errors import ModelError
 from instructft.version import __version__
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
     from instructft.data.prepare import Prepared
     from instructft.data.streaming import Streamed
+    from instructft.models.starting_point import StartingPoint
     from instructft.recipe.schema import Recipe
     from instructft.training.trainer import Trainer
 
@@ -137,20 +137,15 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     facts: dict[str, Any],
     data: Prepared | Streamed,
-    dtype: torch.dtype | None = None,
+    origin: StartingPoint,
 ) -> None:
-    """Write the final model, its tokenizer and the metadata of the run.
-
-    Args:
-        dtype: narrower than that of training, as the base has it; None: the model stays as it was trained.
-    """
+    """Write the final model, its tokenizer and the metadata of the run."""
     from instructft.models.load import fit_special_tokens
     from instructft.models.tokenizer import hand_on
     from instructft.report.curves import plot_loss
     from instructft.report.model_card import write_card
     from instructft.report.page import draw_report
     from instructft.training.rehearsal.saved_loss import prove_saved_loss
-    from instructft.weights.rounding import narrow_files
     from instructft.weights.weight_files import require_whole
 
     run = Path(trainer.args.output_dir)
@@ -161,16 +156,15 @@ def save(
         return
     require_whole(model, run / PARTIAL)
     hand_on(recipe, run / PARTIAL)
-    if dtype is not None:
-        narrow_files(run / PARTIAL, dtype)
-    facts["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
+    like_base = compared_with_base(model, run / PARTIAL, recipe, origin)
     for_older_readers(run / PARTIAL / "config.json")
     try:
         facts["saved"] = (
             None
             if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-            else prove_saved_loss(trainer, run / PARTIAL, narrowed=dtype is not None)
+            else prove_saved_loss(trainer, run / PARTIAL)
         )
+        facts["like_base"] = like_base
     except ModelError as error:
         shutil.rmtree(run / UNPROVED, ignore_errors=True)
         (run / PARTIAL).replace(run / UNPROVED)
@@ -183,6 +177,32 @@ def save(
     write_card(run, recipe, facts)
     draw_report(run, recipe, facts, tokenizer, data)
     _write_facts(run, facts)  # last: by it a run is known to be finished
+
+
+def compared_with_base(model: Any, folder: Path, recipe: Recipe, origin: StartingPoint) -> dict[str, Any] | None:
+    """What was saved, in the types of its base and held against it; None for an adapter, which its loading proves.
+
+    Raises:
+        ModelError: it is not what its base is.
+    """
+    from instructft.adapters.lora import is_peft
+    from instructft.weights.base_manifest import save_like_base
+    from instructft.weights.base_record import base_folder
+
+    if not origin.name or is_peft(model) or getattr(origin.config, "quantization_config", None):
+        return None
+    base = base_folder(origin.name, origin.revision, origin.subfolder)
+    return save_like_base(model, folder, base, recipe.model.dtype != "auto") if base else None
+
+
+def say_of_dtype(facts: Mapping[str, Any], model: Any, console: Console) -> None:
+    """Tell where the final model is stored in a narrower type than it was trained in."""
+    stored = (facts.get("like_base") or {}).get("dtype")
+    if stored and stored != str(model.dtype).removeprefix("torch."):
+        console.print(
+            f"the final model is stored in {stored}, as its base is (model.dtype=float32 keeps what was trained)",
+            highlight=False,
+        )
 
 
 def _write_facts(run: Path, facts: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from instructft.errors import CheckpointError
 from instructft.formatting import first_line
 from instructft.hub.push import progress_of
 from instructft.training.out_of_memory import ran_out
+from instructft.weights.weight_files import ADAPTER_WEIGHTS, read_header, weight_files, without_wrappers
 
 if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
@@ -109,6 +110,36 @@ class Progress(TrainerCallback):
         }
         path = folder / f"progress_{trainer.args.process_index}.json"
         path.write_text(json.dumps(known), encoding="utf-8")
+
+
+def renamed_on_disk(model: Any, folder: Path) -> bool:
+    """Whether the whole model in a folder has tensors that are named otherwise in memory, or are parts of one there.
+
+    So it is with experts, which are fused as they are loaded, and with most models that see or hear.
+    """
+    if hasattr(model, "peft_config") or (folder / ADAPTER_WEIGHTS).is_file():
+        return False
+    known = {without_wrappers(name) for name in model.state_dict()}
+    return any(not known.issuperset(read_header(file)) for file in weight_files(folder) if file.suffix != ".bin")
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Put the weights of a saved model into the one in memory, by the renaming that `from_pretrained` does.
+
+    Upstream hands the names on the disk to `load_state_dict` as they are, and goes on without those that it does not
+    find (transformers 5.23): a run would resume with the weights that it once began from.
+
+    Raises:
+        CheckpointError: what is there is not the whole model.
+    """
+    bare = getattr(model, "_orig_mod", model)
+    try:
+        saved, info = type(bare).from_pretrained(folder, dtype=bare.dtype, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):
+            raise CheckpointError(f"{folder} holds no weights for {', '.join(missing[:3])} ({len(missing)} in all)")
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} is not of this model: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

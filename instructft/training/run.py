@@ -22,14 +22,22 @@ from instructft.launch.workers import first_process
 from instructft.models.attention import VARLEN, Attention, check_attention, choose_attention, switch_attention
 from instructft.models.branches import masks_for, why_not
 from instructft.models.latest import asks_for_latest, forget_newest, resolve_latest
-from instructft.models.load import load_model, stored_dtype
+from instructft.models.load import load_model
 from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import date_in_prompts, load_tokenizer, said_of_date
 from instructft.recipe.installed import check_against_installed
 from instructft.recipe.schema import Recipe
 from instructft.training.arguments import refuse_what_cannot_run, reporters, training_arguments
 from instructft.training.out_of_memory import explained
-from instructft.training.outcome import collect_facts, final_metrics, kept_unproved, library_versions, save
+from instructft.training.outcome import (
+    collect_facts,
+    final_metrics,
+    kept_unproved,
+    library_versions,
+    save,
+    say_of_dtype,
+)
+from instructft.weights.model_class import frozen_as_named, towers, towers_in_words
 from instructft.whole_file import write_whole
 
 if TYPE_CHECKING:
@@ -38,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig
 
-    from instructft.adapters.frozen_check import AdapterProof
+    from instructft.adapters.frozen_check import AdapterProof, FrozenProof
     from instructft.checkpoints.manifest import Checkpoint
     from instructft.hub.background import Publisher, Status
     from instructft.models.kernels.compiled_blocks import CompiledBlocks
@@ -140,7 +148,8 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
         if data.folds:
             turns_apart(trainer, recipe.data.max_length, console)
         found = rehearse_run(trainer, data, console) if rehearsal else None
-        proof = watch_adapter(trainer, found.reach.may_stay if found else ())
+        # 8-bit floats come and go with layers of another layout, and are for training all weights
+        proof = None if recipe.train["fp8"] else watch_adapter(trainer, found.reach.may_stay if found else ())
 
         with (
             explained(recipe, trainer),
@@ -157,13 +166,8 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
                 facts["torch_compile"] = compiled.facts() if compiled else None
                 facts["fp8"] = {"layers": fp8.layers, "of": fp8.of, "emulated": fp8.emulated} if fp8 else None
 
-        if narrower := stored_dtype(recipe, origin.config):
-            console.print(
-                f"the final model is stored in {str(narrower).removeprefix('torch.')}, as its base is "
-                "(model.dtype=float32 keeps what was trained)",
-                highlight=False,
-            )
-        save(trainer, recipe, tokenizer, facts, data, narrower)
+        save(trainer, recipe, tokenizer, facts, data, origin)
+        say_of_dtype(facts, model, console)
         state.wait_for_everyone()  # the others need not wait for an upload
         status = publisher.finish(final=True) if publisher else None
     return Result(run, facts, status)
@@ -225,6 +229,10 @@ def announce(
     if recipe.model.quantization != "none":
         share += f", base in {recipe.model.quantization}"
     table.add_row("model", escape(f"{start} · {total:,} parameters, {share}"))
+    if aside := towers(model.get_base_model() if is_peft(model) else model):
+        table.add_row("frozen", escape(towers_in_words(aside)))
+    if recipe.model.freeze:
+        table.add_row("frozen", escape(f"{frozen_as_named(model, recipe.model.freeze)}, as model.freeze says"))
     there = torch.cuda.device_count() if args.device.type == "cuda" else 0
     of = f" of {there} here" if there > args.world_size else ""
     table.add_row("device", escape(f"{args.device.type} × {args.world_size}{of} · {precision}"))
@@ -332,6 +340,7 @@ def build_trainer(
         say=say,
         identity=start.identity,
         versions=library_versions(recipe),
+        lora_plus_ratio=recipe.adapter.lora_plus_ratio,
         pack_width=recipe.data.max_length if recipe.data.packing else None,
         metadata=metadata,
         processing_class=tokenizer,
@@ -415,23 +424,29 @@ def compiled_blocks(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def watch_adapter(trainer: Trainer, may_stay: Collection[str]) -> AdapterProof | None:
-    """Take the fingerprint of all weights, if an adapter is to be trained; `may_stay` need not move."""
-    from instructft.adapters.frozen_check import AdapterProof
+def watch_adapter(trainer: Trainer, may_stay: Collection[str]) -> AdapterProof | FrozenProof | None:
+    """Take the fingerprint of all weights that are to stay as they are; of an adapter's, `may_stay` need not move."""
+    from instructft.adapters.frozen_check import AdapterProof, FrozenProof
 
     if not is_peft(trainer.model):
-        return None
+        if all(weight.requires_grad for weight in trainer.model.parameters()):
+            return None
+        return FrozenProof(trainer.model)
     proof = AdapterProof(trainer.model, may_stay)
     trainer.add_callback(proof)
     return proof
 
 
-def prove_adapter(proof: AdapterProof | None, trainer: Trainer, console: Console) -> dict[str, Any]:
-    """Stop unless the adapter moved and the base did not; what was found goes into `run.json`."""
-    from instructft.adapters.frozen_check import in_words
+def prove_adapter(proof: AdapterProof | FrozenProof | None, trainer: Trainer, console: Console) -> dict[str, Any]:
+    """Stop unless the adapter moved and what is frozen did not; what was found goes into `run.json`."""
+    from instructft.adapters.frozen_check import FrozenProof, in_words
 
     if proof is None:
         return {}
+    if isinstance(proof, FrozenProof):
+        frozen = proof.verdict(trainer.accelerator.unwrap_model(trainer.model), judge=trainer.is_world_process_zero())
+        console.print(f"{frozen['tensors']:,} frozen weights are what they were (compared bit by bit)", highlight=False)
+        return {"frozen": frozen}
     verdict = proof.verdict(trainer.accelerator.unwrap_model(trainer.model), judge=trainer.is_world_process_zero())
     console.print(in_words(verdict), highlight=False)
     return {"adapter": verdict}

@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from instructft.adapters.adapter_folder import AdapterMetadata
-from instructft.adapters.lora import token_rows
+from instructft.adapters.lora import faster_b, token_rows
 from instructft.data.arrow.token_rows import PARTS, slices_of
 from instructft.data.batches.counts import Counting, Counts, taken
 from instructft.data.batches.flat_packs import FlatPacks
@@ -32,9 +32,17 @@ from instructft.training.batch_size import MicroBatches
 from instructft.training.budget import Budget
 from instructft.training.out_of_memory import ran_out
 from instructft.training.rehearsal.start_loss import not_yet_logged
-from instructft.training.resumable import Progress, Sealing, gathered, random_states_kept
+from instructft.training.resumable import (
+    Progress,
+    Sealing,
+    gathered,
+    load_weights,
+    random_states_kept,
+    renamed_on_disk,
+)
 from instructft.training.step_checks import StepChecks
 from instructft.training.stopping import EvaluationLeft, Stop
+from instructft.weights.model_class import backbone
 
 if TYPE_CHECKING:
     from instructft.hub.background import Publisher
@@ -67,6 +75,7 @@ class Trainer(SFTTrainer):
         spike_limit, skip_spikes: what is done about a loss that leaps, see `step_checks`.
         say: told in one line what a person should know.
         identity, versions: what every checkpoint says of the run, see `resumable`.
+        lora_plus_ratio: times the learning rate, for B of an adapter.
         pack_width: slots of a pack, where rows are packs; a collator that flattens them has them trained end to end,
             see `flat_packs`.
     """
@@ -89,6 +98,7 @@ class Trainer(SFTTrainer):
         identity: Mapping[str, Any] | None = None,
         versions: Mapping[str, str] | None = None,
         pack_width: int | None = None,
+        lora_plus_ratio: float | None = None,
         **kwargs: Any,
     ):
         text = kwargs["model"].config.get_text_config()
@@ -103,7 +113,7 @@ class Trainer(SFTTrainer):
         bare = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_supervised_head(bare)
         if token_rows(bare.get_output_embeddings()) is not None:
-            bare.base_model.register_forward_pre_hook(functools.partial(_gather_head, bare))
+            backbone(bare).register_forward_pre_hook(functools.partial(_gather_head, bare))
         self._metadata = metadata
         self.budget = budget
         self._eval_groups = eval_groups or {}
@@ -112,6 +122,7 @@ class Trainer(SFTTrainer):
         # tokens, supervised tokens and slots (tokens with padding) that this process has trained
         self.counts: Counts = (0, 0, 0)
         self._pack_width = pack_width
+        self._lora_plus_ratio = lora_plus_ratio
         self.micro_batches = MicroBatches(self, find_batch, say)
         self.step_checks = StepChecks(self, spike_limit, skip_spikes, say)
         self._flos_per_token: int | None = None
@@ -447,6 +458,32 @@ class Trainer(SFTTrainer):
         """Take back for a while what training sets in the model's configuration; gives what stands there then."""
         with _in_place(self.model.config.get_text_config(), **self._as_loaded):
             yield dict(self._as_loaded)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Upstream's, with a learning rate of its own for B where LoRA+ is asked for."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new and self._lora_plus_ratio is not None:
+            faster_b(optimizer, self.model if model is None else model, self._lora_plus_ratio)
+        return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._by_names_of_its_own(resume_from_checkpoint):
+            load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        if self._by_names_of_its_own(best):
+            load_weights(self.model, Path(best))
+        else:
+            super()._load_best_model()
+
+    def _by_names_of_its_own(self, folder: str) -> bool:
+        """Whether weights on the disk are named otherwise than in memory; upstream would pass them over in silence."""
+        shared = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return not shared and renamed_on_disk(self.model, Path(folder))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self.config_as_loaded():

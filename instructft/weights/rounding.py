@@ -8,9 +8,7 @@ is noise, which sums to nothing along a row (Gupta et al., 2015: 1502.02551). Th
 
 from __future__ import annotations
 
-import json
 import zlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,40 +48,6 @@ class Rounder:
         bits = values.float().contiguous().view(torch.int32)
         chance = torch.randint(1 << 16, bits.shape, generator=self.source, dtype=torch.int32)
         return ((bits + chance) & -0x10000).view(torch.float32).to(torch.bfloat16)
-
-
-def narrow_files(folder: Path, dtype: torch.dtype) -> None:
-    """Round the weight files of a saved model to a narrower dtype, by chance where that keeps more; one at a time."""
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    total = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        for name, tensor in tensors.items():
-            if tensor.dtype == torch.float32:
-                tensors[name] = Rounder(name, dtype, STOCHASTIC)(tensor)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        partial = path.with_suffix(".narrow")  # the tensors are mapped from the file
-        save_file(tensors, partial, metadata)
-        del tensors
-        partial.replace(path)
-    name = str(dtype).removeprefix("torch.")
-    config, index = folder / "config.json", folder / "model.safetensors.index.json"
-    for path in (config, index):
-        if not path.is_file():
-            continue
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if path == index:
-            content["metadata"]["total_size"] = total
-        else:
-            for section in (content, content.get("text_config")):
-                if isinstance(section, dict) and (section is content or "dtype" in section):
-                    section["dtype"] = name
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def unit_in_last_place(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import instructft
 from instructft.adapters import lora as lora_module
 from instructft.adapters.adapter_folder import read_adapter
-from instructft.adapters.frozen_check import AdapterProof, digest
+from instructft.adapters.frozen_check import AdapterProof, FrozenProof, digest
 from instructft.errors import InstructftError
 from tests.helpers.adapters import (
     recipe,
@@ -102,3 +102,39 @@ def test_scales_of_packed_weights_are_part_of_the_proof(base: Any, tmp_path: Pat
             proof.verdict(model)
         scale.copy_(right)
     assert proof.verdict(model)["base_unchanged"]
+
+
+def test_layers_that_are_frozen_by_name_stay_to_the_bit(tmp_path: Path) -> None:
+    import io
+
+    from rich.console import Console
+    from safetensors.torch import load_file
+
+    import instructft
+    from tests.helpers.adapters import make_base, recipe
+    from tests.helpers.quickstart import tokenizer
+
+    base = make_base("llama", tmp_path / "base")
+    tokenizer().save_pretrained(base)
+    full = ("adapter.type=none", "adapter.r=16", "adapter.alpha=32", "adapter.dropout=0.05")
+    printed = io.StringIO()
+    asked = recipe(base, tmp_path, *full, "model.freeze=[model.embed_tokens, model.layers.0]")
+    result = instructft.train(asked, console=Console(file=printed, width=200))
+    assert "10 tensors" in printed.getvalue()
+    assert result.facts["frozen"] == {"tensors": 10, "unchanged": True}
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, result.output_dir))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith(("model.embed_tokens.", "model.layers.0."))}
+
+
+def test_a_frozen_weight_that_moved_ends_the_run() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.weight.requires_grad_(False)
+    proof = FrozenProof(model)
+    with torch.no_grad():
+        model.bias.add_(1)
+    assert proof.verdict(model) == {"tensors": 1, "unchanged": True}
+    with torch.no_grad():
+        model.weight[0, 0] += 1e-6
+    with pytest.raises(InstructftError, match="1 of 1, the first weight"):
+        proof.verdict(model)

@@ -373,3 +373,22 @@ def test_an_adapter_over_single_parameters_has_no_dropout_and_says_so(tmp_path: 
     adapted = lora_module.add_lora(MixtralForCausalLM(config), asked)
     assert adapted.peft_config["default"].lora_dropout == 0.0
     assert "adapter.dropout: 0 in this run" in capsys.readouterr().err
+
+
+def test_lora_plus_trains_b_faster_at_every_step() -> None:
+    from instructft.adapters.lora import faster_b
+
+    model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(2, 2), "lora_B": torch.nn.Linear(2, 2, bias=False)})
+    names = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    faster_b(optimizer, model, 16.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    for step in range(3):
+        before = {name: weight.detach().clone() for name, weight in names.items()}
+        for weight in names.values():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        moved = {name: float((weight - before[name]).abs().max()) for name, weight in names.items()}
+        assert moved["lora_B.weight"] == pytest.approx(16 * moved["lora_A.weight"], rel=1e-3)
+        assert moved["lora_A.weight"] == pytest.approx(0.1 / (step + 1), rel=1e-3)
+        schedule.step()

@@ -164,3 +164,31 @@ def test_a_disabled_adapter_leaves_the_base(base: Any, tmp_path: Path) -> None:
     add_supervised_head(model.get_base_model())
     with model.disable_adapter(), torch.no_grad():
         torch.testing.assert_close(model(**inputs, fused_lm_head=True).loss, unfused(model, inputs))
+
+
+def test_tokens_of_ones_own_are_added_trained_and_merged(base: Any, tmp_path: Path, train: Any) -> None:
+    from instructft.merging.merge import merge_adapter
+    from tests.helpers.adapters import QUIET
+
+    asked = recipe(base("llama"), tmp_path, "model.new_tokens=['<plan>', '</plan>']")
+    result, model, _ = train(asked)
+    tokenizer = AutoTokenizer.from_pretrained(result.output_dir)
+    assert tokenizer.convert_tokens_to_ids(["<plan>", "</plan>"]) == [1490, 1491]
+    assert tokenizer.decode([1490], skip_special_tokens=True) == "<plan>"  # it is text, and no end of anything
+    shapes = read_adapter(result.output_dir).shapes
+    assert sum(name.endswith("trainable_tokens_delta") and shape == (2, 32) for name, shape in shapes.items()) == 2
+    merged = merge_adapter(result.output_dir, tmp_path / "merged", console=QUIET).output_dir
+    again = AutoModelForCausalLM.from_pretrained(merged)
+    torch.testing.assert_close(logits(again, 1492), logits(model, 1492), atol=1e-5, rtol=0)
+
+
+def test_a_second_stage_has_a_template_of_its_own_and_keeps_the_tokens(base: Any, tmp_path: Path, train: Any) -> None:
+    full = ("adapter.type=none", "adapter.r=16", "adapter.alpha=32", "adapter.dropout=0.05", "train.max_steps=1")
+    first, _, _ = train(recipe(base("llama"), tmp_path, *full, "model.new_tokens=['<plan>']"))
+    stage = recipe(first.output_dir, tmp_path, f"output_dir={tmp_path / 'second'}", "data.template=chatml")
+    second, _, _ = train(stage)
+    tokenizer = AutoTokenizer.from_pretrained(second.output_dir)
+    assert tokenizer.convert_tokens_to_ids(["<plan>", "<|im_start|>", "<|im_end|>"]) == [1490, 1491, 1492]
+    assert "<|im_start|>" in tokenizer.chat_template
+    rows = [shape for name, shape in read_adapter(second.output_dir).shapes.items() if "tokens_delta" in name]
+    assert set(rows) == {(2, 32)}  # the first stage trained its own

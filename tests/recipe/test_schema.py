@@ -28,6 +28,8 @@ def test_defaults_are_those_of_the_contract(load):
             "dtype": "auto",
             "attn_implementation": "auto",
             "overrides": None,
+            "freeze": None,
+            "new_tokens": None,
             "quantization": "none",
         },
         "data": {
@@ -58,6 +60,7 @@ def test_defaults_are_those_of_the_contract(load):
             "target_modules": "all-linear",
             "use_dora": False,
             "use_rslora": False,
+            "lora_plus_ratio": None,
         },
         "train": "…",
         "samples": [],

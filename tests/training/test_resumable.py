@@ -1,4 +1,4 @@
-"""Random states: none is moved by an evaluation, and those of a Mac's GPU come back with a checkpoint."""
+"""What a resumed run must know: random states as they were, and weights under whatever names they lie on the disk."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from instructft.errors import CheckpointError
 from instructft.training.budget import Budget
-from instructft.training.resumable import Progress, random_states_kept
+from instructft.training.resumable import Progress, load_weights, random_states_kept, renamed_on_disk
 
 
 def drawn() -> tuple[float, float, float]:
@@ -48,3 +49,32 @@ def test_a_macs_gpu_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
     state[0] = torch.tensor([1, 2, 3], dtype=torch.uint8)
     progress.restore_random_states(tmp_path)
     assert state[0].tolist() == [7, 255, 0]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gemma3"])
+def test_weights_that_are_named_otherwise_on_the_disk_come_back(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    from instructft.weights.model_class import auto_class
+    from tests.helpers.towers import config_of
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "vocab_size": 64, "num_local_experts": 2}
+    config = config_of(kind, 100) if kind == "gemma3" else AutoConfig.for_model(kind, **sizes)
+    trained = auto_class(config).from_config(config)
+    trained.save_pretrained(tmp_path, max_shard_size="20KB")
+    model = auto_class(config).from_config(config)
+    assert renamed_on_disk(model, tmp_path)
+    load_weights(model, tmp_path)
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    from tests.helpers.towers import config_of
+
+    AutoModelForImageTextToText.from_config(config_of("gemma3", 100)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="is not of this model"):
+        load_weights(AutoModelForImageTextToText.from_config(config_of("gemma3", 200)), tmp_path)

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 from instructft.adapters.lora import token_rows
 from instructft.data.batches.flat_packs import supervised_positions
 from instructft.models.kernels import gpu_head
+from instructft.weights.model_class import backbone
 
 # Where TRL has no Triton, scores every position, and nothing is compiled for each new number of them.
 _DEVICES = ("cpu", "mps")
@@ -236,7 +237,7 @@ def add_supervised_head(model: PreTrainedModel) -> bool:
             positions[:2] = supervised_positions(labels)
         # `num_items_in_batch` is TRL's business: it divides the sum of `log_probs` itself
         inputs = {k: v for k, v in kwargs.items() if k not in ("fused_lm_head", "labels", "num_items_in_batch")}
-        states = self.base_model(*args, **{**inputs, "use_cache": False}).last_hidden_state  # (B, T, D)
+        states = backbone(self)(*args, **{**inputs, "use_cache": False}).last_hidden_state  # (B, T, D)
         return way(self, states, labels, positions)
 
     model.forward = types.MethodType(forward, model)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from instructft.adapters.lora import fit_embeddings, is_peft
 from instructft.errors import ModelError
 from instructft.weights import remote_code
+from instructft.weights.model_class import auto_class
 
 if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
@@ -27,7 +28,6 @@ def refuse_adapter_that_does_not_load(trainer: Trainer) -> None:
     """
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if not is_peft(model) or not trainer.is_world_process_zero() or getattr(model, "is_quantized", False):
@@ -42,7 +42,7 @@ def refuse_adapter_that_does_not_load(trainer: Trainer) -> None:
         warnings.simplefilter("always")
         model.save_pretrained(folder)
         with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(config, **remote_code.flag())
+            plain = auto_class(config).from_config(config, **remote_code.flag())
             fit_embeddings(plain, base.get_input_embeddings().weight.shape[0])
             PeftModel.from_pretrained(plain, folder, low_cpu_mem_usage=True)
     missing = [str(one.message) for one in said if "missing adapter keys" in str(one.message)]

@@ -19,6 +19,7 @@ import torch
 from instructft.errors import ModelError
 from instructft.models.kernels.fused_loss import add_plain_head, from_logits, nll_of, scores
 from instructft.training.out_of_memory import ran_out
+from instructft.weights.model_class import backbone
 
 if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
@@ -158,8 +159,8 @@ def _looked_at(model: Any, batch: Batch, scale: float, *, plain: bool) -> tuple[
         out["last_hidden_state"] = states[-1]
         return out
 
-    backbone = bare(model).base_model
-    hook = backbone.register_forward_hook(take) if backbone is not bare(model) else None
+    below = backbone(bare(model))
+    hook = below.register_forward_hook(take) if below is not bare(model) else None
     largest = 0.0
     try:
         if plain:

@@ -28,11 +28,8 @@ TOLERANCE = 1e-3  # of the loss, in float32
 ROUNDED = 3e-2  # where weights or autocast have 16 bits
 
 
-def prove_saved_loss(trainer: Trainer, folder: Path, narrowed: bool = False) -> dict[str, Any] | None:
+def prove_saved_loss(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
     """Hold the saved model's loss on some validation rows against the run's own; None where it cannot be asked.
-
-    Args:
-        narrowed: what was trained in float32 is saved in 16 bits.
 
     Raises:
         ModelError: they differ.
@@ -52,7 +49,7 @@ def prove_saved_loss(trainer: Trainer, folder: Path, narrowed: bool = False) -> 
     if saved is None:
         return None
     theirs = _by_logits(saved, [turn for row in chosen for turn in (unfolded(row) if "seq_starts" in row else [row])])
-    exact = model.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16 or narrowed)
+    exact = model.dtype == saved.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
     limit = (TOLERANCE if exact else ROUNDED) * max(1.0, abs(ours))
     if not abs(ours - theirs) <= limit:
         raise ModelError(
@@ -83,19 +80,17 @@ def _of_the_run(trainer: Trainer, rows: list[dict[str, list[int]]]) -> float:
 
 def _load(model: Any, folder: Path) -> Any:
     """What lies in a folder, loaded by the field's own libraries onto the CPU; None where its base cannot be found."""
-    from transformers import AutoModelForCausalLM
-
     from instructft.weights import remote_code
+    from instructft.weights.model_class import auto_class
 
     if not hasattr(model, "peft_config"):
-        plain = type(model).from_pretrained(folder, dtype=model.dtype)
-        return plain.eval()
+        return type(model).from_pretrained(folder, dtype="auto").eval()
     from peft import PeftModel
 
     config = model.peft_config["default"]
     if not config.base_model_name_or_path:
         return None
-    base = AutoModelForCausalLM.from_pretrained(
+    base = auto_class(model.get_base_model().config).from_pretrained(
         config.base_model_name_or_path, revision=config.revision, dtype=model.dtype, **remote_code.flag()
     )
     rows = model.get_input_embeddings().weight.shape[0]
