@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from instructft.errors import TemplateError
+from instructft.errors import InstructftError, TemplateError
 from instructft.prompt.loss_mask import encode_conversation, encode_prompt, encode_turns, encoder, render
 from instructft.prompt.templates import TEMPLATES
 from tests.helpers.conversations import assistant, user, with_template
@@ -306,3 +306,12 @@ def test_a_tokenizer_with_a_prefix_space(kind: str) -> None:
         assert row["input_ids"][: len(prompt)] == prompt
         assert row["labels"][len(prompt)] != -100
     assert kept(tokenizer, row).replace(" ", "") == "thesumistwo</s>Paris</s>"
+
+
+def test_a_conversation_without_messages_or_answers_is_an_error_of_ours(bare_tokenizer: Any) -> None:
+    tokenizer = with_template(bare_tokenizer(), "chatml")
+    for messages in ([], [user("Hi")], [user("Hi"), {**assistant("Ho"), "weight": 0}]):
+        with pytest.raises(InstructftError):
+            encode_conversation(messages, tokenizer)
+    with pytest.raises(InstructftError, match="a conversation without messages"):
+        encode_conversation([], tokenizer)
