@@ -239,6 +239,10 @@ class AdapterSection(_Section):
     )
     use_dora: bool = Field(default=False, description="weight-decomposed LoRA, arXiv:2402.09353")
     use_rslora: bool = Field(default=False, description="rank-stabilized LoRA, arXiv:2312.03732")
+    experts: Literal["auto", True, False] = Field(
+        default="auto",
+        description="whether the experts of a mixture get an adapter; auto: where target_modules is all-linear",
+    )
     more: FrozenMap = Field(default_factory=FrozenDict, exclude=True)  # not a key
 
     def peft_kwargs(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.adapters import quantization
 from instructft.adapters.adapter_folder import AdapterMetadata
+from instructft.adapters.experts import said_of_reach, share_reached
 from instructft.adapters.lora import count_parameters, is_peft
 from instructft.checkpoints.manifest import full_disk_explained
 from instructft.checkpoints.resume import RunStart, find, identity, run_start
@@ -214,6 +215,8 @@ def announce(
     if recipe.model.quantization != "none":
         share += f", base in {recipe.model.quantization}"
     table.add_row("model", escape(f"{start} · {total:,} parameters, {share}"))
+    if is_peft(model):
+        table.add_row("adapter", f"reaches {said_of_reach(share_reached(model))}")
     there = torch.cuda.device_count() if args.device.type == "cuda" else 0
     of = f" of {there} here" if there > args.world_size else ""
     table.add_row("device", escape(f"{args.device.type} × {args.world_size}{of} · {precision}"))
@@ -413,7 +416,7 @@ def prove_adapter(proof: AdapterProof | None, trainer: Trainer, console: Console
         return {}
     verdict = proof.verdict(trainer.accelerator.unwrap_model(trainer.model), judge=trainer.is_world_process_zero())
     console.print(in_words(verdict), highlight=False)
-    return {"adapter": verdict}
+    return {"adapter": verdict | {"reaches": share_reached(trainer.accelerator.unwrap_model(trainer.model))}}
 
 
 @contextlib.contextmanager
