@@ -168,11 +168,20 @@ class Trainer(SFTTrainer):
         """Loss and gradient of one micro-batch, in parts where it does not fit into memory as a whole."""
         self._stepping = self.state.global_step
         counts = taken(inputs)
-        loss = self.micro_batches.train(super().training_step, model, inputs, num_items_in_batch)
+        loss = self.micro_batches.train(self._one_part, model, inputs, num_items_in_batch)
         tokens, supervised, slots = (before + more for before, more in zip(self.counts, counts, strict=True))
         self.counts = tokens, supervised, slots
         self.step_checks.add(loss)
         return loss
+
+    def _one_part(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Upstream's step, whose loss is told without the router's: that one is a figure of its own, `aux_loss`."""
+        self._router_loss: torch.Tensor | None = None
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._router_loss is None:
+            return loss
+        parts = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
+        return loss - self._router_loss / parts
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm of the step's gradient before it was clipped, as a number: `StepChecks` reads it with all else."""
@@ -208,7 +217,9 @@ class Trainer(SFTTrainer):
         sums = {"supervised": supervised, "entropy": out.entropy.detach().sum(), "top1": out.is_top1.sum()}
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if items is not None else 1
-            loss = loss + self.router_aux_loss_coef * out.aux_loss / steps
+            router_loss = self.router_aux_loss_coef * out.aux_loss / steps
+            self._router_loss = router_loss.detach()
+            loss = loss + router_loss
             sums |= {"aux_loss": out.aux_loss.detach(), "batches": torch.ones_like(supervised)}
         self.step_checks.count(**sums)
         return loss
