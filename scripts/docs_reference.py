@@ -179,7 +179,7 @@ def kind(shape: dict[str, Any]) -> str:
     if parts:
         return ", or ".join(dict.fromkeys(parts))
     if "enum" in shape:
-        words = [f"`{value(word)}`" for word in shape["enum"]]
+        words = [f"`{word}`" for word in shape["enum"]]
         return " · ".join(words)
     if shape.get("pattern") == r"\.jinja$":
         return "a `.jinja` file"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.data.packing import position_ids
+from instructft.data.packing import document_numbers, position_ids
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
@@ -32,6 +32,8 @@ class CompletionOnlyCollator:
         pad_to_multiple_of: round T up, for kernels that like it.
         flatten: packs as one row (1, sum of tokens) with `cu_seq_lens`, which flash-attention wants. Never for sdpa,
             whose mask and work grow with the square of the row.
+        numbered: packs also get `seq_idx` (B, T) int32, the number of its document at each token, by which state-space
+            and convolution kernels keep documents apart.
 
     Returns (when called with B rows of at most T tokens):
         `input_ids` (B, T), `labels` (B, T) with -100 for no loss, and `attention_mask` (B, T) of 0 and 1, or for packs
@@ -46,12 +48,15 @@ class CompletionOnlyCollator:
         DataError: a row without a token that carries loss, or with labels of another length than its `input_ids`.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None, flatten: bool = False):
+    def __init__(
+        self, pad_token_id: int, pad_to_multiple_of: int | None = None, flatten: bool = False, *, numbered: bool = False
+    ):
         if pad_token_id is None:
             raise DataError("CompletionOnlyCollator needs a pad_token_id; instructft.load_tokenizer sets one")
         self.pad_token_id = int(pad_token_id)
         self.pad_to_multiple_of = pad_to_multiple_of
         self.flatten = flatten
+        self.numbered = numbered
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
@@ -74,6 +79,9 @@ class CompletionOnlyCollator:
         batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
         if packed:
             positions = [position_ids(row["seq_lengths"], length) for row in rows]
+            if self.numbered:
+                numbers = [document_numbers(row["seq_lengths"], length) for row in rows]
+                batch["seq_idx"] = torch.from_numpy(np.stack(numbers))
             return {**batch, "position_ids": torch.from_numpy(np.stack(positions))}
         mask = np.arange(length) < np.array(lengths)[:, None]
         return {**batch, "attention_mask": torch.from_numpy(mask.astype(np.int64))}
@@ -91,7 +99,9 @@ class CompletionOnlyCollator:
         labels[ends - lengths] = IGNORE_INDEX  # nothing is predicted across a border
         borders = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
         longest = int(lengths.max())
+        numbers = torch.from_numpy(document_numbers(lengths, len(labels)))[None]
         return {
+            **({"seq_idx": numbers} if self.numbered else {}),
             "input_ids": torch.from_numpy(joined("input_ids"))[None],
             "labels": torch.from_numpy(labels)[None],
             "position_ids": torch.from_numpy(position_ids(lengths, len(labels)))[None],

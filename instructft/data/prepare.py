@@ -22,7 +22,7 @@ from instructft.data.arrow.encoded import encode_part, notes, trained_rows, verd
 from instructft.data.arrow.token_rows import ranges, tokens_of
 from instructft.data.deduplicate import Known
 from instructft.data.load import SPLITS, Part, load_parts
-from instructft.data.packing import pack
+from instructft.data.packing import best_fit, pack, padded_slots
 from instructft.data.tokenize import REFUSED, drop_examples, drop_reasons, refuse_unread
 from instructft.errors import DataError, TemplateError
 from instructft.prompt.loss_mask import IGNORE_INDEX
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from instructft.recipe.schema import Recipe
+
+
+SAVES = 0.1  # of the slots: from here on `data.packing: auto` packs
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Prepared:
         cut_tokens: tokens that these rows lost.
         groups: data set -> its rows (packs) in `validation`, in order; empty for a single data set.
         hidden: what the template does to the training rows besides.
+        per_pack: documents in a pack, as `data.packing: auto` found it; 1 where nobody asked.
+        saved: share of the slots that packs save, as `auto` found it; None where nobody asked.
     """
 
     splits: DatasetDict
@@ -56,6 +61,13 @@ class Prepared:
     cut_tokens: int = 0
     groups: dict[str, int] = field(default_factory=dict)
     hidden: Hidden = field(default_factory=Hidden)
+    per_pack: float = 1.0
+    saved: float | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the training rows are packs."""
+        return "seq_lengths" in self.splits["train"].column_names
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -114,10 +126,14 @@ class Prepared:
             lost = f"{self.cut:,} rows longer than {max_length} tokens lost {self.cut_tokens:,} tokens"
             lines.append(("cut", f"{lost}; they do not teach the end of an answer"))
         lines += said_of_hidden(self.hidden.facts())
-        if "seq_lengths" in self.splits["train"].column_names:
+        if self.packed:
             packs = len(self.splits["train"])
             fill = tokens / (packs * max_length)
             lines.append(("packed", f"{packs:,} packs of {max_length} tokens, {fill:.1%} full"))
+        elif self.saved is not None:
+            lines.append(
+                ("packed", f"no: {self.saved:.0%} of the slots would be saved, and auto packs from {SAVES:.0%} on")
+            )
         return lines
 
 
@@ -204,7 +220,11 @@ class _Pieces:
 
         pieces = self.pieces
         counts = {name: sum(map(len, found.values())) for name, found in pieces.items()}
-        if recipe.data.packing:
+        packing, per_pack, saved = recipe.data.packing, 1.0, None
+        if packing == "auto" and pieces["train"]:
+            per_pack, saved = _saved(list(pieces["train"].values()), recipe)
+            packing = saved > SAVES
+        if packing:
             length, seed = recipe.data.max_length, recipe.data.seed
             if pieces["train"]:
                 pieces["train"] = {"train": pack(concatenate_datasets(list(pieces["train"].values())), length, seed)}
@@ -213,7 +233,16 @@ class _Pieces:
         several = len(recipe.data.validation or recipe.data.datasets) > 1
         groups = {label: len(rows) for label, rows in pieces["validation"].items()} if several or named else {}
         splits = {name: concatenate_datasets(list(found.values())) for name, found in pieces.items() if found}
-        return Prepared(DatasetDict(splits), counts, self.dropped, self.cut, self.cut_tokens, groups, self.hidden)
+        lost = self.dropped, self.cut, self.cut_tokens
+        return Prepared(DatasetDict(splits), counts, *lost, groups, self.hidden, per_pack, saved)
+
+
+def _saved(pieces: list[Dataset], recipe: Recipe) -> tuple[float, float]:
+    """Rows in a pack, and the share of slots that packs save: of those of rows in random order, padded by batches."""
+    lengths = np.concatenate([tokens_of(rows).lengths for rows in pieces])
+    packs = len(best_fit(lengths, recipe.data.max_length, recipe.data.seed))
+    batch = int(recipe.train.get("per_device_train_batch_size") or 8)
+    return len(lengths) / packs, 1 - packs * recipe.data.max_length / padded_slots(lengths, batch, recipe.data.seed)
 
 
 def _refuse_losses(part: Part, reasons: Counter[str], rows: int, recipe: Recipe, examples: str) -> None:

@@ -227,7 +227,7 @@ def _own_config(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     follows = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in special}}
     try:
-        config = AutoConfig.for_model(**{**follows, **fields})
+        config = AutoConfig.for_model(**{**follows, **thaw(fields)})
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"model.config: {error}") from error
     if len(tokenizer) > config.vocab_size:

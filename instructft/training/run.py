@@ -26,7 +26,7 @@ from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import date_in_prompts, load_tokenizer, said_of_date
 from instructft.recipe.installed import check_against_installed
 from instructft.recipe.schema import Recipe
-from instructft.training.arguments import refuse_what_cannot_run, reporters, training_arguments
+from instructft.training.arguments import as_decided, refuse_what_cannot_run, reporters, training_arguments
 from instructft.training.out_of_memory import explained
 from instructft.training.outcome import collect_facts, final_metrics, kept_unproved, library_versions, save
 from instructft.whole_file import write_whole
@@ -109,8 +109,13 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
     origin = starting_point(recipe, tokenizer)  # a model that does not fit is refused before the data is read
     check_attention(recipe, origin.config)
     quantization.check(recipe)
+    asked = recipe
     with state.main_process_first():
-        data = _prepared(recipe, tokenizer)
+        data = _prepared(asked, tokenizer)
+        known = checkpoint.identity.get("data.packing", data.packed) if checkpoint else data.packed
+        recipe = as_decided(asked, bool(known), data.per_pack)
+        if data.packed != recipe.data.packing:
+            data = _prepared(recipe, tokenizer)
     args, precision = training_arguments(recipe, data, state)
     made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, args))
     start = run_start(checkpoint, passed, made_of)
@@ -121,6 +126,18 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
     attention = choose_attention(recipe, origin.config, args)
     model = load_model(recipe, tokenizer, start=origin)
     attention = switch_attention(model, attention)
+    if asked.data.packing == "auto" and recipe.data.packing and checkpoint is None:
+        why = first_process(state, lambda: why_rows(model, args, recipe.data.max_length))
+        if why:
+            packs, recipe = data, as_decided(asked, False, data.per_pack)
+            data = _prepared(recipe, tokenizer)
+            args, precision = training_arguments(recipe, data, state)
+            made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, args))
+            start = run_start(checkpoint, passed, made_of)
+            attention = switch_attention(model, choose_attention(recipe, origin.config, args))
+            from instructft.training.rehearsal.isolation import cost_of_rows
+
+            console.print(cost_of_rows(why, packs, data, args), markup=False, highlight=False)
     base = origin.facts()  # now, since a branch on the Hub may move while the run lasts
     announce(recipe, tokenizer, data, model, args, precision, attention, console)
     for line in start.lines():
@@ -242,6 +259,13 @@ def packs_apart(trainer: Trainer, attention: Attention, max_length: int, console
     from instructft.training.rehearsal.isolation import prove_isolation
 
     return prove_isolation(trainer, attention, max_length, console)
+
+
+def why_rows(model: Any, args: SFTConfig, max_length: int) -> str:
+    """Ask a model that is loaded and no more whether documents of a pack see each other: why, or nothing."""
+    from instructft.training.rehearsal.isolation import why_not_apart
+
+    return why_not_apart(model, args, max_length)
 
 
 def rehearse_run(trainer: Trainer, data: Prepared | Streamed, console: Console) -> Rehearsal:

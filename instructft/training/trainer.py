@@ -246,7 +246,8 @@ class Trainer(SFTTrainer):
         rows, collate = row_slices(self.train_dataset), self.data_collator
         if self._pack_width and collate.flatten:
             width = self._pack_width + -self._pack_width % (collate.pad_to_multiple_of or 1)
-            collate = FlatPacks.of(rows, collate.pad_token_id, width, self._rows_of_a_process())
+            packs = self._rows_of_a_process()
+            collate = FlatPacks.of(rows, collate.pad_token_id, width, packs, numbered=collate.numbered)
         with _in_place(self, train_dataset=rows, data_collator=self._counting(collate)):
             return super().get_train_dataloader()
 

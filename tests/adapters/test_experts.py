@@ -115,6 +115,6 @@ def test_a_model_without_experts_has_none_to_ask_for(base: Any, tmp_path: Path) 
 def test_the_words_of_the_key(base: Any, tmp_path: Path) -> None:
     for word, value in (("auto", "auto"), ("true", True), ("false", False)):
         assert recipe(base("llama"), tmp_path, f"adapter.experts={word}").adapter.experts is value
-    with pytest.raises(RecipeError, match=r"adapter\.experts: found .*expected one of auto, true, false"):
+    with pytest.raises(RecipeError, match=r"adapter\.experts: found .*expected true or false or auto"):
         recipe(base("llama"), tmp_path, "adapter.experts=some")
     json.dumps(recipe(base("llama"), tmp_path).to_dict())

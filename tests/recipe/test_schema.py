@@ -56,6 +56,7 @@ def test_defaults_are_those_of_the_contract(load):
             "target_modules": "all-linear",
             "use_dora": False,
             "use_rslora": False,
+            "experts": "auto",
         },
         "train": "…",
         "samples": [],
