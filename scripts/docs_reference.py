@@ -178,6 +178,8 @@ def kind(shape: dict[str, Any]) -> str:
     parts = [kind(part) for part in shape.get("anyOf", [])]
     if parts:
         return ", or ".join(dict.fromkeys(parts))
+    if "const" in shape:
+        return f"`{shape['const']}`"
     if "enum" in shape:
         words = [f"`{word}`" for word in shape["enum"]]
         return " · ".join(words)

@@ -240,9 +240,10 @@ class _Pieces:
 def _saved(pieces: list[Dataset], recipe: Recipe) -> tuple[float, float]:
     """Rows in a pack, and the share of slots that packs save: of those of rows in random order, padded by batches."""
     lengths = np.concatenate([tokens_of(rows).lengths for rows in pieces])
-    packs = len(best_fit(lengths, recipe.data.max_length, recipe.data.seed))
+    packs = [lengths[documents].sum() for documents in best_fit(lengths, recipe.data.max_length, recipe.data.seed)]
     batch = int(recipe.train.get("per_device_train_batch_size") or 8)
-    return len(lengths) / packs, 1 - packs * recipe.data.max_length / padded_slots(lengths, batch, recipe.data.seed)
+    taken, loose = (padded_slots(np.asarray(sizes), batch, recipe.data.seed) for sizes in (packs, lengths))
+    return len(lengths) / len(packs), 1 - taken / loose
 
 
 def _refuse_losses(part: Part, reasons: Counter[str], rows: int, recipe: Recipe, examples: str) -> None:
