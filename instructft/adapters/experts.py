@@ -78,7 +78,7 @@ def reach_experts(fields: dict[str, Any], adapter: AdapterSection, model: Any, *
         said.append(f"adapter.experts: the experts are left out, PEFT has no {hindered[0]} for their weights")
     parameters = set(fields.get("target_parameters") or ())
     if wanted:
-        parameters |= _shortest(there, model)
+        parameters |= _shortest(_in_chosen_layers(there, fields), model)
     modules = fields["target_modules"]
     if not isinstance(modules, str) and (taken := _taken_for_experts(modules, model)):
         if not all_linear and asked is False:
@@ -87,7 +87,7 @@ def reach_experts(fields: dict[str, Any], adapter: AdapterSection, model: Any, *
                 f"{type(model).__name__}, and adapter.experts is false; leave one of them out"
             )
         if all_linear or wanted:
-            dense = _dense(taken, model)
+            dense = _in_chosen_layers(_dense(taken, model), fields)
             packed = sorted(name for name, weight in dense.items() if weight.dim() != 2 or not _floating(weight))
             fields["target_modules"] = sorted(set(modules) - taken)
             if packed or hindered:
@@ -100,6 +100,22 @@ def reach_experts(fields: dict[str, Any], adapter: AdapterSection, model: Any, *
     if parameters:
         fields["target_parameters"] = sorted(parameters)
     return said
+
+
+def _in_chosen_layers(parameters: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that `layers_to_transform` and `exclude_modules` leave; PEFT reads these for modules alone (0.21)."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    keys = ("layers_to_transform", "layers_pattern", "exclude_modules")
+    chosen = {key: fields[key] for key in keys if fields.get(key) is not None}
+    found = {}
+    for name, weight in parameters.items():
+        module = name.rpartition(".")[0]
+        config = LoraConfig(target_modules=[module.rpartition(".")[2]], **chosen)
+        if not chosen or check_target_module_exists(config, module):
+            found[name] = weight
+    return found
 
 
 def _floating(weight: Any) -> bool:

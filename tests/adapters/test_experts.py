@@ -118,3 +118,12 @@ def test_the_words_of_the_key(base: Any, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"adapter\.experts: found .*expected true or false or auto"):
         recipe(base("llama"), tmp_path, "adapter.experts=some")
     json.dumps(recipe(base("llama"), tmp_path).to_dict())
+
+
+def test_experts_of_the_layers_that_were_chosen(folder: Any, tmp_path: Path) -> None:
+    base = folder("mixtral")
+    for settings in (["adapter.layers_to_transform=[1]"], ["adapter.exclude_modules=.*layers.0.*"]):
+        model = adapted(base, tmp_path, *settings)
+        names = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+        assert any(name.endswith("layers.1.mlp.experts.base_layer") for name in names)
+        assert not [name for name in names if ".layers.0." in name]
