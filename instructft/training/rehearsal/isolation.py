@@ -14,7 +14,7 @@ from instructft.data.batches.row_slices import row_slices
 from instructft.data.packing import flat_borders, padded_slots, probe
 from instructft.errors import ModelError
 from instructft.formatting import first_line
-from instructft.models.attention import VARLEN, Attention, give_up
+from instructft.models.attention import VARLEN, Attention, give_up, mask_by_positions
 from instructft.models.kernels.varlen import plain, takes_borders
 from instructft.training.out_of_memory import ran_out
 from instructft.training.rehearsal.rehearse import as_it_was
@@ -74,7 +74,9 @@ def why_not_apart(model: Any, args: SFTConfig, max_length: int) -> str:
             if borders and (args.bf16 or args.fp16):
                 stack.enter_context(torch.autocast(args.device.type, half))
             try:
-                _apart(model, width, borders)
+                *_, masked = _apart(model, width, borders)
+                if masked:
+                    masked.remove()  # the run asks again
             except (ModelError, RuntimeError, ValueError, TypeError) as error:
                 if ran_out(error):
                     raise
@@ -106,10 +108,11 @@ def _width(model: Any, args: SFTConfig, max_length: int) -> int:
     return min(max_length, 256) if large else max_length
 
 
-def _apart(model: Any, width: int, borders: bool) -> tuple[float, bool]:
+def _apart(model: Any, width: int, borders: bool) -> tuple[float, bool, Any]:
     """The difference between a document alone and in a pack, and whether it takes the numbers of documents for that.
 
-    Attention is told documents apart by positions or borders. Kernels of state-space and convolution layers take the
+    Attention is told documents apart by positions or borders, or by masks that the model does not make itself, whose
+    hook comes back as the third. Kernels of state-space and convolution layers take the
     number of its document with each token (`seq_idx`), and say so where they are not installed.
 
     Raises:
@@ -117,10 +120,18 @@ def _apart(model: Any, width: int, borders: bool) -> tuple[float, bool]:
     """
     ask = functools.partial(probe, model, model.device, width, borders, alone=functools.partial(plain, model))
     try:
-        return ask(), False
+        return ask(), False, None
     except (ModelError, ValueError) as error:
+        if not borders:
+            hook = mask_by_positions(model)
+            try:
+                return ask(), False, hook
+            except Exception as other:  # whatever a model says to masks that it does not know
+                hook.remove()
+                if ran_out(other):
+                    raise
         try:
-            return ask(numbered=True), True
+            return ask(numbered=True), True, None
         except (ModelError, RuntimeError, ValueError, TypeError) as other:
             if ran_out(other):
                 raise
@@ -137,7 +148,7 @@ def _difference(trainer: Trainer, width: int) -> float:
     with trainer.compute_loss_context_manager(), precision:
         if str(model.config._attn_implementation) == VARLEN:
             _try_in_training(trainer)
-        difference, trainer.data_collator.numbered = _apart(model, width, takes_borders(model))
+        difference, trainer.data_collator.numbered, _ = _apart(model, width, takes_borders(model))
     return difference
 
 

@@ -197,3 +197,19 @@ def test_auto_packs_where_it_saves_a_tenth(recipe_of: Callable[..., Any], uneven
     assert "seq_lengths" in trainer.train_dataset.column_names
     trainer = trainer_of(recipe_of(GPT2, uneven, "data.packing=auto", "data.max_length=16"))
     assert "seq_lengths" not in trainer.train_dataset.column_names
+
+
+GPT_OSS = (
+    "{model_type: gpt_oss, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2, "
+    "head_dim: 16, intermediate_size: 48, num_local_experts: 4, num_experts_per_tok: 2, sliding_window: 16, "
+    "layer_types: [sliding_attention, full_attention], max_position_embeddings: 128}"
+)
+
+
+def test_a_model_that_makes_no_mask_from_positions_is_given_one(recipe_of: Callable[..., Any], uneven: str) -> None:
+    """gpt-oss builds its masks without `position_ids` (transformers 5.23)."""
+    settings = [uneven, "data.splits={validation: 0.4}", "train.learning_rate=0", "train.max_steps=1"]
+    result, packed, said = ran(recipe_of(GPT_OSS, *settings, "data.packing=true"))
+    assert "packs are clean" in said
+    _, plain, _ = ran(recipe_of(GPT_OSS, *settings, f"output_dir={result.output_dir}-plain"))
+    assert packed[-1] == pytest.approx(plain[-1], abs=1e-5)
