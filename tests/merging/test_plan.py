@@ -96,8 +96,8 @@ def test_weights_that_loading_puts_together_in_an_unknown_way_are_refused(
     plan = plan_of(adapter, base)
     assert plan.tensors_changed == 2 * 2 * 4  # of two layers w1 and w3 of each expert
     assert [(place.expert, place.start, place.stop) for place in plan.changed[next(iter(plan.changed))]][3:5] == [
-        (3, 0, 240),
-        (0, 240, 480),
+        (3, 0, 320),
+        (0, 320, 640),
     ]
     monkeypatch.setattr(plan_module, "_experts", lambda *_: ())
     refused(adapter, "put together when the model is loaded", UsageError)
