@@ -64,7 +64,7 @@ OWN: dict[str, tuple[str, str]] = {
     "data.template_date": ("YYYY-MM-DD", "2026-01-31"),
     "data.max_length": ("tokens a row", "512"),
     "data.on_too_long": ("", "drop"),
-    "data.packing": ("", "true"),
+    "data.packing": ("", "auto"),
     "data.splits": ("shares of the rows", "{validation: 0.05, test: 0.05}"),
     "data.validation": ("entries like those of `data.datasets`", "[{path: held-out.jsonl, label: support}]"),
     "data.test": ("entries like those of `data.datasets`", "[{hub: org/name, split: test}]"),
@@ -94,6 +94,7 @@ OWN: dict[str, tuple[str, str]] = {
     "adapter.use_dora": ("", "true"),
     "adapter.use_rslora": ("", "true"),
     "adapter.lora_plus_ratio": ("times train.learning_rate", "16.0"),
+    "adapter.experts": ("", "true"),
     "train.tokens_per_step": ("tokens a step, all processes", "16384"),
     "train.loss_spike_limit": ("times the median loss", "5.0"),
     "train.on_loss_spike": ("", "skip"),
@@ -184,6 +185,8 @@ def kind(shape: dict[str, Any]) -> str:
     parts = [kind(part) for part in shape.get("anyOf", [])]
     if parts:
         return ", or ".join(dict.fromkeys(parts))
+    if "const" in shape:
+        return f"`{shape['const']}`"
     if "enum" in shape:
         words = [f"`{word}`" for word in shape["enum"]]
         return " · ".join(words)

@@ -9,6 +9,7 @@ are trained with it.
 
     embed_tokens (V, D)   frozen, but the rows of new tokens are trained (PEFT's trainable_token_indices)
     layers.*.q_proj, …    frozen + B·A           all-linear: every linear layer of the backbone
+    layers.*.experts      frozen + B·A of each   adapter.experts, see `instructft.adapters.experts`
     lm_head (V, D)        frozen, but the rows of new tokens are trained; tied to embed_tokens they stay one set
 """
 
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from instructft.adapters.experts import reach_experts
 from instructft.errors import UsageError
 from instructft.formatting import first_line, nearest
 from instructft.prompt.sandbox import SECONDS, at_most
@@ -61,8 +63,9 @@ def add_lora(model: Any, recipe: Recipe, new_tokens: Sequence[int] = (), *, only
     """
     from peft import get_peft_model
 
-    config = lora_config(recipe, model, new_tokens)
-    said = _without_dropout(config, model)
+    said: list[str] = []
+    config = lora_config(recipe, model, new_tokens, said.append)
+    said += _without_dropout(config, model)
     if str(recipe.adapter.target_modules).lower() == "all-linear" and (left := _left_out(model)):
         said.append(
             f"adapter.target_modules: all-linear leaves out {', '.join(left)}, which PEFT refuses to adapt here"
@@ -104,11 +107,16 @@ def as_trained_here(model: PeftModel) -> PeftModel:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def lora_config(recipe: Recipe, model: Any, new_tokens: Sequence[int] = ()) -> LoraConfig:
+def lora_config(
+    recipe: Recipe, model: Any, new_tokens: Sequence[int] = (), say: Callable[[str], Any] = lambda line: None
+) -> LoraConfig:
     """`peft.LoraConfig` for a model: the recipe's keys with what depends on the architecture filled in.
 
     `all-linear` becomes the names of the backbone's linear layers. The output head is not among them: training reads
-    its weight directly, past any adapter on it.
+    its weight directly, past any adapter on it. The experts of a mixture are added as `adapter.experts` says.
+
+    Args:
+        say: told in one line what is left out.
 
     Example::
 
@@ -127,8 +135,11 @@ def lora_config(recipe: Recipe, model: Any, new_tokens: Sequence[int] = ()) -> L
         known = ", ".join(str(way).lower() for way in _INITS)
         why = _REFUSED.get(str(init).lower(), _CHANGES_BASE)
         raise UsageError(f"adapter.init_lora_weights: {init} {why}; expected one of {known}")
-    if str(fields["target_modules"]).lower() == "all-linear":
+    all_linear = str(fields["target_modules"]).lower() == "all-linear"
+    if all_linear:
         fields["target_modules"] = _linear_layers(model)
+    for line in reach_experts(fields, recipe.adapter, model, all_linear=all_linear):
+        say(line)
     if new_tokens:
         fields["trainable_token_indices"] = rows_to_train(model, fields, new_tokens)
     given = {name: value for name, value in fields.items() if value is not None}  # null is PEFT's own default

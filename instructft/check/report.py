@@ -70,7 +70,7 @@ def check(
     from instructft.models.starting_point import starting_point
     from instructft.models.tokenizer import date_in_prompts, load_tokenizer
     from instructft.recipe.installed import check_against_installed
-    from instructft.training.arguments import training_arguments
+    from instructft.training.arguments import as_decided, training_arguments
 
     here = device is None or device == quantization.device(recipe).partition(":")[0]
     check_against_installed(recipe, quantization.device(recipe) if here else None)
@@ -88,6 +88,7 @@ def check(
     except (DataError, TemplateError) as error:  # the audit stands, and says why
         report["problems"].append(str(error))
     else:
+        recipe = as_decided(recipe, data.packed, data.per_pack)
         try:
             args, precision = training_arguments(recipe, data, SimpleNamespace(num_processes=processes))
         except (ValueError, TypeError) as error:

@@ -77,7 +77,7 @@ def inspect_rows(
         page.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--html: {page} could not be written: {error.strerror}") from error
-    print(f"Wrote {page}: {len(shown)} of {len(rows):,} {split} {'packs' if recipe.data.packing else 'rows'}")
+    print(f"Wrote {page}: {len(shown)} of {len(rows):,} {split} {'packs' if data.packed else 'rows'}")
 
 
 def draw(total: int, limit: int, seed: int) -> list[int]:

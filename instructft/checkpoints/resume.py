@@ -50,7 +50,7 @@ _FREE = (
 _OPEN = ("train.loss_spike_limit", "train.on_loss_spike", "train.early_stopping_patience", "train.on_divergence")
 # Fields that older checkpoints do not hold, with what they were then unless someone set them.
 _LATER = {"train.dataloader_drop_last": False, "train.on_divergence": "stop", "model.overrides": None}
-_LATER |= {"train.fp8": False, "train.deterministic": False}
+_LATER |= {"train.fp8": False, "train.deterministic": False, "adapter.experts": "auto"}
 # Facts that older checkpoints do not hold, and that nobody can tell now.
 _UNKNOWN = ("precision", "device")
 _LENGTH = ("train.max_steps", "train.num_train_epochs")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from instructft.data.batches.branches import Masks, last_readers
-from instructft.data.packing import position_ids
+from instructft.data.packing import document_numbers, position_ids
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
@@ -37,6 +37,8 @@ class CompletionOnlyCollator:
         flatten: packs as one row (1, sum of tokens) with `cu_seq_lens`, which flash-attention wants. Never for sdpa,
             whose mask and work grow with the square of the row.
         masks: how the model takes masks of branches; `instructft.models.branches.masks_for(model.config)` says it.
+        numbered: packs also get `seq_idx` (B, T) int32, the number of its document at each token, by which state-space
+            and convolution kernels keep documents apart.
 
     Returns (when called with B rows of at most T tokens):
         `input_ids` (B, T), `labels` (B, T) with -100 for no loss, and `attention_mask` (B, T) of 0 and 1, or for packs
@@ -58,6 +60,8 @@ class CompletionOnlyCollator:
         pad_to_multiple_of: int | None = None,
         flatten: bool = False,
         masks: Masks | None = None,
+        *,
+        numbered: bool = False,
     ):
         if pad_token_id is None:
             raise DataError("CompletionOnlyCollator needs a pad_token_id; instructft.load_tokenizer sets one")
@@ -65,6 +69,7 @@ class CompletionOnlyCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.flatten = flatten
         self.masks = masks or Masks()
+        self.numbered = numbered
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
@@ -95,6 +100,9 @@ class CompletionOnlyCollator:
             if branches:
                 last = np.stack([last_readers(lengths, starts, length) for lengths, starts in parts])
                 batch["attention_mask"] = self.masks(positions, last)
+            if self.numbered:
+                numbers = [document_numbers(lengths, length) for lengths, _ in parts]
+                batch["seq_idx"] = torch.from_numpy(np.stack(numbers))
             return {**batch, "position_ids": torch.from_numpy(positions)}
         mask = np.arange(length) < np.array(lengths)[:, None]
         return {**batch, "attention_mask": torch.from_numpy(mask.astype(np.int64))}
@@ -117,7 +125,9 @@ class CompletionOnlyCollator:
         labels[ends - lengths] = IGNORE_INDEX  # nothing is predicted across a border
         borders = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
         longest = int(lengths.max())
+        numbers = torch.from_numpy(document_numbers(lengths, len(labels)))[None]
         return {
+            **({"seq_idx": numbers} if self.numbered else {}),
             "input_ids": torch.from_numpy(joined("input_ids"))[None],
             "labels": torch.from_numpy(labels)[None],
             "position_ids": torch.from_numpy(position_ids(lengths, len(labels)))[None],

@@ -144,6 +144,32 @@ def position_ids(
     return positions
 
 
+def document_numbers(seq_lengths: Sequence[int] | np.ndarray, width: int) -> np.ndarray:
+    """Which document each slot of a pack belongs to, as state-space kernels take it (`seq_idx`): (width,) int32.
+
+    >>> document_numbers([3, 2], width=7).tolist()
+    [0, 0, 0, 1, 1, 2, 3]
+    """
+    lengths = np.asarray(seq_lengths, dtype=np.int64)
+    each = np.concatenate([lengths, np.ones(width - lengths.sum(), dtype=np.int64)])  # a pad is a document of its own
+    return np.repeat(np.arange(len(each), dtype=np.int32), each)
+
+
+def padded_slots(lengths: np.ndarray, rows: int, seed: int | None = None) -> int:
+    """Slots of all batches of `rows` rows that are padded to their longest.
+
+    Args:
+        seed: of a random order; None: rows of like length share a batch.
+
+    >>> padded_slots(np.array([1, 5, 1, 5]), rows=2)
+    12
+    """
+    order = np.sort(lengths) if seed is None else np.random.default_rng(seed).permutation(lengths)
+    starts = np.arange(0, len(order), rows)
+    sizes = np.diff(np.append(starts, len(order)))
+    return int((np.maximum.reduceat(order, starts) * sizes).sum())
+
+
 def flat_borders(lengths: Sequence[int], width: int, device: Any = None) -> dict[str, Any]:
     """Where documents end to end begin and end, as attention by borders takes it: the same for queries and keys.
 
@@ -164,6 +190,7 @@ def probe(
     device: Any,
     width: int = 64,
     borders: bool = False,
+    numbered: bool = False,
     alone: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> float:
     """Ask the model whether two documents in one pack give the logits that each gives alone.
@@ -176,6 +203,7 @@ def probe(
         width: tokens of the pack, padding included, as training will have them: windows and chunks begin to matter
             where a row is longer than they are.
         borders: hand the borders of documents to the model, whose attention tells them apart by these.
+        numbered: hand the number of its document to the model with each token (`seq_idx`).
         alone: within it the model takes documents alone, without borders.
 
     Returns the largest difference between alone and packed, as a share of the largest logit.
@@ -192,6 +220,8 @@ def probe(
     first, second, _ = ids.split([*lengths, pads])
     inputs = {"position_ids": torch.from_numpy(position_ids(lengths, width))[None]}
     inputs |= flat_borders([*lengths, *[1] * pads], width, device) if borders else {}
+    if numbered:
+        inputs["seq_idx"] = torch.from_numpy(document_numbers(lengths, width))[None]
     slots = [torch.arange(lengths[0]), torch.arange(lengths[0], sum(lengths))]
     return look(model, device, ids, inputs, [first, second], slots, _leaks, alone)
 
@@ -295,6 +325,6 @@ def _leaks(model: PreTrainedModel, what: str) -> str:
     return (
         f"data.packing: {type(model).__name__} ({model.config.model_type}, attention "
         f"{model.config._attn_implementation}) lets documents of a pack see each other: {what}.\n"
-        "Set data.packing=false (batches of rows of like length waste little), or try another "
-        "model.attn_implementation."
+        "Set data.packing=false (batches of rows of like length waste little; auto takes them by itself), or try "
+        "another model.attn_implementation."
     )

@@ -24,7 +24,7 @@ from instructft.data.arrow.encoded import encode_part, fold_part, has_turns, not
 from instructft.data.arrow.token_rows import PARTS, FlatRows, ranges, tokens_of
 from instructft.data.deduplicate import Known
 from instructft.data.load import SPLITS, Part, load_parts
-from instructft.data.packing import pack
+from instructft.data.packing import best_fit, pack, padded_slots
 from instructft.data.tokenize import drop_examples, drop_reasons, refuse_losses, refuse_unread
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from instructft.recipe.schema import Recipe
+
+
+SAVES = 0.1  # of the slots: from here on `data.packing: auto` packs
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Prepared:
         groups: data set -> its rows (packs) in `validation`, in order; empty for a single data set.
         hidden: what the template does to the training rows besides.
         packed: rows are packs.
+        per_pack: documents in a pack, as `data.packing: auto` found it; 1 where nobody asked.
+        saved: share of the slots that packs save, as `auto` found it; None where nobody asked.
     """
 
     splits: DatasetDict
@@ -60,6 +65,8 @@ class Prepared:
     groups: dict[str, int] = field(default_factory=dict)
     hidden: Hidden = field(default_factory=Hidden)
     packed: bool = False
+    per_pack: float = 1.0
+    saved: float | None = None
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -130,6 +137,10 @@ class Prepared:
             packs = len(self.splits["train"])
             fill = tokens / (packs * max_length)
             lines.append(("packed", f"{packs:,} packs of {max_length} tokens, {fill:.1%} full"))
+        elif self.saved is not None:
+            lines.append(
+                ("packed", f"no: {self.saved:.0%} of the slots would be saved, and auto packs from {SAVES:.0%} on")
+            )
         return lines
 
 
@@ -253,7 +264,11 @@ class _Pieces:
 
         pieces = self.pieces
         counts = {name: sum(map(len, found.values())) for name, found in pieces.items()}
-        if recipe.data.packing:
+        packing, per_pack, saved = recipe.data.packing, 1.0, None
+        if packing == "auto" and pieces["train"]:
+            per_pack, saved = _saved(list(pieces["train"].values()), recipe)
+            packing = saved > SAVES
+        if packing:
             length, seed = recipe.data.max_length, recipe.data.seed
             if pieces["train"]:
                 pieces["train"] = {"train": pack(concatenate_datasets(list(pieces["train"].values())), length, seed)}
@@ -262,8 +277,17 @@ class _Pieces:
         several = len(recipe.data.validation or recipe.data.datasets) > 1
         groups = {label: len(rows) for label, rows in pieces["validation"].items()} if several or named else {}
         splits = {name: concatenate_datasets(list(found.values())) for name, found in pieces.items() if found}
-        what = (self.dropped, self.cut, self.cut_tokens, groups, self.hidden, bool(recipe.data.packing))
+        what = (self.dropped, self.cut, self.cut_tokens, groups, self.hidden, bool(packing), per_pack, saved)
         return Prepared(DatasetDict(splits), counts, *what)
+
+
+def _saved(pieces: list[Dataset], recipe: Recipe) -> tuple[float, float]:
+    """Rows in a pack, and the share of slots that packs save: of those of rows in random order, padded by batches."""
+    lengths = np.concatenate([tokens_of(rows).lengths for rows in pieces])
+    packs = [lengths[documents].sum() for documents in best_fit(lengths, recipe.data.max_length, recipe.data.seed)]
+    batch = int(recipe.train.get("per_device_train_batch_size") or 8)
+    taken, loose = (padded_slots(np.asarray(sizes), batch, recipe.data.seed) for sizes in (packs, lengths))
+    return len(lengths) / len(packs), 1 - taken / loose
 
 
 def _refuse_empty(pieces: dict[str, dict[str, Dataset]], recipe: Recipe, dropped: Counter[str]) -> None:

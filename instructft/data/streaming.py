@@ -116,6 +116,17 @@ class Streamed:
 
         return IterableDatasetDict({"train": self._train, **(self._held_out.splits if self._held_out else {})})
 
+    @property
+    def packed(self) -> bool:
+        """Whether the training rows are packs; what `data.packing: auto` would save of a stream nobody knows ahead."""
+        return bool(self._data.packing)
+
+    @property
+    def per_pack(self) -> float:
+        """Documents in a pack, estimated from the first thousand rows."""
+        tally, made, _ = self._sample
+        return tally.rows / made
+
     @cached_property
     def for_training(self) -> IterableDataset:
         """Pass after pass without end: `train.max_steps` ends it, and a step number alone tells the place in it."""

@@ -3,6 +3,7 @@
 ::
 
     LoRA     W + s·B·A                     s = alpha / r, or alpha / √r with rsLoRA (Kalajdzievski, 2023: 2312.03732)
+    experts  W[e] + s·B[e]·A[e]            `target_parameters`: all experts of a layer are one parameter of the model
     DoRA     m · (W + s·B·A) / ‖W + s·B·A‖   the norm over what feeds one output (Liu et al., 2024: 2402.09353)
     bias     b + s·b_B                     `lora_bias`
     tokens   W with some rows replaced     `trainable_token_indices`
@@ -14,7 +15,7 @@ weight's; here the sum alone is rounded (`instructft.weights.rounding`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from instructft.errors import ModelError
@@ -26,14 +27,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tensor of a checkpoint lies in a parameter of the model: it is all of it, or rows of one expert.
+
+    ::
+
+        experts.gate_up_proj (E, 2F, D)    [e, :F] is experts.e.gate_proj.weight, [e, F:] is experts.e.up_proj.weight
+    """
+
+    name: str  # of the tensor
+    expert: int | None = None
+    start: int = 0
+    stop: int | None = None
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Its part of a parameter, as a view."""
+        return parameter if self.expert is None else parameter[self.expert, self.start : self.stop]
+
+
+@dataclass(frozen=True)
 class Lora:
     """A low-rank change of a weight; the names are those of tensors in the adapter file."""
 
-    a: str  # (r, in)
-    b: str  # (out, r)
+    a: str  # (r, in); of E experts (E·r, in), one after the other
+    b: str  # (out, r); of E experts (out, r·E), each in every E-th column
     scaling: float
-    transposed: bool  # the weight is stored (in, out): GPT-2's Conv1D, and embeddings
+    transposed: bool  # the weight is stored (in, out): GPT-2's Conv1D, embeddings, gpt-oss's experts
     magnitude: str | None = None  # DoRA's, (out,)
+    experts: int = 1  # E; with more than one the weight is (E, …, …)
+    place: Place | None = None  # which part of such a weight it is, where that is stored in parts
 
 
 @dataclass(frozen=True)
@@ -52,6 +74,12 @@ class Edit:
         lora = [self.lora.a, self.lora.b, self.lora.magnitude] if self.lora else []
         rest = [self.bias and self.bias[0], self.tokens and self.tokens[0], self.replaced]
         return [name for name in [*lora, *rest] if name]
+
+    def at(self, place: Place) -> Edit:
+        """What it does to a part of the parameter."""
+        if self.lora is None or place.expert is None:
+            return self
+        return replace(self, lora=replace(self.lora, place=place))
 
 
 def merged(
@@ -115,8 +143,10 @@ class _Weight:
 
         lora = edit.lora
         self.fill = self._mean() if self.rows > source.rows else None  # (width,)
-        self.a = load(lora.a) if lora else None
-        self.b = load(lora.b) if lora else None
+        self.a: torch.Tensor | None = None
+        self.b: torch.Tensor | None = None
+        if lora:
+            self.a, self.b = self._factors(lora, adapter)
         self.bias = load(edit.bias[0]) * edit.bias[1] if edit.bias else None
         self.tokens = load(edit.tokens[0]) if edit.tokens else None
         self.factor = load(lora.magnitude).reshape(-1) if lora and lora.magnitude else None
@@ -151,11 +181,36 @@ class _Weight:
         if self.fill is not None and known < stop:
             rows = torch.cat([rows, self.fill.expand(stop - known, -1)])
         if self.edit.lora and self.a is not None and self.b is not None:
-            if self.edit.lora.transposed:
+            if self.a.dim() == 3:
+                self._add_to_experts(rows, start)
+            elif self.edit.lora.transposed:
                 rows.addmm_(self.a[:, start:stop].T, self.b.T, alpha=self.edit.lora.scaling)
             else:
                 rows.addmm_(self.b[start:stop], self.a, alpha=self.edit.lora.scaling)
         return rows
+
+    def _factors(self, lora: Lora, adapter: Mapping[str, Stored]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B: (r, in) and (out, r); of a weight that holds all experts (E, r, in) and (E, out, r)."""
+        a, b, count, place = adapter[lora.a], adapter[lora.b], lora.experts, lora.place
+        if count == 1:
+            return a.read().to(self.dtype), b.read().to(self.dtype)
+        if place is None or place.expert is None:
+            apart = b.read().reshape(b.rows, -1, count).permute(2, 0, 1)
+            return a.read().reshape(count, -1, a.width).to(self.dtype), apart.to(self.dtype)
+        rank, expert = a.rows // count, place.expert
+        one = a.read(expert * rank, (expert + 1) * rank)
+        if lora.transposed:
+            return one[:, place.start : place.stop].to(self.dtype), b.read()[:, expert::count].to(self.dtype)
+        return one.to(self.dtype), b.read(place.start, place.stop)[:, expert::count].to(self.dtype)
+
+    def _add_to_experts(self, rows: torch.Tensor, start: int) -> None:
+        """Add s·B·A to experts that are rows of `rows`, the first of them expert `start`."""
+        lora = self.edit.lora
+        if lora is None or self.a is None or self.b is None:
+            return
+        for at, row in enumerate(rows, start):
+            change = self.b[at] @ self.a[at]
+            row.add_((change.T if lora.transposed else change).reshape(-1), alpha=lora.scaling)
 
     def _column_norms(self) -> torch.Tensor:
         """The norm of each column of W + s·B·A: of what feeds one output where the weight is stored (in, out)."""

@@ -28,7 +28,8 @@ _PROVED = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
     "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
+    "trainable_token_indices",
     "use_dora", "use_rslora",
 }  # fmt: skip
 # The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base as well, and that change is in no file here.
@@ -147,6 +148,7 @@ def _refuse_unequal(adapter: Path, twice: Mapping[str, str]) -> None:
 def _from_modules(wrapped: PeftModel, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Edit]:
     import torch
     from peft.tuners.lora import Embedding, Linear, LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
     from transformers.pytorch_utils import Conv1D
 
@@ -173,6 +175,15 @@ def _from_modules(wrapped: PeftModel, expected: Mapping[str, tuple[int, ...]]) -
                 raise UsageError(f"{place}: trained tokens of a layer with a bias have no proved merge here")
             owner = owners[id(tokens.tied_adapter or tokens)]
             add(f"{place}.weight", Edit(tokens=(owner, tuple(tokens.token_indices["default"]))))
+        elif isinstance(module, ParamWrapper):  # several parameters of one module: wrappers in wrappers
+            parameter = f"{place.replace('.base_layer', '')}.{module.parameter_name}"
+            count, wide = module.num_experts, module.get_param().dim() == 3
+            if wide and count == 1:
+                raise UsageError(f"{parameter}: no merge of a single expert is proved here; use the adapter as it is")
+            # PEFT's own mark of a weight that it takes as (E, out, in), and not as (E, in, out)
+            transposed = wide and not module._did_swap_in_out_features
+            names = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+            add(parameter, Edit(lora=Lora(*names, module.scaling["default"], transposed, experts=count)))
         elif isinstance(module, LoraLayer):
             layer = module.get_base_layer()
             # subclasses of PEFT's layers, and those for convolutions, experts and others, have their own arithmetic

@@ -128,7 +128,9 @@ def merge_adapter(
     _refuse_full_disk(output, total)
 
     console.print(f"base    {base}, not quantized", markup=False, highlight=False)
-    console.print(f"adapter {adapter.folder}, {len(plan.changed)} of {len(plan.outputs)} tensors change", markup=False)
+    console.print(
+        f"adapter {adapter.folder}, {plan.tensors_changed} of {len(plan.outputs)} tensors change", markup=False
+    )
     name = str(plan.dtype).removeprefix("torch.")
     written = STOCHASTIC if rounding == "auto" else rounding
     facts: dict[str, Any] = {
@@ -137,7 +139,7 @@ def merge_adapter(
         "adapter": str(adapter.folder),
         "dtype": name,
         "tensors": len(plan.outputs),
-        "changed": len(plan.changed),
+        "changed": plan.tensors_changed,
         "bytes": total,
     }
     with partial_folder(output) as folder:

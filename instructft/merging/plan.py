@@ -14,10 +14,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from instructft.errors import ModelError, UsageError
-from instructft.merging.arithmetic import Edit
+from instructft.merging.arithmetic import Edit, Place
 from instructft.merging.edits import find_edits
 from instructft.weights import remote_code
 from instructft.weights.base_manifest import places
@@ -45,12 +45,21 @@ class Plan:
     outputs: dict[str, Output]
     model: PreTrainedModel  # the merged model without its weights, on the meta device
     untied: bool  # training made tied weights differ, so that they are stored each on its own
-    names: dict[str, str]  # model parameter -> name of its tensor in the merged files, where there is just one
+    places: dict[str, tuple[Place, ...]]  # model parameter -> its tensors in the merged files, where they are known
 
     @property
-    def changed(self) -> dict[str, str]:
-        """Those of `names` whose values are not the base's."""
-        return {name: place for name, place in self.names.items() if self.outputs[place].edit != Edit()}
+    def changed(self) -> dict[str, tuple[Place, ...]]:
+        """Those of `places` whose values are not the base's."""
+        return {
+            name: places
+            for name, places in self.places.items()
+            if any(self.outputs[place.name].edit != Edit() for place in places)
+        }
+
+    @property
+    def tensors_changed(self) -> int:
+        """Tensors in the merged files whose values are not the base's."""
+        return sum(map(len, self.changed.values()))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,22 +101,22 @@ def make_plan(
         edits[name] = dataclasses.replace(edits.get(name, Edit()), rows=rows)
 
     outputs: dict[str, Output] = {}
-    names: dict[str, str] = {}
+    found: dict[str, tuple[Place, ...]] = {}
 
     def add(name: str, tensor: Stored, edit: Edit) -> None:
         shape = (edit.rows, *tensor.shape[1:]) if edit.rows else tensor.shape
         written = dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
         outputs[name] = Output(Planned(name, written, shape), tensor, edit)
 
-    parameter_of = {checkpoint: name for name, checkpoint in sources.items()}
+    parameter_of = {place.name: (name, place) for name, places in sources.items() for place in places}
     for name, tensor in stored.items():
-        parameter = parameter_of.get(name)
-        edit = edits.get(parameter, Edit()) if parameter else Edit()
+        parameter, place = parameter_of.get(name, ("", Place(name)))
+        edit = edits.get(parameter, Edit()).at(place)
         if edit.names and (not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2):
             raise UsageError(f"{base}: {name} is stored as {tensor.dtype}; merge into a base that is not quantized")
         add(name, tensor, edit)
         if parameter:
-            names[parameter] = name
+            found[parameter] = sources[parameter]
     for name in edits:
         if not any(other in sources for other in groups.get(name, [name])):
             raise UsageError(
@@ -117,12 +126,12 @@ def make_plan(
     untied = any(edits.get(name) != edits.get(group[0]) for group in groups.values() for name in group)
     if untied:  # what was one weight in the base is two now: the one without a tensor of its own gets one
         for group in groups.values():
-            source = next((stored[sources[name]] for name in group if name in sources), None)
+            source = next((stored[sources[name][0].name] for name in group if name in sources), None)
             for name in group:
                 if name not in sources and source is not None:
                     add(name, source, edits.get(name, Edit()))
-                    names[name] = name
-    return Plan(outputs, model, untied, names)
+                    found[name] = (Place(name),)
+    return Plan(outputs, model, untied, found)
 
 
 def _skeleton(base: Path) -> PreTrainedModel:
@@ -151,12 +160,22 @@ def _tied(model: PreTrainedModel) -> dict[str, list[str]]:
 
 def _sources(
     model: PreTrainedModel, stored: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, str]:
-    """Model parameter -> the one checkpoint tensor that it is loaded from, where there is one."""
-    found: dict[str, str] = {}
+) -> dict[str, tuple[Place, ...]]:
+    """Model parameter -> the checkpoint's tensors that it is loaded from, where it is one or an expert's rows each."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, dot_natural_key
+
+    converters = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+    converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    found: dict[str, tuple[Place, ...]] = {}
+    parts: dict[str, dict[str, list[str]]] = {}  # parameter -> pattern of its names -> tensors, expert by expert
     twice: set[str] = set()
-    for checkpoint, (name, a_part) in places(model, stored).items():
-        if name is None or a_part:
+    in_order = sorted(stored, key=dot_natural_key)  # in which loading puts them together
+    for checkpoint, (name, pattern) in places(model, in_order).items():
+        if name is None:
+            continue
+        if pattern is not None:
+            parts.setdefault(name, {}).setdefault(pattern, []).append(checkpoint)
             continue
         if stored[checkpoint].shape != shapes[name]:
             raise ModelError(
@@ -165,8 +184,36 @@ def _sources(
             )
         if name in found:
             twice.add(name)
-        found[name] = checkpoint
-    return {name: checkpoint for name, checkpoint in found.items() if name not in twice}
+        found[name] = (Place(checkpoint),)
+    for name, by_pattern in parts.items():
+        converter = converter_of[next(iter(by_pattern))]
+        if lies := _experts(converter, by_pattern, stored, shapes[name]):
+            twice |= {name} & found.keys()
+            found[name] = lies
+    return {name: lies for name, lies in found.items() if name not in twice}
+
+
+def _experts(
+    converter: Any, by_pattern: Mapping[str, list[str]], stored: Mapping[str, Stored], shape: tuple[int, ...]
+) -> tuple[Place, ...]:
+    """Where the tensors of single experts lie in the parameter (E, rows, columns) that loading makes of them.
+
+    Nothing for what is put together otherwise than experts one after the other, and of each the rows of its tensors.
+    """
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    kinds = [(type(step), getattr(step, "dim", None)) for step in converter.operations]
+    if kinds not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]) or len(shape) != 3:
+        return ()
+    found, start = [], 0
+    for pattern in converter.source_patterns:
+        tensors = by_pattern.get(pattern, [])
+        sizes = {stored[name].shape for name in tensors}
+        if len(tensors) != shape[0] or len(sizes) != 1 or len(size := sizes.pop()) != 2 or size[1] != shape[2]:
+            return ()
+        found += [Place(name, expert, start, start + size[0]) for expert, name in enumerate(tensors)]
+        start += size[0]
+    return tuple(found) if start == shape[1] else ()
 
 
 def _grow(model: PreTrainedModel, vocab_size: int, before: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -234,5 +281,6 @@ def in_memory(plan: Plan) -> int:
         for out in plan.outputs.values()
         if out.edit.rows or {out.base.dtype, out.planned.dtype} != {plan.dtype}
     )
-    # merged: the weight, its delta and the sum in float32, the noise
-    return changed + 5 * max(math.prod(out.planned.shape) * 4 for out in plan.outputs.values())
+    # merged: the weight, its delta and the sum in float32, the noise; experts are merged a layer at a time
+    whole = (sum(math.prod(plan.outputs[at.name].planned.shape) for at in places) for places in plan.places.values())
+    return changed + 5 * max(*whole, *(math.prod(out.planned.shape) for out in plan.outputs.values())) * 4

@@ -17,13 +17,13 @@ stored is measured then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import ModelError
-from instructft.merging.arithmetic import rounded
+from instructft.merging.arithmetic import Place, rounded
 from instructft.merging.comparison import Seen, Texts, agreement, apart, look, look_once
 from instructft.merging.plan import Machine, Plan
 from instructft.merging.weight_proof import Changed, compare_weights
@@ -180,17 +180,17 @@ def _put(model: PreTrainedModel, merge: Merge, dtype: torch.dtype, rounding: str
     import torch
 
     places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    changed = Changed()
+    changed, changes = Changed(), merge.plan.changed
     with torch.no_grad():
-        for name, place in merge.plan.names.items():
-            out = merge.plan.outputs[place]
+        for name, place in _every(merge.plan):
+            out = merge.plan.outputs[place.name]
             if not out.planned.dtype.is_floating_point:
                 continue
             start = 0
             for exact, piece in rounded(out.base, out.edit, merge.tensors, dtype, rounding):
                 stop = start + len(piece)
-                places[name].view(-1, *piece.shape[1:])[start:stop] = piece.to(places[name].dtype)
-                if name in merge.plan.changed:
+                place.of(places[name]).view(-1, *piece.shape[1:])[start:stop] = piece.to(places[name].dtype)
+                if name in changes:
                     changed.count(piece.double(), exact.double(), out, start, stop)
                 start = stop
     return changed
@@ -201,16 +201,21 @@ def _refuse_other_weights(model: PreTrainedModel, merge: Merge) -> None:
     import torch
 
     places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    for name, place in merge.plan.names.items():
-        stored = merge.files[place]
+    for name, place in _every(merge.plan):
+        stored = merge.files[place.name]
         for start, stop in pieces(stored.rows, stored.width):
             found = stored.read(start, stop)
-            held = places[name].view(-1, *found.shape[1:])[start:stop].cpu()
+            held = place.of(places[name]).view(-1, *found.shape[1:])[start:stop].cpu()
             if not torch.equal(held, found.to(held.dtype)) and not bool(found.isnan().any()):
                 raise ModelError(
-                    f"the merged model does not load as it was written: {name} is not {place} of its file. "
+                    f"the merged model does not load as it was written: {name} is not {place.name} of its file. "
                     "Nothing was kept"
                 )
+
+
+def _every(plan: Plan) -> Iterator[tuple[str, Place]]:
+    """Parameter and place of each of its tensors in the files."""
+    return ((name, place) for name, places in plan.places.items() for place in places)
 
 
 def measure_quantized(

@@ -50,13 +50,14 @@ def compare_weights(
     Raises:
         ModelError: a change is another one, or a value in a file is not its rounding.
     """
-    compared, deviation, sums = 0, 0.0, Changed()
-    for name, held, weight in _as_merged(live, plan.changed.keys()):
-        place = plan.changed[name]
-        off = _compare(plan.outputs[place], held, weight, adapter, files[place], rounding, sums)
-        deviation, compared = max(deviation, off), compared + 1
-    if compared < len(plan.changed):
-        raise ModelError(f"{len(plan.changed) - compared} merged tensors were not found in PEFT's model")
+    compared, deviation, sums, changed = 0, 0.0, Changed(), plan.changed
+    for name, held, weight in _as_merged(live, changed.keys()):
+        for place in changed[name]:
+            out, stored = plan.outputs[place.name], files[place.name]
+            off = _compare(out, held, place.of(weight), adapter, stored, rounding, sums)
+            deviation, compared = max(deviation, off), compared + 1
+    if compared < plan.tensors_changed:
+        raise ModelError(f"{plan.tensors_changed - compared} merged tensors were not found in PEFT's model")
     return {"tensors": compared, "deviation": deviation, **sums.figures()}
 
 

@@ -148,6 +148,32 @@ def _not_here(recipe: Recipe, args: SFTConfig) -> str:
     return ""
 
 
+def mask_by_positions(model: Any) -> Any:
+    """Hand a model the masks of its packs, where its own code makes none from positions; the hook's handle.
+
+    gpt-oss and AfMoE build their masks without `position_ids` (transformers 5.23), and take ready ones by the kind of
+    layer. Whatever comes with a mask or a cache (rows, answers) is left as it is.
+    """
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    width = bare.get_input_embeddings().weight
+
+    def add(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        ids, positions = kwargs.get("input_ids"), kwargs.get("position_ids")
+        given = any(kwargs.get(name) is not None for name in ("attention_mask", "past_key_values"))
+        if ids is None or positions is None or given:
+            return None
+        like = width.new_empty(1).expand(*ids.shape, 1)  # (B, T, 1): its shape, type and device are read
+        about = {"config": module.config, "inputs_embeds": like, "attention_mask": None, "past_key_values": None}
+        masks = {"full_attention": create_causal_mask(**about, position_ids=positions)}
+        if getattr(module.config, "sliding_window", None):
+            masks["sliding_attention"] = create_sliding_window_causal_mask(**about, position_ids=positions)
+        return args, {**kwargs, "attention_mask": masks}
+
+    return bare.base_model.register_forward_pre_hook(add, with_kwargs=True)
+
+
 def _half(recipe: Recipe, args: SFTConfig) -> torch.dtype | None:
     """The type of 16 bits that a run's attention is computed in; None where it has more."""
     import torch

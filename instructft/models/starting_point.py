@@ -249,7 +249,7 @@ def _own_config(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     follows = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in special}}
     try:
-        config = AutoConfig.for_model(**{**follows, **fields})
+        config = AutoConfig.for_model(**{**follows, **thaw(fields)})
     except Exception as error:  # a configuration checks its fields as it likes
         raise UsageError(f"model.config: {' '.join(str(error).split())}") from error
     for name, most in _COUNTS.items():

@@ -111,8 +111,9 @@ def _streaming(recipe: Recipe) -> Iterator[Contradiction]:
 
 def _model(recipe: Recipe) -> Iterator[Contradiction]:
     model = recipe.model
-    if model.attn_implementation == "varlen" and not recipe.data.packing:
-        say = "varlen attends to packs by their borders, and data.packing is false; set it to true, or write auto"
+    if model.attn_implementation == "varlen" and recipe.data.packing is not True:
+        found = "false" if recipe.data.packing is False else recipe.data.packing
+        say = f"varlen attends to packs by their borders, and data.packing is {found}; set it to true, or write auto"
         yield (("model", "attn_implementation"), ("data", "packing")), say
     name, config = ("model", "name_or_path"), ("model", "config")
     if model.name_or_path is None and model.config is None:

@@ -213,7 +213,7 @@ def _kind(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_kind(part) for part in args if part is not type(None))
     if origin is typing.Literal:
-        return f"one of {', '.join(args)}"
+        return f"one of {', '.join(args)}" if len(args) > 1 else str(args[0])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"a mapping with keys such as {', '.join(section_keys(annotation)[:4])}"
     if origin is tuple and section_of(annotation):

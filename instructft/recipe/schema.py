@@ -228,7 +228,11 @@ class DataSection(_Section):
     on_too_long: Literal["truncate", "drop", "error"] = Field(
         default="truncate", description="what happens to a row longer than max_length"
     )
-    packing: bool = Field(default=False, description="several conversations in one row of max_length, kept apart")
+    packing: bool | Literal["auto"] = Field(
+        default=False,
+        description="several conversations in one row of max_length, kept apart; auto: where that saves more than a "
+        "tenth of the slots and the model is proved to keep them apart",
+    )
     splits: Splits = Field(default=Splits(), description="shares of the rows that are held out")
     validation: tuple[DatasetEntry, ...] | None = Field(
         default=None, min_length=1, description="data sets of their own to evaluate on, in place of a share of the rows"
@@ -262,6 +266,10 @@ class AdapterSection(_Section):
     use_rslora: bool = Field(default=False, description="rank-stabilized LoRA, arXiv:2312.03732")
     lora_plus_ratio: float | None = Field(
         default=None, ge=1, description="times the learning rate, for B alone (LoRA+, arXiv:2402.12354)"
+    )
+    experts: bool | Literal["auto"] = Field(
+        default="auto",
+        description="whether the experts of a mixture get an adapter; auto: where target_modules is all-linear",
     )
     more: FrozenMap = Field(default_factory=FrozenDict, exclude=True)  # not a key
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from instructft.errors import UsageError
 from instructft.models.load import weights_dtype
 from instructft.recipe.conflicts import accelerator_problem
+from instructft.recipe.schema import freeze
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -55,6 +56,24 @@ def training_arguments(recipe: Recipe, data: Prepared | Streamed, state: Partial
         per_micro_batch = data.tokens_per_row * args.per_device_train_batch_size * state.num_processes
         args.gradient_accumulation_steps = max(1, round(tokens_per_step / per_micro_batch))
     return args, precision
+
+
+def as_decided(recipe: Recipe, packed: bool, per_pack: float) -> Recipe:
+    """A recipe whose `data.packing` is auto as it was decided; a step holds as many tokens either way.
+
+    `train.per_device_train_batch_size` is a number of packs where they are, and else of rows. These are shorter, and
+    `train.gradient_accumulation_steps` makes up for it, unless `train.tokens_per_step` does.
+
+    Args:
+        per_pack: rows in a pack.
+    """
+    if recipe.data.packing != "auto":
+        return recipe
+    update: dict[str, Any] = {"data": recipe.data.model_copy(update={"packing": packed})}
+    if not packed and not recipe.train.get("tokens_per_step"):
+        steps = (recipe.train.get("gradient_accumulation_steps") or 1) * max(1, round(per_pack))
+        update["train"] = freeze({**recipe.train, "gradient_accumulation_steps": steps})
+    return recipe.model_copy(update=update)
 
 
 def reporters(recipe: Recipe) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.adapters import quantization
 from instructft.adapters.adapter_folder import AdapterMetadata
+from instructft.adapters.experts import said_of_reach, share_reached
 from instructft.adapters.lora import count_parameters, is_peft
 from instructft.checkpoints.manifest import full_disk_explained
 from instructft.checkpoints.resume import RunStart, find, identity, run_start
@@ -27,7 +28,7 @@ from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import date_in_prompts, load_tokenizer, said_of_date
 from instructft.recipe.installed import check_against_installed
 from instructft.recipe.schema import Recipe
-from instructft.training.arguments import refuse_what_cannot_run, reporters, training_arguments
+from instructft.training.arguments import as_decided, refuse_what_cannot_run, reporters, training_arguments
 from instructft.training.out_of_memory import explained
 from instructft.training.outcome import (
     collect_facts,
@@ -118,8 +119,13 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
     origin = starting_point(recipe, tokenizer)  # a model that does not fit is refused before the data is read
     check_attention(recipe, origin.config)
     quantization.check(recipe)
+    asked = recipe
     with state.main_process_first():
-        data = _prepared(recipe, tokenizer, origin)
+        data = _prepared(asked, tokenizer, origin)
+        known = checkpoint.identity.get("data.packing", data.packed) if checkpoint else data.packed
+        recipe = as_decided(asked, bool(known), data.per_pack)
+        if data.packed != recipe.data.packing:
+            data = _prepared(recipe, tokenizer, origin)
     args, precision = training_arguments(recipe, data, state)
     made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, args))
     start = run_start(checkpoint, passed, made_of)
@@ -130,6 +136,18 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
     attention = choose_attention(recipe, origin.config, args, data.folds)
     model = load_model(recipe, tokenizer, start=origin)
     attention = switch_attention(model, attention)
+    if asked.data.packing == "auto" and recipe.data.packing and checkpoint is None:
+        why = first_process(state, lambda: why_rows(model, args, recipe.data.max_length))
+        if why:
+            packs, recipe = data, as_decided(asked, False, data.per_pack)
+            data = _prepared(recipe, tokenizer, origin)
+            args, precision = training_arguments(recipe, data, state)
+            made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, args))
+            start = run_start(checkpoint, passed, made_of)
+            attention = switch_attention(model, choose_attention(recipe, origin.config, args, data.folds))
+            from instructft.training.rehearsal.isolation import cost_of_rows
+
+            console.print(cost_of_rows(why, packs, data, args), markup=False, highlight=False)
     base = origin.facts()  # now, since a branch on the Hub may move while the run lasts
     announce(recipe, tokenizer, data, model, args, precision, attention, console)
     for line in start.lines():
@@ -233,6 +251,8 @@ def announce(
         table.add_row("frozen", escape(towers_in_words(aside)))
     if recipe.model.freeze:
         table.add_row("frozen", escape(f"{frozen_as_named(model, recipe.model.freeze)}, as model.freeze says"))
+    if is_peft(model):
+        table.add_row("adapter", f"reaches {said_of_reach(share_reached(model))}")
     there = torch.cuda.device_count() if args.device.type == "cuda" else 0
     of = f" of {there} here" if there > args.world_size else ""
     table.add_row("device", escape(f"{args.device.type} × {args.world_size}{of} · {precision}"))
@@ -265,6 +285,13 @@ def turns_apart(trainer: Trainer, max_length: int, console: Console) -> None:
     from instructft.training.rehearsal.isolation import prove_branches
 
     prove_branches(trainer, max_length, console)
+
+
+def why_rows(model: Any, args: SFTConfig, max_length: int) -> str:
+    """Ask a model that is loaded and no more whether documents of a pack see each other: why, or nothing."""
+    from instructft.training.rehearsal.isolation import why_not_apart
+
+    return why_not_apart(model, args, max_length)
 
 
 def rehearse_run(trainer: Trainer, data: Prepared | Streamed, console: Console) -> Rehearsal:
@@ -449,7 +476,7 @@ def prove_adapter(proof: AdapterProof | FrozenProof | None, trainer: Trainer, co
         return {"frozen": frozen}
     verdict = proof.verdict(trainer.accelerator.unwrap_model(trainer.model), judge=trainer.is_world_process_zero())
     console.print(in_words(verdict), highlight=False)
-    return {"adapter": verdict}
+    return {"adapter": verdict | {"reaches": share_reached(trainer.accelerator.unwrap_model(trainer.model))}}
 
 
 @contextlib.contextmanager

@@ -184,11 +184,20 @@ class Trainer(SFTTrainer):
         self._stepping = self.state.global_step
         counts = taken(inputs)
         parts = inputs.pop("parts", ())
-        loss = self.micro_batches.train(super().training_step, model, inputs, num_items_in_batch, parts)
+        loss = self.micro_batches.train(self._one_part, model, inputs, num_items_in_batch, parts)
         tokens, supervised, slots = (before + more for before, more in zip(self.counts, counts, strict=True))
         self.counts = tokens, supervised, slots
         self.step_checks.add(loss)
         return loss
+
+    def _one_part(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Upstream's step, whose loss is told without the router's: that one is a figure of its own, `aux_loss`."""
+        self._router_loss: torch.Tensor | None = None
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._router_loss is None:
+            return loss
+        parts = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
+        return loss - self._router_loss / parts
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm of the step's gradient before it was clipped, as a number: `StepChecks` reads it with all else."""
@@ -224,7 +233,9 @@ class Trainer(SFTTrainer):
         sums = {"supervised": supervised, "entropy": out.entropy.detach().sum(), "top1": out.is_top1.sum()}
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if items is not None else 1
-            loss = loss + self.router_aux_loss_coef * out.aux_loss / steps
+            router_loss = self.router_aux_loss_coef * out.aux_loss / steps
+            self._router_loss = router_loss.detach()
+            loss = loss + router_loss
             sums |= {"aux_loss": out.aux_loss.detach(), "batches": torch.ones_like(supervised)}
         self.step_checks.count(**sums)
         return loss
@@ -251,7 +262,8 @@ class Trainer(SFTTrainer):
         rows, collate = slices_of(self.train_dataset), self.data_collator
         if self._pack_width and collate.flatten:
             width = self._pack_width + -self._pack_width % (collate.pad_to_multiple_of or 1)
-            collate = FlatPacks.of(rows, collate.pad_token_id, width, self._rows_of_a_process())
+            packs = self._rows_of_a_process()
+            collate = FlatPacks.of(rows, collate.pad_token_id, width, packs, numbered=collate.numbered)
         counting = self._counting(collate, self._once_more())
         with _in_place(self, train_dataset=rows, data_collator=counting):
             return super().get_train_dataloader()

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[str | None, bool]]:
-    """Tensor in a checkpoint -> the parameter that it is loaded into (None: none), and whether it is a part of one.
+def places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[str | None, str | None]]:
+    """Tensor in a checkpoint -> the parameter that it is loaded into (None: none), and as part of one its pattern.
 
     Follows `convert_and_load_state_dict_in_model` of transformers/core_model_loading.py.
 
     Example::
 
         places(qwen3_moe, ["model.layers.0.mlp.experts.0.up_proj.weight"])
-        # {'model.layers.0.mlp.experts.0.up_proj.weight': ('model.layers.0.mlp.experts.gate_up_proj', True)}
+        # {'model.layers.0.mlp.experts.0.up_proj.weight': ('model.layers.0.mlp.experts.gate_up_proj', '….up_proj.weight')}
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -40,12 +40,12 @@ def places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[str
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     known, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, tuple[str | None, bool]] = {}
+    found: dict[str, tuple[str | None, str | None]] = {}
     for checkpoint in stored:
         name, converted = rename_source_key(checkpoint, renamings, converters, prefix, known)
         if name not in known and checkpoint in known:
             name, converted = rename_source_key(checkpoint, [], [], prefix, known)
-        found[checkpoint] = (name if name in known else None, converted is not None)
+        found[checkpoint] = (name if name in known else None, converted)
     return found
 
 
@@ -100,7 +100,7 @@ def _compare(
     model: PreTrainedModel,
     before: Mapping[str, Stored],
     after: Mapping[str, Stored],
-    there: Mapping[str, tuple[str | None, bool]],
+    there: Mapping[str, tuple[str | None, str | None]],
     folder: Path,
 ) -> list[str]:
     """Names of the tensors that grew with the vocabulary; all else must be as it was."""

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from instructft.data.arrow.token_rows import tokens_of
 from instructft.data.batches.branches import Masks
+from instructft.data.batches.flat_packs import FlatPacks
 from instructft.data.collator import CompletionOnlyCollator
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import encode_conversation
@@ -137,3 +138,15 @@ def test_borders_alone_cannot_take_branches() -> None:
         DataError, match=r"folded turns cannot be taken by their borders; set data\.fold_turns to false"
     ):
         CompletionOnlyCollator(0, flatten=True)([FOLDED])
+
+
+def test_packs_with_the_numbers_of_their_documents() -> None:
+    rows = [{"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, -100, 9], "seq_lengths": [3, 2]}] * 2
+    rows[1] = {"input_ids": [5, 6], "labels": [-100, 6], "seq_lengths": [2]}
+    found = CompletionOnlyCollator(0, numbered=True)(rows)
+    assert found["seq_idx"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 2, 3]]
+    assert found["seq_idx"].dtype == torch.int32
+    assert "seq_idx" not in CompletionOnlyCollator(0)(rows)
+    assert CompletionOnlyCollator(0, flatten=True, numbered=True)(rows)["seq_idx"].tolist() == [[0, 0, 0, 1, 1, 2, 2]]
+    flat = FlatPacks(0, width=6, packs=2, documents=5, numbered=True)(rows)
+    assert flat["seq_idx"].tolist() == [[0, 0, 0, 1, 1, 2, 3, 3, 4, 4, 4, 4]]

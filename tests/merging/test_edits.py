@@ -21,6 +21,7 @@ from tests.helpers.merging import (
     make_base,
     refused,
 )
+from tests.helpers.mixtures import MIXTURES, make_mixture
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -69,3 +70,15 @@ def test_options_without_a_proved_merge_are_refused_by_name(pair: tuple[Path, Pa
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, key: value}))
     refused(adapter, key, UsageError)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_each_expert_is_merged_with_its_own_pair(kind: str, tmp_path: Path) -> None:
+    """Whether a checkpoint holds experts alone (Mixtral, Qwen3, DeepSeek) or as one tensor (gpt-oss, transposed)."""
+    base = make_mixture(tmp_path / "base", kind)
+    options = {"target_modules": ["o_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    adapter = make_adapter(tmp_path / "adapter", base, **options)
+    merge_adapter(adapter, tmp_path / "out", verify=False, console=QUIET)
+    ours, theirs = logits_of(load_whole(tmp_path / "out")), logits_of(live(adapter, base))
+    assert (ours - theirs).abs().max() < 1e-5
+    assert (theirs - logits_of(load_whole(base))).abs().max() > 1e-3

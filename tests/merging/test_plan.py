@@ -10,6 +10,7 @@ import pytest
 from instructft import merge_adapter
 from instructft.adapters.adapter_folder import read_adapter
 from instructft.errors import UsageError
+from instructft.merging import plan as plan_module
 from instructft.merging.plan import choose_machine, in_memory, make_plan
 from instructft.weights import tensor_io
 from tests.helpers.merging import (
@@ -23,8 +24,10 @@ from tests.helpers.merging import (
     logits_of,
     make_adapter,
     make_base,
+    plan_of,
     refused,
 )
+from tests.helpers.mixtures import make_mixture
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -78,23 +81,26 @@ def test_weights_that_training_made_differ_are_tied_no_more(target: str, use_dor
     assert facts["proof"]["source"] == "random token ids"  # neither adapter nor base has a tokenizer
 
 
-def test_weights_that_loading_puts_together_are_refused(tmp_path: Path) -> None:
-    """Qwen2-MoE's checkpoints hold every expert alone; transformers 5 stacks them, and an adapter may target that."""
-    import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = MixtralConfig(vocab_size=1490, num_local_experts=2, num_key_value_heads=2, **sizes)
-    torch.manual_seed(0)
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
-    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in tensor_io.read_checkpoint(tmp_path / "base")
-    attention = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["q_proj"])
-    merge_adapter(attention, tmp_path / "out", verify=False, console=QUIET)
-    assert (logits_of(load_whole(tmp_path / "out")) - logits_of(live(attention, tmp_path / "base"))).abs().max() < 1e-5
+def test_weights_that_loading_puts_together_in_an_unknown_way_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts one after the other are known; of anything else no tensor of the file has a proved place."""
+    base = make_mixture(tmp_path / "base", "mixtral")
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in tensor_io.read_checkpoint(base)
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    merge_adapter(adapter, tmp_path / "out", verify=False, console=QUIET)
+    assert (logits_of(load_whole(tmp_path / "out")) - logits_of(live(adapter, base))).abs().max() < 1e-5
     shutil.rmtree(tmp_path / "out")
-    shutil.rmtree(attention)
-    make_adapter(attention, tmp_path / "base", target_modules=[], target_parameters=["experts.gate_up_proj"])
-    refused(attention, "target_parameters", UsageError)
+    shutil.rmtree(adapter)
+    make_adapter(adapter, base, target_modules=[], target_parameters=["experts.gate_up_proj"])
+    plan = plan_of(adapter, base)
+    assert plan.tensors_changed == 2 * 2 * 4  # of two layers w1 and w3 of each expert
+    assert [(place.expert, place.start, place.stop) for place in plan.changed[next(iter(plan.changed))]][3:5] == [
+        (3, 0, 320),
+        (0, 320, 640),
+    ]
+    monkeypatch.setattr(plan_module, "_experts", lambda *_: ())
+    refused(adapter, "put together when the model is loaded", UsageError)
 
 
 def test_where_a_proof_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ def test_defaults_are_those_of_the_contract(load):
             "use_dora": False,
             "use_rslora": False,
             "lora_plus_ratio": None,
+            "experts": "auto",
         },
         "train": "…",
         "samples": [],

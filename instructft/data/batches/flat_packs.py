@@ -39,6 +39,7 @@ class FlatPacks:
         pad_token_id: fills what a pack leaves of its width; never seen by a document, never trained.
         width: slots of a pack; `max_length_q` and `max_length_k` say it in place of the longest document.
         packs: of a batch; a last batch with fewer is filled up with padding.
+        numbered: with `seq_idx` (1, T) int32, the number of its document at each token.
         documents: borders are filled up to this number, and one; a batch that holds more doubles it. `of` finds it.
 
     Returns (T = packs * width):
@@ -52,11 +53,12 @@ class FlatPacks:
         DataError: a pack without a token that carries loss, or longer than `width`.
     """
 
-    def __init__(self, pad_token_id: int, width: int, packs: int, documents: int):
+    def __init__(self, pad_token_id: int, width: int, packs: int, documents: int, *, numbered: bool = False):
         self.pad_token_id, self.width, self.packs, self.documents = pad_token_id, width, packs, documents
+        self.numbered = numbered
 
     @classmethod
-    def of(cls, rows: Any, pad_token_id: int, width: int, packs: int) -> FlatPacks:
+    def of(cls, rows: Any, pad_token_id: int, width: int, packs: int, *, numbered: bool = False) -> FlatPacks:
         """With as many borders as batches of these rows may be expected to hold at most, or a guess for a stream.
 
         Kernels allocate for every border, used or not, so that it is little above what batches do hold.
@@ -66,7 +68,7 @@ class FlatPacks:
             found = rows.documents + (rows.lengths < width)  # what a pack leaves is a document too
             usual = math.ceil(packs * found.mean() + SPREAD * math.sqrt(packs) * found.std())
             documents = min(usual, packs * int(found.max()))
-        return cls(pad_token_id, width, packs, documents)
+        return cls(pad_token_id, width, packs, documents, numbered=numbered)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         import torch
@@ -96,7 +98,9 @@ class FlatPacks:
         labels_of_all = torch.from_numpy(flat_labels)[None]
         supervised, supervised_labels = whole_chunks(labels_of_all)
         cu_seq_lens = torch.from_numpy(borders)
+        numbers = np.repeat(np.arange(len(documents), dtype=np.int32), documents)
         return {
+            **({"seq_idx": torch.from_numpy(numbers)[None]} if self.numbered else {}),
             "input_ids": torch.from_numpy(ids.reshape(1, -1)),
             "labels": labels_of_all,
             "position_ids": torch.from_numpy(np.arange(total) - np.repeat(starts, documents))[None],

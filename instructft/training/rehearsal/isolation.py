@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from instructft.adapters.lora import count_parameters
-from instructft.data.packing import flat_borders, probe
+from instructft.data.arrow.token_rows import slices_of
+from instructft.data.packing import flat_borders, padded_slots, probe
 from instructft.errors import ModelError
 from instructft.formatting import first_line
 from instructft.models import branches
-from instructft.models.attention import VARLEN, Attention, give_up
+from instructft.models.attention import VARLEN, Attention, give_up, mask_by_positions
 from instructft.models.kernels.varlen import plain, takes_borders
 from instructft.training.out_of_memory import ran_out
 from instructft.training.rehearsal.rehearse import as_it_was
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from trl import SFTConfig
 
+    from instructft.data.prepare import Prepared
+    from instructft.data.streaming import Streamed
     from instructft.training.trainer import Trainer
 
 PROBE_WORK = 1e11  # weights times tokens; on a CPU a pack of more is not tried at its full length
@@ -35,18 +40,19 @@ def prove_isolation(trainer: Trainer, attention: Attention, max_length: int, con
     Raises:
         ModelError: they do, under the attention that the recipe names or under every one that could be taken.
     """
-    width = _width(trainer, max_length)
+    width = _width(trainer.model, trainer.args, max_length)
     try:
         difference = _difference(trainer, width)
-    except (ModelError, RuntimeError) as error:
+    except (ModelError, RuntimeError, ValueError) as error:
         if not attention.may_change or ran_out(error):
             raise
         attention = give_up(trainer.model, first_line(error))
         trainer.data_collator.flatten = takes_borders(trainer.model)
         console.print(f"attention: {attention}", markup=False, highlight=False)
         difference = _difference(trainer, width)
+    by = " by the numbers of their documents (seq_idx)" if trainer.data_collator.numbered else ""
     console.print(
-        f"packs are clean: no gradient from a document to its neighbour in a pack of {width:,} tokens; its logits "
+        f"packs are clean{by}: no gradient from a document to its neighbour in a pack of {width:,} tokens; its logits "
         f"alone and in a pack differ by {difference:.1e} at most\n",
         highlight=False,
     )
@@ -60,7 +66,7 @@ def prove_branches(trainer: Trainer, max_length: int, console: Console) -> None:
         ModelError: they do, under the attention that the run has.
     """
     model: Any = trainer.model
-    width = max(_width(trainer, max_length), 16)  # three turns and what they share
+    width = max(_width(trainer.model, trainer.args, max_length), 16)  # three turns and what they share
     with trainer.compute_loss_context_manager():
         difference = branches.probe(model, model.device, width)
     console.print(
@@ -70,11 +76,85 @@ def prove_branches(trainer: Trainer, max_length: int, console: Console) -> None:
     )
 
 
-def _width(trainer: Trainer, max_length: int) -> int:
-    """Tokens of the row that is tried: those of training, fewer where a CPU would take minutes."""
-    if trainer.args.device.type == "cpu" and count_parameters(trainer.model)[1] * max_length > PROBE_WORK:
-        return min(max_length, 256)
-    return max_length
+def why_not_apart(model: Any, args: SFTConfig, max_length: int) -> str:
+    """Why documents of a pack see each other in a model whose run has not begun; "" where they do not.
+
+    Asked with the attention that the model has, and where that is `varlen` with the one that may take its place.
+    """
+    sharded = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    if model.device != args.device and not (sharded or getattr(model, "is_quantized", False)):
+        model.to(args.device)  # as the trainer will
+    width, why = _width(model, args, max_length), ""
+    half = torch.bfloat16 if args.bf16 else torch.float16
+    for change in (contextlib.nullcontext, plain) if takes_borders(model) else (contextlib.nullcontext,):
+        with change(model), contextlib.ExitStack() as stack:
+            borders = takes_borders(model)
+            if borders and (args.bf16 or args.fp16):
+                stack.enter_context(torch.autocast(args.device.type, half))
+            try:
+                *_, masked = _apart(model, width, borders)
+                if masked:
+                    masked.remove()  # the run asks again
+            except (ModelError, RuntimeError, ValueError, TypeError) as error:
+                if ran_out(error):
+                    raise
+                why = str(error)
+            else:
+                return ""
+    return why
+
+
+def cost_of_rows(why: str, packs: Prepared | Streamed, rows: Prepared | Streamed, args: SFTConfig) -> str:
+    """What a run says that was left to pack, of a model whose packs are not clean."""
+    steps, size = args.gradient_accumulation_steps, args.per_device_train_batch_size
+    lines = [why.partition(".\nSet ")[0], *why.partition("model.attn_implementation.")[2].splitlines()]
+    said = "\n".join(line for line in lines if line)
+    more = ""
+    if all(hasattr(data.splits["train"], "__len__") for data in (packs, rows)):
+        width = int(max(slices_of(packs.splits["train"]).lengths))
+        taken = padded_slots(slices_of(rows.splits["train"]).lengths, size)
+        more = f", {taken / (len(packs.splits['train']) * width) - 1:+.0%} slots"
+    return (
+        f"{said}\ndata.packing: auto takes batches of rows of like length in place of packs: {steps} micro-batches of "
+        f"{size} rows a step, whose tokens are about as many{more}\n"
+    )
+
+
+def _width(model: Any, args: SFTConfig, max_length: int) -> int:
+    """Tokens of the pack that is tried; on a CPU a large model is tried on a shorter one."""
+    large = args.device.type == "cpu" and count_parameters(model)[1] * max_length > PROBE_WORK
+    return min(max_length, 256) if large else max_length
+
+
+def _apart(model: Any, width: int, borders: bool) -> tuple[float, bool, Any]:
+    """The difference between a document alone and in a pack, and whether it takes the numbers of documents for that.
+
+    Attention is told documents apart by positions or borders, or by masks that the model does not make itself, whose
+    hook comes back as the third. Kernels of state-space and convolution layers take the
+    number of its document with each token (`seq_idx`), and say so where they are not installed.
+
+    Raises:
+        ModelError: they see each other either way.
+    """
+    ask = functools.partial(probe, model, model.device, width, borders, alone=functools.partial(plain, model))
+    try:
+        return ask(), False, None
+    except (ModelError, ValueError) as error:
+        if not borders:
+            hook = mask_by_positions(model)
+            try:
+                return ask(), False, hook
+            except Exception as other:  # whatever a model says to masks that it does not know
+                hook.remove()
+                if ran_out(other):
+                    raise
+        try:
+            return ask(numbered=True), True, None
+        except (ModelError, RuntimeError, ValueError, TypeError) as other:
+            if ran_out(other):
+                raise
+            kernels = f"\n{first_line(other)}" if "packed sequences apart" in str(other) else ""
+            raise ModelError(f"{error}{kernels}") from error
 
 
 def _difference(trainer: Trainer, width: int) -> float:
@@ -86,7 +166,8 @@ def _difference(trainer: Trainer, width: int) -> float:
     with trainer.compute_loss_context_manager(), precision:
         if str(model.config._attn_implementation) == VARLEN:
             _try_in_training(trainer)
-        return probe(model, model.device, width, takes_borders(model), functools.partial(plain, model))
+        difference, trainer.data_collator.numbered, _ = _apart(model, width, takes_borders(model))
+    return difference
 
 
 def _try_in_training(trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -107,3 +108,24 @@ def test_the_validation_loss_of_a_run_is_that_of_the_saved_model(recipe_of: Call
         count += int(kept.sum())
     assert result.metrics["eval_loss"] == pytest.approx(total / count, abs=near(1e-5))
     assert result.facts["rehearsal"]["head"] == "logits"
+
+
+OLMOE = f"{{model_type: olmoe, {SIZES}, num_key_value_heads: 2, num_experts: 4, num_experts_per_tok: 2}}"
+
+
+def test_the_routers_loss_is_told_beside_the_loss_and_trained(recipe_of: Callable[..., Any]) -> None:
+    """Two unlike samples, of which one is padded, and a configuration that is saved as it was loaded."""
+    found = {}
+    for coefficient in (0.5, 0.0):
+        settings = [f"train.router_aux_loss_coef={coefficient}", "train.max_steps=2", "train.learning_rate=1e-2"]
+        recipe = recipe_of(OLMOE, *settings, 'samples=["Hi", "What is the capital of France, and why?"]')
+        recipe = recipe.model_copy(update={"output_dir": f"{recipe.output_dir}-{coefficient}"})
+        result = instructft.train(recipe, console=Console(quiet=True))
+        rows = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+        found[coefficient] = [row for row in rows if "loss" in row]
+        assert not json.loads((result.output_dir / "config.json").read_text())["output_router_logits"]
+    (first, second), (plain, other) = found[0.5], found[0.0]
+    assert first["loss"] == pytest.approx(plain["loss"], abs=1e-5)  # of the same weights
+    assert second["loss"] != pytest.approx(other["loss"], abs=1e-5)
+    assert first["aux_loss"] > 1.9
+    assert "aux_loss" not in plain

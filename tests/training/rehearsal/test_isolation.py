@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from transformers.models.lfm2 import modeling_lfm2
 
+import instructft
 from instructft.errors import ModelError
 from instructft.models.attention import Attention, switch_attention
 from instructft.models.kernels import varlen
@@ -111,3 +115,101 @@ def test_what_fails_gives_way_to_a_mask_or_stops(
     assert not trainer.data_collator.flatten
     with pytest.raises(ModelError, match=words):
         proved(GPT2, may_change=False, broken=broken)
+
+
+LFM2 = (
+    "{model_type: lfm2, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2, "
+    "layer_types: [conv, full_attention], block_ff_dim: 48, max_position_embeddings: 128}"
+)
+
+
+def convolution(states: Any, weight: Any, bias: Any = None, seq_idx: Any = None, **_: Any) -> Any:
+    """What the kernel computes: states (B, D, T), weight (D, K), and nothing of another document, seq_idx (B, T)."""
+    out = torch.zeros_like(states)
+    for back in range(weight.shape[-1]):
+        moved = torch.nn.functional.pad(states, (back, 0))[..., : states.shape[-1]]
+        if seq_idx is not None and back:
+            before = torch.nn.functional.pad(seq_idx, (back, 0), value=-1)[..., : states.shape[-1]]
+            moved = moved * (before == seq_idx)[:, None]
+        out = out + moved * weight[:, -1 - back, None]
+    return out if bias is None else out + bias[:, None]
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> str:
+    """Rows of very unlike lengths, of which packs save much."""
+    rows = [{"instruction": f"Say {i}.", "output": f"{i} " * (30 if i % 4 == 0 else 2)} for i in range(24)]
+    path = tmp_path / "uneven.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"data.datasets=[{{path: {path}}}]"
+
+
+def ran(recipe: Any) -> tuple[Any, list[float], str]:
+    """The facts of a run, its losses step by step with that of its validation, and what it printed."""
+    said = io.StringIO()
+    result = instructft.train(recipe, console=Console(file=said, width=400))
+    rows = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+    return result, [row[key] for row in rows for key in ("loss", "eval_loss") if key in row], said.getvalue()
+
+
+def test_a_kernel_that_wants_the_numbers_of_documents_gets_them(
+    recipe_of: Callable[..., Any], uneven: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of what is held out is the same in packs and alone, where the kernel is there."""
+    monkeypatch.setattr(modeling_lfm2, "causal_conv1d_fn", convolution)
+    settings = [uneven, "data.splits={validation: 0.4}", "train.learning_rate=0", "train.max_steps=1"]
+    recipe = recipe_of(LFM2, *settings, "data.packing=auto")
+    result, packed, said = ran(recipe)
+    assert "packs are clean by the numbers of their documents (seq_idx)" in said
+    assert instructft.load_recipe(result.output_dir / "recipe.yaml").data.packing is True
+    _, plain, _ = ran(recipe_of(LFM2, *settings, f"output_dir={result.output_dir}-plain"))
+    assert packed[-1] == pytest.approx(plain[-1], abs=1e-5)
+
+
+def test_auto_trains_rows_where_packs_are_not_clean_and_says_what_that_costs(
+    recipe_of: Callable[..., Any], uneven: str
+) -> None:
+    result, found, said = ran(recipe_of(LFM2, uneven, "data.packing=auto", "train.max_steps=2"))
+    assert "lets documents of a pack see each other" in said
+    assert "Install `causal_conv1d` to train on packed sequences" in said
+    assert "auto takes batches of rows of like length in place of packs: 3 micro-batches of 4 rows a step" in said
+    kept = instructft.load_recipe(result.output_dir / "recipe.yaml")
+    assert (kept.data.packing, kept.train["gradient_accumulation_steps"]) == (False, 3)
+    settings = ["train.gradient_accumulation_steps=3", f"output_dir={result.output_dir}-plain"]
+    _, plain, _ = ran(recipe_of(LFM2, uneven, *settings, "train.max_steps=2"))
+    assert found == pytest.approx(plain, abs=1e-5)
+    with pytest.raises(ModelError, match=r"data\.packing=false \(.*auto takes them by itself"):
+        ran(recipe_of(LFM2, uneven, "data.packing=true", f"output_dir={result.output_dir}-packed"))
+
+
+def test_auto_resumes_as_it_began(recipe_of: Callable[..., Any], uneven: str) -> None:
+    settings = [uneven, "data.packing=auto", "train.save_strategy=steps", "train.save_steps=1"]
+    settings.append("train.lr_scheduler_type=constant")
+    first, _, _ = ran(recipe_of(LFM2, *settings, "train.max_steps=1"))
+    again, _, said = ran(recipe_of(LFM2, *settings, "train.max_steps=2"))
+    assert "see each other" not in said
+    assert again.facts["train"]["steps"] == 2
+    assert again.output_dir == first.output_dir
+
+
+def test_auto_packs_where_it_saves_a_tenth(recipe_of: Callable[..., Any], uneven: str) -> None:
+    trainer = trainer_of(recipe_of(GPT2, uneven, "data.packing=auto"))
+    assert "seq_lengths" in trainer.train_dataset.column_names
+    trainer = trainer_of(recipe_of(GPT2, uneven, "data.packing=auto", "data.max_length=16"))
+    assert "seq_lengths" not in trainer.train_dataset.column_names
+
+
+GPT_OSS = (
+    "{model_type: gpt_oss, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2, "
+    "head_dim: 16, intermediate_size: 48, num_local_experts: 4, num_experts_per_tok: 2, sliding_window: 16, "
+    "layer_types: [sliding_attention, full_attention], max_position_embeddings: 128}"
+)
+
+
+def test_a_model_that_makes_no_mask_from_positions_is_given_one(recipe_of: Callable[..., Any], uneven: str) -> None:
+    """gpt-oss builds its masks without `position_ids` (transformers 5.23)."""
+    settings = [uneven, "data.splits={validation: 0.4}", "train.learning_rate=0", "train.max_steps=1"]
+    result, packed, said = ran(recipe_of(GPT_OSS, *settings, "data.packing=true"))
+    assert "packs are clean" in said
+    _, plain, _ = ran(recipe_of(GPT_OSS, *settings, f"output_dir={result.output_dir}-plain"))
+    assert packed[-1] == pytest.approx(plain[-1], abs=1e-5)
