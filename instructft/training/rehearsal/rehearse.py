@@ -19,8 +19,8 @@ from accelerate.utils import send_to_device
 
 from instructft.models.kernels.gpu_head import kernel_problem
 from instructft.prompt.loss_mask import IGNORE_INDEX
-from instructft.training.rehearsal.adapter_loads import refuse_adapter_that_does_not_load
-from instructft.training.rehearsal.gradients import Reach, leave_out_unreached
+from instructft.training.rehearsal.adapter_loads import leave_out_what_does_not_load
+from instructft.training.rehearsal.gradients import Reach, kinds, leave_out_unreached
 from instructft.training.rehearsal.head import choose_head
 
 if TYPE_CHECKING:
@@ -60,8 +60,10 @@ def rehearse(trainer: Trainer, example: Any, say: Callable[[str], Any]) -> Rehea
     with as_it_was(trainer):
         head = choose_head(trainer, batch)
         reach = leave_out_unreached(trainer, batch)
-        refuse_adapter_that_does_not_load(trainer)
+        lost = leave_out_what_does_not_load(trainer)
     lines = [*([head.why] if head.why else []), *reach.lines(trainer.processing_class.convert_ids_to_tokens)]
+    if lost:
+        lines.append(f"PEFT would not find what it saves of {len(lost)} layers, which get no adapter: {kinds(lost)}")
     if trainer.args.device.type == "cuda" and (problem := kernel_problem(trainer.args.device)):
         lines.append(f"the output head is computed by plain operators, which takes longer: {problem}")
     for line in lines:
@@ -71,7 +73,7 @@ def rehearse(trainer: Trainer, example: Any, say: Callable[[str], Any]) -> Rehea
         "seconds": round(seconds, 3),
         "head": head.kind,
         "head_difference": head.difference,
-        "left_out": reach.left_out,
+        "left_out": sorted([*reach.left_out, *lost]),
         "said": lines,
     }
     how = "right" if not lines else "as said above"
