@@ -197,7 +197,7 @@ class Reference:
         self.random = not torch.equal(state, torch.get_rng_state())
         loss.backward()
         model.eval()
-        self.loss = float(loss)
+        self.loss = float(loss.detach())
         named = dict(model.named_parameters())
         grads = {n: w.grad for n, w in named.items() if w.grad is not None and bool(w.grad.isfinite().all())}
         length = sum(float(g.double().square().sum()) for g in grads.values()) ** 0.5

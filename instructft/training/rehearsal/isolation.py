@@ -15,6 +15,7 @@ from instructft.formatting import first_line
 from instructft.models.attention import VARLEN, Attention, give_up
 from instructft.models.kernels.varlen import plain, takes_borders
 from instructft.training.out_of_memory import ran_out
+from instructft.training.rehearsal.head import bare
 from instructft.training.rehearsal.rehearse import as_it_was
 
 if TYPE_CHECKING:
@@ -38,20 +39,34 @@ def prove_isolation(trainer: Trainer, attention: Attention, max_length: int, con
     if trainer.args.device.type == "cpu" and count_parameters(trainer.model)[1] * width > PROBE_WORK:
         width = min(width, 256)
     try:
-        difference = _difference(trainer, width)
-    except (ModelError, RuntimeError) as error:
-        if not attention.may_change or ran_out(error):
+        difference = _asked(trainer, width)
+    except ModelError as error:
+        if not attention.may_change:
             raise
         attention = give_up(trainer.model, first_line(error))
         trainer.data_collator.flatten = takes_borders(trainer.model)
         console.print(f"attention: {attention}", markup=False, highlight=False)
-        difference = _difference(trainer, width)
+        difference = _asked(trainer, width)
     console.print(
         f"packs are clean: no gradient from a document to its neighbour in a pack of {width:,} tokens; its logits "
         f"alone and in a pack differ by {difference:.1e} at most\n",
         highlight=False,
     )
     return attention
+
+
+def _asked(trainer: Trainer, width: int) -> float:
+    """`_difference`; a model that cannot take a pack is refused as one that is wrong in it."""
+    try:
+        return _difference(trainer, width)
+    except (RuntimeError, ValueError, IndexError) as error:
+        if ran_out(error):
+            raise
+        model: Any = bare(trainer.model)
+        raise ModelError(
+            f"data.packing: {type(model).__name__} ({model.config.model_type}) cannot be asked whether documents of a "
+            f"pack see each other, since it fails ({first_line(error)}); set data.packing=false"
+        ) from error
 
 
 def _difference(trainer: Trainer, width: int) -> float:

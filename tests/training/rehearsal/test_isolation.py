@@ -111,3 +111,14 @@ def test_what_fails_gives_way_to_a_mask_or_stops(
     assert not trainer.data_collator.flatten
     with pytest.raises(ModelError, match=words):
         proved(GPT2, may_change=False, broken=broken)
+
+
+def test_a_model_that_fails_on_a_pack_is_refused_with_the_way_out(recipe_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(recipe_of(GPT2, "data.packing=true", "model.attn_implementation=sdpa"))
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("split_with_sizes expects split_sizes to sum exactly to 160\nand so on")
+
+    trainer.model.transformer.register_forward_pre_hook(fails)
+    with pytest.raises(ModelError, match=r"cannot be asked.*sum exactly to 160\); set data.packing=false"):
+        prove_isolation(trainer, Attention("sdpa"), 96, Console(quiet=True))

@@ -1,0 +1,56 @@
+"""Whether a row is trained the same beside a longer one: what pads of a batch do to the rows that they fill up.
+
+A causal model never sees the pads behind a row, whatever it makes of the attention mask. CPM-Ant reads a row both ways
+and counts it by a pad token of its own, so that a row of a batch is another text than the row alone, and the loss with
+it; that is no error of a forward pass, and nothing else would tell.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from instructft.errors import ModelError
+from instructft.training.rehearsal.head import bare, tolerance
+
+if TYPE_CHECKING:
+    from instructft.training.trainer import Trainer
+
+
+def refuse_rows_that_see_padding(trainer: Trainer, batch: dict[str, torch.Tensor]) -> float | None:
+    """Hold the logits of the shorter row of a batch against those of that row alone; None where no row is padded.
+
+    Half of the positions have to differ before it is said: in 16 bits a router may choose another expert at some.
+
+    Returns:
+        the median over positions of the largest difference, as a share of the largest logit.
+
+    Raises:
+        ModelError: they differ, and the recipe puts rows together.
+    """
+    args, mask = trainer.args, batch.get("attention_mask")
+    if mask is None or "position_ids" in batch or bool(mask.all()):
+        return None
+    if max(args.per_device_train_batch_size, args.per_device_eval_batch_size) == 1:
+        return None
+    model: Any = trainer.model
+    short = int(mask.sum(dim=1).argmin())
+    length = int(mask[short].sum())  # the collator pads on the right
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        together = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits[short, :length]
+        alone = model(
+            input_ids=batch["input_ids"][short : short + 1, :length],
+            attention_mask=mask[short : short + 1, :length],
+            use_cache=False,
+        ).logits[0]
+    largest = float(alone.float().abs().max().clamp(min=1e-6))
+    apart = float((together.float() - alone.float()).abs().amax(dim=-1).median()) / largest
+    if not apart <= tolerance(trainer):
+        kind = f"{type(bare(model)).__name__} ({model.config.model_type})"
+        raise ModelError(
+            f"{kind} does not pass over padding: logits of a row differ by {apart:.1e} of the largest beside a longer "
+            "row. Train rows one at a time: train.per_device_train_batch_size=1 and "
+            "train.per_device_eval_batch_size=1, with train.gradient_accumulation_steps for the size of a step"
+        )
+    return apart
