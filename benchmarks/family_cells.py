@@ -263,13 +263,21 @@ def saved(bench: Bench, out: Path) -> Cell:
     if more := sorted(new.items() - old.items()):
         return wrong(f"{len(more)} tensors of the run are not in the base: {', '.join(name for name, _ in more[:3])}")
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (bench.base, out))
-    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)} - {
-        *_OF_SAVING,
-        *_OF_TOKENS,
-    }
-    if changed:
-        return wrong("config.json: " + ", ".join(f"{k} {before.get(k)} -> {after.get(k)}" for k in sorted(changed)))
+    if changed := _changed(before, after):
+        return wrong(f"config.json says something else: {', '.join(changed)}")
     return right()
+
+
+def _changed(before: Any, after: Any) -> list[str]:
+    """Fields that say something else, in sections too."""
+    found = []
+    for key in sorted(before.keys() | after.keys() - {*_OF_SAVING, *_OF_TOKENS}):
+        one, other = before.get(key), after.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += _changed(one, other)
+        elif one != other:
+            found.append(key)
+    return found
 
 
 def _tensors(folder: Path) -> dict[str, tuple[int, ...]]:

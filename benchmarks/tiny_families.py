@@ -41,7 +41,8 @@ SMALL: dict[str, Any] = dict(
     global_attn_every_n_layers=1, context_length=512,
     # dropout
     attention_dropout=0.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, hidden_dropout=0.0, dropout=0.0,
-    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, resid_dropout=0.0, activation_dropout=0.0, layerdrop=0.0,
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, resid_dropout=0.0,
+    residual_dropout=0.0, activation_dropout=0.0, layerdrop=0.0,
     decoder_layerdrop=0.0, dropout_p=0.0, ffn_dropout=0.0, attn_dropout=0.0, embedding_dropout=0.0, mlp_dropout=0.0,
     summary_first_dropout=0.0, classifier_dropout=0.0,
     # states
@@ -63,7 +64,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         ffn_config=dict(
             ffn_hidden_size=96, moe_num_experts=4, moe_top_k=2, hidden_size=64, ffn_act_fn={"name": "silu"}
         ),
-        attn_config=dict(kv_n_heads=2, clip_qkv=None),
+        attn_config=dict(kv_n_heads=2, clip_qkv=None, rope_theta=10000.0),
     ),
     "blt": dict(
         encoder_hash_byte_group_vocab=100,

@@ -181,7 +181,7 @@ def probe(
 
     def watch(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
         states.append(out.detach().requires_grad_())
-        return states[-1]
+        return states[-1].clone()  # some models go on with it in place
 
     def logits(tokens: torch.Tensor, lengths: Sequence[int], more: dict[str, Any] | None = None) -> torch.Tensor:
         positions = torch.from_numpy(position_ids(lengths, len(tokens)))[None]

@@ -1,5 +1,7 @@
-"""Whether a row is trained the same beside a longer one: what pads of a batch do to the rows that they fill up.
+"""Whether a token's logits are those of what stands before it: nothing behind it counts, and no pads of a batch.
 
+A model that reads both ways (BERT without `is_decoder`, XLNet) learns to copy the answer that it sees, at a loss that
+falls to nothing, and can answer nothing.
 A causal model never sees the pads behind a row, whatever it makes of the attention mask. CPM-Ant reads a row both ways
 and counts it by a pad token of its own, so that a row of a batch is another text than the row alone, and the loss with
 it; that is no error of a forward pass, and nothing else would tell.
@@ -16,6 +18,44 @@ from instructft.training.rehearsal.head import bare, tolerance
 
 if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
+
+AHEAD = 1e-5  # of a gradient; what a causal mask takes out is 0, and rounding is far below
+
+
+def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
+    """Ask for the gradient of logits at the embeddings of tokens behind them: 0, but for rounding.
+
+    Raises:
+        ModelError: there is one.
+    """
+    model: Any = trainer.model
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    kept = batch["input_ids"].shape[1] // 2
+    states: list[torch.Tensor] = []
+
+    def watch(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        states.append(out.detach().requires_grad_())
+        return states[-1].clone()  # some models go on with it in place
+
+    hook = model.get_input_embeddings().register_forward_hook(watch)
+    try:
+        with trainer.compute_loss_context_manager():
+            logits = model(**inputs, use_cache=False).logits[0, :kept].float()
+    finally:
+        hook.remove()
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
+    found = torch.autograd.grad((logits * weights).sum(), states[:1], allow_unused=True)[0] if kept and states else None
+    if found is None or found.dim() != 3 or not bool(found[0].isfinite().all()):
+        return  # what reads its tokens in another way is not asked
+    size = found[0].float().abs().amax(dim=-1)
+    share = float(size[kept:].max() / size[:kept].max().clamp(min=1e-30))
+    if share > AHEAD:
+        raise ModelError(
+            f"{type(bare(model)).__name__} ({model.config.model_type}) reads both ways: the gradient of logits at tokens "
+            f"behind them is {share:.1e} of that at their own, so that it would learn to copy the answer that it sees. "
+            "Take a model that goes on with a text, or let this one read forward alone where it can: "
+            "model.overrides={is_decoder: true}"
+        )
 
 
 def refuse_rows_that_see_padding(trainer: Trainer, batch: dict[str, torch.Tensor]) -> float | None:

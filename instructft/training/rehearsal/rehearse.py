@@ -22,7 +22,7 @@ from instructft.prompt.loss_mask import IGNORE_INDEX
 from instructft.training.rehearsal.adapter_loads import leave_out_what_does_not_load
 from instructft.training.rehearsal.gradients import Reach, kinds, leave_out_unreached
 from instructft.training.rehearsal.head import choose_head
-from instructft.training.rehearsal.padding import refuse_rows_that_see_padding
+from instructft.training.rehearsal.padding import refuse_rows_that_see_padding, refuse_what_looks_ahead
 
 if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
@@ -60,6 +60,7 @@ def rehearse(trainer: Trainer, example: Any, say: Callable[[str], Any]) -> Rehea
     batch = send_to_device(short_batch(trainer, example), trainer.args.device)
     with as_it_was(trainer):
         head = choose_head(trainer, batch)
+        refuse_what_looks_ahead(trainer, batch)
         refuse_rows_that_see_padding(trainer, batch)
         reach = leave_out_unreached(trainer, batch)
         lost = leave_out_what_does_not_load(trainer)

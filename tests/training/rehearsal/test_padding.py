@@ -1,4 +1,4 @@
-"""A row that is trained otherwise beside a longer one is found before the first step."""
+"""Models that read what stands behind a token, or the pads beside a row, are found before the first step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from instructft.errors import ModelError
-from instructft.training.rehearsal.padding import refuse_rows_that_see_padding
+from instructft.training.rehearsal.padding import refuse_rows_that_see_padding, refuse_what_looks_ahead
 from instructft.training.rehearsal.rehearse import as_it_was, short_batch
 from tests.helpers.device import on
 from tests.helpers.rehearsal import trainer_of
@@ -49,3 +49,16 @@ def test_packs_are_not_asked(recipe_of: Callable[..., Any]) -> None:
     trainer = trainer_of(recipe_of("{model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 32}"))
     batch = {"input_ids": torch.ones(2, 4), "position_ids": torch.ones(2, 4), "attention_mask": torch.zeros(2, 4)}
     assert refuse_rows_that_see_padding(trainer, batch) is None
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_model_that_reads_both_ways_is_refused(recipe_of: Callable[..., Any], packing: bool) -> None:
+    def ask(config: str) -> None:
+        trainer = trainer_of(recipe_of(config, f"data.packing={packing}".lower(), "model.attn_implementation=eager"))
+        with as_it_was(trainer):
+            batch = on(trainer.model, short_batch(trainer, trainer.train_dataset[0]))
+            refuse_what_looks_ahead(trainer, batch)
+
+    ask(BERT)
+    with pytest.raises(ModelError, match=r"BertLMHeadModel \(bert\) reads both ways.*is_decoder: true"):
+        ask(BERT.replace("is_decoder: true", "is_decoder: false"))
