@@ -56,6 +56,9 @@ NOTES = (
     (r"no loss of a router", "without a loss of its own for the router, which the model fails to compute"),
     (r"one at a time", "prompts are answered one at a time: the model does not pass over padding"),
     (r"all-linear leaves out", "all-linear leaves out layers that PEFT refuses to adapt, and names them"),
+    (r"no merge of this kind of adapter", "no merge of adapters over the weights of experts is proved"),
+    (r"draws experts", "its router draws experts by chance in training: the loss is compared, the step is not"),
+    (r"nothing was trained", "nothing was trained"),
     (r"there is no adapter", "there is no adapter"),
 )
 # --------------------------------------------------------------------------------------------------------------------

@@ -172,12 +172,12 @@ def of_family(family: str, folder: Path, **more: Any) -> dict[str, Any]:
     found["full"] = tried(lambda: full(bench, reference))
     run = bench.folder / "full"
     whole = (run / "run.json").exists()
-    found["saved"] = tried(lambda: saved(bench, run)) if whole else {"verdict": "refused", "text": "nothing was saved"}
+    found["saved"] = (
+        tried(lambda: saved(bench, run)) if whole else {"verdict": "refused", "text": "nothing was trained"}
+    )
     found["packed"] = tried(lambda: packed(bench, reference, model))
-    if not whole:  # any run folder will do: what answers is the base
-        shutil.copytree(bench.base, run, dirs_exist_ok=True)
-        instructft.load_tokenizer(recipe).save_pretrained(run)
-    found["answers"] = tried(lambda: answers(run))
+    nothing = {"verdict": "refused", "text": "nothing was trained"}
+    found["answers"] = tried(lambda: answers(run)) if whole else nothing
     found["lora"] = tried(lambda: adapted(bench, data["validation"]))
     if found["lora"]["verdict"] in ("right", "wrong"):
         found["merge"] = tried(lambda: merged(bench))
@@ -271,7 +271,7 @@ def saved(bench: Bench, out: Path) -> Cell:
 def _changed(before: Any, after: Any) -> list[str]:
     """Fields that say something else, in sections too."""
     found = []
-    for key in sorted(before.keys() | after.keys() - {*_OF_SAVING, *_OF_TOKENS}):
+    for key in sorted((before.keys() | after.keys()) - {*_OF_SAVING, *_OF_TOKENS}):
         one, other = before.get(key), after.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
             found += _changed(one, other)

@@ -162,9 +162,9 @@ def _is_plain(cache: Any) -> bool:
     """Whether a cache is one column a token in every layer, so that rows and columns can be cut and joined."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    # one without layers is that of a model without a cache, which `generate` made and the model did not fill
+    # an empty one is that of a model without a cache, which `generate` made and the model did not fill
     plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
-    return plain and len(cache.layers) > 0
+    return plain and cache.get_seq_length() > 0
 
 
 def _joined(cache: Any, new: Any) -> Any:

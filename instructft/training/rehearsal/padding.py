@@ -51,9 +51,9 @@ def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor]) ->
     share = float(size[kept:].max() / size[:kept].max().clamp(min=1e-30))
     if share > AHEAD:
         raise ModelError(
-            f"{type(bare(model)).__name__} ({model.config.model_type}) reads both ways: the gradient of logits at tokens "
-            f"behind them is {share:.1e} of that at their own, so that it would learn to copy the answer that it sees. "
-            "Take a model that goes on with a text, or let this one read forward alone where it can: "
+            f"{type(bare(model)).__name__} ({model.config.model_type}) reads both ways: the gradient of logits at "
+            f"tokens behind them is {share:.1e} of that at their own. It would learn to copy the answer that it "
+            "sees. Take a model that goes on with a text, or let this one read forward alone where it can: "
             "model.overrides={is_decoder: true}"
         )
 
