@@ -56,7 +56,7 @@ output_dir: {out}
 # Fields of a configuration that say how it was saved, not what the model is; tokens that the tokenizer names; and what
 # transformers 4 reads where transformers 5 has `rope_parameters`.
 _OF_SAVING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
-_OF_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "rope_theta", "rope_scaling")
+_OF_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "rope_theta", "rope_scaling", "num_experts")
 
 
 class Bench:

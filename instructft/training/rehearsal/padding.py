@@ -45,7 +45,10 @@ def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor]) ->
         hook.remove()
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
     found = torch.autograd.grad((logits * weights).sum(), states[:1], allow_unused=True)[0] if kept and states else None
-    if found is None or found.dim() != 3 or not bool(found[0].isfinite().all()):
+    shape = batch["input_ids"].shape
+    if found is not None and found.shape[:2] == shape[::-1] != shape:
+        found = found.transpose(0, 1)  # XLNet has its tokens first
+    if found is None or found.shape[:2] != shape or not bool(found[0].isfinite().all()):
         return  # what reads its tokens in another way is not asked
     size = found[0].float().abs().amax(dim=-1)
     share = float(size[kept:].max() / size[:kept].max().clamp(min=1e-30))
