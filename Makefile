@@ -10,7 +10,7 @@ unexport TOKENIZERS_PARALLELISM
 
 TEST := -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --durations=12
 
-.PHONY: help quickstart quickstart-real test real real-assets test-latest lint types docs battery gpu-check bench-gpu gpu-wheels venv clean
+.PHONY: help quickstart quickstart-real test real real-assets test-latest lint types docs battery families gpu-check bench-gpu gpu-wheels venv clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -70,7 +70,13 @@ docs: venv  ## the documentation as a site in site/, from docs/; installs MkDocs
 	@$(BIN)/python -m mkdocs build --quiet --strict
 
 battery: export INSTRUCTFT_KILLS := 17
-battery: lint types docs test test-latest quickstart  ## everything above, with fifty killed runs: what a release must pass
+battery: lint types docs test test-latest quickstart families  ## everything above, with fifty killed runs: what a release must pass
+
+families: export OMP_NUM_THREADS := 1
+families: venv  ## every causal architecture through train, packs, answers, LoRA and merge, and the table of it
+	@rm -f .cache/families.jsonl
+	@$(BIN)/python benchmarks/families.py
+	@$(BIN)/python benchmarks/families.py --table
 
 gpu-check: venv  ## everything that only a GPU shows, in 8 minutes, no network; ARGS="--only packs" goes to the script
 	@$(BIN)/python benchmarks/gpu_check.py $(ARGS)

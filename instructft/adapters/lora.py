@@ -224,11 +224,21 @@ def shortest_names(model: Any, whole: set[str]) -> list[str]:
 
 
 def _answers_its_own_way(module: Any) -> bool:
-    """Whether a model made its own kind of linear layer, as routers that return a tuple; LoRA would add to that."""
+    """Whether a model made its own kind of linear layer, as routers that return a tuple; LoRA would add to that.
+
+    Falcon's own kind returns what any linear layer does, and takes an adapter as any does.
+    """
     import torch
 
     own = type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
-    return own and type(module).forward is not torch.nn.Linear.forward
+    if not own or type(module).forward is torch.nn.Linear.forward:
+        return False
+    try:
+        with torch.no_grad():
+            found = module(torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device))
+    except Exception:
+        return True
+    return not isinstance(found, torch.Tensor) or found.shape != (1, module.out_features)
 
 
 def _targets(model: Any, config: LoraConfig, asked: Any) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def look(
 
     def watch(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
         states.append(out.detach().requires_grad_())
-        return states[-1]
+        return states[-1].clone()  # some models go on with it in place
 
     def on_device(value: Any) -> Any:
         if isinstance(value, dict):

@@ -162,7 +162,9 @@ def _is_plain(cache: Any) -> bool:
     """Whether a cache is one column a token in every layer, so that rows and columns can be cut and joined."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    # an empty one is that of a model without a cache, which `generate` made and the model did not fill
+    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return plain and cache.get_seq_length() > 0
 
 
 def _remembers_rows(model: Any) -> bool:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from instructft.adapters.lora import is_peft
 from instructft.errors import ModelError, UsageError
 from instructft.inference.continuous_batching import Batch, Row
 from instructft.inference.padding import PADDING_TOLERANCE, padding_difference
+from instructft.models.load import pad_of_positions
 from instructft.prompt.conversation import Message
 from instructft.prompt.loss_mask import encoder
 
@@ -58,6 +60,9 @@ class Generator:
         self.stop_ids = sorted({*self.encoder.stop_ids, *eos})
         pad = tokenizer.pad_token_id
         self.pad_id = self.stop_ids[0] if pad is None else pad
+        counted = pad_of_positions(model)
+        self._counts = counted is not None  # positions itself, from its pad token on; `generate` counts from 0
+        self.pad_id = self.pad_id if counted is None else counted
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
         self.context = positions if positions > 0 else UNLIMITED  # tokens that the model can attend to
         self.precision: Callable[[], AbstractContextManager[Any]] = (
@@ -224,12 +229,29 @@ class Generator:
         # under FSDP2 training goes on with what is gathered here, and could not with tensors of inference mode
         mode = torch.no_grad if hasattr(self.model, "unshard") else torch.inference_mode
         try:
-            with mode(), self.precision(), plain(self.model):  # prompts are padded, and have no borders
+            with mode(), self.precision(), plain(self.model), self._own_positions():  # prompts are padded: no borders
                 yield
         finally:
             self.model.train(was_training)
             if router:
                 config.output_router_logits = router
+
+    @contextmanager
+    def _own_positions(self) -> Iterator[None]:
+        """Let a model count positions as it does in training, where `generate` would hand it others (5.23)."""
+        if not self._counts:
+            yield
+            return
+
+        def without(module: Any, args: Any, inputs: dict[str, Any]) -> Any:
+            return args, {name: value for name, value in inputs.items() if name != "position_ids"}
+
+        base: Any = self.model.get_base_model() if is_peft(self.model) else self.model
+        hook = base.register_forward_pre_hook(without, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _answer(self, ids: list[int]) -> Answer:
         stopped = bool(ids) and ids[-1] in self.stop_ids

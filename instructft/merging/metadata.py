@@ -17,6 +17,7 @@ from instructft.redaction import last_name
 from instructft.report.model_card import bare_card, card, read_evaluation, read_licence
 from instructft.weights import remote_code
 from instructft.weights.model_class import PROCESSOR
+from instructft.weights.older_readers import add_older_names, for_older_readers
 from instructft.weights.tensor_io import write_text
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def copy_metadata(adapter: Path, base: Path, target: Path) -> None:
     ):
         if source := find(name, folders):
             shutil.copyfile(source, target / name)
+    for_older_readers(target)
 
 
 def config_text(base: Path, target: Path, model: PreTrainedModel, dtype: str, untied: bool) -> str:
@@ -68,10 +70,8 @@ def config_text(base: Path, target: Path, model: PreTrainedModel, dtype: str, un
     raw["dtype"] = dtype
     if section is not raw and "dtype" in section:
         section["dtype"] = dtype
-    section[names["vocab_size"]] = model.get_input_embeddings().weight.shape[0]
-    if (
-        own := getattr(text, "vocab_size_per_layer_input", None)
-    ) is not None:  # of Gemma 3n and 4; grows with the others
+    section[names["vocab_size"]] = text.vocab_size  # some embeddings have rows beyond it; it grows where tokens came
+    if (own := getattr(text, "vocab_size_per_layer_input", None)) is not None:  # of Gemma 3n and 4; grows along
         section["vocab_size_per_layer_input"] = own
     if "vocab_size" in raw:
         raw["vocab_size"] = section[names["vocab_size"]]
@@ -79,6 +79,7 @@ def config_text(base: Path, target: Path, model: PreTrainedModel, dtype: str, un
         raw["tie_word_embeddings"] = section[names["tie_word_embeddings"]] = False
     for name, value in _special_tokens(target, model).items():
         section[name] = value
+    add_older_names(raw)
     return json.dumps(raw, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -279,6 +279,7 @@ def _merged(folder: Path, plan: Plan, unexpected: set[str], machine: Machine) ->
     if bad:
         raise ModelError(f"the merged model does not load whole: {', '.join(bad[:3])} ({len(bad)} in all)")
     rows = model.get_input_embeddings().weight.shape[0]
-    if rows != plan.model.get_input_embeddings().weight.shape[0] or rows != model.config.get_text_config().vocab_size:
+    ids = [one.config.get_text_config().vocab_size for one in (model, plan.model)]
+    if rows != plan.model.get_input_embeddings().weight.shape[0] or ids[0] != ids[1]:
         raise ModelError(f"the merged model has {rows} embedding rows, and its config.json says otherwise")
     return model.to(machine.device)

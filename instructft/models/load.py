@@ -144,9 +144,23 @@ def fit_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     stops = [*ends, *(token for token in known if token not in ends)]
     generation.eos_token_id = stops[0] if len(stops) == 1 else stops
     generation.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+    if (first := pad_of_positions(model)) is not None:
+        config.pad_token_id = first
     config.eos_token_id = ends[0]
     config.bos_token_id = generation.bos_token_id = tokenizer.bos_token_id
     _make_saveable(generation)
+
+
+def pad_of_positions(model: PreTrainedModel) -> int | None:
+    """The id after which a model counts its positions, as RoBERTa and its kin do: with another it is another model."""
+    import torch
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        found = vars(module).get("padding_idx")  # its own: a wrapper answers for what it wraps
+        if isinstance(found, int) and not isinstance(module, torch.nn.Embedding | PreTrainedModel):
+            return found
+    return None
 
 
 def _make_saveable(generation: GenerationConfig) -> None:

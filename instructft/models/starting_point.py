@@ -148,8 +148,8 @@ def starting_point(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Starti
     config = _published_config(*where) if model.config is None else _own_config(model.config, tokenizer)
     if model.overrides:
         _override(config, model.overrides, recipe.adapter.type)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and recipe.data.max_length > positions:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    if 0 < positions < recipe.data.max_length:  # XLNet says -1 where there is no end
         raise UsageError(
             f"data.max_length: {recipe.data.max_length} tokens are more than the {positions} positions of "
             f"{model.name_or_path or 'model.config'}; set data.max_length to {positions} or less"

@@ -146,6 +146,7 @@ def save(
     from instructft.report.model_card import write_card
     from instructft.report.page import draw_report
     from instructft.training.rehearsal.saved_loss import prove_saved_loss
+    from instructft.weights.older_readers import for_older_readers
     from instructft.weights.weight_files import require_whole
 
     run = Path(trainer.args.output_dir)
@@ -157,7 +158,7 @@ def save(
     require_whole(model, run / PARTIAL)
     hand_on(recipe, run / PARTIAL)
     like_base = compared_with_base(model, run / PARTIAL, recipe, origin)
-    for_older_readers(run / PARTIAL / "config.json")
+    for_older_readers(run / PARTIAL)
     try:
         facts["saved"] = (
             None
@@ -212,24 +213,6 @@ def _write_facts(run: Path, facts: dict[str, Any]) -> None:
     sync_one(partial)
     partial.replace(run / "run.json")
     sync_one(run)
-
-
-def for_older_readers(path: Path) -> None:
-    """Write the base of rotary positions where transformers 4 reads it too; it takes 10,000 where it finds none.
-
-    transformers 5 keeps it in `rope_parameters` alone, which version 4 does not know.
-    """
-    if not path.is_file():
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for section in (config, config.get("text_config")):
-        rope = section.get("rope_parameters") if isinstance(section, dict) else None
-        if not isinstance(rope, dict) or not isinstance(rope.get("rope_theta"), int | float):
-            continue  # some models have other positions in each kind of layer, which version 4 cannot say
-        section.setdefault("rope_theta", rope["rope_theta"])
-        if rope.get("rope_type", "default") != "default":
-            section.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def final_metrics(trainer: Trainer) -> dict[str, Any]:

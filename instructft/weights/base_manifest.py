@@ -31,7 +31,8 @@ def places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[str
     Example::
 
         places(qwen3_moe, ["model.layers.0.mlp.experts.0.up_proj.weight"])
-        # {'model.layers.0.mlp.experts.0.up_proj.weight': ('model.layers.0.mlp.experts.gate_up_proj', '….up_proj.weight')}
+        # {'model.layers.0.mlp.experts.0.up_proj.weight':
+        #  ('model.layers.0.mlp.experts.gate_up_proj', 'mlp.experts.*.up_proj.weight')}
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

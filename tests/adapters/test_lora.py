@@ -364,6 +364,20 @@ def test_all_linear_leaves_out_what_peft_refuses_and_says_so(tmp_path: Any, caps
     assert "all-linear leaves out out_proj, which PEFT refuses" in capsys.readouterr().err
 
 
+def test_linear_layers_of_a_models_own_are_adapted_and_routers_are_not(tmp_path: Any) -> None:
+    """Falcon has a linear layer of its own, which is one; PhiMoE has a router that returns a tuple."""
+    from transformers import FalconConfig, FalconForCausalLM, PhimoeConfig, PhimoeForCausalLM
+
+    falcon = FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    adapted = lora_module.add_lora(FalconForCausalLM(falcon), recipe("base", tmp_path))
+    named = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    assert adapted.peft_config["default"].target_modules == named
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    phi = PhimoeConfig(vocab_size=99, **sizes, num_key_value_heads=2, num_local_experts=2)
+    adapted = lora_module.add_lora(PhimoeForCausalLM(phi), recipe("base", tmp_path, "adapter.dropout=0"))
+    assert adapted.peft_config["default"].target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
 def test_an_adapter_over_single_parameters_has_no_dropout_and_says_so(tmp_path: Any, capsys: Any) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 

@@ -73,3 +73,27 @@ def test_it_is_read_once_in_eight_tokens_which_rows_have_ended(
         counts.append(len(reads))
     assert found[0] == found[1]
     assert 0 < counts[1] <= counts[0] / 4
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "roberta"])
+def test_answers_are_those_of_the_models_own_forward(kind: str, tokenizer: Any) -> None:
+    """One has no cache; the other counts positions from its pad token, where `generate` would count them from 0."""
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, RobertaConfig, RobertaForCausalLM
+
+    torch.manual_seed(3)
+    size, end = len(tokenizer), tokenizer.eos_token_id
+    if kind == "roberta":
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model: Any = RobertaForCausalLM(RobertaConfig(vocab_size=size, is_decoder=True, pad_token_id=end, **shape))
+    else:
+        model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=size, n_embd=32, n_layer=2, n_head=2, n_positions=128))
+    sharpen(model.eval())
+    generator = Generator(model, tokenizer)
+    rows = [Row(i, encode_prompt(ask("7" * (9 * i) + "?"), tokenizer), 6) for i in range(3)]
+    generator.complete(rows, batch_size=3)
+    for row in rows:
+        ids = list(row.prompt)
+        for _ in row.made:
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        assert row.made == ids[len(row.prompt) :]

@@ -37,3 +37,24 @@ def test_settings_of_generation_that_cannot_be_saved_are_taken_out(
     said = capsys.readouterr().err
     assert "generation_config.early_stopping: found True" in said
     assert "generation_config.length_penalty: found 0.8" in said
+
+
+def test_the_pad_token_that_positions_are_counted_from_stays(tokenizer: Any) -> None:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForCausalLM
+
+    from instructft.models.load import fit_special_tokens
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    pad = tokenizer.pad_token_id
+    config = RobertaConfig(vocab_size=len(tokenizer), is_decoder=True, pad_token_id=pad + 7, **sizes)
+    model = RobertaForCausalLM(config).eval()
+    fit_special_tokens(model, tokenizer)
+    assert (model.config.pad_token_id, model.generation_config.pad_token_id) == (pad + 7, pad)
+    again = RobertaForCausalLM(model.config).eval()
+    again.load_state_dict(model.state_dict())
+    ids = torch.arange(20, 30)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    other = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=len(tokenizer), pad_token_id=pad + 7))
+    fit_special_tokens(other, tokenizer)
+    assert other.config.pad_token_id == pad

@@ -11,28 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 import instructft
-from instructft.training.outcome import _give_names, _write_facts, for_older_readers
-
-
-@pytest.mark.parametrize(
-    "rope", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 4.0}]
-)
-def test_a_base_of_rotary_positions_stands_where_every_version_reads_it(rope: Any, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=99, **sizes, rope_parameters={**rope, "rope_theta": 500000.0}))
-    model.save_pretrained(tmp_path)
-    for_older_readers(tmp_path / "config.json")
-    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500000.0
-    assert config.get("rope_scaling") == (None if rope["rope_type"] == "default" else rope)
-    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == model.config.rope_parameters
-    ids = torch.arange(5, 45)[None]
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+from instructft.training.outcome import _give_names, _write_facts
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
@@ -52,6 +34,7 @@ def test_a_run_hands_on_sentencepieces_own_file_and_nothing_of_this_machine(
     assert (tmp_path / "run" / "tokenizer.model").read_bytes() == b"pieces"
     written = json.loads((tmp_path / "run" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert not {"is_local", "local_files_only"} & set(written)
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"  # what transformers 5 writes, version 4 has not
 
 
 def test_files_and_folders_are_on_disk_around_each_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +88,7 @@ def test_a_base_in_bfloat16_comes_back_as_one(
     assert {tensor.dtype for tensor in final.values()} == {stored}
     assert {tensor.dtype for tensor in checkpoint.values()} == {torch.float32}  # a resumed run goes on from these bits
     assert AutoConfig.from_pretrained(tmp_path / "run").dtype == stored
-    assert result.facts["dtype"] == str(stored).removeprefix("torch.")
+    assert result.facts["like_base"]["dtype"] == str(stored).removeprefix("torch.")
     learned = sum(((checkpoint[name] - base[name].float()) ** 2).sum() for name in base)
     kept = sum(
         ((final[name].float() - base[name].float()) * (checkpoint[name] - base[name].float())).sum() for name in base

@@ -7,12 +7,14 @@ model that answers is another one. Its base lies on PyTorch's meta device here, 
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from instructft.adapters.lora import fit_embeddings, is_peft
 from instructft.errors import ModelError
+from instructft.training.rehearsal.gradients import take_adapters_off
 from instructft.weights import remote_code
 from instructft.weights.model_class import auto_class
 
@@ -20,34 +22,52 @@ if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
 
 
-def refuse_adapter_that_does_not_load(trainer: Trainer) -> None:
-    """Save the adapter to a scratch folder and load it; on the first process alone.
+_MISSING = re.compile(r"base_model\.model\.([^']+?)\.lora_")
+
+
+def leave_out_what_does_not_load(trainer: Trainer) -> list[str]:
+    """Take the adapter off layers of which PEFT does not find again what is saved; the names of these layers.
+
+    Every process does the same to its model. A model whose code is not here as its users have it is not asked.
 
     Raises:
-        ModelError: PEFT does not find all that was saved.
+        ModelError: PEFT does not find all that was saved, and there is no layer to blame, or no layer is left.
     """
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if not is_peft(model) or not _can_be_asked(model):
+        return []
+    missing = _missing(model)
+    layers = set(_MISSING.findall(missing))
+    own = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    lost = {name for name in own if any(f".{layer}.lora_" in name for layer in layers)}
+    taken = take_adapters_off(model, set(lost)) if lost < own else []
+    if missing and (not taken or (missing := _missing(model))):
+        raise ModelError(
+            f"adapter: what is trained on {type(model.get_base_model()).__name__} cannot be loaded again by PEFT: "
+            f"{missing[:300]}. Leave these layers out of adapter.target_modules, or train all weights "
+            "(adapter.type=none)"
+        )
+    return sorted(taken)
+
+
+def _can_be_asked(model: Any) -> bool:
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+        return False
+    # PEFT merges such rows while it loads, and cannot on the meta device (peft 0.21)
+    return not model.peft_config["default"].trainable_token_indices
+
+
+def _missing(model: Any) -> str:
+    """What PEFT says of keys that it does not find in an adapter that it saved itself; "" where it finds all."""
     import torch
     from peft import PeftModel
 
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if not is_peft(model) or not trainer.is_world_process_zero() or getattr(model, "is_quantized", False):
-        return
     base = model.get_base_model()
-    config = copy.deepcopy(base.config)
-    if getattr(config, "quantization_config", None) is not None:
-        return
-    if model.peft_config["default"].trainable_token_indices:
-        return  # PEFT merges such rows while it loads, and cannot on the meta device (peft 0.21)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model.save_pretrained(folder)
         with torch.device("meta"):
-            plain = auto_class(config).from_config(config, **remote_code.flag())
+            plain = auto_class(base.config).from_config(copy.deepcopy(base.config), **remote_code.flag())
             fit_embeddings(plain, base.get_input_embeddings().weight.shape[0])
             PeftModel.from_pretrained(plain, folder, low_cpu_mem_usage=True)
-    missing = [str(one.message) for one in said if "missing adapter keys" in str(one.message)]
-    if missing:
-        raise ModelError(
-            f"adapter: what is trained on {type(base).__name__} cannot be loaded again by PEFT: {missing[0][:300]}. "
-            "Leave these layers out of adapter.target_modules, or train all weights (adapter.type=none)"
-        )
+    return " ".join(str(one.message) for one in said if "missing adapter keys" in str(one.message))

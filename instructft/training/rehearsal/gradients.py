@@ -8,6 +8,7 @@ and would be saved as if they had been trained. An expert that one short batch w
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +46,23 @@ class Reach:
         """What a person should know; nothing where all is as it should be."""
         said = []
         if self.left_out:
-            kinds = sorted({_INNER.sub("*", name) for name in self.left_out})
-            some = ", ".join(kinds[:6]) + (f" and {len(kinds) - 6} kinds more" if len(kinds) > 6 else "")
-            said.append(f"the loss does not reach {len(self.left_out)} weights, which are not trained: {some}")
+            said.append(
+                f"the loss does not reach {len(self.left_out)} weights, which are not trained: {kinds(self.left_out)}"
+            )
         if self.absent:
             some = ", ".join(str(token) for token in tokens(self.absent[:6])) + (", …" if len(self.absent) > 6 else "")
             said.append(f"rows of {len(self.absent)} tokens are trained that no training row holds: {some}")
         return said
+
+
+def kinds(names: Collection[str]) -> str:
+    """Names of layers or weights in a few words.
+
+    >>> kinds(["layers.0.k_proj", "layers.1.k_proj"])
+    'layers.*.k_proj'
+    """
+    found = sorted({_INNER.sub("*", name) for name in names})
+    return ", ".join(found[:6]) + (f" and {len(found) - 6} kinds more" if len(found) > 6 else "")
 
 
 def leave_out_unreached(trainer: Trainer, batch: dict[str, torch.Tensor]) -> Reach:
@@ -76,9 +87,9 @@ def leave_out_unreached(trainer: Trainer, batch: dict[str, torch.Tensor]) -> Rea
             f"none of the {len(trained)} weights of {type(model).__name__} that are to be trained gets a gradient; "
             f"{way_out}"
         )
-    kinds = {_kind(name) for name in reached}
-    unreached = {name for name in trained - reached if _kind(name) not in kinds}
-    left_out = _take_adapters_off(model, unreached) if is_peft(model) else []
+    some = {_kind(name) for name in reached}
+    unreached = {name for name in trained - reached if _kind(name) not in some}
+    left_out = take_adapters_off(model, unreached) if is_peft(model) else []
     for name, weight in model.named_parameters():
         if name in unreached:
             weight.requires_grad_(False)
@@ -115,8 +126,8 @@ def _kind(name: str) -> str:
     return name if first is None else name[: first.end()] + _INNER.sub("*", name[first.end() :])
 
 
-def _take_adapters_off(model: Any, unreached: set[str]) -> list[str]:
-    """Put the plain layer back where no weight of an adapter on it gets a gradient; the names of these layers."""
+def take_adapters_off(model: Any, unreached: set[str]) -> list[str]:
+    """Put the plain layer back where all weights of an adapter on it are among these; the names of these layers."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 

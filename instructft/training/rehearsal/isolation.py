@@ -18,6 +18,7 @@ from instructft.models import branches
 from instructft.models.attention import VARLEN, Attention, give_up, mask_by_positions
 from instructft.models.kernels.varlen import plain, takes_borders
 from instructft.training.out_of_memory import ran_out
+from instructft.training.rehearsal.head import bare
 from instructft.training.rehearsal.rehearse import as_it_was
 
 if TYPE_CHECKING:
@@ -42,14 +43,14 @@ def prove_isolation(trainer: Trainer, attention: Attention, max_length: int, con
     """
     width = _width(trainer.model, trainer.args, max_length)
     try:
-        difference = _difference(trainer, width)
-    except (ModelError, RuntimeError, ValueError) as error:
-        if not attention.may_change or ran_out(error):
+        difference = _asked(trainer, width)
+    except ModelError as error:
+        if not attention.may_change:
             raise
         attention = give_up(trainer.model, first_line(error))
         trainer.data_collator.flatten = takes_borders(trainer.model)
         console.print(f"attention: {attention}", markup=False, highlight=False)
-        difference = _difference(trainer, width)
+        difference = _asked(trainer, width)
     by = " by the numbers of their documents (seq_idx)" if trainer.data_collator.numbered else ""
     console.print(
         f"packs are clean{by}: no gradient from a document to its neighbour in a pack of {width:,} tokens; its logits "
@@ -155,6 +156,20 @@ def _apart(model: Any, width: int, borders: bool) -> tuple[float, bool, Any]:
                 raise
             kernels = f"\n{first_line(other)}" if "packed sequences apart" in str(other) else ""
             raise ModelError(f"{error}{kernels}") from error
+
+
+def _asked(trainer: Trainer, width: int) -> float:
+    """`_difference`; a model that cannot take a pack is refused as one that is wrong in it."""
+    try:
+        return _difference(trainer, width)
+    except (RuntimeError, ValueError, IndexError) as error:
+        if ran_out(error):
+            raise
+        model: Any = bare(trainer.model)
+        raise ModelError(
+            f"data.packing: {type(model).__name__} ({model.config.model_type}) cannot be asked whether documents of a "
+            f"pack see each other, since it fails ({first_line(error)}); set data.packing=false"
+        ) from error
 
 
 def _difference(trainer: Trainer, width: int) -> float:

@@ -23,9 +23,10 @@ from instructft.inference.padding import PADDING_TOLERANCE, padding_difference
 from instructft.models.kernels.gpu_head import kernel_problem
 from instructft.prompt.loss_mask import IGNORE_INDEX
 from instructft.training.out_of_memory import ran_out
-from instructft.training.rehearsal.adapter_loads import refuse_adapter_that_does_not_load
-from instructft.training.rehearsal.gradients import Reach, leave_out_unreached
+from instructft.training.rehearsal.adapter_loads import leave_out_what_does_not_load
+from instructft.training.rehearsal.gradients import Reach, kinds, leave_out_unreached
 from instructft.training.rehearsal.head import choose_head, precision_of
+from instructft.training.rehearsal.padding import refuse_rows_that_see_padding, refuse_what_looks_ahead
 from instructft.training.rehearsal.saves import refuse_what_does_not_come_back
 
 if TYPE_CHECKING:
@@ -64,11 +65,15 @@ def rehearse(trainer: Trainer, example: Any, say: Callable[[str], Any]) -> Rehea
     batch = send_to_device(short_batch(trainer, example), trainer.args.device)
     with as_it_was(trainer):
         head = choose_head(trainer, batch)
+        refuse_what_looks_ahead(trainer, batch)
+        refuse_rows_that_see_padding(trainer, batch)
         reach = leave_out_unreached(trainer, batch)
-        refuse_adapter_that_does_not_load(trainer)
+        lost = leave_out_what_does_not_load(trainer)
         refuse_what_does_not_come_back(trainer, batch["input_ids"][0].tolist())
         padding, answers = _answers(trainer)
     lines = [*([head.why] if head.why else []), *reach.lines(trainer.processing_class.convert_ids_to_tokens), *answers]
+    if lost:
+        lines.append(f"PEFT would not find what it saves of {len(lost)} layers, which get no adapter: {kinds(lost)}")
     if trainer.args.device.type == "cuda" and (problem := kernel_problem(trainer.args.device)):
         lines.append(f"the output head is computed by plain operators, which takes longer: {problem}")
     for line in lines:
@@ -80,7 +85,7 @@ def rehearse(trainer: Trainer, example: Any, say: Callable[[str], Any]) -> Rehea
         "head_difference": head.difference,
         "precision": str(precision_of(trainer)).removeprefix("torch."),
         "padding_difference": padding,
-        "left_out": reach.left_out,
+        "left_out": sorted([*reach.left_out, *lost]),
         "said": lines,
     }
     how = "right" if not lines else "as said above"

@@ -26,6 +26,7 @@ TOKENS = 2048  # of these rows in all, at most
 MOST = 2 << 30  # bytes of weights; a larger model is not held in memory twice
 TOLERANCE = 1e-3  # of the loss, in float32
 ROUNDED = 3e-2  # where weights or autocast have 16 bits
+ROUNDING = 2**-7  # of a weight in bfloat16, twice over
 
 
 def prove_saved_loss(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
@@ -56,6 +57,11 @@ def prove_saved_loss(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
             f"the model that was saved is not the one that was trained: on {len(chosen)} validation rows the run has a "
             f"loss of {ours:.4f}, and what was saved, loaded by from_pretrained, {theirs:.4f}. The figures of this run "
             "are not those of its folder"
+        )
+    if not hasattr(model, "peft_config") and (others := _others(model, saved)):
+        raise ModelError(
+            f"{', '.join(others[:3])} ({len(others)} in all) of {type(model).__name__} are others when what was saved "
+            "is loaded by from_pretrained"
         )
     return {"rows": len(chosen), "loss": ours, "saved_loss": theirs}
 
@@ -97,6 +103,18 @@ def _load(model: Any, folder: Path) -> Any:
     if base.get_input_embeddings().weight.shape[0] < rows:
         return None  # the rows of new tokens come from the adapter, which the loader of this package puts there
     return PeftModel.from_pretrained(base, str(folder)).eval()
+
+
+@torch.no_grad()
+def _others(model: Any, saved: Any) -> list[str]:
+    """Names of weights that differ by more than a narrower type would round them."""
+    found, others = dict(saved.named_parameters()), []
+    for name, weight in model.named_parameters():
+        if name in found:
+            ours = weight.cpu().float()
+            if bool(((ours - found[name].float()).abs() > ours.abs() * ROUNDING + 1e-6).any()):
+                others.append(name)
+    return others
 
 
 @torch.no_grad()

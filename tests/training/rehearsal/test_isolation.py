@@ -213,3 +213,14 @@ def test_a_model_that_makes_no_mask_from_positions_is_given_one(recipe_of: Calla
     assert "packs are clean" in said
     _, plain, _ = ran(recipe_of(GPT_OSS, *settings, f"output_dir={result.output_dir}-plain"))
     assert packed[-1] == pytest.approx(plain[-1], abs=1e-5)
+
+
+def test_a_model_that_fails_on_a_pack_is_refused_with_the_way_out(recipe_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(recipe_of(GPT2, "data.packing=true", "model.attn_implementation=sdpa"))
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("split_with_sizes expects split_sizes to sum exactly to 160\nand so on")
+
+    trainer.model.transformer.register_forward_pre_hook(fails)
+    with pytest.raises(ModelError, match=r"cannot be asked.*sum exactly to 160\); set data.packing=false"):
+        prove_isolation(trainer, Attention("sdpa"), 96, Console(quiet=True))

@@ -25,6 +25,23 @@ def test_the_saved_model_has_the_loss_of_the_run(recipe_of: Callable[..., Any], 
     assert saved["rows"] == 4
 
 
+def test_a_weight_that_is_another_when_it_is_loaded_is_found_where_no_loss_tells(
+    recipe_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Youtu's code in transformers 5.23 has it: the row of its pad token is 0 each time that it is loaded."""
+
+    def one_position(model: Any, folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(folder / "model.safetensors")
+        weights["transformer.wpe.weight"][-1] = 0
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(weight_files, "require_whole", one_position)
+    with pytest.raises(ModelError, match=r"transformer.wpe.weight \(1 in all\) of GPT2LMHeadModel are others"):
+        instructft.train(recipe_of(), console=Console(quiet=True))
+
+
 def test_a_model_that_is_saved_otherwise_than_trained_is_kept_aside(
     recipe_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,64 @@
+"""Models that read what stands behind a token, or the pads beside a row, are found before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from instructft.errors import ModelError
+from instructft.training.rehearsal.padding import refuse_rows_that_see_padding, refuse_what_looks_ahead
+from instructft.training.rehearsal.rehearse import as_it_was, short_batch
+from tests.helpers.device import on
+from tests.helpers.rehearsal import trainer_of
+
+BERT = (
+    "{model_type: bert, is_decoder: true, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, "
+    "intermediate_size: 48, max_position_embeddings: 128}"
+)
+
+
+def looked(trainer: Any) -> float | None:
+    with as_it_was(trainer):
+        return refuse_rows_that_see_padding(trainer, on(trainer.model, short_batch(trainer, trainer.train_dataset[0])))
+
+
+def reads_pads(trainer: Any) -> Any:
+    """Let the model take the mean of all positions into each, pads included."""
+    trainer.model.bert.embeddings.register_forward_hook(lambda module, args, out: out + out.mean(dim=1, keepdim=True))
+    return trainer
+
+
+def test_a_model_that_passes_over_padding_is_let_through(recipe_of: Callable[..., Any]) -> None:
+    found = looked(trainer_of(recipe_of(BERT)))
+    assert found is not None
+    assert found < 1e-5
+
+
+def test_one_that_reads_it_is_refused_unless_rows_are_alone(recipe_of: Callable[..., Any]) -> None:
+    recipe = recipe_of(BERT)
+    with pytest.raises(ModelError, match=r"does not pass over padding.*per_device_train_batch_size=1"):
+        looked(reads_pads(trainer_of(recipe)))
+    alone = ("train.per_device_train_batch_size=1", "train.per_device_eval_batch_size=1")
+    assert looked(reads_pads(trainer_of(recipe_of(BERT, *alone)))) is None
+
+
+def test_packs_are_not_asked(recipe_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(recipe_of("{model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 32}"))
+    batch = {"input_ids": torch.ones(2, 4), "position_ids": torch.ones(2, 4), "attention_mask": torch.zeros(2, 4)}
+    assert refuse_rows_that_see_padding(trainer, batch) is None
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_model_that_reads_both_ways_is_refused(recipe_of: Callable[..., Any], packing: bool) -> None:
+    def ask(config: str) -> None:
+        trainer = trainer_of(recipe_of(config, f"data.packing={packing}".lower(), "model.attn_implementation=eager"))
+        with as_it_was(trainer):
+            batch = on(trainer.model, short_batch(trainer, trainer.train_dataset[0]))
+            refuse_what_looks_ahead(trainer, batch)
+
+    ask(BERT)
+    with pytest.raises(ModelError, match=r"BertLMHeadModel \(bert\) reads both ways.*is_decoder: true"):
+        ask(BERT.replace("is_decoder: true", "is_decoder: false"))
