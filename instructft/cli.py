@@ -402,6 +402,9 @@ def merge(
     measure_quantized: Annotated[
         bool, typer.Option("--measure-quantized", help="Also compare with the adapter on its quantized base.")
     ] = False,
+    into: Annotated[
+        str, typer.Option(help="Of a QLoRA adapter: original (the published base), or dequantized (as it was trained).")
+    ] = "original",
 ) -> None:
     """Merge a LoRA adapter into its base, shard by shard, and prove it."""
     from instructft.checkpoints.run_folder import refuse_used
@@ -418,6 +421,7 @@ def merge(
         rounding=rounding,
         max_shard_size=max_shard_size,
         measure_quantized=measure_quantized,
+        into=into,
     )
 
 

@@ -12,6 +12,7 @@ disk and proved; a merge that was killed leaves a `.partial-` folder, which the 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import time
@@ -31,7 +32,8 @@ from instructft.merging.edits import refuse_unproved
 from instructft.merging.metadata import config_text, copy_metadata, run_recipe, write_metadata
 from instructft.merging.plan import Machine, Plan, choose_machine, make_plan
 from instructft.merging.proof import Merge, better_rounding, costly, prove
-from instructft.merging.proof import measure_quantized as compare_quantized
+from instructft.merging.quantized_base import BASES, DEQUANTIZED, ORIGINAL, dequantized_base
+from instructft.merging.quantized_base import measure_quantized as compare_quantized
 from instructft.report.model_card import COSTS, cost_cells
 from instructft.weights import remote_code
 from instructft.weights.rounding import NEAREST, ROUNDINGS, STOCHASTIC
@@ -73,6 +75,7 @@ def merge_adapter(
     rounding: str = "auto",
     max_shard_size: str = "5GB",
     measure_quantized: bool = False,
+    into: str = ORIGINAL,
     console: Console | None = None,
 ) -> Merged:
     """Merge the LoRA adapter of a run folder, or any adapter folder, into its base.
@@ -86,7 +89,9 @@ def merge_adapter(
             is measured to lose less (without a proof: stochastic).
         max_shard_size: of one weight file, as `5GB` or `200MiB`.
         measure_quantized: also measure how far the merged model is from the adapter on the quantized base that it was
-            trained on.
+            trained on, and whether the other base would be nearer.
+        into: of an adapter that was trained on a quantized base: `original`, the base as it was published, or
+            `dequantized`, the quantized one unpacked again.
 
     Example::
 
@@ -108,58 +113,71 @@ def merge_adapter(
         raise UsageError(f"--dtype: found {dtype}, expected {', '.join(DTYPES)}")
     if rounding not in ("auto", *ROUNDINGS):
         raise UsageError(f"--rounding: found {rounding}, expected auto, {', '.join(ROUNDINGS)}")
+    if into not in BASES:
+        raise UsageError(f"--into: found {into}, expected {', '.join(BASES)}")
     refuse_used(output)
     began = time.perf_counter()
-    adapter = _read(Path(run).expanduser())
-    if measure_quantized and adapter.base.quantization == "none":
-        raise UsageError(f"--measure-quantized: {run} was trained on a base that is not quantized; leave it out")
-    base = locate_base(adapter)
-    tensors = read_tensors(adapter.folder / WEIGHTS)
-    _refuse_not_finite(adapter.folder, tensors)
-    plan = _plan(adapter, base, None if dtype == "auto" else getattr(torch, dtype))
-    machine = choose_machine(plan) if verify else None
-    files = shards((output.planned for output in plan.outputs.values()), most)
-    total = sum(out.planned.bytes for out in plan.outputs.values())
-    _refuse_full_disk(output, total)
+    with contextlib.ExitStack() as held:  # what is only needed meanwhile
+        adapter = _read(Path(run).expanduser())
+        if measure_quantized and adapter.base.quantization == "none":
+            raise UsageError(f"--measure-quantized: {run} was trained on a base that is not quantized; leave it out")
+        if into == DEQUANTIZED and adapter.base.quantization == "none":
+            raise UsageError(f"--into: {run} was trained on a base that is not quantized; leave it out")
+        base = original = locate_base(adapter)
+        tensors = read_tensors(adapter.folder / WEIGHTS)
+        _refuse_not_finite(adapter.folder, tensors)
+        stored = None if dtype == "auto" else getattr(torch, dtype)
+        if into == DEQUANTIZED:
+            stored = stored or _plan(adapter, original, None).dtype
+            base = held.enter_context(dequantized_base(adapter, original, output.absolute().parent))
+        plan = _plan(adapter, base, stored)
+        machine = choose_machine(plan) if verify else None
+        files = shards((output.planned for output in plan.outputs.values()), most)
+        total = sum(out.planned.bytes for out in plan.outputs.values())
+        _refuse_full_disk(output, total)
 
-    console.print(f"base    {base}, not quantized", markup=False, highlight=False)
-    console.print(f"adapter {adapter.folder}, {len(plan.changed)} of {len(plan.outputs)} tensors change", markup=False)
-    name = str(plan.dtype).removeprefix("torch.")
-    written = STOCHASTIC if rounding == "auto" else rounding
-    facts: dict[str, Any] = {
-        "base": adapter.base.name_or_path,
-        "base_fingerprint": adapter.base.fingerprint or None,
-        "adapter": str(adapter.folder),
-        "dtype": name,
-        "tensors": len(plan.outputs),
-        "changed": len(plan.changed),
-        "bytes": total,
-    }
-    with partial_folder(output) as folder:
-        _write_weights(folder, plan, tensors, files, written, console)
-        copy_metadata(adapter.folder, base, folder)
-        # last: without it no library takes the folder for a model
-        write_text(folder / "config.json", config_text(base, folder, plan.model, name, plan.untied))
-        if machine:
-            began_proof = time.perf_counter()
-            texts = _texts(adapter, folder, plan, machine, console)
+        unpacked = f"{adapter.base.quantization} and unpacked again" if into == DEQUANTIZED else "not quantized"
+        console.print(f"base    {original}, {unpacked}", markup=False, highlight=False)
+        console.print(
+            f"adapter {adapter.folder}, {len(plan.changed)} of {len(plan.outputs)} tensors change", markup=False
+        )
+        name = str(plan.dtype).removeprefix("torch.")
+        written = STOCHASTIC if rounding == "auto" else rounding
+        facts: dict[str, Any] = {
+            "base": adapter.base.name_or_path,
+            "base_fingerprint": adapter.base.fingerprint or None,
+            "adapter": str(adapter.folder),
+            **({} if adapter.base.quantization == "none" else {"into": into}),
+            "dtype": name,
+            "tensors": len(plan.outputs),
+            "changed": len(plan.changed),
+            "bytes": total,
+        }
+        with partial_folder(output) as folder:
+            _write_weights(folder, plan, tensors, files, written, console)
+            copy_metadata(adapter.folder, base, folder)
+            # last: without it no library takes the folder for a model
+            write_text(folder / "config.json", config_text(base, folder, plan.model, name, plan.untied))
+            if machine:
+                began_proof = time.perf_counter()
+                texts = _texts(adapter, folder, plan, machine, console)
 
-            def proved(rounding: str) -> dict[str, Any]:
-                merge = Merge(base, adapter, tensors, folder, read_checkpoint(folder), plan, rounding)
-                return prove(merge, texts, machine)
+                def proved(rounding: str) -> dict[str, Any]:
+                    merge = Merge(base, adapter, tensors, folder, read_checkpoint(folder), plan, rounding)
+                    return prove(merge, texts, machine)
 
-            proof = proved(written)
-            if rounding == "auto" and (better := better_rounding(proof, name, written)) != written:
-                written = better
-                _write_weights(folder, plan, tensors, files, written, console)
                 proof = proved(written)
-            facts["proof"] = {**proof, "seconds": time.perf_counter() - began_proof}
-            if measure_quantized:
-                facts["quantized"] = compare_quantized(adapter, base, folder, texts, machine)
-        facts |= {"rounding": written if name == "bfloat16" else NEAREST, "seconds": time.perf_counter() - began}
-        write_metadata(folder, adapter, facts)
-    _report(console, output, facts)
-    return Merged(output, facts)
+                if rounding == "auto" and (better := better_rounding(proof, name, written)) != written:
+                    written = better
+                    _write_weights(folder, plan, tensors, files, written, console)
+                    proof = proved(written)
+                facts["proof"] = {**proof, "seconds": time.perf_counter() - began_proof}
+                if measure_quantized:
+                    facts["quantized"] = compare_quantized(adapter, original, folder, into, texts, machine)
+            facts |= {"rounding": written if name == "bfloat16" else NEAREST, "seconds": time.perf_counter() - began}
+            write_metadata(folder, adapter, facts)
+        _report(console, output, facts)
+        return Merged(output, facts)
 
 
 def _plan(adapter: AdapterFolder, base: Path, dtype: torch.dtype | None) -> Plan:
@@ -231,6 +249,16 @@ def _report(console: Console, output: Path, facts: Mapping[str, Any]) -> None:
             f"        against the adapter on its {quantized['quantization']} base: KL {quantized['kl']:.1e}, "
             f"largest difference of a logit {quantized['difference']:.2e}, "
             f"{quantized['equal_tokens']} of {quantized['tokens']} tokens equal"
+        )
+        other = quantized["other"]
+        losses = ""
+        if quantized["trained_loss"] is not None:
+            losses = (
+                f"; loss {quantized['trained_loss']:.4f} as trained, {quantized['loss']:.4f} and {other['loss']:.4f}"
+            )
+        say(
+            f"        on the {other['into']} base instead: KL {other['kl']:.1e}{losses}; nearer to what was trained: "
+            f"--into {quantized['nearer']}"
         )
     rounded = "" if facts["dtype"] != "bfloat16" else f", {facts['rounding']} rounding"
     say(f"Merged into {output}, {size(facts['bytes'])} in {facts['dtype']}{rounded}. Talk to it:")

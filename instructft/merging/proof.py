@@ -71,7 +71,7 @@ def prove(merge: Merge, texts: Texts, machine: Machine) -> dict[str, Any]:
     """
     from accelerate.utils.memory import clear_device_cache
 
-    live, unexpected = _adapted(merge.base, merge.adapter, machine)
+    live, unexpected = load_adapted(merge.base, merge.adapter, machine)
     see = look if machine.whole else look_once
     seen = see(live, texts)
     with live.disable_adapter():
@@ -212,40 +212,12 @@ def _refuse_other_weights(model: PreTrainedModel, merge: Merge) -> None:
                 )
 
 
-def measure_quantized(
-    adapter: AdapterFolder, base: Path, merged: Path, texts: Texts, machine: Machine
-) -> dict[str, Any]:
-    """How far the merged model is from the adapter on the quantized base that it was trained on; nothing is required.
-
-    Raises:
-        UsageError: it was not trained on a quantized base, or this machine cannot load one.
-    """
-    import torch
-    from accelerate.utils.memory import clear_device_cache
-
-    from instructft.adapters.quantization import configuration
-
-    kind = adapter.base.quantization
-    dtype = getattr(torch, adapter.base.dtype, torch.float32)
-    live, _ = _adapted(base, adapter, machine, quantization_config=configuration(kind, dtype), dtype=dtype)
-    see = look if machine.whole else look_once
-    seen = see(live, texts)
-    del live
-    clear_device_cache(garbage_collection=True)
-    model, _ = _load(merged, machine.dtype)
-    now = see(model.to(machine.device), texts)
-    del model
-    clear_device_cache(garbage_collection=True)
-    tokens, equal = agreement(seen.answers, now.answers)
-    return {"quantization": kind, **apart(seen, now), "tokens": tokens, "equal_tokens": equal}
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Loading both
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_plain(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -257,10 +229,10 @@ def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedM
     return model.eval(), info
 
 
-def _adapted(base: Path, adapter: AdapterFolder, machine: Machine, **options: Any) -> tuple[Any, set[str]]:
+def load_adapted(base: Path, adapter: AdapterFolder, machine: Machine, **options: Any) -> tuple[Any, set[str]]:
     from instructft.adapters.attach import attach
 
-    model, info = _load(base, options.pop("dtype", machine.dtype), **options)
+    model, info = load_plain(base, options.pop("dtype", machine.dtype), **options)
     if not options:
         model.to(machine.device)
     return attach(model, adapter), set(info["unexpected_keys"])
@@ -268,7 +240,7 @@ def _adapted(base: Path, adapter: AdapterFolder, machine: Machine, **options: An
 
 def _merged(folder: Path, plan: Plan, unexpected: set[str], machine: Machine) -> PreTrainedModel:
     """The merged model, loaded as anybody loads it: whole, without tensors that it has no place for."""
-    model, info = _load(folder, machine.dtype)
+    model, info = load_plain(folder, machine.dtype)
     bad = sorted({*info["missing_keys"], *(set(info["unexpected_keys"]) - unexpected)})
     bad += sorted(str(name) for name in info["mismatched_keys"])
     if bad:

@@ -120,7 +120,9 @@ def kept_unproved(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, console:
                     shutil.rmtree(run / UNPROVED, ignore_errors=True)
                     (run / PARTIAL).replace(run / UNPROVED)
                 if (run / UNPROVED).is_dir():
-                    say = f"what was trained is kept in {run / UNPROVED}; it is not proved, and not the run's final model"
+                    say = (
+                        f"what was trained is kept in {run / UNPROVED}; it is not proved, and not the run's final model"
+                    )
                     console.print(say, markup=False, highlight=False)
             except Exception as trouble:  # must not hide why the run failed
                 say = f"what was trained could not be kept in {run / UNPROVED}: {trouble}"

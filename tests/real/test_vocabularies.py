@@ -13,7 +13,7 @@ from tests.conftest import GPT2
 
 VOCABULARIES = ["gpt2", "smollm2", "smollm2, digits", "qwen2.5", "llama-3", "deepseek-v3"]
 # what data sets hold beside prose: other scripts, joiners, marks, digits of several kinds, controls, added tokens
-ODD = list("aA1 \n'!.,é漢あ・゛١\u200d\u0301\x01\x04\t😀ー०क्") + ["<|im_start|>", "<｜User｜>", "<｜/table>｜DSML｜"]
+ODD = [*"aA1 \n'!.,é漢あ・゛١\u200d\u0301\x01\x04\t😀ー०क्", "<|im_start|>", "<｜User｜>", "<｜/table>｜DSML｜"]
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
