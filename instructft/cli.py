@@ -388,7 +388,7 @@ def evaluate(
 def merge(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A run folder with an adapter, a checkpoint in it, an adapter folder."),
+        typer.Argument(metavar="MODEL", help="A run folder, a checkpoint in it, an adapter folder."),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new or empty folder for the merged model.")],
     verify: Annotated[

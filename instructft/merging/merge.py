@@ -1,5 +1,7 @@
 """`instructft merge`: an adapter into its base, tensor by tensor on disk, proved before anything is called a model.
 
+A model that was trained whole goes the same way where a narrower `dtype` is asked for: all its tensors are replaced.
+
 ::
 
     read_adapter, locate_base ─► make_plan ─► OUTPUT.partial-…/ ─► prove ─► OUTPUT/
@@ -29,6 +31,7 @@ from instructft.formatting import size
 from instructft.merging.arithmetic import merged
 from instructft.merging.comparison import Texts, choose_texts
 from instructft.merging.edits import refuse_unproved
+from instructft.merging.full_model import full_plan, is_full, read_full, start_of
 from instructft.merging.metadata import config_text, copy_metadata, run_recipe, write_metadata
 from instructft.merging.plan import Machine, Plan, choose_machine, make_plan
 from instructft.merging.proof import Merge, better_rounding, costly, prove
@@ -118,35 +121,33 @@ def merge_adapter(
     refuse_used(output)
     began = time.perf_counter()
     with contextlib.ExitStack() as held:  # what is only needed meanwhile
-        adapter = _read(Path(run).expanduser())
+        adapter = _read(Path(run).expanduser(), dtype)
         if measure_quantized and adapter.base.quantization == "none":
             raise UsageError(f"--measure-quantized: {run} was trained on a base that is not quantized; leave it out")
         if into == DEQUANTIZED and adapter.base.quantization == "none":
             raise UsageError(f"--into: {run} was trained on a base that is not quantized; leave it out")
-        base = original = locate_base(adapter)
-        tensors = read_tensors(adapter.folder / WEIGHTS)
+        full = is_full(adapter)
+        base = original = start_of(adapter) if full else locate_base(adapter)
+        tensors = read_checkpoint(adapter.folder) if full else read_tensors(adapter.folder / WEIGHTS)
         _refuse_not_finite(adapter.folder, tensors)
         stored = None if dtype == "auto" else getattr(torch, dtype)
         if into == DEQUANTIZED:
             stored = stored or _plan(adapter, original, None).dtype
             base = held.enter_context(dequantized_base(adapter, original, output.absolute().parent))
-        plan = _plan(adapter, base, stored)
+        plan = full_plan(adapter, base, stored) if full else _plan(adapter, base, stored)
         machine = choose_machine(plan) if verify else None
         files = shards((output.planned for output in plan.outputs.values()), most)
         total = sum(out.planned.bytes for out in plan.outputs.values())
         _refuse_full_disk(output, total)
 
-        unpacked = f"{adapter.base.quantization} and unpacked again" if into == DEQUANTIZED else "not quantized"
-        console.print(f"base    {original}, {unpacked}", markup=False, highlight=False)
-        console.print(
-            f"adapter {adapter.folder}, {len(plan.changed)} of {len(plan.outputs)} tensors change", markup=False
-        )
+        for line in _inputs(adapter, original, into, plan):
+            console.print(line, markup=False, highlight=False)
         name = str(plan.dtype).removeprefix("torch.")
         written = STOCHASTIC if rounding == "auto" else rounding
         facts: dict[str, Any] = {
             "base": adapter.base.name_or_path,
             "base_fingerprint": adapter.base.fingerprint or None,
-            "adapter": str(adapter.folder),
+            "full" if full else "adapter": str(adapter.folder),
             **({} if adapter.base.quantization == "none" else {"into": into}),
             "dtype": name,
             "tensors": len(plan.outputs),
@@ -178,6 +179,18 @@ def merge_adapter(
             write_metadata(folder, adapter, facts)
         _report(console, output, facts)
         return Merged(output, facts)
+
+
+def _inputs(adapter: AdapterFolder, base: Path, into: str, plan: Plan) -> list[str]:
+    """What is merged into what, a line each."""
+    if not is_full(adapter):
+        unpacked = f"{adapter.base.quantization} and unpacked again" if into == DEQUANTIZED else "not quantized"
+        what = f"adapter {adapter.folder}, {len(plan.changed)} of {len(plan.outputs)} tensors change"
+        return [f"base    {base}, {unpacked}", what]
+    begin = f"base    {base}"
+    if base == adapter.folder:
+        begin = "base    not here: what rounding takes of the change that training made cannot be said"
+    return [begin, f"model   {adapter.folder}, trained whole: {len(plan.outputs)} tensors"]
 
 
 def _plan(adapter: AdapterFolder, base: Path, dtype: torch.dtype | None) -> Plan:
@@ -239,7 +252,7 @@ def _report(console: Console, output: Path, facts: Mapping[str, Any]) -> None:
         _report_proof(console, proof)
         if costly(proof) and facts["dtype"] != "float32":
             say(
-                f"        {facts['dtype']} costs {proof['kl'] / proof['effect_kl']:.1%} of what the adapter does; "
+                f"        {facts['dtype']} costs {proof['kl'] / proof['effect_kl']:.1%} of what training did; "
                 f"--dtype {costly(proof)[0]} would not"
             )
     else:
@@ -273,14 +286,14 @@ def _report_proof(console: Console, proof: Mapping[str, Any]) -> None:
         console.print(f"        {text}", markup=False, highlight=False)
 
     weights = proof["weights"]
-    say(
-        f"{weights['tensors']} tensors equal PEFT's merge in float64 (to {weights['deviation']:.0e}); "
-        f"{weights['applied']:.1%} of the change is in the file"
-    )
+    equal, trained = f"are PEFT's merge in float64 (to {weights.get('deviation', 0):.0e})", "the adapter"
+    if "deviation" not in weights:
+        equal, trained = "are the trained ones, rounded", "training"
+    say(f"{weights['tensors']} tensors {equal}; {weights['applied']:.1%} of the change is in the file")
     if proof["exact"] is not None:
         say(
             f"loaded, its rounding undone: a logit differs by {proof['exact']:.2e} at most, allowed "
-            f"{proof['tolerance']:.2e}; the adapter changes them by {proof['effect']:.2e}, KL {proof['effect_kl']:.2g}"
+            f"{proof['tolerance']:.2e}; {trained} changes them by {proof['effect']:.2e}, KL {proof['effect_kl']:.2g}"
         )
     say(f"{proof['compared']}: {proof['equal_tokens']} of {proof['tokens']} tokens equal")
     if not proof["costs"]:
@@ -297,12 +310,20 @@ def _report_proof(console: Console, proof: Mapping[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _read(run: Path) -> AdapterFolder:
+def _read(run: Path, dtype: str) -> AdapterFolder:
     if not run.is_dir():
         raise UsageError(f"there is no folder {run}; give a run folder or a checkpoint in it that holds an adapter")
     if not is_adapter(run):
-        kind = "a full model already" if (run / "config.json").is_file() else "no adapter"
-        raise UsageError(f"{run} holds {kind} (there is no adapter_config.json in it): there is nothing to merge")
+        if not (run / "config.json").is_file():
+            raise UsageError(
+                f"{run} holds no adapter (there is no adapter_config.json in it): there is nothing to merge"
+            )
+        if dtype == "auto":
+            raise UsageError(
+                f"{run} holds a full model already (there is no adapter_config.json in it): there is nothing to merge; "
+                "--dtype bfloat16 stores it in less, and measures what that costs"
+            )
+        return read_full(run)
     adapter = read_adapter(run)
     refuse_unproved(adapter.config, run)
     return adapter

@@ -123,6 +123,12 @@ def make_plan(
     return Plan(outputs, model, untied, names)
 
 
+def plan_names(folder: Path, stored: Mapping[str, Stored]) -> tuple[PreTrainedModel, dict[str, str]]:
+    """A model without its weights, and for each parameter the one tensor that it is loaded from, where there is one."""
+    model = _skeleton(folder)
+    return model, _sources(model, stored, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+
+
 def _skeleton(base: Path) -> PreTrainedModel:
     """The base without weights."""
     import torch

@@ -26,8 +26,9 @@ from instructft.errors import ModelError
 from instructft.formatting import first_line
 from instructft.merging.arithmetic import rounded
 from instructft.merging.comparison import Seen, Texts, agreement, apart, look, look_once
+from instructft.merging.full_model import is_full
 from instructft.merging.plan import Machine, Plan
-from instructft.merging.weight_proof import Changed, compare_weights
+from instructft.merging.weight_proof import Changed, compare_stored, compare_weights
 from instructft.weights import remote_code
 from instructft.weights.rounding import NEAREST, STOCHASTIC
 from instructft.weights.tensor_io import Stored, pieces
@@ -71,12 +72,21 @@ def prove(merge: Merge, texts: Texts, machine: Machine) -> dict[str, Any]:
     """
     from accelerate.utils.memory import clear_device_cache
 
-    live, unexpected = load_adapted(merge.base, merge.adapter, machine)
     see = look if machine.whole else look_once
-    seen = see(live, texts)
-    with live.disable_adapter():
+    if is_full(merge.adapter):
+        live, unexpected = _loaded(merge.adapter.folder, machine)
+        seen = see(live, texts)
+        del live
+        clear_device_cache(garbage_collection=True)
+        live, _ = _loaded(merge.base, machine)
         effect = apart(seen, see(live, texts, answers=False))
-    weights = compare_weights(live, merge.plan, merge.tensors, merge.files, merge.rounding)
+        weights = compare_stored(merge.plan, merge.tensors, merge.files, merge.rounding)
+    else:
+        live, unexpected = load_adapted(merge.base, merge.adapter, machine)
+        seen = see(live, texts)
+        with live.disable_adapter():
+            effect = apart(seen, see(live, texts, answers=False))
+        weights = compare_weights(live, merge.plan, merge.tensors, merge.files, merge.rounding)
     del live
     clear_device_cache(garbage_collection=True)
 
@@ -134,7 +144,7 @@ def better_rounding(proof: Mapping[str, Any], dtype: str, rounding: str) -> str:
 def costly(proof: Mapping[str, Any]) -> list[str]:
     """Where storing the model costs more than a hundredth of what the adapter does: the dtypes that would not."""
     limit = WORTH * proof["effect_kl"]
-    if proof["kl"] <= limit:
+    if proof["kl"] <= limit or not limit:
         return []
     return [row["dtype"] for row in proof["costs"] if row["kl"] is not None and row["kl"] <= limit]
 
@@ -227,6 +237,11 @@ def load_plain(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTra
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise ModelError(f"{folder} could not be loaded: {first_line(error)}") from error
     return model.eval(), info
+
+
+def _loaded(folder: Path, machine: Machine) -> tuple[Any, set[str]]:
+    model, info = load_plain(folder, machine.dtype)
+    return model.to(machine.device), set(info["unexpected_keys"])
 
 
 def load_adapted(base: Path, adapter: AdapterFolder, machine: Machine, **options: Any) -> tuple[Any, set[str]]:

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from instructft import merge_adapter
 from instructft.adapters.quantization import configuration, fix_layout
 from instructft.errors import UsageError
-from instructft.merging.quantized_base import BASES
 from tests.helpers.merging import QUIET, files_in, make_adapter, make_base, with_tokenizer
 
 
@@ -29,31 +28,23 @@ def adapter(tmp_path: Path, tokenizer: Any) -> Path:
     return adapter
 
 
-@pytest.mark.usefixtures("short_answers", "cpu")
-def test_it_merges_into_either_base_and_the_nearer_one_is_said(adapter: Path, tmp_path: Path) -> None:
-    said, facts = io.StringIO(), {}
-    for into in BASES:
-        out = tmp_path / into
-        console = Console(file=said, soft_wrap=True)
-        facts[into] = merge_adapter(adapter, out, into=into, measure_quantized=True, console=console).facts
-        assert "quantization_config" not in json.loads((out / "config.json").read_text())
-        assert facts[into]["dtype"] == "bfloat16"
-        assert facts[into]["into"] == facts[into]["quantized"]["into"] == into
-        assert facts[into]["quantized"]["quantization"] == "4bit"
-        assert facts[into]["quantized"]["nearer"] == "dequantized"
-        assert "4bit base" in (out / "README.md").read_text()
-    original, dequantized = (facts[into]["quantized"] for into in BASES)
-    # four bits are far coarser than the rounding of the merge, and nearer to it than no adapter at all
-    assert facts["original"]["proof"]["difference"] < original["difference"] < facts["original"]["proof"]["effect"]
-    assert dequantized["kl"] < original["kl"] / 10
-    assert original["other"]["into"] == "dequantized"
-    assert dequantized["other"]["kl"] == pytest.approx(original["kl"], rel=0.2)
+@pytest.mark.usefixtures("short_answers")
+def test_it_merges_into_the_base_it_was_trained_on_and_the_nearer_one_is_said(adapter: Path, tmp_path: Path) -> None:
+    said, out = io.StringIO(), tmp_path / "out"
+    console = Console(file=said, soft_wrap=True)
+    facts = merge_adapter(adapter, out, into="dequantized", measure_quantized=True, console=console).facts
+    found = facts["quantized"]
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert (facts["dtype"], facts["into"]) == ("bfloat16", "dequantized")
+    assert (found["quantization"], found["nearer"]) == ("4bit", "dequantized")
+    assert found["other"]["into"] == "original"
+    assert found["kl"] < found["other"]["kl"] / 10  # four bits are far coarser than the rounding of the merge
     assert "nearer to what was trained: --into dequantized" in said.getvalue()
     assert "4bit and unpacked again" in said.getvalue()
+    assert "4bit base" in (out / "README.md").read_text()
     assert not list(tmp_path.glob("*.partial-*"))
 
 
-@pytest.mark.usefixtures("cpu")
 def test_the_dequantized_base_holds_what_the_packed_weights_stand_for(adapter: Path, tmp_path: Path) -> None:
     from instructft.adapters.adapter_folder import read_adapter
     from instructft.merging.quantized_base import dequantized_base

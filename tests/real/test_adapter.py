@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import instructft
+from tests.real.conftest import differs_in_plain_transformers, noted_costs
 
 QUIET = Console(quiet=True)
 KNOWN = {
@@ -46,27 +47,6 @@ def long_run(recipe_of: Any) -> Path:
     """Ten times as many steps, of a row each: a change that is ten times as far from the base."""
     recipe = recipe_of("long", "train.max_steps=120", "train.per_device_train_batch_size=1", "data.max_length=64")
     return Path(instructft.train(recipe, console=QUIET).output_dir)
-
-
-def noted_costs(proof: Any, what: str, note: Any) -> dict[tuple[str, str], Any]:
-    """A line for each dtype and rounding of a proof's table."""
-    costs = {(row["dtype"], row["rounding"]): row for row in proof["costs"]}
-    for (dtype, rounding), row in costs.items():
-        figure = f"KL {row['kl']:.1e}, top-1 {row['top1']:.1%}, loss {row['loss']:.4f}, {row['vanished']:.0%} vanished"
-        note(what, f"{dtype}, {rounding}", figure)
-    return costs
-
-
-def differs_in_plain_transformers(folder: Path) -> float:
-    """The largest difference of a logit between `from_pretrained` and this package, of what lies in a folder."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ours = instructft.Chat(str(folder)).generator.model.float().eval()
-    ids = torch.arange(100, 164)[None]
-    with torch.inference_mode():
-        return float((plain(input_ids=ids).logits - ours(input_ids=ids).logits).abs().max())
 
 
 @pytest.mark.timeout(900)
