@@ -75,8 +75,8 @@ def test_a_chat_of_three_turns(run: Path, note: Any) -> None:
     chat = instructft.Chat(str(run), max_new_tokens=24)
     asked = ["What is the capital of France?", "And what is the capital of Italy?", "Name both cities again."]
     answers = [chat.send(question) for question in asked]
-    for question, answer in zip(asked, answers, strict=True):
-        note("a chat of three turns", question, " ".join(answer.split()).replace("|", "/"))
+    for turn, (question, answer) in enumerate(zip(asked, answers, strict=True), 1):
+        note("a chat of three turns", f"{turn}. {question}", " ".join(answer.split()).replace("|", "/"))
     assert "Paris" in answers[0]
     assert "Rome" in answers[1]
     assert [m["content"] for m in chat.messages][::2] == asked
