@@ -43,8 +43,11 @@ STRANGE = [
 ]
 
 
-def made(words: str | None = None, nfc: bool = False, size: int = 600) -> Tokenizer:
-    """A byte-level BPE tokenizer trained on `CORPUS`, with GPT-2's words unless others are given."""
+def made(words: str | None = None, nfc: bool = False, size: int = 600, strange: bool = False) -> Tokenizer:
+    """A byte-level BPE tokenizer trained on `CORPUS`, with GPT-2's words unless others are given.
+
+    With `strange` texts too it has tokens across borders that another cut would not see.
+    """
     tokenizer = Tokenizer(models.BPE())
     if words is None:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -56,7 +59,8 @@ def made(words: str | None = None, nfc: bool = False, size: int = 600) -> Tokeni
         tokenizer.normalizer = normalizers.NFC()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+        [*CORPUS, *STRANGE * 3] if strange else CORPUS,
+        trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer.add_special_tokens(["<|end|>"])
     return tokenizer
@@ -66,9 +70,9 @@ def real() -> Tokenizer:
     return Tokenizer.from_file(str(GPT2 / "tokenizer.json"))
 
 
-def changed(change: Callable[[dict[str, Any]], None], words: str | None = None) -> Tokenizer:
+def changed(change: Callable[[dict[str, Any]], None], words: str | None = None, **options: Any) -> Tokenizer:
     """`made`, with something else in its JSON."""
-    spec = json.loads(made(words).to_str())
+    spec = json.loads(made(words, **options).to_str())
     change(spec)
     return Tokenizer.from_str(json.dumps(spec))
 
@@ -108,8 +112,8 @@ KINDS: dict[str, Any] = {
     "words of gpt2": made,
     "words of qwen": lambda: made(NEW_WORDS),
     "words of qwen, NFC": lambda: made(NEW_WORDS, nfc=True),
-    "words of smollm": lambda: changed(digits),
-    "words of deepseek": lambda: changed(deepseek, NEW_WORDS),
+    "words of smollm": lambda: changed(digits, strange=True, size=900),
+    "words of deepseek": lambda: changed(deepseek, NEW_WORDS, strange=True, size=900),
     "merges of llama": lambda: changed(all_splits, NEW_WORDS),
     "bytes without a token": lambda: changed(no_controls),
 }
