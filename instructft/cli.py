@@ -410,7 +410,7 @@ def evaluate(
 def merge(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A run folder with an adapter, a checkpoint in it, an adapter folder."),
+        typer.Argument(metavar="MODEL", help="A run folder, a checkpoint in it, an adapter folder."),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new or empty folder for the merged model.")],
     verify: Annotated[
@@ -424,6 +424,9 @@ def merge(
     measure_quantized: Annotated[
         bool, typer.Option("--measure-quantized", help="Also compare with the adapter on its quantized base.")
     ] = False,
+    into: Annotated[
+        str, typer.Option(help="Of a QLoRA adapter: original (the published base), or dequantized (as it was trained).")
+    ] = "original",
 ) -> None:
     """Merge a LoRA adapter into its base, shard by shard, and prove it."""
     from instructft.checkpoints.run_folder import refuse_used
@@ -440,6 +443,7 @@ def merge(
         rounding=rounding,
         max_shard_size=max_shard_size,
         measure_quantized=measure_quantized,
+        into=into,
     )
 
 

@@ -1,5 +1,7 @@
 """`instructft merge`: an adapter into its base, tensor by tensor on disk, proved before anything is called a model.
 
+A model that was trained whole goes the same way where a narrower `dtype` is asked for: all its tensors are replaced.
+
 ::
 
     read_adapter, locate_base ─► make_plan ─► OUTPUT.partial-…/ ─► prove ─► OUTPUT/
@@ -31,10 +33,12 @@ from instructft.hub.files import TOKENIZER
 from instructft.merging.arithmetic import merged
 from instructft.merging.comparison import Texts, choose_texts
 from instructft.merging.edits import refuse_unproved
+from instructft.merging.full_model import full_plan, is_full, read_full, start_of
 from instructft.merging.metadata import config_text, copy_metadata, run_recipe, write_metadata
 from instructft.merging.plan import Machine, Plan, choose_machine, make_plan
 from instructft.merging.proof import Merge, better_rounding, costly, prove
-from instructft.merging.proof import measure_quantized as compare_quantized
+from instructft.merging.quantized_base import BASES, DEQUANTIZED, ORIGINAL, dequantized_base
+from instructft.merging.quantized_base import measure_quantized as compare_quantized
 from instructft.report.model_card import COSTS, cost_cells
 from instructft.weights import remote_code
 from instructft.weights.rounding import NEAREST, ROUNDINGS, STOCHASTIC
@@ -76,6 +80,7 @@ def merge_adapter(
     rounding: str = "auto",
     max_shard_size: str = "5GB",
     measure_quantized: bool = False,
+    into: str = ORIGINAL,
     console: Console | None = None,
 ) -> Merged:
     """Merge the LoRA adapter of a run folder, or any adapter folder, into its base.
@@ -89,7 +94,9 @@ def merge_adapter(
             is measured to lose less (without a proof: stochastic).
         max_shard_size: of one weight file, as `5GB` or `200MiB`.
         measure_quantized: also measure how far the merged model is from the adapter on the quantized base that it was
-            trained on.
+            trained on, and whether the other base would be nearer.
+        into: of an adapter that was trained on a quantized base: `original`, the base as it was published, or
+            `dequantized`, the quantized one unpacked again.
 
     Example::
 
@@ -111,62 +118,83 @@ def merge_adapter(
         raise UsageError(f"--dtype: found {dtype}, expected {', '.join(DTYPES)}")
     if rounding not in ("auto", *ROUNDINGS):
         raise UsageError(f"--rounding: found {rounding}, expected auto, {', '.join(ROUNDINGS)}")
+    if into not in BASES:
+        raise UsageError(f"--into: found {into}, expected {', '.join(BASES)}")
     refuse_used(output)
     began = time.perf_counter()
-    adapter = _read(Path(run).expanduser())
-    if measure_quantized and adapter.base.quantization == "none":
-        raise UsageError(f"--measure-quantized: {run} was trained on a base that is not quantized; leave it out")
-    base = locate_base(adapter)
-    for folder in (adapter.folder, base):
-        require_as_saved(folder, whole=True)
-    tensors = read_tensors(adapter.folder / WEIGHTS)
-    _refuse_not_finite(adapter.folder, tensors)
-    plan = _plan(adapter, base, None if dtype == "auto" else getattr(torch, dtype))
-    machine = choose_machine(plan) if verify else None
-    files = shards((output.planned for output in plan.outputs.values()), most)
-    total = sum(out.planned.bytes for out in plan.outputs.values())
-    _refuse_full_disk(output, total)
+    with contextlib.ExitStack() as held:  # what is only needed meanwhile
+        adapter = _read(Path(run).expanduser(), dtype)
+        if measure_quantized and adapter.base.quantization == "none":
+            raise UsageError(f"--measure-quantized: {run} was trained on a base that is not quantized; leave it out")
+        if into == DEQUANTIZED and adapter.base.quantization == "none":
+            raise UsageError(f"--into: {run} was trained on a base that is not quantized; leave it out")
+        full = is_full(adapter)
+        base = original = start_of(adapter) if full else locate_base(adapter)
+        for folder in (adapter.folder, original):
+            require_as_saved(folder, whole=True)
+        tensors = read_checkpoint(adapter.folder) if full else read_tensors(adapter.folder / WEIGHTS)
+        _refuse_not_finite(adapter.folder, tensors)
+        stored = None if dtype == "auto" else getattr(torch, dtype)
+        if into == DEQUANTIZED:
+            stored = stored or _plan(adapter, original, None).dtype
+            base = held.enter_context(dequantized_base(adapter, original, output.absolute().parent))
+        plan = full_plan(adapter, base, stored) if full else _plan(adapter, base, stored)
+        machine = choose_machine(plan) if verify else None
+        files = shards((output.planned for output in plan.outputs.values()), most)
+        total = sum(out.planned.bytes for out in plan.outputs.values())
+        _refuse_full_disk(output, total)
 
-    console.print(f"base    {base}, not quantized", markup=False, highlight=False)
-    console.print(
-        f"adapter {adapter.folder}, {plan.tensors_changed} of {len(plan.outputs)} tensors change", markup=False
-    )
-    name = str(plan.dtype).removeprefix("torch.")
-    written = STOCHASTIC if rounding == "auto" else rounding
-    facts: dict[str, Any] = {
-        "base": adapter.base.name_or_path,
-        "base_fingerprint": adapter.base.fingerprint or None,
-        "adapter": str(adapter.folder),
-        "dtype": name,
-        "tensors": len(plan.outputs),
-        "changed": plan.tensors_changed,
-        "bytes": total,
-    }
-    with partial_folder(output) as folder:
-        _write_weights(folder, plan, tensors, files, written, console)
-        copy_metadata(adapter.folder, base, folder)
-        # last: without it no library takes the folder for a model
-        write_text(folder / "config.json", config_text(base, folder, plan.model, name, plan.untied))
-        if machine:
-            began_proof = time.perf_counter()
-            texts = _texts(adapter, folder, plan, machine, console)
+        for line in _inputs(adapter, original, into, plan):
+            console.print(line, markup=False, highlight=False)
+        name = str(plan.dtype).removeprefix("torch.")
+        written = STOCHASTIC if rounding == "auto" else rounding
+        facts: dict[str, Any] = {
+            "base": adapter.base.name_or_path,
+            "base_fingerprint": adapter.base.fingerprint or None,
+            "full" if full else "adapter": str(adapter.folder),
+            **({} if adapter.base.quantization == "none" else {"into": into}),
+            "dtype": name,
+            "tensors": len(plan.outputs),
+            "changed": plan.tensors_changed,
+            "bytes": total,
+        }
+        with partial_folder(output) as folder:
+            _write_weights(folder, plan, tensors, files, written, console)
+            copy_metadata(adapter.folder, base, folder)
+            # last: without it no library takes the folder for a model
+            write_text(folder / "config.json", config_text(base, folder, plan.model, name, plan.untied))
+            if machine:
+                began_proof = time.perf_counter()
+                texts = _texts(adapter, folder, plan, machine, console)
 
-            def proved(rounding: str) -> dict[str, Any]:
-                merge = Merge(base, adapter, tensors, folder, read_checkpoint(folder), plan, rounding)
-                return prove(merge, texts, machine)
+                def proved(rounding: str) -> dict[str, Any]:
+                    merge = Merge(base, adapter, tensors, folder, read_checkpoint(folder), plan, rounding)
+                    return prove(merge, texts, machine)
 
-            proof = proved(written)
-            if rounding == "auto" and (better := better_rounding(proof, name, written)) != written:
-                written = better
-                _write_weights(folder, plan, tensors, files, written, console)
                 proof = proved(written)
-            facts["proof"] = {**proof, "seconds": time.perf_counter() - began_proof}
-            if measure_quantized:
-                facts["quantized"] = compare_quantized(adapter, base, folder, texts, machine)
-        facts |= {"rounding": written if name == "bfloat16" else NEAREST, "seconds": time.perf_counter() - began}
-        write_metadata(folder, adapter, facts)
-    _report(console, output, facts)
-    return Merged(output, facts)
+                if rounding == "auto" and (better := better_rounding(proof, name, written)) != written:
+                    written = better
+                    _write_weights(folder, plan, tensors, files, written, console)
+                    proof = proved(written)
+                facts["proof"] = {**proof, "seconds": time.perf_counter() - began_proof}
+                if measure_quantized:
+                    facts["quantized"] = compare_quantized(adapter, original, folder, into, texts, machine)
+            facts |= {"rounding": written if name == "bfloat16" else NEAREST, "seconds": time.perf_counter() - began}
+            write_metadata(folder, adapter, facts)
+        _report(console, output, facts)
+        return Merged(output, facts)
+
+
+def _inputs(adapter: AdapterFolder, base: Path, into: str, plan: Plan) -> list[str]:
+    """What is merged into what, a line each."""
+    if not is_full(adapter):
+        unpacked = f"{adapter.base.quantization} and unpacked again" if into == DEQUANTIZED else "not quantized"
+        what = f"adapter {adapter.folder}, {plan.tensors_changed} of {len(plan.outputs)} tensors change"
+        return [f"base    {base}, {unpacked}", what]
+    begin = f"base    {base}"
+    if base == adapter.folder:
+        begin = "base    not here: what rounding takes of the change that training made cannot be said"
+    return [begin, f"model   {adapter.folder}, trained whole: {len(plan.outputs)} tensors"]
 
 
 def _plan(adapter: AdapterFolder, base: Path, dtype: torch.dtype | None) -> Plan:
@@ -234,7 +262,7 @@ def _report(console: Console, output: Path, facts: Mapping[str, Any]) -> None:
         _report_proof(console, proof)
         if costly(proof) and facts["dtype"] != "float32":
             say(
-                f"        {facts['dtype']} costs {proof['kl'] / proof['effect_kl']:.1%} of what the adapter does; "
+                f"        {facts['dtype']} costs {proof['kl'] / proof['effect_kl']:.1%} of what training did; "
                 f"--dtype {costly(proof)[0]} would not"
             )
     else:
@@ -244,6 +272,16 @@ def _report(console: Console, output: Path, facts: Mapping[str, Any]) -> None:
             f"        against the adapter on its {quantized['quantization']} base: KL {quantized['kl']:.1e}, "
             f"largest difference of a logit {quantized['difference']:.2e}, "
             f"{quantized['equal_tokens']} of {quantized['tokens']} tokens equal"
+        )
+        other = quantized["other"]
+        losses = ""
+        if quantized["trained_loss"] is not None:
+            losses = (
+                f"; loss {quantized['trained_loss']:.4f} as trained, {quantized['loss']:.4f} and {other['loss']:.4f}"
+            )
+        say(
+            f"        on the {other['into']} base instead: KL {other['kl']:.1e}{losses}; nearer to what was trained: "
+            f"--into {quantized['nearer']}"
         )
     rounded = "" if facts["dtype"] != "bfloat16" else f", {facts['rounding']} rounding"
     say(f"Merged into {output}, {size(facts['bytes'])} in {facts['dtype']}{rounded}. Talk to it:")
@@ -258,14 +296,14 @@ def _report_proof(console: Console, proof: Mapping[str, Any]) -> None:
         console.print(f"        {text}", markup=False, highlight=False)
 
     weights = proof["weights"]
-    say(
-        f"{weights['tensors']} tensors equal PEFT's merge in float64 (to {weights['deviation']:.0e}); "
-        f"{weights['applied']:.1%} of the change is in the file"
-    )
+    equal, trained = f"are PEFT's merge in float64 (to {weights.get('deviation', 0):.0e})", "the adapter"
+    if "deviation" not in weights:
+        equal, trained = "are the trained ones, rounded", "training"
+    say(f"{weights['tensors']} tensors {equal}; {weights['applied']:.1%} of the change is in the file")
     if proof["exact"] is not None:
         say(
             f"loaded, its rounding undone: a logit differs by {proof['exact']:.2e} at most, allowed "
-            f"{proof['tolerance']:.2e}; the adapter changes them by {proof['effect']:.2e}, KL {proof['effect_kl']:.2g}"
+            f"{proof['tolerance']:.2e}; {trained} changes them by {proof['effect']:.2e}, KL {proof['effect_kl']:.2g}"
         )
     say(f"{proof['compared']}: {proof['equal_tokens']} of {proof['tokens']} tokens equal")
     if not proof["costs"]:
@@ -282,12 +320,20 @@ def _report_proof(console: Console, proof: Mapping[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _read(run: Path) -> AdapterFolder:
+def _read(run: Path, dtype: str) -> AdapterFolder:
     if not run.is_dir():
         raise UsageError(f"there is no folder {run}; give a run folder or a checkpoint in it that holds an adapter")
     if not is_adapter(run):
-        kind = "a full model already" if (run / "config.json").is_file() else "no adapter"
-        raise UsageError(f"{run} holds {kind} (there is no adapter_config.json in it): there is nothing to merge")
+        if not (run / "config.json").is_file():
+            raise UsageError(
+                f"{run} holds no adapter (there is no adapter_config.json in it): there is nothing to merge"
+            )
+        if dtype == "auto":
+            raise UsageError(
+                f"{run} holds a full model already (there is no adapter_config.json in it): there is nothing to merge; "
+                "--dtype bfloat16 stores it in less, and measures what that costs"
+            )
+        return read_full(run)
     adapter = read_adapter(run)
     refuse_unproved(adapter.config, run)
     return adapter

@@ -134,6 +134,12 @@ def make_plan(
     return Plan(outputs, model, untied, found)
 
 
+def plan_places(folder: Path, stored: Mapping[str, Stored]) -> tuple[PreTrainedModel, dict[str, tuple[Place, ...]]]:
+    """A model without its weights, and for each parameter the tensors that it is loaded from, where they are known."""
+    model = _skeleton(folder)
+    return model, _sources(model, stored, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+
+
 def _skeleton(base: Path) -> PreTrainedModel:
     """The base without weights."""
     import torch

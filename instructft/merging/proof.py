@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from instructft.errors import ModelError
 from instructft.merging.arithmetic import Place, rounded
 from instructft.merging.comparison import Seen, Texts, agreement, apart, look, look_once
+from instructft.merging.full_model import is_full
 from instructft.merging.plan import Machine, Plan
-from instructft.merging.weight_proof import Changed, compare_weights
+from instructft.merging.weight_proof import Changed, compare_stored, compare_weights
 from instructft.weights import remote_code
 from instructft.weights.model_class import auto_class
 from instructft.weights.readable import reading
@@ -72,12 +73,21 @@ def prove(merge: Merge, texts: Texts, machine: Machine) -> dict[str, Any]:
     """
     from accelerate.utils.memory import clear_device_cache
 
-    live, unexpected = _adapted(merge.base, merge.adapter, machine)
     see = look if machine.whole else look_once
-    seen = see(live, texts)
-    with live.disable_adapter():
+    if is_full(merge.adapter):
+        live, unexpected = _loaded(merge.adapter.folder, machine)
+        seen = see(live, texts)
+        del live
+        clear_device_cache(garbage_collection=True)
+        live, _ = _loaded(merge.base, machine)
         effect = apart(seen, see(live, texts, answers=False))
-    weights = compare_weights(live, merge.plan, merge.tensors, merge.files, merge.rounding)
+        weights = compare_stored(merge.plan, merge.tensors, merge.files, merge.rounding)
+    else:
+        live, unexpected = load_adapted(merge.base, merge.adapter, machine)
+        seen = see(live, texts)
+        with live.disable_adapter():
+            effect = apart(seen, see(live, texts, answers=False))
+        weights = compare_weights(live, merge.plan, merge.tensors, merge.files, merge.rounding)
     del live
     clear_device_cache(garbage_collection=True)
 
@@ -135,7 +145,7 @@ def better_rounding(proof: Mapping[str, Any], dtype: str, rounding: str) -> str:
 def costly(proof: Mapping[str, Any]) -> list[str]:
     """Where storing the model costs more than a hundredth of what the adapter does: the dtypes that would not."""
     limit = WORTH * proof["effect_kl"]
-    if proof["kl"] <= limit:
+    if proof["kl"] <= limit or not limit:
         return []
     return [row["dtype"] for row in proof["costs"] if row["kl"] is not None and row["kl"] <= limit]
 
@@ -218,40 +228,12 @@ def _every(plan: Plan) -> Iterator[tuple[str, Place]]:
     return ((name, place) for name, places in plan.places.items() for place in places)
 
 
-def measure_quantized(
-    adapter: AdapterFolder, base: Path, merged: Path, texts: Texts, machine: Machine
-) -> dict[str, Any]:
-    """How far the merged model is from the adapter on the quantized base that it was trained on; nothing is required.
-
-    Raises:
-        UsageError: it was not trained on a quantized base, or this machine cannot load one.
-    """
-    import torch
-    from accelerate.utils.memory import clear_device_cache
-
-    from instructft.adapters.quantization import configuration
-
-    kind = adapter.base.quantization
-    dtype = getattr(torch, adapter.base.dtype, torch.float32)
-    live, _ = _adapted(base, adapter, machine, quantization_config=configuration(kind, dtype), dtype=dtype)
-    see = look if machine.whole else look_once
-    seen = see(live, texts)
-    del live
-    clear_device_cache(garbage_collection=True)
-    model, _ = _load(merged, machine.dtype)
-    now = see(model.to(machine.device), texts)
-    del model
-    clear_device_cache(garbage_collection=True)
-    tokens, equal = agreement(seen.answers, now.answers)
-    return {"quantization": kind, **apart(seen, now), "tokens": tokens, "equal_tokens": equal}
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Loading both
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_plain(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     from transformers import AutoConfig
 
     with reading(str(folder), folder):
@@ -262,10 +244,15 @@ def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedM
     return model.eval(), info
 
 
-def _adapted(base: Path, adapter: AdapterFolder, machine: Machine, **options: Any) -> tuple[Any, set[str]]:
+def _loaded(folder: Path, machine: Machine) -> tuple[Any, set[str]]:
+    model, info = load_plain(folder, machine.dtype)
+    return model.to(machine.device), set(info["unexpected_keys"])
+
+
+def load_adapted(base: Path, adapter: AdapterFolder, machine: Machine, **options: Any) -> tuple[Any, set[str]]:
     from instructft.adapters.attach import attach
 
-    model, info = _load(base, options.pop("dtype", machine.dtype), **options)
+    model, info = load_plain(base, options.pop("dtype", machine.dtype), **options)
     if not options:
         model.to(machine.device)
     return attach(model, adapter), set(info["unexpected_keys"])
@@ -273,7 +260,7 @@ def _adapted(base: Path, adapter: AdapterFolder, machine: Machine, **options: An
 
 def _merged(folder: Path, plan: Plan, unexpected: set[str], machine: Machine) -> PreTrainedModel:
     """The merged model, loaded as anybody loads it: whole, without tensors that it has no place for."""
-    model, info = _load(folder, machine.dtype)
+    model, info = load_plain(folder, machine.dtype)
     bad = sorted({*info["missing_keys"], *(set(info["unexpected_keys"]) - unexpected)})
     bad += sorted(str(name) for name in info["mismatched_keys"])
     if bad:

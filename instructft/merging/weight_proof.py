@@ -61,6 +61,38 @@ def compare_weights(
     return {"tensors": compared, "deviation": deviation, **sums.figures()}
 
 
+def compare_stored(
+    plan: Plan, trained: Mapping[str, Stored], files: Mapping[str, Stored], rounding: str
+) -> dict[str, Any]:
+    """Hold each stored tensor of a model that was trained whole against what it was trained to.
+
+    Returns:
+        `tensors`, `applied` and `vanished`, as `compare_weights` gives them.
+
+    Raises:
+        ModelError: a value in a file is not its rounding.
+    """
+    sums = Changed()
+    for place in (place for places in plan.changed.values() for place in places):
+        out, start = plan.outputs[place.name], 0
+        for exact in unrounded(out.base, out.edit, trained):
+            stop = start + len(exact)
+            _refuse_no_rounding(files[place.name], start, stop, exact.double(), rounding, out, sums)
+            start = stop
+    return {"tensors": plan.tensors_changed, **sums.figures()}
+
+
+def _refuse_no_rounding(
+    stored: Stored, start: int, stop: int, value: torch.Tensor, rounding: str, out: Output, sums: Changed
+) -> None:
+    """Count rows of a file; refuse them where a number is no rounding of its value."""
+    units = 1.001 if rounding == STOCHASTIC else 0.501  # of the last place: either neighbour, or the nearest
+    found = stored.read(start, stop).double()
+    if not bool(((found - value).abs() <= units * unit_in_last_place(value, stored.dtype)).all()):
+        raise ModelError(f"{stored.name} in the merged file is not the rounding of its merged value")
+    sums.count(found, value, out, start, stop)
+
+
 def _compare(
     out: Output,
     held: torch.dtype,
@@ -81,7 +113,6 @@ def _compare(
     largest = float(theirs.abs().max())
     source = adapter[out.edit.replaced] if out.edit.replaced else out.base
     coarse = held.itemsize < source.dtype.itemsize
-    units = 1.001 if rounding == STOCHASTIC else 0.501  # of the last place: either neighbour, or the nearest
     change = _largest_change(out, theirs)
     furthest, start = 0.0, 0
     for exact in unrounded(out.base, out.edit, adapter):
@@ -97,10 +128,7 @@ def _compare(
                 f"{out.planned.name} is not merged as PEFT merges it: a value differs by "
                 f"{float(difference.max()):.3g}, and the largest weight in it is {largest:.3g}. Nothing was kept"
             )
-        found = stored.read(start, stop).double()
-        if not bool(((found - ours).abs() <= units * unit_in_last_place(ours, stored.dtype)).all()):
-            raise ModelError(f"{stored.name} in the merged file is not the rounding of its merged value")
-        sums.count(found, ours, out, start, stop)
+        _refuse_no_rounding(stored, start, stop, ours, rounding, out, sums)
         furthest, start = max(furthest, float(difference.max())), stop
     return furthest / max(largest, 1e-300)
 

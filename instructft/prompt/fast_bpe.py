@@ -6,21 +6,29 @@ data preparation is faster than the bare tokenizer (`benchmarks/RESULTS.md`). A 
 nothing here is taken for granted; what cannot be proved goes to the tokenizers library, text by text:
 
 - Merges. Both join the pair of the lowest rank first, leftmost first; but tiktoken joins any two tokens whose bytes
-  are a token, the tokenizers library only pairs that its list of merges holds. The two differ somewhere only if a pair
-  (x, y) outside that list comes to stand side by side while xy is a token. What stands left of x and right of y has
-  not crossed their borders, so the same happens when xy is encoded alone, and there the library stops at x, y. Hence:
-  if the library encodes every token's own text to that one token, they never differ. That is tested token by token.
-- Words. Both cut a text by the same regular expression, but their tables of Unicode may be of different years. Each
-  character is tried beside letters, digits, marks and spaces in both before a text that holds it is trusted.
-- Normalization (NFC) must leave the text as it is, and added tokens must have no rules of their own.
+  are a token, the tokenizers library only pairs that its list of merges holds. What stands left of x and right of y has
+  not crossed their borders when x and y come to stand side by side, so the same happens when xy is encoded alone: for
+  each token there is one pair at most that ever makes it, the last one in its own text. By induction on the length of
+  tokens the two agree as long as no text of a token ends, in the library, at two pieces: there tiktoken would go on.
+  That is tested token by token. Several merges may make one token, where they stand together in the list: then the
+  order of tokens is the order of whichever of its merges is ever reached.
+- Whole words. tiktoken takes a word that is a token as it stands, as the library does with `ignore_merges`; without, it
+  is the same only where merges make every token from its own text. Those that merges never reach must be left in three
+  pieces or more.
+- Bytes without a token, which the library leaves out: a text that holds one is the library's.
+- Words. Both cut a text by the same regular expression, or by one that is proved to cut as several in a row do, but
+  their tables of Unicode may be of different years. Each character is tried beside letters, digits, marks and spaces in
+  both before a text that holds it is trusted.
+- Normalization (NFC) must leave text and added tokens as they are, and added tokens must have no rules of their own.
 - The ids of a batch must stand for as many bytes as its texts have.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -39,12 +47,38 @@ _PROVED = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",  # noqa: E501
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-# Special tokens of ours: between texts that are encoded together, and in front of a last space (`_Spaces`). They end as
-# they do not begin, so that no part of a text beside one can be taken for a part of it.
-_BETWEEN, _CUT = "\x1d\x1e\x00", "\x1d\x1f\x00"
-_LAST_SPACE, _LINES = r"|\s+(?!\S)", r"\s*[\r\n]+"
-_SPACES = [*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]  # \s
+# SmolLM 2: each digit alone, then GPT-2's words of what lies between, where a text ends at a digit: so spaces before a
+# digit stay together, and none is drawn to it.
+_DIGITS_WORDS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+# DeepSeek V3: numbers by three, then runs of Han and kana, then words of what lies between, one after the other. In one
+# pattern numbers and Han come first, all else leaves them out, and a word ends at them as at the end of a text. Of the
+# kana four are no letters; what no word of its last pattern takes stays together, as far as no letter follows.
+_DEEPSEEK_SPLITS = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+_NO_LETTERS = "\u309b\u309c\u30a0\u30fb"
+_HAN = "一-龥\u3040-\u30ff"
+_LETTER = rf"[\p{{L}}\p{{M}}&&[^{_HAN}]]"
+_DEEPSEEK_WORDS = "|".join(
+    (
+        r"\p{N}{1,3}",
+        rf"[{_HAN}&&[^{_NO_LETTERS}]]+",
+        rf"[{_NO_LETTERS}]+",
+        r"[!-/:-@\[-`{-~][A-Za-z]+",
+        rf"[^\r\n\p{{L}}\p{{P}}\p{{S}}\p{{N}}]?{_LETTER}+",
+        rf" ?[\p{{P}}\p{{S}}&&[^{_NO_LETTERS}]]+[\r\n]*",
+        r"\s*[\r\n]+",
+        rf"\s+(?![^\s\p{{N}}{_HAN}])",
+        r"\s+",
+        rf"[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}]+(?!{_LETTER})",
+    )
+)
 _NEIGHBOURS = "aA1!' \n"  # what a character is tried beside: one of each kind that such patterns tell apart
+_FEW = 32  # added tokens that tiktoken is given whatever the text; of more, those that occur
+_BEGINNING = 6  # characters by which those that cannot occur are passed over
 
 
 def _alphabet() -> dict[str, int]:
@@ -71,64 +105,54 @@ class FastBPE:
         self._text = text
         self._words, spec = core.pre_tokenizer, json.loads(text)
         pattern, self._nfc = _pattern(spec["pre_tokenizer"]), _is_nfc(spec["normalizer"])
-        ranks, ids = _ranks(spec["model"])  # rank -> id, since a vocabulary may be numbered in another order
-        _prove_merges(core, spec["model"], ids)
-        specials = _added(spec["added_tokens"])
-        every = (*specials, _BETWEEN, _CUT)
-        self._spaces = _Spaces(pattern, every) if _Spaces.serve(pattern, specials) else None
+        ranks, ids, lost = _ranks(spec["model"])  # rank -> id, since a vocabulary may be numbered in another order
+        _prove_merges(core, text, spec["model"], ids)
+        specials, self._clashes = _added(spec["added_tokens"], self._nfc)
         self._encoding = Encoding(
             "proved",
-            pat_str=pattern if self._spaces is None else pattern.replace(_LAST_SPACE, ""),
+            pat_str=pattern,
             mergeable_ranks=ranks,
-            special_tokens={text: len(ranks) + i for i, text in enumerate(every)},
+            special_tokens={text: len(ranks) + i for i, text in enumerate(specials)},
         )
         self._ids = np.array([*ids, *specials.values()], dtype=np.int32)
-        self._bytes = np.array([*map(len, ranks), *(len(text.encode()) for text in every)], dtype=np.int64)
+        self._bytes = np.array([*map(len, ranks), *(len(text.encode()) for text in specials)], dtype=np.int64)
         self._pairs = _pairs(pattern)
-        self._specials = frozenset(every)
+        self._specials = set(specials)
+        self._lost = frozenset(lost)
+        self._lost_ascii = (
+            re.compile(f"[{''.join(map(re.escape, map(chr, lost)))}]") if min(lost, default=128) < 128 else None
+        )
         self._same: set[str] = set()  # characters that both libraries put into the same kinds of word
         self._other: set[str] = set()
-        if not all(map(self._proved, map(chr, range(128)))):
+        if not all(self._proved(chr(byte)) for byte in range(128) if byte not in self._lost):
             raise _Unproved("they cut ASCII differently")
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts, end to end, int32, and the tokens of each, int64."""
-        fits = [True] * len(texts) if "".join(texts).isascii() else [self._fits(text) for text in texts]
-        found = self._together([text for text, fit in zip(texts, fits, strict=True) if fit])
-        if found is None:
-            fits, found = [False] * len(texts), (np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64))
-        if all(fits):
-            return found
-        ids, sizes = found
-        rest = [text for text, fit in zip(texts, fits, strict=True) if not fit]
-        encoded = self._library.encode_batch_fast(rest, add_special_tokens=False)
-        slow = iter([np.array(row.ids, dtype=np.int32) for row in encoded])
-        fast = iter(np.split(ids, np.cumsum(sizes)[:-1]))
-        rows = [next(fast) if fit else next(slow) for fit in fits]
-        return np.concatenate(rows), np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-
-    def _together(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
-        """Ids and tokens of texts, in one call: what is before a special token and what is behind it do not meet.
-
-        None: a text cannot be encoded in this way, or holds what stands between the texts.
-        """
-        joined = _BETWEEN.join(texts)
-        if joined.count(_BETWEEN) != max(len(texts) - 1, 0) or _CUT in joined:
-            return None
-        if self._spaces is not None:
-            joined = self._spaces.cut(joined)
+        fits = [self._fits(text) for text in texts]
+        one, specials = self._encoding.encode_to_numpy, self._in(texts)
         try:
-            ranks = self._encoding.encode_to_numpy(joined, allowed_special=self._specials, disallowed_special=())
+            found = [
+                one(text, allowed_special=specials, disallowed_special=())
+                for text, fit in zip(texts, fits, strict=True)
+                if fit
+            ]
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:  # a panic in Rust is no Exception: a stack that is full, a text that is too long
-            return None
-        if int(self._bytes[ranks].sum()) != (len(joined) if joined.isascii() else len(joined.encode())):
-            return None  # the pattern passes over some character
-        ranks = ranks[ranks != len(self._ids) + 1]
-        borders = np.flatnonzero(ranks == len(self._ids))
-        sizes = np.diff(np.concatenate(([-1], borders, [len(ranks)]))) - 1
-        return self._ids[np.delete(ranks, borders)], sizes[: len(texts)]
+            fits, found = [False] * len(texts), []
+        ranks = np.concatenate(found) if found else np.zeros(0, dtype=np.uint32)
+        expected = sum(len(text.encode()) for text, fit in zip(texts, fits, strict=True) if fit)
+        if int(self._bytes[ranks].sum()) != expected:  # the pattern passes over some character
+            fits, found, ranks = [False] * len(texts), [], ranks[:0]
+        if all(fits):
+            return self._ids[ranks], np.fromiter(map(len, found), dtype=np.int64, count=len(found))
+        rest = [text for text, fit in zip(texts, fits, strict=True) if not fit]
+        encoded = self._library.encode_batch_fast(rest, add_special_tokens=False)
+        slow = iter([np.array(row.ids, dtype=np.int32) for row in encoded])
+        fast = iter(found)
+        rows = [self._ids[next(fast)] if fit else next(slow) for fit in fits]
+        return np.concatenate(rows), np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
 
     @cached_property
     def _library(self) -> Tokenizer:
@@ -141,6 +165,10 @@ class FastBPE:
         return library
 
     def _fits(self, text: str) -> bool:
+        if self._lost_ascii and self._lost_ascii.search(text):
+            return False
+        if any(a in text and b in text for a, b in self._clashes):
+            return False
         if text.isascii():
             return True
         new = set(text) - self._same
@@ -153,62 +181,31 @@ class FastBPE:
         if character in self._same or character in self._other:
             return character in self._same
         # what this Python does not know it cannot normalize either; a lone surrogate is no text
-        same = unicodedata.category(character) not in ("Cn", "Cs") and all(
-            self._joins(pair) == (len(self._words.pre_tokenize_str(pair)) == 1)
-            for neighbour in _NEIGHBOURS
-            for pair in (character + neighbour, neighbour + character)
+        known = unicodedata.category(character) not in ("Cn", "Cs")
+        same = (
+            known
+            and self._lost.isdisjoint(character.encode())
+            and all(
+                self._joins(pair) == (len(self._words.pre_tokenize_str(pair)) == 1)
+                for neighbour in _NEIGHBOURS
+                for pair in (character + neighbour, neighbour + character)
+            )
         )
         (self._same if same else self._other).add(character)
         return same
 
+    def _in(self, texts: Sequence[str]) -> set[str]:
+        """The added tokens to look for: to hand tiktoken a thousand with every text would take longer than the text."""
+        if len(self._specials) <= _FEW:
+            return self._specials
+        joined = "\0".join(texts)
+        beginnings = {text[:_BEGINNING] for text in self._specials}
+        here = tuple(beginning for beginning in beginnings if beginning in joined)
+        return {text for text in self._specials if text.startswith(here) and text in joined}
+
     def _joins(self, pair: str) -> bool:
         """Whether two characters are one word to tiktoken: only within a word do their bytes meet and merge."""
         return len(self._pairs.encode_ordinary(pair)) < len(pair.encode())
-
-
-class _Spaces:
-    """Cuts texts so that a pattern need not look ahead: without that tiktoken's regular expressions are twice as fast.
-
-    Of white space before a word, `\\s+(?!\\S)` takes all but the last character, which goes with the word or stands
-    alone: `a···b` is `a`, `··`, `·b`. Where the text ends there (`a··` and `·b`), a plain `\\s+` takes the same. No
-    border of words is lost or won: there is one in front of that last character in any case, but for line breaks that
-    the pattern takes to the last one.
-
-    Args:
-        specials: texts that are tokens by themselves; white space before one is at the end of what is cut into words.
-    """
-
-    def __init__(self, pattern: str, specials: Sequence[str]):
-        self._specials = tuple(specials)
-        self._first = np.array(sorted({ord(text[0]) for text in specials}), dtype=np.uint32)
-        self._is_space = np.zeros(_SPACES[-1] + 2, dtype=bool)
-        self._is_space[_SPACES] = True
-        self._goes = self._is_space.copy()  # what is cut off
-        if _LINES in pattern:
-            self._goes[[10, 13]] = False
-
-    @staticmethod
-    def serve(pattern: str, specials: Iterable[str]) -> bool:
-        """Whether this is the last thing that a pattern looks for, and no special token has a part in it."""
-        last = pattern.endswith(_LAST_SPACE + r"|\s+") and "(?" not in pattern.replace(_LAST_SPACE, "").replace(
-            "(?i:", ""
-        )
-        return last and not any(char.isspace() for text in specials for char in text)
-
-    def cut(self, text: str) -> str:
-        """The text with `_CUT` in front of each last space."""
-        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        space = np.flatnonzero(self._is_space[np.minimum(codes, len(self._is_space) - 1)])
-        last = np.flatnonzero(np.diff(space, append=len(codes)) > 1)  # in `space`, of runs that something follows
-        at = space[last[(last > 0) & (space[last] - space[last - 1] == 1) & self._goes[codes[space[last]]]]]
-        special = np.isin(codes[at + 1], self._first)
-        for i in np.flatnonzero(special).tolist():
-            special[i] = text.startswith(self._specials, int(at[i]) + 1)
-        at = at[~special]
-        if not len(at):
-            return text
-        sign = np.array([*map(ord, _CUT)], dtype=np.uint32)
-        return np.insert(codes, np.repeat(at, len(sign)), np.tile(sign, len(at))).tobytes().decode("utf-32-le")
 
 
 def fast_bpe(core: Tokenizer) -> FastBPE | None:
@@ -244,14 +241,23 @@ def _pattern(pre_tokenizer: Any) -> str:
     """The regular expression by which a byte-level tokenizer cuts words."""
     if pre_tokenizer == _byte_level(pre_tokenizer, use_regex=True):
         return _GPT2_WORDS
-    steps = (pre_tokenizer or {}).get("pretokenizers", [])
-    if len(steps) == 2 and steps[1] == _byte_level(steps[1], use_regex=False):
-        split = {"type": "Split", "pattern": steps[0].get("pattern"), "behavior": "Isolated", "invert": False}
-        if steps[0] == split and isinstance(split["pattern"], dict) and "Regex" in split["pattern"]:
-            pattern = str(split["pattern"]["Regex"])
-            if pattern in _PROVED:
-                return pattern
+    *steps, last = (pre_tokenizer or {}).get("pretokenizers", []) or [None]
+    if steps == [{"type": "Digits", "individual_digits": True}] and last == _byte_level(last, use_regex=True):
+        return _DIGITS_WORDS
+    if last == _byte_level(last, use_regex=False):
+        patterns = tuple(_split(step) for step in steps)
+        if len(patterns) == 1 and patterns[0] in _PROVED:
+            return str(patterns[0])
+        if patterns == _DEEPSEEK_SPLITS:
+            return _DEEPSEEK_WORDS
     raise _Unproved("another way to cut words")
+
+
+def _split(step: Any) -> str | None:
+    """The pattern of a step that cuts a text at its matches and keeps all of it."""
+    found = step.get("pattern")
+    split = {"type": "Split", "pattern": found, "behavior": "Isolated", "invert": False}
+    return str(found["Regex"]) if step == split and isinstance(found, dict) and "Regex" in found else None
 
 
 def _byte_level(found: Any, use_regex: bool) -> dict[str, Any]:
@@ -261,47 +267,65 @@ def _byte_level(found: Any, use_regex: bool) -> dict[str, Any]:
 
 
 def _is_nfc(normalizer: Any) -> bool:
-    if normalizer not in (None, {"type": "NFC"}):
+    if normalizer not in (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []}):
         raise _Unproved("another normalization")
-    return normalizer is not None
+    return normalizer == {"type": "NFC"}
 
 
-def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
-    """The bytes of each token in the order of merging -> rank, and each rank's id."""
+def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int], list[int]]:
+    """The bytes of each token in the order of merging -> rank, each rank's id, and the bytes that have no token."""
     affixes = [model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")]
-    if model["type"] != "BPE" or any(affixes) or model.get("byte_fallback") or model.get("ignore_merges"):
+    if model["type"] != "BPE" or any(affixes) or model.get("byte_fallback"):
         raise _Unproved("no plain BPE")
     vocabulary, alphabet = model["vocab"], _alphabet()
-    merged = ("".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
-    tokens = [*alphabet, *merged]
+    merged = ["".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    together = [token for token, before in zip(merged, ["", *merged], strict=False) if token != before]
+    if len(set(together)) != len(together):
+        raise _Unproved("merges of one token are apart, and which of them counts cannot be told by the token")
+    lost = [byte for character, byte in alphabet.items() if character not in vocabulary]
+    tokens = [*(character for character in alphabet if character in vocabulary), *together]
+    if not vocabulary.keys() >= set(tokens) or not set(tokens) >= set("".join(tokens)):
+        raise _Unproved("a token without its parts")
+    if model.get("ignore_merges") and len(vocabulary) != len(tokens):
+        raise _Unproved("whole words that no merge makes")
     table = str.maketrans({character: chr(byte) for character, byte in alphabet.items()})
-    if not vocabulary.keys() >= set(tokens) or not alphabet.keys() >= set("".join(tokens)):
-        raise _Unproved("a byte without a token")
-    ids = [vocabulary[token] for token in tokens]
     ranks = {token.translate(table).encode("latin-1"): rank for rank, token in enumerate(tokens)}
-    if len(ranks) != len(ids):
-        raise _Unproved("two merges make one token, and which of them comes first cannot be told by the token")
-    return ranks, ids
+    for byte in lost:  # tiktoken wants all of them; no text that holds one comes to it
+        ranks[bytes([byte])] = len(ranks)
+    return ranks, [*(vocabulary[token] for token in tokens), *[-1] * len(lost)], lost
 
 
-def _prove_merges(core: Tokenizer, model: dict[str, Any], ids: list[int]) -> None:
+def _prove_merges(core: Tokenizer, text: str, model: dict[str, Any], ids: list[int]) -> None:
+    from tokenizers import Tokenizer
+
     texts = {number: token for token, number in model["vocab"].items()}
-    tokenize = core.model.tokenize
-    if not all(len(found := tokenize(texts[number])) == 1 and found[0].id == number for number in ids):
-        raise _Unproved("a token's own text is not encoded to it")
+    library, whole = core.model, bool(model.get("ignore_merges"))
+    if whole:  # in a copy: what merges alone make of a token
+        library = Tokenizer.from_str(text).model
+        library.ignore_merges = False
+    for number in ids:
+        if number < 0:
+            continue
+        found = library.tokenize(texts[number])
+        if len(found) == 2 or (len(found) > 2 and not whole) or (len(found) == 1 and found[0].id != number):
+            raise _Unproved("a token's own text is not encoded to it")
 
 
-def _added(tokens: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Text -> id of the added tokens; which of them is found where must not depend on how they are looked for."""
+def _added(tokens: Sequence[dict[str, Any]], nfc: bool) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Text -> id of the added tokens, and those of which only one is found where both overlap: which one depends on
+    how they are looked for."""
     texts = [token["content"] for token in tokens]
     plain = not any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in tokens)
     ordered = sorted(texts)  # a prefix sorts right before the texts that it begins
     plain = plain and not any(b.startswith(a) for a, b in pairwise(ordered))
-    if len({token["normalized"] for token in tokens}) > 1:  # these are looked for one after the other
-        plain = plain and not any(_overlap(a, b) for a in texts for b in texts if a is not b)
-    if not plain or not all(text.isascii() and _BETWEEN[0] not in text for text in texts):
+    first, then = ([token["content"] for token in tokens if token["normalized"] is late] for late in (False, True))
+    # one group is looked for after the other: what overlaps within a group is found from the left by both
+    clashes = [(a, b) for a in first for b in then if _overlap(a, b) or _overlap(b, a)]
+    plain = plain and len(clashes) <= _FEW
+    known = all(unicodedata.category(character) != "Cn" for character in set("".join(texts)))
+    if not plain or not known or (nfc and not all(unicodedata.is_normalized("NFC", text) for text in texts)):
         raise _Unproved("added tokens with rules of their own")
-    return {token["content"]: token["id"] for token in tokens}
+    return {token["content"]: token["id"] for token in tokens}, clashes
 
 
 def _overlap(a: str, b: str) -> bool:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.checkpoints.as_saved import sums
 from instructft.checkpoints.run_folder import PARTIAL, sync, sync_one
-from instructft.errors import ModelError
 from instructft.version import __version__
 
 if TYPE_CHECKING:
@@ -107,19 +106,29 @@ def library_versions(recipe: Recipe) -> dict[str, str]:
 def kept_unproved(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, console: Console) -> Iterator[None]:
     """Whatever fails inside, what was trained is kept in `unproved/`, and the error is raised again.
 
-    Not where processes share the weights among them: each would have to take part, and others may not have failed.
+    Where processes share the weights among them each would have to take part in writing, and others may not have
+    failed: what had been written by then is kept.
     """
     try:
         yield
     except Exception:
-        if trainer.is_world_process_zero() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            folder = Path(trainer.args.output_dir) / UNPROVED
+        if trainer.is_world_process_zero():
+            run = Path(trainer.args.output_dir)
             try:
-                _write_unproved(trainer, tokenizer, folder)
-                say = f"what was trained is kept in {folder}; it is not proved, and not the run's final model"
+                if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+                    _write_unproved(trainer, tokenizer, run / UNPROVED)
+                    shutil.rmtree(run / PARTIAL, ignore_errors=True)
+                elif (run / PARTIAL).is_dir():
+                    shutil.rmtree(run / UNPROVED, ignore_errors=True)
+                    (run / PARTIAL).replace(run / UNPROVED)
+                if (run / UNPROVED).is_dir():
+                    say = (
+                        f"what was trained is kept in {run / UNPROVED}; it is not proved, and not the run's final model"
+                    )
+                    console.print(say, markup=False, highlight=False)
             except Exception as trouble:  # must not hide why the run failed
-                say = f"what was trained could not be kept in {folder}: {trouble}"
-            console.print(say, markup=False, highlight=False)
+                say = f"what was trained could not be kept in {run / UNPROVED}: {trouble}"
+                console.print(say, markup=False, highlight=False)
         raise
 
 
@@ -157,19 +166,10 @@ def save(
         return
     require_whole(model, run / PARTIAL)
     hand_on(recipe, run / PARTIAL)
-    like_base = compared_with_base(model, run / PARTIAL, recipe, origin)
+    facts["like_base"] = compared_with_base(model, run / PARTIAL, recipe, origin)
     for_older_readers(run / PARTIAL)
-    try:
-        facts["saved"] = (
-            None
-            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-            else prove_saved_loss(trainer, run / PARTIAL)
-        )
-        facts["like_base"] = like_base
-    except ModelError as error:
-        shutil.rmtree(run / UNPROVED, ignore_errors=True)
-        (run / PARTIAL).replace(run / UNPROVED)
-        raise ModelError(f"{error}; it is kept in {run / UNPROVED}") from error
+    shared = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    facts["saved"] = None if shared else prove_saved_loss(trainer, run / PARTIAL)
     shutil.rmtree(run / UNPROVED, ignore_errors=True)  # of an attempt before this one, which is proved
     (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one was resumed from there
     facts["files"] = sums(run / PARTIAL)

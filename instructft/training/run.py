@@ -184,7 +184,8 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
                 facts["torch_compile"] = compiled.facts() if compiled else None
                 facts["fp8"] = {"layers": fp8.layers, "of": fp8.of, "emulated": fp8.emulated} if fp8 else None
 
-        save(trainer, recipe, tokenizer, facts, data, origin)
+        with kept_unproved(trainer, tokenizer, console):
+            save(trainer, recipe, tokenizer, facts, data, origin)
         say_of_dtype(facts, model, console)
         state.wait_for_everyone()  # the others need not wait for an upload
         status = publisher.finish(final=True) if publisher else None

@@ -146,20 +146,6 @@ def test_a_model_larger_than_the_memory_stays_in_its_files(
     assert all(torch.equal(before, after) for before, after in zip(held[0], held[1], strict=True))
 
 
-@pytest.mark.usefixtures("short_answers", "cpu")
-def test_a_quantized_run_merges_into_the_plain_base(tmp_path: Path, tokenizer: Any) -> None:
-    base = make_base(tmp_path / "base", "llama", "bfloat16", tied=False, width=128)
-    adapter = with_tokenizer(make_adapter(tmp_path / "adapter", base), tokenizer)
-    record = json.loads((adapter / "base.json").read_text())
-    (adapter / "base.json").write_text(json.dumps({**record, "quantization": "4bit"}))
-    facts = merge_adapter(adapter, tmp_path / "out", measure_quantized=True, console=QUIET).facts
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    assert facts["quantized"]["quantization"] == "4bit"
-    # four bits are far coarser than the rounding of the merge, and nearer to it than no adapter at all
-    assert facts["proof"]["difference"] < facts["quantized"]["difference"] < facts["proof"]["effect"]
-    assert "4bit base" in (tmp_path / "out" / "README.md").read_text()
-
-
 def costs(**kl: float) -> dict[str, Any]:
     rows = [{"dtype": "bfloat16", "rounding": name, "kl": value} for name, value in kl.items() if name != "float16"]
     rows.append({"dtype": "float16", "rounding": "nearest", "kl": kl.get("float16")})

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import instructft
+
 REAL = os.environ.get("INSTRUCTFT_REAL")
 collect_ignore_glob = [] if REAL else ["test_*.py"]  # only `make real` has fetched what they need
 
@@ -48,8 +50,6 @@ def note(real: Path) -> Callable[[str, str, str], None]:
 @pytest.fixture(scope="session")
 def recipe_of(smollm: Path, rows: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """A recipe on the real model and on the short rows of the real set; `settings` are merged into its sections."""
-    import instructft
-
     folder = tmp_path_factory.mktemp("real")
     (folder / "rows.json").write_text(json.dumps(rows[:200]), encoding="utf-8")
 
@@ -67,3 +67,24 @@ def recipe_of(smollm: Path, rows: Any, tmp_path_factory: pytest.TempPathFactory)
         return instructft.load_recipe(path, list(overrides))
 
     return make
+
+
+def noted_costs(proof: Any, what: str, note: Any) -> dict[tuple[str, str], Any]:
+    """A line for each dtype and rounding of a proof's table."""
+    costs = {(row["dtype"], row["rounding"]): row for row in proof["costs"]}
+    for (dtype, rounding), row in costs.items():
+        figure = f"KL {row['kl']:.1e}, top-1 {row['top1']:.1%}, loss {row['loss']:.4f}, {row['vanished']:.0%} vanished"
+        note(what, f"{dtype}, {rounding}", figure)
+    return costs
+
+
+def differs_in_plain_transformers(folder: Path) -> float:
+    """The largest difference of a logit between `from_pretrained` and this package, of what lies in a folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = instructft.Chat(str(folder)).generator.model.float().eval()
+    ids = torch.arange(100, 164)[None]
+    with torch.inference_mode():
+        return float((plain(input_ids=ids).logits - ours(input_ids=ids).logits).abs().max())

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import instructft
+from tests.real.conftest import differs_in_plain_transformers, noted_costs
 
 QUIET = Console(quiet=True)
 KNOWN = {
@@ -41,27 +42,43 @@ def test_held_out_loss_falls_and_the_base_keeps_what_it_knew(run: Path, smollm: 
     note("it keeps what it knew", "general questions", f"{sum(kept)} of {len(KNOWN)} right")
 
 
-def test_the_merge_is_proved_and_keeps_what_was_learned(run: Path, tmp_path: Path, note: Any) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
+@pytest.fixture(scope="module")
+def long_run(recipe_of: Any) -> Path:
+    """Ten times as many steps, of a row each: a change that is ten times as far from the base."""
+    recipe = recipe_of("long", "train.max_steps=120", "train.per_device_train_batch_size=1", "data.max_length=64")
+    return Path(instructft.train(recipe, console=QUIET).output_dir)
 
-    facts = instructft.merge_adapter(run, tmp_path / "merged", console=QUIET).facts
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("which", "what"), [("run", "merged"), ("long_run", "merged, 120 steps")])
+def test_the_merge_is_proved_and_keeps_what_was_learned(
+    which: str, what: str, tmp_path: Path, note: Any, request: pytest.FixtureRequest
+) -> None:
+    facts = instructft.merge_adapter(request.getfixturevalue(which), tmp_path / "merged", console=QUIET).facts
     proof = facts["proof"]
     assert facts["dtype"] == "bfloat16"
     assert facts["rounding"] == "stochastic"
     assert proof["weights"]["deviation"] < 1e-12
     assert proof["weights"]["applied"] == pytest.approx(1, abs=0.01)
     assert proof["exact"] <= proof["tolerance"]
-    costs = {(row["dtype"], row["rounding"]): row for row in proof["costs"]}
-    assert costs["bfloat16", "stochastic"]["kl"] < costs["bfloat16", "nearest"]["kl"] / 3
-    for (dtype, rounding), row in costs.items():
-        figure = f"KL {row['kl']:.1e}, top-1 {row['top1']:.1%}, loss {row['loss']:.4f}, {row['vanished']:.0%} vanished"
-        note("merged", f"{dtype}, {rounding}", figure)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    ours = instructft.Chat(str(tmp_path / "merged")).generator.model.float().eval()
-    ids = torch.arange(100, 164)[None]
-    with torch.inference_mode():
-        off = float((plain(input_ids=ids).logits - ours(input_ids=ids).logits).abs().max())
+    note(what, "what the adapter does to its base", f"KL {proof['effect_kl']:.1e}")
+    costs = noted_costs(proof, what, note)
+    assert costs["bfloat16", "stochastic"]["kl"] < costs["bfloat16", "nearest"]["kl"]
+    off = differs_in_plain_transformers(tmp_path / "merged")
+    note(what, "in plain transformers: logits of 64 tokens", f"largest difference {off:.1g}")
     assert off == 0
-    note("merged, in plain transformers", "logits of 64 tokens", f"largest difference {off:.1g}")
     assert json.loads((tmp_path / "merged" / "run.json").read_text())["merge"]["proof"]["kl"] == proof["kl"]
+
+
+def test_a_chat_of_three_turns(run: Path, note: Any) -> None:
+    """Each answer is made with the turns before it, and is what `generate` makes of the whole conversation."""
+    chat = instructft.Chat(str(run), max_new_tokens=24)
+    asked = ["What is the capital of France?", "And what is the capital of Italy?", "Name both cities again."]
+    answers = [chat.send(question) for question in asked]
+    for turn, (question, answer) in enumerate(zip(asked, answers, strict=True), 1):
+        note("a chat of three turns", f"{turn}. {question}", " ".join(answer.split()).replace("|", "/"))
+    assert "Paris" in answers[0]
+    assert "Rome" in answers[1]
+    assert [m["content"] for m in chat.messages][::2] == asked
+    whole = instructft.generate(chat.generator, [chat.messages[:-1]], max_new_tokens=24)
+    assert whole == answers[-1:]

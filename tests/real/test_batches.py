@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import instructft
+from instructft.data.load import conversations
 
 
 def test_packs_and_padded_rows_have_the_loss_and_gradients_of_rows_alone(recipe_of: Any, rows: Any, note: Any) -> None:
@@ -58,12 +60,13 @@ def test_packs_and_padded_rows_have_the_loss_and_gradients_of_rows_alone(recipe_
 
 
 def test_answers_in_batches_are_those_one_by_one(smollm: Path, rows: Any, note: Any) -> None:
+    generator = instructft.Chat(str(smollm)).generator
     prompts = [row["instruction"] for row in rows[:50]]
-    together = instructft.generate(str(smollm), prompts, max_new_tokens=12)
-    alone = [instructft.generate(str(smollm), [prompt], max_new_tokens=12)[0] for prompt in prompts[:10]]
-    equal = sum(a == b for a, b in zip(together, alone, strict=False))
-    note("answers in batches", "50 prompts together, the first 10 of them alone", f"{equal} of 10 equal")
-    assert equal == 10
+    together = instructft.generate(generator, prompts, max_new_tokens=6, batch_size=16)
+    alone = [instructft.generate(generator, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+    equal = sum(a == b for a, b in zip(together, alone, strict=True))
+    note("answers in batches", "50 prompts, in batches of 16 and one by one", f"{equal} of 50 equal")
+    assert equal == 50
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(recipe_of: Any, tmp_path: Path, note: Any) -> None:
@@ -92,3 +95,67 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(recipe_of: Any, tmp_path:
     one, other = (load_file(Path(r.output_dir) / "adapter_model.safetensors") for r in (through, killed))
     assert all(bool((one[name] == other[name]).all()) for name in one)
     note("resume after kill -9", "LoRA, 4 steps, killed behind the second", "every weight equal to the bit")
+
+
+def test_two_processes_learn_what_one_does(recipe_of: Any, tmp_path: Path, note: Any) -> None:
+    """Two real processes (gloo) with half the rows of a step each, and one with all of them."""
+    from safetensors.torch import load_file
+
+    from tests.helpers.processes import launch
+
+    asked = ("train.max_steps=2", "train.eval_strategy=steps", "train.eval_steps=2")
+    one = recipe_of("one", *asked)
+    two = recipe_of("two", *asked, "train.per_device_train_batch_size=2")
+    for recipe in (one, two):
+        (tmp_path / Path(recipe.output_dir).name).with_suffix(".yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    ddp = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
+    (tmp_path / "ddp.yaml").write_text(ddp, encoding="utf-8")
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys\nfrom instructft.cli import main\n"
+        f"sys.argv = ['instructft', 'train', {str(tmp_path / 'two.yaml')!r}]\nmain()\n",
+        encoding="utf-8",
+    )
+    instructft.train(one, console=Console(quiet=True))
+    done = launch(str(tmp_path / "ddp.yaml"), [str(program)], tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (
+        [json.loads(line) for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
+        for recipe in (one, two)
+    )
+    names = ("loss", "eval_loss")
+    pairs = [(a[n], b[n]) for a, b in zip(first, second, strict=True) for n in names if n in a]
+    off = max(abs(a - b) for a, b in pairs)
+    left, right = (load_file(Path(recipe.output_dir) / "adapter_model.safetensors") for recipe in (one, two))
+    cosine = min(
+        float(
+            (left[name].flatten().double() @ right[name].flatten().double()) / (left[name].norm() * right[name].norm())
+        )
+        for name in left
+        if float(left[name].norm())
+    )
+    note(
+        "two processes (gloo) against one",
+        "LoRA, 2 steps of 4 rows",
+        f"losses to {off:.1e}, weights' cosine {cosine:.4f}",
+    )
+    assert off < 1e-3
+    assert cosine > 0.98  # Adam's first steps divide a gradient by itself: what is nearly nothing may turn its sign
+
+
+def test_a_run_that_gets_no_better_stops_and_keeps_its_best(recipe_of: Any, note: Any) -> None:
+    """At a rate that float32 cannot add to a weight no evaluation is better than the first: two more end the run."""
+    recipe = recipe_of(
+        "early", "train.max_steps=12", "train.eval_strategy=steps", "train.eval_steps=1", "train.save_strategy=steps",
+        "train.save_steps=1", "train.early_stopping_patience=2", "train.learning_rate=1e-12",
+        "train.per_device_train_batch_size=1", "train.evaluation_budget=1", "data.splits={validation: 0.03}",
+    )  # fmt: skip
+    result = instructft.train(recipe, console=Console(quiet=True))
+    run = Path(result.output_dir)
+    seen = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval_loss"] for line in seen if "eval_loss" in line}
+    assert sorted(losses) == [1, 2, 3]
+    assert result.metrics["eval_loss"] == losses[1]
+    again = instructft.evaluate(str(run), conversations(recipe, "validation"), max_new_tokens=1)["loss"]
+    assert again == pytest.approx(losses[1], abs=1e-3)
+    note("early stopping", "patience 2", f"stopped after step {max(losses)} of 12, the model is step 1's: {again:.3f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import instructft
 from instructft.training.outcome import _give_names, _write_facts
+from tests.conftest import TINY
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
@@ -35,6 +37,33 @@ def test_a_run_hands_on_sentencepieces_own_file_and_nothing_of_this_machine(
     written = json.loads((tmp_path / "run" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert not {"is_local", "local_files_only"} & set(written)
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"  # what transformers 5 writes, version 4 has not
+
+
+@pytest.mark.parametrize(
+    "fails", ["instructft.weights.weight_files.require_whole", "instructft.training.outcome._write_facts"]
+)
+def test_what_fails_while_the_model_is_saved_loses_nothing(
+    fails: str, tmp_path: Path, write_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = instructft.load_recipe(write_recipe(TINY), [f"output_dir={tmp_path / 'run'}", "train.max_steps=2"])
+    said = io.StringIO()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("the disk has gone")
+
+    monkeypatch.setattr(fails, broken)
+    with pytest.raises(OSError, match="the disk has gone"):
+        instructft.train(recipe, console=Console(file=said, soft_wrap=True))
+    kept = tmp_path / "run" / "unproved"
+    assert f"what was trained is kept in {kept}; it is not proved" in said.getvalue()
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert not (tmp_path / "run" / "final.partial").exists()
+    monkeypatch.undo()
+    left = AutoModelForCausalLM.from_pretrained(kept)
+    result = instructft.train(recipe, console=Console(quiet=True))  # from the last checkpoint: no step is trained again
+    proved = AutoModelForCausalLM.from_pretrained(result.output_dir)
+    assert all(torch.equal(a, b) for a, b in zip(left.parameters(), proved.parameters(), strict=True))
+    assert not kept.exists()
 
 
 def test_files_and_folders_are_on_disk_around_each_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
