@@ -99,7 +99,7 @@ def _small(config: PretrainedConfig, attention: str | None, device: str) -> PreT
     if weights > LARGEST:
         raise ValueError(f"{layers} of its layers have {weights / 1e9:.1f}e9 weights, too many to try")
     kind = torch.get_default_dtype()
-    with torch.random.fork_rng([device] if device.startswith("cuda") else []), torch.device(device):
+    with torch.random.fork_rng([torch.device(device)] if device.startswith("cuda") else []), torch.device(device):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=kind, **made)
         with torch.no_grad():  # larger than a fresh model's, so that attention is no mean

@@ -246,7 +246,8 @@ def test_the_json_report(make: Any, run: Any) -> None:
     assert found["training"] == {
         "dropped": {}, "packing": "NoneType", "rows": {"test": "int", "train": "int", "validation": "int"},
         "supervised_tokens": "int", "tokens": "int", "template_date": "NoneType",
-        "hidden": {"left_out": {}, **dict.fromkeys(("last_tokens", "only_read", "tokens", "turns", "unrolled"), "int")},
+        "hidden": {"left_out": {}, "not_folded": "str", **dict.fromkeys(
+            ("last_tokens", "only_read", "tokens", "turns", "unrolled", "folded_rows", "folded_tokens"), "int")},
     }  # fmt: skip
     assert set(found["estimate"]) == {
         "device", "parameters", "memory", "host_memory", "batch", "exact", "schedule", "time", "precision",
