@@ -134,7 +134,8 @@ def tokens_of(dataset: Dataset) -> TokenRows:
     """The rows of a data set; its indices, which `select` makes, are followed."""
     names = [name for name in LISTS if name in dataset.column_names]
     none = np.zeros(0, dtype=np.int64)
-    pieces, piece = [], [none.astype(np.int32)]
+    pieces: list[dict[str, np.ndarray]] = []
+    piece = [none.astype(np.int32)]
     starts: dict[str, list[np.ndarray]] = {name: [none] for name in names}
     lengths: dict[str, list[np.ndarray]] = {name: [none] for name in names}
     for batch in dataset.data.table.select(names).to_batches():  # of columns in unlike chunks too, without a copy
