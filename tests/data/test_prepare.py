@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from itertools import islice
 
@@ -37,6 +38,15 @@ def test_every_planted_fault_is_found_and_nothing_else(recipe):
     found = [answer for split in made.splits.values() for answer in answers(split, tokenizer)]
     expected = [good[0], *(good[i % len(good)] for i in range(len(FAULTS) * 2))]
     assert sorted(found) == sorted(row["messages"][1]["content"] for row in expected)
+
+
+def test_the_collector_is_left_as_it_was_found(recipe):
+    gc.unfreeze()
+    prepared(recipe(SHAPES["messages"]))
+    assert gc.get_freeze_count() == 0
+    gc.freeze()  # as somebody else may have done, who wants it to stay so
+    prepared(recipe(SHAPES["messages"]))
+    assert gc.get_freeze_count() > 0
 
 
 def test_what_nothing_reads_is_one_error_with_all_of_it(recipe):

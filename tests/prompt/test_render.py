@@ -30,6 +30,20 @@ def test_many_conversations_are_rendered_as_few_are(bare_tokenizer: Any, templat
         assert encoder.render(rows, asks) == [encoder.render([row], asks)[0] for row in rows]
 
 
+def test_what_a_template_sets_is_gone_before_the_next_conversation(bare_tokenizer: Any) -> None:
+    """Texts of a batch share what templates may call, and nothing of each other."""
+    tokenizer = bare_tokenizer()
+    tokenizer.chat_template = (
+        "{{ 'Again. ' if seen is defined else '' }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}"
+        "{% endfor %}{% set seen = messages[0]['content'] %}"
+    )
+    renderer = Renderer(tokenizer)
+    assert renderer._compiled is not None
+    texts = renderer.texts([[user(f"Q{i}"), assistant("A")] for i in range(MANY)])
+    eos = tokenizer.eos_token
+    assert texts == [f"Q{i}{eos}A{eos}" for i in range(MANY)]
+
+
 def test_another_text_by_the_short_way_is_not_taken(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     renderer = Renderer(tokenizer)
     monkeypatch.setattr(Renderer, "_direct", lambda *_: ["another text"])
