@@ -139,12 +139,14 @@ def save(
     origin: StartingPoint,
 ) -> None:
     """Write the final model, its tokenizer and the metadata of the run."""
+    from instructft.adapters.lora import is_peft
     from instructft.models.load import fit_special_tokens
     from instructft.models.tokenizer import hand_on
     from instructft.report.curves import plot_loss
     from instructft.report.model_card import write_card
     from instructft.report.page import draw_report
     from instructft.training.rehearsal.saved_loss import prove_saved_loss
+    from instructft.weights.model_class import auto_class
     from instructft.weights.weight_files import require_whole
 
     run = Path(trainer.args.output_dir)
@@ -164,6 +166,7 @@ def save(
             else prove_saved_loss(trainer, run / PARTIAL)
         )
         facts["like_base"] = like_base
+        facts["model_class"] = auto_class((model.get_base_model() if is_peft(model) else model).config).__name__
     except ModelError as error:
         shutil.rmtree(run / UNPROVED, ignore_errors=True)
         (run / PARTIAL).replace(run / UNPROVED)
