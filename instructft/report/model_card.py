@@ -38,6 +38,9 @@ COSTS = ("KL, nats a token", "top-1 equal", "held-out loss", "changes gone")  # 
 TEMPLATE = Path(__file__).parent / "html" / "card.md.jinja"
 
 
+PLAIN = "AutoModelForCausalLM"  # the class that loads a model of text alone
+
+
 def write_card(run: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
     """Write `README.md` from the recipe and the contents of `run.json`."""
     (run / "README.md").write_text(card(recipe, facts, read_evaluation(run)), encoding="utf-8")
@@ -66,6 +69,7 @@ def card(
         _metadata(recipe, facts, public_base, known, bool(merge)),
         name=recipe.name,
         lora=lora and not merge,
+        model_class=facts.get("model_class", PLAIN),
         merge=merge,
         evaluation=_evaluation(evaluation),
         recipe=recipe,
@@ -99,7 +103,7 @@ def bare_card(
     """
     tags = ["lora"] if lora else ["instructft", "sft", "merged"] if merge else []
     metadata = _head(lora, base if base and _is_public(base) else None, licence or {}, tags)
-    return _render(metadata, name=name, lora=lora, merge=merge, evaluation="", recipe=None)
+    return _render(metadata, name=name, lora=lora, model_class=PLAIN, merge=merge, evaluation="", recipe=None)
 
 
 def _render(metadata: Mapping[str, Any], **values: Any) -> str:

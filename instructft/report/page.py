@@ -20,7 +20,7 @@ from instructft.prompt.token_view import visible
 from instructft.redaction import bare_url, last_name, without_places, without_roots
 from instructft.report.curves import Chart, bars, chart, finite, number, read_metrics, series_of
 from instructft.report.logs import read_log
-from instructft.report.model_card import read_evaluation
+from instructft.report.model_card import PLAIN, read_evaluation
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -140,7 +140,7 @@ def page(
         row=training_row(recipe, tokenizer, data),
         metrics={key: (_WORDS.get(key, key), value) for key, value in _in_order(_powers(facts["metrics"])).items()},
         notes=notes(facts, records),
-        load=loading(recipe),
+        load=loading(recipe, facts.get("model_class", PLAIN)),
         resolved=yaml_text(resolved).strip(),
     )
     return without_roots(text, folders)
@@ -302,19 +302,23 @@ def evaluation_table(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {"sides": names, "answers": names if base else names[-1:], "table": table, "rows": rows, "count": len(tuned)}
 
 
-def loading(recipe: Recipe) -> dict[str, str]:
-    """Title -> commands or code that load what the run left."""
+def loading(recipe: Recipe, kind: str = PLAIN) -> dict[str, str]:
+    """Title -> commands or code that load what the run left; `kind` is the Auto class that its config names."""
     output = Path(recipe.output_dir)
     path = last_name(recipe.output_dir) if output.is_absolute() or ".." in output.parts else recipe.output_dir
     lora = recipe.adapter.type == "lora"
-    model = "AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM"
-    imports = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
-    if not lora:
-        imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    imports = [f"from transformers import {kind}, AutoTokenizer"]
+    load = f"{kind}.from_pretrained({path!r})"
+    if lora and kind == PLAIN:
+        imports = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+        load = f"AutoPeftModelForCausalLM.from_pretrained({path!r})"
+    elif lora:
+        imports = ["from peft import PeftModel", *imports]
+        load = f"PeftModel.from_pretrained({kind}.from_pretrained({starting_point(recipe)!r}), {path!r})"
     lines = [
         *imports,
         "",
-        f"model = {model}.from_pretrained({path!r})",
+        f"model = {load}",
         f"tokenizer = AutoTokenizer.from_pretrained({path!r})",
         "prompt = tokenizer.apply_chat_template(",
         '    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True',

@@ -149,12 +149,14 @@ def save(
     origin: StartingPoint,
 ) -> None:
     """Write the final model, its tokenizer and the metadata of the run."""
+    from instructft.adapters.lora import is_peft
     from instructft.models.load import fit_special_tokens
     from instructft.models.tokenizer import hand_on
     from instructft.report.curves import plot_loss
     from instructft.report.model_card import write_card
     from instructft.report.page import draw_report
     from instructft.training.rehearsal.saved_loss import prove_saved_loss
+    from instructft.weights.model_class import auto_class
     from instructft.weights.older_readers import for_older_readers
     from instructft.weights.weight_files import require_whole
 
@@ -167,6 +169,7 @@ def save(
     require_whole(model, run / PARTIAL)
     hand_on(recipe, run / PARTIAL)
     facts["like_base"] = compared_with_base(model, run / PARTIAL, recipe, origin)
+    facts["model_class"] = auto_class((model.get_base_model() if is_peft(model) else model).config).__name__
     for_older_readers(run / PARTIAL)
     shared = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     facts["saved"] = None if shared else prove_saved_loss(trainer, run / PARTIAL)

@@ -192,3 +192,16 @@ def test_a_second_stage_has_a_template_of_its_own_and_keeps_the_tokens(base: Any
     assert "<|im_start|>" in tokenizer.chat_template
     rows = [shape for name, shape in read_adapter(second.output_dir).shapes.items() if "tokens_delta" in name]
     assert set(rows) == {(2, 32)}  # the first stage trained its own
+
+
+def test_embeddings_of_each_layer_grow_from_their_mean_too() -> None:
+    from transformers import AutoModelForImageTextToText
+
+    from instructft.adapters.lora import fit_embeddings
+    from tests.helpers.towers import config_of
+
+    model = AutoModelForImageTextToText.from_config(config_of("gemma4", 100))
+    fit_embeddings(model, 102)
+    rows = model.model.language_model.embed_tokens_per_layer.weight
+    assert rows.shape[0] == 102
+    torch.testing.assert_close(rows[100:], rows[:100].mean(0).expand(2, -1))

@@ -68,6 +68,8 @@ def test_full_training_leaves_the_checkpoint_that_it_began_from(kind: str, tmp_p
     assert held == json.loads((base / "preprocessor_config.json").read_text())
     assert "chat_template" not in json.loads((result.output_dir / "processor_config.json").read_text())
     assert result.facts["like_base"]["dtype"] == "bfloat16"
+    for page in ("README.md", "report.html"):
+        assert result.facts["model_class"] in (result.output_dir / page).read_text()
     asked = ["What is a cat?", "Tell me of ships, and of the sea that they go over."]
     together = generate(str(result.output_dir), asked, max_new_tokens=6)
     assert together == [generate(str(result.output_dir), [one], max_new_tokens=6)[0] for one in asked]
@@ -83,6 +85,8 @@ def test_an_adapter_stays_out_of_the_towers_and_merges(kind: str, tmp_path: Path
     names = tuple(tower.name for tower in towers(model))
     assert adapted
     assert not [name for name in adapted if inside(name, names)]
+    if result.facts["model_class"] != "AutoModelForCausalLM":  # which has Gemma's classes too
+        assert "PeftModel.from_pretrained(AutoModelForImageTextToText" in (result.output_dir / "README.md").read_text()
     merged = merge_adapter(result.output_dir, tmp_path / "merged", console=Console(quiet=True))
     _, after = tower_tensors(tmp_path / "merged")
     assert after.keys() == before.keys()
