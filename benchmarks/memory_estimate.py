@@ -82,7 +82,7 @@ train = importlib.import_module("instructft.training.run")
 from instructft.recipe.load import load_recipe
 from rich.console import Console
 load, before = train.load_model, []
-train.load_model = lambda *args: before.append(status("VmRSS")) or load(*args)
+train.load_model = lambda *args, **more: before.append(status("VmRSS")) or load(*args, **more)
 train.train(load_recipe(sys.argv[1], sys.argv[2:]), console=Console(quiet=True))
 print(json.dumps({"base": before[0], "peak": status("VmHWM")}))
 """
