@@ -58,6 +58,9 @@ NOTES = (
     (r"all-linear leaves out", "all-linear leaves out layers that PEFT refuses to adapt, and names them"),
     (r"no merge of this kind of adapter", "no merge of adapters over the weights of experts is proved"),
     (r"draws experts", "its router draws experts by chance in training: the loss is compared, the step is not"),
+    (r"PEFT would not find", "layers of which PEFT would not find again what is saved get no adapter, and are named"),
+    (r"reads both ways", "the model reads both ways, and would learn to copy the answer that it sees"),
+    (r"cannot be asked whether", "it fails on a pack"),
     (r"nothing was trained", "nothing was trained"),
     (r"there is no adapter", "there is no adapter"),
 )
