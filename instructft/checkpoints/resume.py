@@ -48,9 +48,11 @@ _FREE = (
 )
 # Fields that may change on purpose; a change is recorded.
 _OPEN = ("train.loss_spike_limit", "train.on_loss_spike", "train.early_stopping_patience", "train.on_divergence")
+_ORDER = "train.train_sampling_strategy (its order)"
 # Fields that older checkpoints do not hold, with what they were then unless someone set them.
 _LATER = {"train.dataloader_drop_last": False, "train.on_divergence": "stop", "model.overrides": None}
-_LATER |= {"train.fp8": False, "train.deterministic": False, "adapter.experts": "auto"}
+_LATER |= {"train.fp8": False, "train.deterministic": False, "adapter.experts": "auto", "data.mix_by": "rows"}
+_LATER |= {_ORDER: "of one length in a step"}
 # Facts that older checkpoints do not hold, and that nobody can tell now.
 _UNKNOWN = ("precision", "device")
 _LENGTH = ("train.max_steps", "train.num_train_epochs")
@@ -159,12 +161,16 @@ def identity(
         start: where the weights come from.
         args: of the trainer, with device, precision and processes as they were decided here.
     """
+    from instructft.data.row_order import ORDER
+
     flat = fixed_keys(recipe)
     template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
     made = {"data (its rows)": fingerprint, "data.template (its text)": template, "processes": args.world_size}
     # left to the hardware by the recipe, and other bits on other hardware
     made |= {"precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "as the weights"}
     made |= {"device": args.device.type}
+    if args.train_sampling_strategy == "group_by_length":
+        made[_ORDER] = ORDER
     if start.name:
         made["model (its weights)"] = start.fingerprint
     plain: dict[str, Any] = json.loads(json.dumps({**flat, **made}, default=str))
@@ -181,6 +187,9 @@ def fixed_keys(recipe: Recipe) -> dict[str, Any]:
     """
     values = recipe.to_dict()
     del values["data"]["fold_turns"]  # what became of it is in the rows
+    for entry in values["data"]["datasets"] or ():
+        if entry.get("repeat") == 1:  # as it was before there was such a key
+            del entry["repeat"]
     found = {f"{name}.{key}": value for name in ("model", "data", "adapter") for key, value in values[name].items()}
     return found | {f"train.{key}": value for key, value in values["train"].items() if not key.startswith(_FREE)}
 

@@ -27,6 +27,9 @@ def set_epoch(loader: Any, epoch: int) -> None:
             tell(epoch)
 
 
+ORDER = "of all lengths in a step"  # of `LengthGrouped`, in a checkpoint's identity; another one is another run
+
+
 class LengthGrouped(Sampler[int]):
     """Row numbers in an order whose steps hold rows of all lengths, sorted so that little padding is computed.
 

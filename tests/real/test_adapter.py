@@ -63,7 +63,10 @@ def test_the_merge_is_proved_and_keeps_what_was_learned(
     assert proof["exact"] <= proof["tolerance"]
     note(what, "what the adapter does to its base", f"KL {proof['effect_kl']:.1e}")
     costs = noted_costs(proof, what, note)
-    assert costs["bfloat16", "stochastic"]["kl"] < costs["bfloat16", "nearest"]["kl"]
+    most = costs["bfloat16", "nearest"]["kl"] / (
+        3 if which == "run" else 1
+    )  # the longer it trained, the less rounds away
+    assert costs["bfloat16", "stochastic"]["kl"] < most
     off = differs_in_plain_transformers(tmp_path / "merged")
     note(what, "in plain transformers: logits of 64 tokens", f"largest difference {off:.1g}")
     assert off == 0

@@ -65,6 +65,8 @@ TABLE = (
     Private("_orig_mod", "torch._dynamo.eval_frame:OptimizedModule", "weights/weight_files",
             "a compiled model's saved weights have other names than its own"),
     Private("_no_split_modules", PRETRAINED, "models/memory", "the estimate takes every layer for one that is whole"),
+    Private("_did_swap_in_out_features", "peft.tuners.lora.layer:ParamWrapper", "merging/edits",
+            "experts are merged transposed"),
     Private("_model_mapping", "transformers:AutoModelForCausalLM", "weights/model_class",
             "the class that a config names is not found"),
     Private("_keys_to_ignore_on_save", PRETRAINED, "weights/weight_files", "a whole model is taken for one with gaps"),
