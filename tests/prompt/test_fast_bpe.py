@@ -190,7 +190,7 @@ def test_white_space_of_every_kind_before_everything(kind: str) -> None:
     tokenizer = KINDS[kind]()
     behind = ["b", "1", "!", "<|end|>", "<|endoftext|>", "<", "", "\x1d", "'s", "é"]
     behind += ["²", "٣", "Ⅷ", "日", "・", "\u0301", "\u200d"]
-    runs = [a + b + c for a in ("", " ", "\n") for b in SPACES for c in ("", " ", "\r", "\t\n", "\u00a0")]
+    runs = [a + b + c for a in ("", " ", "\n") for b in SPACES for c in ("", " ", "\r\n", "\t\n", "\u00a0")]
     assert equal(tokenizer, [f"a{run}{after}" for run in runs for after in behind])
     assert equal(tokenizer, [f"!{run}{after}" for run in runs for after in behind])
 
