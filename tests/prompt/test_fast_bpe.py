@@ -166,6 +166,41 @@ def test_a_text_that_is_not_proved_goes_to_the_library(monkeypatch: pytest.Monke
     module._made.clear()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_beside_each_other_do_not_meet(kind: str) -> None:
+    """Texts are encoded together, with a sign between them, of which they may hold a part, or the whole."""
+    tokenizer, sign = KINDS[kind](), module._BETWEEN
+    parts = [sign[:1], sign[:2], sign[1:], sign[2:], " ", "\n", "a", "", "<|end", "|>"]
+    assert equal(tokenizer, parts)
+    assert equal(tokenizer, [a + b for a in parts for b in parts])
+    assert equal(tokenizer, ["a", f"b{sign}c", sign, "d", "é"])
+    assert equal(tokenizer, [])
+    fast = fast_bpe(tokenizer)
+    assert fast is not None
+    assert fast._together(["a", f"b{sign}"]) is None
+    assert fast._together(parts) is not None
+
+
+SPACES = sorted({chr(c) for c in range(0x3100) if chr(c).isspace()} | set("\u180e\u200b\u2060\ufeff"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_white_space_of_every_kind_before_everything(kind: str) -> None:
+    """Runs of one, two and three, before a word, a number, a sign, a special token, the end and the next text."""
+    tokenizer = KINDS[kind]()
+    behind = ["b", "1", "!", "<|end|>", "<|endoftext|>", "<", "", "\x1d", "'s", "é"]
+    behind += ["²", "٣", "Ⅷ", "日", "・", "\u0301", "\u200d"]
+    runs = [a + b + c for a in ("", " ", "\n") for b in SPACES for c in ("", " ", "\r\n", "\t\n", "\u00a0")]
+    assert equal(tokenizer, [f"a{run}{after}" for run in runs for after in behind])
+    assert equal(tokenizer, [f"!{run}{after}" for run in runs for after in behind])
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(st.sampled_from(" \n\r\t\u00a0\u3000aA1!'s<|end>é日²٣・\u200d")), max_size=8))
+def test_the_ids_are_the_same_for_any_white_space(tokenizer: Tokenizer, texts: list[str]) -> None:
+    assert equal(tokenizer, texts)
+
+
 def test_a_character_between_words_is_never_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pattern that matches ASCII only: the library keeps what lies between, tiktoken passes over it."""
     assert fast_bpe(made(r"\p{L}+")) is None
@@ -240,6 +275,7 @@ def _adding(*tokens: AddedToken) -> Tokenizer:
         pytest.param(lambda: _with(pre_tokenizer=None), id="no words"),
         pytest.param(lambda: _adding(AddedToken("<x>", lstrip=True)), id="lstrip"),
         pytest.param(lambda: _adding(AddedToken("<x>"), AddedToken("<x>y")), id="one begins another"),
+        pytest.param(lambda: _adding(AddedToken(f"<{module._BETWEEN[0]}>")), id="a part of what stands between texts"),
         pytest.param(lambda: _adding(AddedToken("<\u0378>")), id="a character that is not known"),
     ],
 )
@@ -252,6 +288,11 @@ def test_added_tokens_are_found_in_texts() -> None:
     assert equal(tokenizer, ["<|user|>hi<|bot|> there<|end|>", "<|user", "<|bot|><|user|>"])
 
 
+def test_added_tokens_that_hold_white_space_take_it_from_what_is_around_them() -> None:
+    tokenizer = _adding(AddedToken("  <x>", normalized=False), AddedToken("<y>  ", normalized=False))
+    assert equal(tokenizer, ["a  <x>", "a   <x>  b", "<y>   b", "<y>     <x>", "a  <y>  ", "  <x", "b"])
+
+
 def test_added_tokens_that_overlap_send_their_text_to_the_library() -> None:
     """Of `<x|` and `|y>` the one that is looked for first is found, wherever it begins."""
     tokenizer = _adding(AddedToken("<x|", normalized=True), AddedToken("|y>", normalized=False))
@@ -261,11 +302,24 @@ def test_added_tokens_that_overlap_send_their_text_to_the_library() -> None:
     assert [fast._fits(text) for text in ("<x|y>", "<x|", "|y>")] == [False, True, True]
 
 
+def test_what_a_text_lacks_beside_another_it_does_not_lack_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All texts of a batch are looked at together first: of one that does not fit, none of the others suffers."""
+    tokenizer = made(NEW_WORDS, nfc=True)
+    fast = fast_bpe(tokenizer)
+    assert fast is not None
+    alone: list[list[str]] = []
+    together = fast._together
+    monkeypatch.setattr(fast, "_together", lambda texts: alone.append(list(texts)) or together(texts))
+    assert equal(tokenizer, ["e", "\u0301 a"])  # not normalized only where one text goes on with the other
+    assert equal(tokenizer, ["Größe", "e\u0301", "", "\u0378", "plain"])
+    assert alone == [["e", "\u0301 a"], ["Größe", "", "plain"]]
+
+
 def test_of_many_added_tokens_those_that_occur_are_found() -> None:
     tokenizer = _adding(*(AddedToken(f"<|place {i}|>", normalized=False) for i in range(99)), AddedToken("<think>"))
     fast = fast_bpe(tokenizer)
     assert fast is not None
-    assert fast._in(["a<|place 7|>", "<|place", "<think>"]) == {"<|place 7|>", "<think>"}
+    assert fast._in("a<|place 7|> <|place <think>") == {"<|place 7|>", "<think>", module._BETWEEN, module._CUT}
     assert equal(tokenizer, ["<|place 7|>a<|place 77|>", "<think>b</think>", "<|place", "none"])
 
 
