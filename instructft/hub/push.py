@@ -118,9 +118,10 @@ def push_to_hub(
     if not checked:
         require_finished(folder)
         require_whole_folder(folder)
-        require_as_saved(folder, whole=True)
     made = {"README.md": _readme(folder, repo_id, place)} if not (folder / "README.md").is_symlink() else {}
     gathered = gather(folder, under=place, made=made)
+    if not checked:
+        require_as_saved(folder, whole=True)
     new = {file.path_in_repo for file in gathered.leaving}
 
     def delete(tree: commit.Tree, head: str) -> Iterable[str]:

@@ -179,6 +179,8 @@ def _write_metrics(run: Path, folder: Path) -> None:
     lines: dict[int, dict[str, Any]] = {}
     for entry in state.get("log_history", ()):
         step = int(entry["step"])
+        if "start_loss" in entry and step == 0:  # it stands in the first step's line
+            continue
         values = {key: value for key, value in entry.items() if key != "step"}
         lines.setdefault(step, {"step": step}).update(values)
     path = run / "metrics.jsonl"

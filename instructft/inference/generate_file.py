@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from instructft.checkpoints.as_saved import require_as_saved
 from instructft.errors import DataError, TemplateError, UsageError
-from instructft.inference.chat import as_generator
 from instructft.inference.generator import Answer, Generator, check_settings
 from instructft.inference.jsonl import ADDED, BASE_ADDED, Asked, Output, SetAside, alone, first_ten, read_rows
 from instructft.inference.reference_model import ReferenceModel, check_base, recipe_of
-from instructft.models.load_for_inference import find_adapter, locate
+from instructft.models.load_for_inference import find_adapter, load_for_inference, locate
 from instructft.weights.weight_files import fingerprint
 
 WINDOW = 4096  # rows that are sorted by length together; an answer waits at most this long for its turn in the file
@@ -118,7 +118,8 @@ def _load(model: str, backend: str) -> Generator:
         from instructft.inference.vllm import VllmGenerator
 
         return VllmGenerator(model)
-    return as_generator(model)
+    require_as_saved(model, whole=False)
+    return Generator(*load_for_inference(model))
 
 
 def _answer(

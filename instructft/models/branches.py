@@ -93,15 +93,17 @@ def _small(config: PretrainedConfig, attention: str | None, device: str) -> PreT
             setattr(text, name, 64)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text, name, None)
-    made = {"attn_implementation": attention, **remote_code.flag()}
+    made = {"attn_implementation": attention}
     with torch.device("meta"):
-        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, **made).parameters())
+        weights = sum(
+            p.numel() for p in AutoModelForCausalLM.from_config(config, **made, **remote_code.flag()).parameters()
+        )
     if weights > LARGEST:
         raise ValueError(f"{layers} of its layers have {weights / 1e9:.1f}e9 weights, too many to try")
     kind = torch.get_default_dtype()
     with torch.random.fork_rng([torch.device(device)] if device.startswith("cuda") else []), torch.device(device):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=kind, **made)
+        model = AutoModelForCausalLM.from_config(config, dtype=kind, **made, **remote_code.flag())
         with torch.no_grad():  # larger than a fresh model's, so that attention is no mean
             for parameter in model.parameters():
                 if parameter.dim() > 1:

@@ -235,7 +235,18 @@ def test_the_json_report(make: Any, run: Any) -> None:
     assert report["ok"] is True
     found = schema(report)
     finding = {"examples": [], "rows": "int", "share": "float"}
-    assert set(found) == {"schema", "recipe", "data", "training", "estimate", "measured", "limits", "problems", "ok"}
+    assert set(found) == {
+        "schema",
+        "recipe",
+        "data",
+        "training",
+        "estimate",
+        "measured",
+        "rehearsal",
+        "limits",
+        "problems",
+        "ok",
+    }
     (data,) = found["data"]["datasets"]
     assert data["findings"] == dict.fromkeys(sorted(FINDINGS), finding)
     assert set(data) == {

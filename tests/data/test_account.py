@@ -137,7 +137,7 @@ def test_inspect_says_the_same(asked, capsys):
 
     from instructft.check.rows import inspect_rows
 
-    inspect_rows(asked(), console=Console(width=200, highlight=False))
+    inspect_rows(asked("data.fold_turns=false"), console=Console(width=200, highlight=False))
     out = capsys.readouterr().out
     for line in ("1 conversations are 3 rows", "content of 1 rows", "1 answers before any question"):
         assert re.search(line, out)

@@ -71,6 +71,7 @@ def test_hub_id_with_revision(trained: tuple[Any, Any], monkeypatch: pytest.Monk
         asked.append((name, revision))
         return trained[0], {"missing_keys": []}
 
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **_: trained[0].config)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", tokenizer)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", model)
     assert generate("org/name@v1.2", [said("France")]) == ["Paris."]
@@ -101,7 +102,7 @@ def test_broken_models(trained: tuple[Any, Any], tmp_path: Path) -> None:
     whole = weights.read_bytes()
 
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match="could not be loaded"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is cut short"):
         load_for_inference(str(tmp_path))
 
     from safetensors.torch import load_file, save_file

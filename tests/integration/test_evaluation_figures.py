@@ -41,13 +41,13 @@ FIGURES = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
 FLATTENING = """
 from instructft.data.collator import CompletionOnlyCollator as Collator
 made = Collator.__init__
-def flattening(self, pad, multiple=None, flatten=False):
+def flattening(self, pad, multiple=None, *_, **__):
     made(self, pad, multiple, "flattened" in recipe)
 Collator.__init__ = flattening
 """
 
 
-def _flattening(self: Any, made: Any, flatten: bool, pad: int, multiple: int | None = None, _: bool = False) -> None:
+def _flattening(self: Any, made: Any, flatten: bool, pad: int, multiple: int | None = None, *_: Any, **__: Any) -> None:
     made(self, pad, multiple, flatten)
 
 

@@ -116,7 +116,7 @@ def test_parts_of_a_parameter_are_known_as_such() -> None:
     names = ["model.layers.0.mlp.experts.0.w1.weight", "model.norm.weight", "mtp.weight"]
     found = places(MODELS["mixture"](), ["model.layers.0.block_sparse_moe.experts.0.w1.weight", *names[1:]])
     assert list(found.values()) == [
-        ("model.layers.0.mlp.experts.gate_up_proj", True),
-        ("model.norm.weight", False),
-        (None, False),
+        ("model.layers.0.mlp.experts.gate_up_proj", ".experts.*.w1.weight"),
+        ("model.norm.weight", None),
+        (None, None),
     ]

@@ -75,6 +75,8 @@ def refuse_rows_that_see_padding(trainer: Trainer, batch: dict[str, torch.Tensor
     args, mask = trainer.args, batch.get("attention_mask")
     if mask is None or "position_ids" in batch or bool(mask.all()):
         return None
+    if getattr(bare(trainer.model), "is_loaded_in_8bit", False):  # what is rounded in a row follows the whole batch
+        return None
     if max(args.per_device_train_batch_size, args.per_device_eval_batch_size) == 1:
         return None
     model: Any = trainer.model
