@@ -169,7 +169,7 @@ def _is_plain(cache: Any) -> bool:
 
 def _remembers_rows(model: Any) -> bool:
     """Whether a model keeps a number for each row of its last batch beside the cache: Qwen-VL, offsets of positions."""
-    return any(hasattr(module, "rope_deltas") for module in getattr(model, "modules", list)())
+    return any(hasattr(module, "rope_deltas") for module in model.modules())
 
 
 def _joined(cache: Any, new: Any) -> Any:

@@ -60,7 +60,7 @@ class Generator:
         self.stop_ids = sorted({*self.encoder.stop_ids, *eos})
         pad = tokenizer.pad_token_id
         self.pad_id = self.stop_ids[0] if pad is None else pad
-        counted = pad_of_positions(model)
+        counted = pad_of_positions(model) if hasattr(model, "modules") else None  # an engine has none here
         self._counts = counted is not None  # positions itself, from its pad token on; `generate` counts from 0
         self.pad_id = self.pad_id if counted is None else counted
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
