@@ -47,6 +47,7 @@ KNOWN = {
 }  # fmt: skip
 HEADS = {
     "full": "full", "saved": "saved whole", "packed": "packed", "answers": "answers", "lora": "LoRA", "merge": "merged",
+    "experts": "experts",
 }  # fmt: skip
 # What a cell says -> the note below the table; what matches nothing stands there as it was said.
 NOTES = (
@@ -127,7 +128,7 @@ def in_words(found: dict[str, Any]) -> str:
     if "unbuilt" in found:
         return f"{found['family']:24s} not built: {found['unbuilt'][:150]}"
     cells = [f"{name} {found[name]['verdict']}" for name in COLUMNS]
-    faults = [f"\n    {c}: {found[c]['text'][:260]}" for c in COLUMNS if found[c]["verdict"] != "right"]
+    faults = [f"\n    {c}: {found[c]['text'][:260]}" for c in COLUMNS if found[c]["verdict"] not in ("right", "none")]
     return f"{found['family']:24s} {' · '.join(cells)} · {found.get('seconds', 0)} s{''.join(faults)}"
 
 
@@ -151,7 +152,7 @@ class Notes:
         for note in found:
             if note not in self.said:
                 self.said.append(note)
-        word = "✓" if cell["verdict"] == "right" else cell["verdict"]
+        word = {"right": "✓", "none": "—"}.get(cell["verdict"], cell["verdict"])
         share = f" {cell['share']:.0%}" if "share" in cell else ""
         numbers = ", ".join(str(self.said.index(note) + 1) for note in found)
         return word + share + (f" ({numbers})" if numbers else "")
@@ -221,8 +222,8 @@ def main() -> None:
 
 
 def faulty(cell: dict[str, Any] | None) -> bool:
-    """Whether a cell is neither right nor refused."""
-    return cell is not None and cell["verdict"] not in ("right", "refused")
+    """Whether a cell is neither right nor refused, and what it asks of is there."""
+    return cell is not None and cell["verdict"] not in ("right", "refused", "none")
 
 
 if __name__ == "__main__":
