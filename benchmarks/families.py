@@ -1,4 +1,4 @@
-"""Every causal architecture of transformers through all that a run does, each figure held against plain transformers.
+"""Every language model of transformers through all that a run does, each figure held against plain transformers.
 
     python benchmarks/families.py                      # all of them; what has a line in the results is not asked again
     python benchmarks/families.py llama qwen3_moe      # these, anew
@@ -43,7 +43,9 @@ KNOWN = {
     "phi3": "Phi-3 and Phi-4", "smollm3": "SmolLM3", "olmo2": "OLMo 2", "olmo3": "OLMo 3", "granite": "Granite 3",
     "granitemoehybrid": "Granite 4", "gpt_oss": "gpt-oss", "deepseek_v2": "DeepSeek V2",
     "deepseek_v3": "DeepSeek V3 and R1", "glm4": "GLM-4", "lfm2": "LFM2", "falcon_h1": "Falcon-H1", "gpt2": "GPT-2",
-    "gpt_neox": "GPT-NeoX, Pythia",
+    "gpt_neox": "GPT-NeoX, Pythia", "gemma3": "Gemma 3", "gemma3n": "Gemma 3n", "gemma4": "Gemma 4",
+    "mistral3": "Mistral Small 3, Ministral 3", "qwen3_5": "Qwen 3.5", "qwen3_5_moe": "Qwen 3.5 MoE",
+    "qwen3_vl": "Qwen 3 VL", "qwen2_5_vl": "Qwen 2.5 VL", "llama4": "Llama 4", "mllama": "Llama 3.2 Vision",
 }  # fmt: skip
 HEADS = {
     "full": "full", "saved": "saved whole", "packed": "packed", "answers": "answers", "lora": "LoRA", "merge": "merged",
@@ -174,18 +176,22 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             made.append(f"| {name} | " + " | ".join(cells) + " |")
         return "\n".join(made)
 
-    first = "| models people use first " + head + rule + rows([family for family in KNOWN if family in built])
-    others = "| all others " + head + rule + rows(sorted(built.keys() - KNOWN.keys()))
+    seeing = [family for family in (*KNOWN, *sorted(built.keys() - KNOWN.keys())) if built.get(family, {}).get("sees")]
+    text = built.keys() - {*seeing}
+    first = "| models people use first " + head + rule + rows([family for family in KNOWN if family in text])
+    others = "| all others " + head + rule + rows(sorted(text - KNOWN.keys()))
+    towers = "| models that see or hear, on text " + head + rule + rows(seeing)
     said = "\n".join(f"{i}. {note}" for i, note in enumerate(notes.said, 1))
     left = "\n".join(f"- `{f}`: {x['unbuilt']}" for f, x in sorted(results.items()) if "unbuilt" in x)
     cells = [found[column]["verdict"] for found in built.values() for column in HEADS]
     counts = ", ".join(f"{cells.count(v)} {v}" for v in ("right", "refused", "wrong", "crash"))
+    there = len(cells) - cells.count("none")
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "peft")
     )
     return (
-        f"{len(built)} families on a CPU in float32 with {versions}. Of {len(cells)} cells: {counts}.\n\n"
-        f"{first}\n\n{others}\n\nNotes:\n\n{said}\n\n"
+        f"{len(built)} families on a CPU in float32 with {versions}. Of {there} cells: {counts}.\n\n"
+        f"{first}\n\n{towers}\n\n{others}\n\nNotes:\n\n{said}\n\n"
         f"Not asked, since no tiny model of text alone is built of them here:\n\n{left}"
     )
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from tiny_families import build
+from tiny_families import NO_TEXT, build
 
 import instructft
 from instructft.errors import InstructftError
@@ -83,6 +83,7 @@ class Bench:
         model.save_pretrained(self.base)
         tokens.save_pretrained(self.base)
         self.kind = type(model).__name__
+        self.sees = model.config.get_text_config() is not model.config
         self.weights = sum(weight.numel() for weight in model.parameters())
         self.router = hasattr(model.config.get_text_config(), "router_aux_loss_coef")
 
@@ -167,8 +168,9 @@ def of_family(family: str, folder: Path, **more: Any) -> dict[str, Any]:
     except InstructftError:
         raise
     except Exception as error:
-        return {"family": family, "unbuilt": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    found: dict[str, Any] = {"family": family, "class": bench.kind, "weights": bench.weights}
+        text = NO_TEXT.get(family) or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return {"family": family, "unbuilt": text}
+    found: dict[str, Any] = {"family": family, "class": bench.kind, "weights": bench.weights, "sees": bench.sees}
     recipe = instructft.load_recipe(str(bench._recipe("rows")))
     data = instructft.prepare_dataset(recipe, instructft.load_tokenizer(recipe))
     reference = Reference(model, data)
