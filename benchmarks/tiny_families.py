@@ -92,6 +92,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm4v_moe.text_config": dict(rope_parameters=THREE_AXES["rope_parameters"] | dict(mrope_section=[1, 1, 2])),
     "ernie4_5_vl_moe.text_config": dict(moe_intermediate_size=[32, 32]),
     "bamba": dict(attn_layer_indices=[1]),
+    "beam": dict(mlp_layer_types=["dense", "sparse"]),
     "bigbird_pegasus": dict(attention_type="original_full"), "big_bird": dict(attention_type="original_full"),
     "cohere2": ALTERNATING, "cwm": ALTERNATING,
     "dbrx": dict(
@@ -106,6 +107,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
             name: dict(
                 hidden_size=64, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2, intermediate_size=96,
                 max_position_embeddings=512, hidden_size_global=64, head_dim=16,
+                vocab_size=2048,
             )
             for name in ("patcher_config", "encoder_config", "decoder_config", "global_config")
         },

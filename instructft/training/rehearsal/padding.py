@@ -48,6 +48,8 @@ def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor]) ->
     shape = batch["input_ids"].shape
     if found is not None and found.shape[:2] == shape[::-1] != shape:
         found = found.transpose(0, 1)  # XLNet has its tokens first
+    if found is not None and found.dim() == 3 and found.shape[0] == shape[0]:
+        found = found[:, -shape[1] :]  # CPM-Ant puts a prompt of its own before the text
     if found is None or found.shape[:2] != shape or not bool(found[0].isfinite().all()):
         return  # what reads its tokens in another way is not asked
     size = found[0].float().abs().amax(dim=-1)

@@ -62,3 +62,15 @@ def test_a_model_that_reads_both_ways_is_refused(recipe_of: Callable[..., Any], 
     ask(BERT)
     with pytest.raises(ModelError, match=r"BertLMHeadModel \(bert\) reads both ways.*is_decoder: true"):
         ask(BERT.replace("is_decoder: true", "is_decoder: false"))
+
+
+CPM_ANT = (
+    "{model_type: cpmant, hidden_size: 32, num_attention_heads: 2, dim_head: 16, dim_ff: 48, num_hidden_layers: 2, "
+    "prompt_length: 4}"
+)
+
+
+def test_one_that_puts_a_prompt_of_its_own_before_the_text_is_asked_too(recipe_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(recipe_of(CPM_ANT))
+    with as_it_was(trainer), pytest.raises(ModelError, match=r"CpmAntForCausalLM \(cpmant\) reads both ways"):
+        refuse_what_looks_ahead(trainer, on(trainer.model, short_batch(trainer, trainer.train_dataset[0])))
