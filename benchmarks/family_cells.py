@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from tiny_families import NO_TEXT, build
+from tiny_families import build
+from transformers import CONFIG_MAPPING
 
 import instructft
 from instructft.errors import InstructftError
+from instructft.weights.model_class import refuse_what_does_not_answer
 
 Cell = dict[str, Any]
 
@@ -159,7 +161,11 @@ def tried(work: Callable[[], Cell]) -> Cell:
 
 
 def of_family(family: str, folder: Path, **more: Any) -> dict[str, Any]:
-    """All cells of a family; where it cannot be built small, the reason in the place of all."""
+    """All cells of a family; where it is refused by its name or cannot be built small, the reason in their place."""
+    try:
+        refuse_what_does_not_answer(CONFIG_MAPPING[family]())
+    except InstructftError as error:
+        return {"family": family, "unbuilt": f"refused: {error}"}
     try:
         bench = Bench(family, folder, **more)
         model = plain(bench.base)
@@ -168,7 +174,7 @@ def of_family(family: str, folder: Path, **more: Any) -> dict[str, Any]:
     except InstructftError:
         raise
     except Exception as error:
-        text = NO_TEXT.get(family) or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return {"family": family, "unbuilt": text}
     found: dict[str, Any] = {"family": family, "class": bench.kind, "weights": bench.weights, "sees": bench.sees}
     recipe = instructft.load_recipe(str(bench._recipe("rows")))

@@ -26,13 +26,6 @@ SEEING = (
     "mistral3", "mistral4", "ovis2", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
 )  # fmt: skip
 FAMILIES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *SEEING})
-# Those of which a model of text cannot be made, and why.
-NO_TEXT = {
-    "gemma4_assistant": "it drafts tokens from the hidden states of a Gemma 4, and answers nothing by itself",
-    "gemma4_unified_assistant": "it drafts tokens from the hidden states of a Gemma 4, and answers nothing by itself",
-    "musicgen": "it makes music: the tokens that it predicts are sounds",
-    "musicgen_melody": "it makes music: the tokens that it predicts are sounds",
-}
 LARGEST = 20_000_000  # weights; what is larger is not small
 
 # What every configuration gets of these keys, where it has them.
@@ -243,10 +236,8 @@ def build(family: str, tokens: int, end: int = 0, scale: float = 3.0, **more: An
     """The model in float32, its weights the same each time.
 
     Raises:
-        ValueError: it is not small with the configuration that is known here, or no model of text.
+        ValueError: it is not small with the configuration that is known here.
     """
-    if family in NO_TEXT:
-        raise ValueError(NO_TEXT[family])
     config = configuration(family, tokens, end, **more)
     kind = auto_class(config)
     with torch.device("meta"):

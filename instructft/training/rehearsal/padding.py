@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from instructft.errors import ModelError
+from instructft.formatting import first_line
 from instructft.training.rehearsal.head import bare, tolerance
 
 if TYPE_CHECKING:
@@ -26,9 +27,10 @@ def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor]) ->
     """Ask for the gradient of logits at the embeddings of tokens behind them: 0, but for rounding.
 
     Raises:
-        ModelError: there is one.
+        ModelError: there is one, or it cannot be had.
     """
     model: Any = trainer.model
+    kind = f"{type(bare(model)).__name__} ({model.config.model_type})"
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     kept = batch["input_ids"].shape[1] // 2
     states: list[torch.Tensor] = []
@@ -43,8 +45,15 @@ def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor]) ->
             logits = model(**inputs, use_cache=False).logits[0, :kept].float()
     finally:
         hook.remove()
+    if not kept or not states:
+        return
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
-    found = torch.autograd.grad((logits * weights).sum(), states[:1], allow_unused=True)[0] if kept and states else None
+    try:
+        found = torch.autograd.grad((logits * weights).sum(), states[:1], allow_unused=True)[0]
+    except AssertionError as error:  # Reformer computes its layers anew, and only as it trains
+        raise ModelError(
+            f"{kind} cannot be trained here: it gives no gradient to look at ({first_line(error)})"
+        ) from error
     shape = batch["input_ids"].shape
     if found is not None and found.shape[:2] == shape[::-1] != shape:
         found = found.transpose(0, 1)  # XLNet has its tokens first
@@ -56,10 +65,9 @@ def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor]) ->
     share = float(size[kept:].max() / size[:kept].max().clamp(min=1e-30))
     if share > AHEAD:
         raise ModelError(
-            f"{type(bare(model)).__name__} ({model.config.model_type}) reads both ways: the gradient of logits at "
-            f"tokens behind them is {share:.1e} of that at their own. It would learn to copy the answer that it "
-            "sees. Take a model that goes on with a text, or let this one read forward alone where it can: "
-            "model.overrides={is_decoder: true}"
+            f"{kind} reads both ways: the gradient of logits at tokens behind them is {share:.1e} of that at their "
+            "own. It would learn to copy the answer that it sees. Take a model that goes on with a text, or let this "
+            "one read forward alone where it can: model.overrides={is_decoder: true}"
         )
 
 
