@@ -163,7 +163,7 @@ def tried(work: Callable[[], Cell]) -> Cell:
 def of_family(family: str, folder: Path, **more: Any) -> dict[str, Any]:
     """All cells of a family; where it is refused by its name or cannot be built small, the reason in their place."""
     try:
-        refuse_what_does_not_answer(CONFIG_MAPPING[family]())
+        refuse_what_does_not_answer(CONFIG_MAPPING[family])
     except InstructftError as error:
         return {"family": family, "unbuilt": f"refused: {error}"}
     try:
@@ -213,7 +213,7 @@ class Reference:
         named = dict(model.named_parameters())
         grads = {n: w.grad for n, w in named.items() if w.grad is not None and bool(w.grad.isfinite().all())}
         length = sum(float(g.double().square().sum()) for g in grads.values()) ** 0.5
-        weights = sum(float(w.double().square().sum()) for w in named.values()) ** 0.5
+        weights = sum(float(w.detach().double().square().sum()) for w in named.values()) ** 0.5
         self.rate = STEP * weights / max(length, 1e-12)
         self.before = {name: weight.detach().clone() for name, weight in named.items()}
         self.step = {name: -self.rate * grad for name, grad in grads.items()}
@@ -303,7 +303,7 @@ def _tensors(folder: Path) -> dict[str, tuple[int, ...]]:
 def packed(bench: Bench, reference: Reference, model: Any) -> Cell:
     """The same step with the rows in packs; a refusal is held against what a document's neighbour changes."""
     found = tried(lambda: _one_step(bench, "packed", reference, "data.packing=true"))
-    if found["verdict"] == "refused":
+    if found["verdict"] == "refused" and "data.packing" in found["text"]:
         if (share := leak(model)) > LEAK:
             found["text"] = f"{found['text']} (measured: {share:.1e})"
         else:

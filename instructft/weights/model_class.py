@@ -35,6 +35,7 @@ NO_ANSWERS = {
     "moshi": "it speaks: its text goes along with sound, and with text alone its answers are not those of its forward",
     "musicgen": "it makes music: the tokens that it predicts are sounds",
     "musicgen_melody": "it makes music: the tokens that it predicts are sounds",
+    "reformer": "it trains rows of one fixed length alone, and where its attention looks is drawn by chance",
     "xlm": "its `generate` puts a mask behind each prompt, and so answers another text than the one it learned",
 }
 

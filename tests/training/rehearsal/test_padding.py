@@ -74,15 +74,3 @@ def test_one_that_puts_a_prompt_of_its_own_before_the_text_is_asked_too(recipe_o
     trainer = trainer_of(recipe_of(CPM_ANT))
     with as_it_was(trainer), pytest.raises(ModelError, match=r"CpmAntForCausalLM \(cpmant\) reads both ways"):
         refuse_what_looks_ahead(trainer, on(trainer.model, short_batch(trainer, trainer.train_dataset[0])))
-
-
-REFORMER = (
-    "{model_type: reformer, is_decoder: true, axial_pos_embds: false, hidden_size: 32, num_attention_heads: 2, "
-    "attention_head_size: 16, feed_forward_size: 48, attn_layers: [local], max_position_embeddings: 256}"
-)
-
-
-def test_one_that_gives_no_gradient_as_it_answers_is_refused(recipe_of: Callable[..., Any]) -> None:
-    trainer = trainer_of(recipe_of(REFORMER))
-    with as_it_was(trainer), pytest.raises(ModelError, match=r"\(reformer\) cannot be trained here.*train"):
-        refuse_what_looks_ahead(trainer, on(trainer.model, short_batch(trainer, trainer.train_dataset[0])))
