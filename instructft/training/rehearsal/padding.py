@@ -36,10 +36,8 @@ def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor]) ->
         batches.append({name: batch[name][:1] for name in ("input_ids", "attention_mask") if name in batch})
     share = max(_share_ahead(trainer, inputs) for inputs in batches)
     if share > AHEAD:
-        text, field = model.config.get_text_config(), "is_decoder: true"
-        if getattr(text, "use_bidirectional_attention", None):
-            field = "use_bidirectional_attention: false"
-            field = field if text is model.config else f"text_config: {{{field}}}"
+        told_so = getattr(model.config.get_text_config(), "use_bidirectional_attention", None)
+        field = "use_bidirectional_attention: false" if told_so else "is_decoder: true"
         raise ModelError(
             f"{type(bare(model)).__name__} ({model.config.model_type}) reads both ways: the gradient of logits at "
             f"tokens behind them is {share:.1e} of that at their own. It would learn to copy the answer that it "
