@@ -47,6 +47,17 @@ def test_a_plain_head_stays_fused(recipe_of: Callable[..., Any]) -> None:
     assert head.difference < TOLERANCE
 
 
+@pytest.mark.parametrize("kind", ["gemma", "bloom"])
+def test_a_plain_head_stays_fused_where_one_token_is_all_but_certain(recipe_of: Callable[..., Any], kind: str) -> None:
+    sizes = SIZES.replace("hidden_size: 32", "hidden_size: 64")
+    trainer = trainer_of(recipe_of(f"{{model_type: {kind}, {sizes}}}"))
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight.mul_(3.0 if weight.dim() > 1 else 1.0)
+    head, _ = chosen(trainer)
+    assert (head.kind, head.why) == ("fused", "")
+
+
 def test_the_head_is_asked_in_the_precision_of_the_run(recipe_of: Callable[..., Any]) -> None:
     """Before training accelerate has wrapped nothing in autocast: float32 would be compared where bfloat16 trains."""
     trainer = trainer_of(recipe_of(GPT2, "train.bf16=true"))
