@@ -105,7 +105,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
             for name in ("patcher_config", "encoder_config", "decoder_config", "global_config")
         },
     ),
-    "dots3_note.vision_config": dict(per_layer_config={}, adapter_in_dim=32, adapter_input_size=32),
+    "dots3_note.vision_config": dict(per_layer_config={}, adapter_in_dim=32, adapter_out_dim=64),
+    "dots3_note.audio_config": dict(adapter_input_size=32, adapter_out_dim=64),
     "dots1": dict(
         n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, n_group=1, topk_group=1
     ),
