@@ -34,6 +34,7 @@ from tiny_families import FAMILIES
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 LIMIT = 400  # seconds of a family
+REFUSED = "refused: "
 
 # model_type -> what people know it by: the families that are used first, in the order of the table
 KNOWN = {
@@ -64,6 +65,11 @@ NOTES = (
     (r"PEFT would not find", "layers of which PEFT would not find again what is saved get no adapter, and are named"),
     (r"reads both ways", "the model reads both ways, and would learn to copy the answer that it sees"),
     (r"cannot be asked whether", "it fails on a pack"),
+    (r"no single tensor in this", "the checkpoint holds them transposed or in parts, and no merge into that is proved"),
+    (r"has no experts that are", "its experts are neither layers nor one weight with a part for each: PEFT has no way"),
+    (r"pad token in the embeddings", "loading sets the row of the pad token to zero, which ends the texts here"),
+    (r"does not load as it was written", "what is merged would not load as it is written"),
+    (r"cannot answer", "no answers while it trains"),
     (r"nothing was trained", "nothing was trained"),
     (r"there is no adapter", "there is no adapter"),
 )
@@ -182,7 +188,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     others = "| all others " + head + rule + rows(sorted(text - KNOWN.keys()))
     towers = "| models that see or hear, on text " + head + rule + rows(seeing)
     said = "\n".join(f"{i}. {note}" for i, note in enumerate(notes.said, 1))
-    left = "\n".join(f"- `{f}`: {x['unbuilt']}" for f, x in sorted(results.items()) if "unbuilt" in x)
+    unbuilt = {family: found["unbuilt"] for family, found in sorted(results.items()) if "unbuilt" in found}
+    no = {family: text for family, text in unbuilt.items() if text.startswith(REFUSED)}
+    refused = "\n".join(
+        f"- `{f}`: {text.rpartition('to answer: ')[2].partition('. Take')[0]}" for f, text in no.items()
+    )
+    left = "\n".join(f"- `{family}`: {text}" for family, text in unbuilt.items() if family not in no)
     cells = [found[column]["verdict"] for found in built.values() for column in HEADS]
     counts = ", ".join(f"{cells.count(v)} {v}" for v in ("right", "refused", "wrong", "crash"))
     there = len(cells) - cells.count("none")
@@ -190,9 +201,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "peft")
     )
     return (
-        f"{len(built)} families on a CPU in float32 with {versions}. Of {there} cells: {counts}.\n\n"
+        f"{len(results)} families, of which {len(built)} are asked below, {len(no)} are refused by their config, and "
+        f"{len(unbuilt) - len(no)} could not be asked; on a CPU in float32 with {versions}. Of {there} cells: {counts}."
+        "\n\n"
         f"{first}\n\n{towers}\n\n{others}\n\nNotes:\n\n{said}\n\n"
-        f"Not asked, since no tiny model of text alone is built of them here:\n\n{left}"
+        f"Refused by their config, since they cannot be trained to answer:\n\n{refused}\n\n"
+        f"Not asked, since no tiny model of them is built here:\n\n{left}"
     )
 
 

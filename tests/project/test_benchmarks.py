@@ -177,12 +177,15 @@ def test_the_table_of_families_says_each_note_once_and_leaves_none_out(script: A
     whole = {"class": "Gpt", **dict.fromkeys(families.COLUMNS, cell)}
     dense = {"experts": {"verdict": "none", "text": ""}}
     results = {"gpt2": whole | dense, "opt": whole | {"packed": refused}, "rwkv": whole | {"packed": refused}}
-    text = families.table(results | {"git": {"family": "git", "unbuilt": "a picture"}})
+    left = {"git": "a picture", "xlm": "refused: of type xlm cannot be trained to answer: a mask. Take another"}
+    text = families.table(results | {family: {"family": family, "unbuilt": why} for family, why in left.items()})
     assert [row[0] for row in rows(text)] == ["`gpt2`, GPT-2", "`opt`", "`rwkv`"]
     assert all(all(row) for row in rows(text))
     assert text.count("see each other") == 1
     assert "Of 20 cells: 18 right, 2 refused, 0 wrong, 0 crash" in text
     assert "- `git`: a picture" in text
+    assert "- `xlm`: a mask\n" in text
+    assert "5 families, of which 3 are asked below, 1 are refused by their config, and 1 could not" in text
 
 
 def test_the_page_of_models_has_no_fault() -> None:
