@@ -1,4 +1,4 @@
-"""Every causal architecture of transformers through all that a run does, each figure held against plain transformers.
+"""Every language model of transformers through all that a run does, each figure held against plain transformers.
 
     python benchmarks/families.py                      # all of them; what has a line in the results is not asked again
     python benchmarks/families.py llama qwen3_moe      # these, anew
@@ -34,6 +34,7 @@ from tiny_families import FAMILIES
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 LIMIT = 400  # seconds of a family
+REFUSED = "refused: "
 
 # model_type -> what people know it by: the families that are used first, in the order of the table
 KNOWN = {
@@ -43,10 +44,13 @@ KNOWN = {
     "phi3": "Phi-3 and Phi-4", "smollm3": "SmolLM3", "olmo2": "OLMo 2", "olmo3": "OLMo 3", "granite": "Granite 3",
     "granitemoehybrid": "Granite 4", "gpt_oss": "gpt-oss", "deepseek_v2": "DeepSeek V2",
     "deepseek_v3": "DeepSeek V3 and R1", "glm4": "GLM-4", "lfm2": "LFM2", "falcon_h1": "Falcon-H1", "gpt2": "GPT-2",
-    "gpt_neox": "GPT-NeoX, Pythia",
+    "gpt_neox": "GPT-NeoX, Pythia", "gemma3": "Gemma 3", "gemma3n": "Gemma 3n", "gemma4": "Gemma 4",
+    "mistral3": "Mistral Small 3, Ministral 3", "qwen3_5": "Qwen 3.5", "qwen3_5_moe": "Qwen 3.5 MoE",
+    "qwen3_vl": "Qwen 3 VL", "qwen2_5_vl": "Qwen 2.5 VL", "llama4": "Llama 4", "mllama": "Llama 3.2 Vision",
 }  # fmt: skip
 HEADS = {
     "full": "full", "saved": "saved whole", "packed": "packed", "answers": "answers", "lora": "LoRA", "merge": "merged",
+    "experts": "experts",
 }  # fmt: skip
 # What a cell says -> the note below the table; what matches nothing stands there as it was said.
 NOTES = (
@@ -61,6 +65,11 @@ NOTES = (
     (r"PEFT would not find", "layers of which PEFT would not find again what is saved get no adapter, and are named"),
     (r"reads both ways", "the model reads both ways, and would learn to copy the answer that it sees"),
     (r"cannot be asked whether", "it fails on a pack"),
+    (r"no single tensor in this", "the checkpoint holds them transposed or in parts, and no merge into that is proved"),
+    (r"has no experts that are", "its experts are neither layers nor one weight with a part for each: PEFT has no way"),
+    (r"pad token in the embeddings", "loading sets the row of the pad token to zero, which ends the texts here"),
+    (r"does not load as it was written", "what is merged would not load as it is written"),
+    (r"cannot answer", "no answers while it trains"),
     (r"nothing was trained", "nothing was trained"),
     (r"there is no adapter", "there is no adapter"),
 )
@@ -127,7 +136,7 @@ def in_words(found: dict[str, Any]) -> str:
     if "unbuilt" in found:
         return f"{found['family']:24s} not built: {found['unbuilt'][:150]}"
     cells = [f"{name} {found[name]['verdict']}" for name in COLUMNS]
-    faults = [f"\n    {c}: {found[c]['text'][:260]}" for c in COLUMNS if found[c]["verdict"] != "right"]
+    faults = [f"\n    {c}: {found[c]['text'][:260]}" for c in COLUMNS if found[c]["verdict"] not in ("right", "none")]
     return f"{found['family']:24s} {' · '.join(cells)} · {found.get('seconds', 0)} s{''.join(faults)}"
 
 
@@ -151,7 +160,7 @@ class Notes:
         for note in found:
             if note not in self.said:
                 self.said.append(note)
-        word = "✓" if cell["verdict"] == "right" else cell["verdict"]
+        word = {"right": "✓", "none": "—"}.get(cell["verdict"], cell["verdict"])
         share = f" {cell['share']:.0%}" if "share" in cell else ""
         numbers = ", ".join(str(self.said.index(note) + 1) for note in found)
         return word + share + (f" ({numbers})" if numbers else "")
@@ -173,19 +182,31 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             made.append(f"| {name} | " + " | ".join(cells) + " |")
         return "\n".join(made)
 
-    first = "| models people use first " + head + rule + rows([family for family in KNOWN if family in built])
-    others = "| all others " + head + rule + rows(sorted(built.keys() - KNOWN.keys()))
+    seeing = [family for family in (*KNOWN, *sorted(built.keys() - KNOWN.keys())) if built.get(family, {}).get("sees")]
+    text = built.keys() - {*seeing}
+    first = "| models people use first " + head + rule + rows([family for family in KNOWN if family in text])
+    others = "| all others " + head + rule + rows(sorted(text - KNOWN.keys()))
+    towers = "| models that see or hear, on text " + head + rule + rows(seeing)
     said = "\n".join(f"{i}. {note}" for i, note in enumerate(notes.said, 1))
-    left = "\n".join(f"- `{f}`: {x['unbuilt']}" for f, x in sorted(results.items()) if "unbuilt" in x)
+    unbuilt = {family: found["unbuilt"] for family, found in sorted(results.items()) if "unbuilt" in found}
+    no = {family: text for family, text in unbuilt.items() if text.startswith(REFUSED)}
+    refused = "\n".join(
+        f"- `{f}`: {text.rpartition('to answer: ')[2].partition('. Take')[0]}" for f, text in no.items()
+    )
+    left = "\n".join(f"- `{family}`: {text}" for family, text in unbuilt.items() if family not in no)
     cells = [found[column]["verdict"] for found in built.values() for column in HEADS]
     counts = ", ".join(f"{cells.count(v)} {v}" for v in ("right", "refused", "wrong", "crash"))
+    there = len(cells) - cells.count("none")
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "peft")
     )
     return (
-        f"{len(built)} families on a CPU in float32 with {versions}. Of {len(cells)} cells: {counts}.\n\n"
-        f"{first}\n\n{others}\n\nNotes:\n\n{said}\n\n"
-        f"Not asked, since no tiny model of text alone is built of them here:\n\n{left}"
+        f"{len(results)} families, of which {len(built)} are asked below, {len(no)} are refused by their config, and "
+        f"{len(unbuilt) - len(no)} could not be asked; on a CPU in float32 with {versions}. Of {there} cells: {counts}."
+        "\n\n"
+        f"{first}\n\n{towers}\n\n{others}\n\nNotes:\n\n{said}\n\n"
+        f"Refused by their config, since they cannot be trained to answer:\n\n{refused}\n\n"
+        f"Not asked, since no tiny model of them is built here:\n\n{left}"
     )
 
 
@@ -221,8 +242,8 @@ def main() -> None:
 
 
 def faulty(cell: dict[str, Any] | None) -> bool:
-    """Whether a cell is neither right nor refused."""
-    return cell is not None and cell["verdict"] not in ("right", "refused")
+    """Whether a cell is neither right nor refused, and what it asks of is there."""
+    return cell is not None and cell["verdict"] not in ("right", "refused", "none")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     found = of_family("llama", folder)      # {"full": {"verdict": "right", "text": ""}, …}
 
-Each cell is `right`, `refused` with the reason that a person is told, `wrong` with the figure, or `crash`. Only what
+Each cell is `right`, `refused` with the reason that a person is told, `none` where the model has no such part, `wrong`
+with the figure, or `crash`. Only what
 the commands use is called; what it is held against is `from_pretrained`, the model's own logits and a loop over rows.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import traceback
 from collections.abc import Callable
@@ -19,13 +21,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from tiny_families import build
+from transformers import CONFIG_MAPPING
 
 import instructft
 from instructft.errors import InstructftError
+from instructft.weights.model_class import refuse_what_does_not_answer
 
 Cell = dict[str, Any]
 
-COLUMNS = ("full", "saved", "packed", "answers", "lora", "merge")
+COLUMNS = ("full", "saved", "packed", "answers", "lora", "merge", "experts")
 CLOSE = 1e-4  # of a loss
 SAME_STEP = 2e-3  # of an optimizer's step, as a share of its length
 STEP = 0.01  # length of that step, as a share of the length of all weights
@@ -81,6 +85,7 @@ class Bench:
         model.save_pretrained(self.base)
         tokens.save_pretrained(self.base)
         self.kind = type(model).__name__
+        self.sees = model.config.get_text_config() is not model.config
         self.weights = sum(weight.numel() for weight in model.parameters())
         self.router = hasattr(model.config.get_text_config(), "router_aux_loss_coef")
 
@@ -104,10 +109,11 @@ class Bench:
 
 
 def plain(folder: Path) -> Any:
-    """A model as its users load it."""
-    from transformers import AutoModelForCausalLM
+    """A model as its users load it: by the class that its config names."""
+    import transformers
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def losses(model: Any, rows: Any) -> torch.Tensor:
@@ -155,7 +161,11 @@ def tried(work: Callable[[], Cell]) -> Cell:
 
 
 def of_family(family: str, folder: Path, **more: Any) -> dict[str, Any]:
-    """All cells of a family; where it cannot be built small, the reason in the place of all."""
+    """All cells of a family; where it is refused by its name or cannot be built small, the reason in their place."""
+    try:
+        refuse_what_does_not_answer(CONFIG_MAPPING[family])
+    except InstructftError as error:
+        return {"family": family, "unbuilt": f"refused: {error}"}
     try:
         bench = Bench(family, folder, **more)
         model = plain(bench.base)
@@ -164,8 +174,9 @@ def of_family(family: str, folder: Path, **more: Any) -> dict[str, Any]:
     except InstructftError:
         raise
     except Exception as error:
-        return {"family": family, "unbuilt": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    found: dict[str, Any] = {"family": family, "class": bench.kind, "weights": bench.weights}
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return {"family": family, "unbuilt": text}
+    found: dict[str, Any] = {"family": family, "class": bench.kind, "weights": bench.weights, "sees": bench.sees}
     recipe = instructft.load_recipe(str(bench._recipe("rows")))
     data = instructft.prepare_dataset(recipe, instructft.load_tokenizer(recipe))
     reference = Reference(model, data)
@@ -183,6 +194,7 @@ def of_family(family: str, folder: Path, **more: Any) -> dict[str, Any]:
         found["merge"] = tried(lambda: merged(bench))
     else:
         found["merge"] = {"verdict": "refused", "text": "there is no adapter"}
+    found["experts"] = tried(lambda: experts(bench, model, found))
     return found
 
 
@@ -201,7 +213,7 @@ class Reference:
         named = dict(model.named_parameters())
         grads = {n: w.grad for n, w in named.items() if w.grad is not None and bool(w.grad.isfinite().all())}
         length = sum(float(g.double().square().sum()) for g in grads.values()) ** 0.5
-        weights = sum(float(w.double().square().sum()) for w in named.values()) ** 0.5
+        weights = sum(float(w.detach().double().square().sum()) for w in named.values()) ** 0.5
         self.rate = STEP * weights / max(length, 1e-12)
         self.before = {name: weight.detach().clone() for name, weight in named.items()}
         self.step = {name: -self.rate * grad for name, grad in grads.items()}
@@ -291,7 +303,7 @@ def _tensors(folder: Path) -> dict[str, tuple[int, ...]]:
 def packed(bench: Bench, reference: Reference, model: Any) -> Cell:
     """The same step with the rows in packs; a refusal is held against what a document's neighbour changes."""
     found = tried(lambda: _one_step(bench, "packed", reference, "data.packing=true"))
-    if found["verdict"] == "refused":
+    if found["verdict"] == "refused" and "data.packing" in found["text"]:
         if (share := leak(model)) > LEAK:
             found["text"] = f"{found['text']} (measured: {share:.1e})"
         else:
@@ -356,8 +368,7 @@ def adapted(bench: Bench, validation: Any) -> Cell:
     with torch.no_grad():
         asked = float(losses(model, list(validation)))
     _, last = logged(out)
-    layers = [part for part in model.modules() if hasattr(part, "get_base_layer") and hasattr(part, "lora_A")]
-    reached = sum(w.numel() for layer in layers for w in layer.get_base_layer().parameters(recurse=False))
+    reached = sum(weight.numel() for weight in _under(model).values())
     if not abs(asked - last) <= CLOSE * max(1, abs(asked)):
         return wrong(f"validation loss {last:.5f}, loaded by PEFT {asked:.5f}")
     return right(_said(out)) | {"share": round(reached / bench.weights, 3), "proof": facts.get("adapter")}
@@ -379,3 +390,57 @@ def merged(bench: Bench) -> Cell:
     effect = float((wanted - before).abs().max() / wanted.abs().max())
     good = apart < 1e-4 and effect > 10 * apart
     return (right() if good else wrong(f"{apart:.1e} apart, effect {effect:.1e}")) | {"apart": apart}
+
+
+def _under(attached: Any) -> dict[int, torch.Tensor]:
+    """The weights of the base that an adapter adds to, by their identity."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    layers = [part for part in attached.modules() if isinstance(part, LoraLayer)]
+    weights = [part.get_param() if isinstance(part, ParamWrapper) else part.get_base_layer().weight for part in layers]
+    return {id(weight): weight for weight in weights}
+
+
+def _experts(model: Any) -> dict[str, torch.Tensor]:
+    """The matrices of the experts among which a router chooses, as one parameter of a layer or as layers."""
+    found = {}
+    for name, weight in model.named_parameters():
+        parts = name.split(".")
+        owners = [
+            (part, type(model.get_submodule(".".join(parts[: i + 1]))).__name__) for i, part in enumerate(parts[:-1])
+        ]
+        named = any("expert" in f"{part} {kind}".lower() for part, kind in owners)
+        other = any(re.search(r"shared|router|^gate$", part) for part, _ in owners) or "bias" in parts[-1]
+        if named and not other and weight.dim() > 1:
+            found[name] = weight
+    return found
+
+
+@torch.no_grad()
+def experts(bench: Bench, model: Any, found: dict[str, Cell]) -> Cell:
+    """The share of the experts' weights that the adapter reaches; each is merged as by PEFT's own merge."""
+    from peft import PeftModel
+
+    before = _experts(model)
+    if not before:
+        return {"verdict": "none", "text": ""}
+    if found["merge"]["verdict"] == "refused":
+        return {"verdict": "refused", "text": found["merge"]["text"]}
+    attached = PeftModel.from_pretrained(plain(bench.base), str(bench.folder / "lora")).eval()
+    under = _under(attached)
+    weights = {name.replace(".base_layer", ""): w for name, w in attached.get_base_model().named_parameters()}
+    names = [name for name in before if id(weights[name]) in under]
+    if not names:  # not of a shape that PEFT takes for experts: where they are asked for, that has to be said
+        with torch.enable_grad():
+            bench.run("experts", adapter="{type: lora, r: 4, experts: true}")
+        return wrong("asked for and not reached, and nothing says so")
+    share = {"share": round(sum(before[name].numel() for name in names) / sum(w.numel() for w in before.values()), 3)}
+    wanted, made = (
+        dict(one.named_parameters()) for one in (attached.merge_and_unload(), plain(bench.folder / "merged"))
+    )
+    still = [name for name in names if torch.equal(wanted[name], before[name])]
+    far = [name for name in before if not torch.allclose(made[name], wanted[name], rtol=1e-4, atol=1e-6)]
+    if still or far:
+        return wrong(f"{len(still)} did not move, {len(far)} are not merged as by PEFT: {(still + far)[:2]}") | share
+    return right() | share

@@ -1,4 +1,4 @@
-"""A tiny random model of every causal architecture of transformers: of width 64, two layers or one of each kind.
+"""A tiny random model of every language model of transformers: of width 64, two layers or one of each kind.
 
     model = build("qwen3_moe", tokens=1500, end=0)
 
@@ -10,13 +10,22 @@ against that. Weights are three times those of a fresh model, so that attention 
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+from instructft.weights.model_class import auto_class
+
+# Models that see or hear, of those that only their own class loads: the ones that people train.
+SEEING = (
+    "aria", "aya_vision", "cohere2_vision", "deepseek_vl", "exaone4_5", "glm46v", "glm4v", "glm4v_moe", "idefics3",
+    "internvl", "kimi_k25", "lfm2_vl", "llava", "llava_next", "llava_onevision", "minicpmv4_6", "minimax_m3_vl",
+    "mistral3", "mistral4", "ovis2", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+)  # fmt: skip
+FAMILIES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *SEEING})
 LARGEST = 20_000_000  # weights; what is larger is not small
 
 # What every configuration gets of these keys, where it has them.
@@ -52,30 +61,52 @@ SMALL: dict[str, Any] = dict(
     # so that a decoder is one
     is_decoder=True,
 )  # fmt: skip
+# The same of a section for pictures or sounds.
+TOWER: dict[str, Any] = dict(
+    hidden_size=32, embed_dim=32, d_model=32, intermediate_size=64, encoder_ffn_dim=64, ffn_dim=64, num_hidden_layers=1,
+    num_layers=1, depth=1, encoder_layers=1, num_attention_heads=2, num_key_value_heads=2, num_heads=2, head_dim=16,
+    encoder_attention_heads=2, attention_heads=2, image_size=16, patch_size=8, out_hidden_size=64, projection_dim=64,
+    output_hidden_size=64, num_position_embeddings=16, position_embedding_size=16, num_global_layers=1,
+    vision_output_dim=64, base_channels=32, codebook_size=64,
+    projector_input_dim=64, projector_output_dim=64, output_dim=64,
+    attention_dropout=0.0, hidden_dropout_prob=0.0, dropout=0.0,
+)  # fmt: skip
 ALTERNATING: dict[str, Any] = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
 LINEAR: dict[str, Any] = dict(layer_types=["linear_attention", "full_attention"])
+THREE_AXES: dict[str, Any] = dict(
+    rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3])
+)
 SPECIAL: dict[str, dict[str, Any]] = {
     "afmoe": ALTERNATING | dict(num_dense_layers=1),
     "axk1": dict(head_dim=8),
+    "emu3": dict(vocabulary_map={"<image>": 1480, "<|extra_200|>": 1481, "<|visual token 000000|>": 1482}),
+    "qwen2_vl.text_config": THREE_AXES, "qwen2_5_vl.text_config": THREE_AXES,
+    "glm4v.text_config": THREE_AXES, "glm46v.text_config": THREE_AXES,
+    "glm4v_moe.text_config": dict(rope_parameters=THREE_AXES["rope_parameters"] | dict(mrope_section=[1, 1, 2])),
+    "ernie4_5_vl_moe.text_config": dict(moe_intermediate_size=[32, 32]),
     "bamba": dict(attn_layer_indices=[1]),
+    "beam": dict(mlp_layer_types=["dense", "sparse"]),
     "bigbird_pegasus": dict(attention_type="original_full"), "big_bird": dict(attention_type="original_full"),
     "cohere2": ALTERNATING, "cwm": ALTERNATING,
     "dbrx": dict(
         ffn_config=dict(
             ffn_hidden_size=96, moe_num_experts=4, moe_top_k=2, hidden_size=64, ffn_act_fn={"name": "silu"}
         ),
-        attn_config=dict(kv_n_heads=2, clip_qkv=None, rope_theta=10000.0),
+        attn_config=dict(kv_n_heads=2, clip_qkv=8, rope_theta=10000.0),
     ),
     "blt": dict(
         encoder_hash_byte_group_vocab=100,
         **{
             name: dict(
                 hidden_size=64, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2, intermediate_size=96,
-                max_position_embeddings=512,
+                max_position_embeddings=512, hidden_size_global=64, head_dim=16,
+                vocab_size=2048,
             )
             for name in ("patcher_config", "encoder_config", "decoder_config", "global_config")
         },
     ),
+    "dots3_note.vision_config": dict(per_layer_config={}, adapter_in_dim=32, adapter_out_dim=64),
+    "dots3_note.audio_config": dict(adapter_input_size=32, adapter_out_dim=64),
     "dots1": dict(
         n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, n_group=1, topk_group=1
     ),
@@ -176,9 +207,22 @@ def configuration(family: str, tokens: int, end: int, **more: Any) -> Any:
         chosen |= {"vocab_size_per_layer_input": tokens, "hidden_size_per_layer_input": 16}
     for name in getattr(kind, "sub_configs", {}):
         inner = getattr(default, name, None)
+        if name in SPECIAL.get(family, {}):
+            continue
         if "text" in name and getattr(inner, "model_type", None) in CONFIG_MAPPING:
-            chosen[name] = configuration(inner.model_type, tokens, end).to_dict()
+            special = SPECIAL.get(f"{family}.{name}", {})
+            chosen[name] = configuration(inner.model_type, tokens, end, **special)
+        elif hasattr(inner, "to_dict"):
+            chosen[name] = _tower(inner) | SPECIAL.get(f"{family}.{name}", {})
+    places = [key for key in keys if re.search(r"_token_(id|index)$", key) and key not in chosen]
+    chosen |= {key: tokens - 1 - n for n, key in enumerate(sorted(places)) if isinstance(_value(default, key), int)}
     return kind(**chosen | SPECIAL.get(family, {}) | more)
+
+
+def _tower(inner: Any) -> dict[str, Any]:
+    """A section for pictures or sounds, small."""
+    fields = inner.to_dict()
+    return fields | {key: value for key, value in TOWER.items() if isinstance(fields.get(key), int | float)}
 
 
 def _value(config: Any, key: str) -> Any:
@@ -196,12 +240,13 @@ def build(family: str, tokens: int, end: int = 0, scale: float = 3.0, **more: An
         ValueError: it is not small with the configuration that is known here.
     """
     config = configuration(family, tokens, end, **more)
+    kind = auto_class(config)
     with torch.device("meta"):
-        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(weight.numel() for weight in kind.from_config(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{family} has {size:,} weights with the configuration that is known here")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = kind.from_config(config, dtype=torch.float32)
     states = ("a_log", "conv", "dt_", "time_")  # of these the scale is part of what they mean
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -19,7 +19,7 @@ from instructft.models.tokenizer import new_tokens, not_loaded
 from instructft.recipe.schema import thaw
 from instructft.weights import remote_code
 from instructft.weights.base_record import BaseModelRecord, base_fingerprint, commit_of, is_hub_id
-from instructft.weights.model_class import auto_class, freeze_named
+from instructft.weights.model_class import auto_class, freeze_named, refuse_what_does_not_answer
 from instructft.weights.readable import reading
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ def starting_point(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Starti
     if adapter is not None:
         where = (str(locate_base(adapter)), "main", "")
     config = _published_config(*where) if model.config is None else _own_config(model.config, tokenizer)
+    refuse_what_does_not_answer(config)
     if model.overrides:
         _override(config, model.overrides, recipe.adapter.type)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0

@@ -103,6 +103,8 @@ class Trainer(SFTTrainer):
     ):
         text = kwargs["model"].config.get_text_config()
         self._as_loaded = {name: getattr(text, name) for name in _SET_BY_TRAINING if hasattr(text, name)}
+        if hasattr(text, "num_local_experts") and not hasattr(text, "num_experts"):
+            text.num_experts = text.num_local_experts  # upstream's head asks for it by this name alone (trl 1.16)
         trained = {name: p.data for name, p in kwargs["model"].named_parameters() if p.requires_grad}
         super().__init__(**kwargs)
         for name, parameter in self.model.named_parameters():

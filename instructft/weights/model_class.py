@@ -27,6 +27,18 @@ if TYPE_CHECKING:
 # What a checkpoint says of its images and sounds; the text part of a run changes nothing of it.
 PROCESSOR = {"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"}
 
+# Of these transformers has a class for causal language models, and still none that could be trained to answer.
+NO_ANSWERS = {
+    "blt": "transformers cannot generate with it: its configuration has no number of layers for a cache",
+    "gemma4_assistant": "it drafts tokens from the hidden states of a Gemma 4, and answers nothing by itself",
+    "gemma4_unified_assistant": "it drafts tokens from the hidden states of a Gemma 4, and answers nothing by itself",
+    "moshi": "it speaks: its text goes along with sound, and with text alone its answers are not those of its forward",
+    "musicgen": "it makes music: the tokens that it predicts are sounds",
+    "musicgen_melody": "it makes music: the tokens that it predicts are sounds",
+    "reformer": "it trains rows of one fixed length alone, and where its attention looks is drawn by chance",
+    "xlm": "its `generate` puts a mask behind each prompt, and so answers another text than the one it learned",
+}
+
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
@@ -57,6 +69,19 @@ class Tower:
         heard = any(part in last for part in ("audio", "speech"))
         seen = any(part in last for part in ("vision", "visual", "image", "video"))
         return "audio tower" if heard else "vision tower" if seen else last
+
+
+def refuse_what_does_not_answer(config: PretrainedConfig) -> None:
+    """Refuse an architecture that has the form of a language model, and cannot answer as one.
+
+    Raises:
+        UsageError: it is one of these.
+    """
+    if why := NO_ANSWERS.get(config.model_type):
+        raise UsageError(
+            f"model.name_or_path: a model of type {config.model_type} cannot be trained to answer: {why}. "
+            "Take a causal language model"
+        )
 
 
 def auto_class(config: PretrainedConfig) -> Any:

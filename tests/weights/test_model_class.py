@@ -12,6 +12,7 @@ from instructft.weights.model_class import (
     backbone,
     freeze_named,
     freeze_towers,
+    refuse_what_does_not_answer,
     text_module,
     towers,
     towers_in_words,
@@ -90,3 +91,10 @@ def test_a_pattern_without_a_meaning_is_refused(patterns: list[str], message: st
     model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10))
     with pytest.raises(UsageError, match=message):
         freeze_named(model, patterns)
+
+
+def test_what_has_the_form_of_a_language_model_and_is_none_is_refused_by_its_config() -> None:
+    refuse_what_does_not_answer(LlamaConfig())
+    for kind, why in {"moshi": "it speaks", "musicgen": "makes music", "xlm": "puts a mask behind"}.items():
+        with pytest.raises(UsageError, match=f"of type {kind} cannot be trained to answer: .*{why}"):
+            refuse_what_does_not_answer(AutoConfig.for_model(kind))

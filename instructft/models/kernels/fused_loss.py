@@ -92,7 +92,7 @@ def add_plain_head(model: PreTrainedModel) -> None:
     """
     upstream = model.forward
 
-    @functools.wraps(upstream)
+    @functools.wraps(getattr(upstream, "__func__", upstream))
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.pop("fused_lm_head", False):
             return upstream(*args, **kwargs)
@@ -223,7 +223,7 @@ def add_supervised_head(model: PreTrainedModel) -> bool:
     upstream = model.forward
 
     # Keep the signature: `generate` checks its arguments against it, and `Trainer` the columns of a batch.
-    @functools.wraps(upstream)
+    @functools.wraps(getattr(upstream, "__func__", upstream))
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         positions = [kwargs.pop(name, None) for name in _OF_THE_COLLATOR]
         way = None

@@ -139,6 +139,8 @@ def compare(trainer: Trainer, batch: Batch) -> float:
                 apart, size = (one - other).norm(), other.norm()
             else:
                 apart, size = (one - other).abs().max(), other.abs().max()
+                if name == "entropy":  # of a token that is all but certain it is 0, and what is seen of it rounding
+                    size = size.clamp(min=1.0)
             share = float(apart / size.clamp(min=1e-6))
             worst = max(worst, share if share == share else float("inf"))  # a NaN is no agreement
         if not 0 < largest < LARGE or wanted["gradient"] is None:

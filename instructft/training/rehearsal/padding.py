@@ -25,12 +25,31 @@ AHEAD = 1e-5  # of a gradient; what a causal mask takes out is 0, and rounding i
 def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
     """Ask for the gradient of logits at the embeddings of tokens behind them: 0, but for rounding.
 
+    A row alone is asked as well: with no pads there may be no mask, and what a mask made causal is so no more.
+
     Raises:
         ModelError: there is one.
     """
     model: Any = trainer.model
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    kept = batch["input_ids"].shape[1] // 2
+    batches = [{name: value for name, value in batch.items() if name != "labels"}]
+    if len(batch["input_ids"]) > 1:
+        batches.append({name: batch[name][:1] for name in ("input_ids", "attention_mask") if name in batch})
+    share = max(_share_ahead(trainer, inputs) for inputs in batches)
+    if share > AHEAD:
+        told_so = getattr(model.config.get_text_config(), "use_bidirectional_attention", None)
+        field = "use_bidirectional_attention: false" if told_so else "is_decoder: true"
+        raise ModelError(
+            f"{type(bare(model)).__name__} ({model.config.model_type}) reads both ways: the gradient of logits at "
+            f"tokens behind them is {share:.1e} of that at their own. It would learn to copy the answer that it "
+            "sees. Take a model that goes on with a text, or let this one read forward alone where it can: "
+            f"model.overrides={{{field}}}"
+        )
+
+
+def _share_ahead(trainer: Trainer, inputs: dict[str, torch.Tensor]) -> float:
+    """The largest gradient of the first row's logits behind them, as a share of that at their own tokens."""
+    model: Any = trainer.model
+    kept = inputs["input_ids"].shape[1] // 2
     states: list[torch.Tensor] = []
 
     def watch(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
@@ -45,20 +64,15 @@ def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor]) ->
         hook.remove()
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
     found = torch.autograd.grad((logits * weights).sum(), states[:1], allow_unused=True)[0] if kept and states else None
-    shape = batch["input_ids"].shape
+    shape = inputs["input_ids"].shape
     if found is not None and found.shape[:2] == shape[::-1] != shape:
         found = found.transpose(0, 1)  # XLNet has its tokens first
+    if found is not None and found.dim() == 3 and found.shape[0] == shape[0]:
+        found = found[:, -shape[1] :]  # CPM-Ant puts a prompt of its own before the text
     if found is None or found.shape[:2] != shape or not bool(found[0].isfinite().all()):
-        return  # what reads its tokens in another way is not asked
+        return 0.0  # what reads its tokens in another way is not asked
     size = found[0].float().abs().amax(dim=-1)
-    share = float(size[kept:].max() / size[:kept].max().clamp(min=1e-30))
-    if share > AHEAD:
-        raise ModelError(
-            f"{type(bare(model)).__name__} ({model.config.model_type}) reads both ways: the gradient of logits at "
-            f"tokens behind them is {share:.1e} of that at their own. It would learn to copy the answer that it "
-            "sees. Take a model that goes on with a text, or let this one read forward alone where it can: "
-            "model.overrides={is_decoder: true}"
-        )
+    return float(size[kept:].max() / size[:kept].max().clamp(min=1e-30))
 
 
 def refuse_rows_that_see_padding(trainer: Trainer, batch: dict[str, torch.Tensor]) -> float | None:

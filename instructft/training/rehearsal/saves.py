@@ -24,6 +24,8 @@ _TURNS = [{"role": "user", "content": "Hi"}]
 def refuse_what_does_not_come_back(trainer: Trainer, ids: Sequence[int]) -> None:
     """Save configuration, generation configuration and tokenizer to a scratch folder and read them again.
 
+    Of the weights, the one row that loading may set anew is asked.
+
     On the first process alone.
 
     Args:
@@ -39,6 +41,7 @@ def refuse_what_does_not_come_back(trainer: Trainer, ids: Sequence[int]) -> None
             ("config.json", _config),
             ("generation_config.json", _generation),
             ("the tokenizer", _tokenizer),
+            ("the row of the pad token in the embeddings", _pad_row),
         ):
             try:
                 wrong = tried(trainer, Path(place), ids)
@@ -89,6 +92,23 @@ def _tokenizer(trainer: Trainer, folder: Path, ids: Sequence[int]) -> str:
         }
 
     return _unequal(seen(ours), seen(AutoTokenizer.from_pretrained(folder, **remote_code.flag())))
+
+
+def _pad_row(trainer: Trainer, folder: Path, ids: Sequence[int]) -> str:
+    """Youtu sets it to zero whenever it is loaded (transformers 5.23), whatever the file says."""
+    import torch
+
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    layer, own_code = model.get_input_embeddings(), getattr(model.config, "auto_map", None)
+    pad = getattr(layer, "padding_idx", None)
+    if pad is None or own_code or not layer.weight.requires_grad:
+        return ""
+    loaded: Any = torch.nn.Embedding(pad + 1, 1, padding_idx=pad)
+    torch.nn.init.ones_(loaded.weight)
+    loaded.weight._is_hf_initialized = True  # so `from_pretrained` marks what it read from a file
+    with torch.no_grad():
+        model._init_weights(loaded)
+    return "" if loaded.weight[pad].item() == 1 else f"loading sets that of token {pad} to zero"
 
 
 def _unequal(ours: Mapping[str, Any], read: Mapping[str, Any]) -> str:

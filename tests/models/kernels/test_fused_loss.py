@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from instructft.models.kernels import fused_loss
-from instructft.models.kernels.fused_loss import add_supervised_head
+from instructft.models.kernels.fused_loss import add_plain_head, add_supervised_head
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 211, "n_positions": 32},
@@ -195,3 +196,11 @@ def test_of_equal_logits_the_first_is_the_answer() -> None:
     labels = torch.tensor([0, 3, 0])
     *_, is_top1 = fused_loss._SupervisedLogProbs.apply(hidden, weight, None, labels, None, None)
     assert is_top1.tolist() == [True, False, True]
+
+
+def test_a_forward_with_another_head_takes_what_it_took() -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=2, vocab_size=20))
+    before = list(inspect.signature(model.forward).parameters)
+    add_supervised_head(model)
+    add_plain_head(model)
+    assert list(inspect.signature(model.forward).parameters) == before

@@ -47,6 +47,17 @@ def test_a_plain_head_stays_fused(recipe_of: Callable[..., Any]) -> None:
     assert head.difference < TOLERANCE
 
 
+@pytest.mark.parametrize("kind", ["bloom", "biogpt"])
+def test_a_plain_head_stays_fused_where_one_token_is_all_but_certain(recipe_of: Callable[..., Any], kind: str) -> None:
+    sizes = SIZES.replace("hidden_size: 32", "hidden_size: 64")
+    trainer = trainer_of(recipe_of(f"{{model_type: {kind}, {sizes}}}"))
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight.mul_(3.0 if weight.dim() > 1 else 1.0)
+    head, _ = chosen(trainer)
+    assert (head.kind, head.why) == ("fused", "")
+
+
 def test_the_head_is_asked_in_the_precision_of_the_run(recipe_of: Callable[..., Any]) -> None:
     """Before training accelerate has wrapped nothing in autocast: float32 would be compared where bfloat16 trains."""
     trainer = trainer_of(recipe_of(GPT2, "train.bf16=true"))
@@ -77,10 +88,25 @@ def test_logits_that_are_more_than_a_product_are_trained_as_they_are(
 
 def test_a_router_is_trained_by_the_loss_that_the_model_makes(recipe_of: Callable[..., Any]) -> None:
     trainer = trainer_of(recipe_of(MIXTURE))
+    del trainer.model.config.num_experts
     head, _ = chosen(trainer)
     assert head.kind == "logits"
     assert "fails on GraniteMoeForCausalLM" in head.why
     assert trainer.aux_loss_enabled
+
+
+def test_experts_of_another_name_leave_the_head_fused_with_the_routers_own_loss(
+    recipe_of: Callable[..., Any],
+) -> None:
+    trainer = trainer_of(recipe_of(MIXTURE))
+    head, batch = chosen(trainer)
+    assert (head.kind, head.why) == ("fused", "")
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        own = trainer.model(**inputs, output_router_logits=True, use_cache=False).aux_loss
+        ours = trainer.model(**batch, output_router_logits=True, use_cache=False, fused_lm_head=True).aux_loss
+    assert float(own) > 0
+    torch.testing.assert_close(ours, own)
 
 
 def test_a_router_that_is_none_has_no_loss(recipe_of: Callable[..., Any]) -> None:

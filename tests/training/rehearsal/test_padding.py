@@ -62,3 +62,32 @@ def test_a_model_that_reads_both_ways_is_refused(recipe_of: Callable[..., Any], 
     ask(BERT)
     with pytest.raises(ModelError, match=r"BertLMHeadModel \(bert\) reads both ways.*is_decoder: true"):
         ask(BERT.replace("is_decoder: true", "is_decoder: false"))
+
+
+CPM_ANT = (
+    "{model_type: cpmant, hidden_size: 32, num_attention_heads: 2, dim_head: 16, dim_ff: 48, num_hidden_layers: 2, "
+    "prompt_length: 4}"
+)
+
+
+def test_one_that_puts_a_prompt_of_its_own_before_the_text_is_asked_too(recipe_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(recipe_of(CPM_ANT))
+    with as_it_was(trainer), pytest.raises(ModelError, match=r"CpmAntForCausalLM \(cpmant\) reads both ways"):
+        refuse_what_looks_ahead(trainer, on(trainer.model, short_batch(trainer, trainer.train_dataset[0])))
+
+
+GEMMA = (
+    "{model_type: gemma, use_bidirectional_attention: true, hidden_size: 32, num_hidden_layers: 2, "
+    "num_attention_heads: 2, num_key_value_heads: 1, head_dim: 16, intermediate_size: 48}"
+)
+
+
+def test_one_that_reads_both_ways_only_where_no_row_is_padded_is_refused(recipe_of: Callable[..., Any]) -> None:
+    def ask(config: str) -> None:
+        trainer = trainer_of(recipe_of(config, "model.attn_implementation=sdpa"))
+        with as_it_was(trainer):
+            refuse_what_looks_ahead(trainer, on(trainer.model, short_batch(trainer, trainer.train_dataset[0])))
+
+    with pytest.raises(ModelError, match=r"reads both ways.*overrides=\{use_bidirectional_attention: false\}"):
+        ask(GEMMA)
+    ask(GEMMA.replace("true", "false"))

@@ -64,3 +64,27 @@ def test_a_tokenizer_that_comes_back_as_another_one(recipe_of: Callable[..., Any
             refuse_what_does_not_come_back(trainer, ids(trainer))
     finally:
         del tokenizer.save_pretrained
+
+
+YOUTU = (
+    "{model_type: youtu, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2, "
+    "intermediate_size: 48, q_lora_rank: 8, kv_lora_rank: 8, qk_rope_head_dim: 8, qk_nope_head_dim: 8, v_head_dim: 16}"
+)
+
+
+def test_a_row_that_loading_sets_to_zero(recipe_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(recipe_of(YOUTU))
+    layer = trainer.model.get_input_embeddings()
+    layer.padding_idx = None
+    refuse_what_does_not_come_back(trainer, ids(trainer))
+    layer.padding_idx = 3
+    with pytest.raises(ModelError, match=r"pad token in the embeddings.*that of token 3 to zero"):
+        refuse_what_does_not_come_back(trainer, ids(trainer))
+    layer.weight.requires_grad_(False)
+    refuse_what_does_not_come_back(trainer, ids(trainer))
+
+
+def test_a_row_that_loading_leaves_alone(recipe_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(recipe_of())
+    trainer.model.get_input_embeddings().padding_idx = 3
+    refuse_what_does_not_come_back(trainer, ids(trainer))
