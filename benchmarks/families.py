@@ -58,7 +58,7 @@ NOTES = (
     (r"the loss does not reach", "what the loss does not reach is named before the first step, and not trained"),
     (r"fused head (and|fails)", "the loss is computed from the model's own logits: its head is more than a product"),
     (r"no loss of a router", "without a loss of its own for the router, which the model fails to compute"),
-    (r"one at a time", "prompts are answered one at a time: the model does not pass over padding"),
+    (r"one (prompt )?at a time", "prompts are answered one at a time: the model does not pass over padding"),
     (r"all-linear leaves out", "all-linear leaves out layers that PEFT refuses to adapt, and names them"),
     (r"no merge of this kind of adapter", "no merge of adapters over the weights of experts is proved"),
     (r"draws experts", "its router draws experts by chance in training: the loss is compared, the step is not"),
@@ -193,7 +193,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     refused = "\n".join(
         f"- `{f}`: {text.rpartition('to answer: ')[2].partition('. Take')[0]}" for f, text in no.items()
     )
-    left = "\n".join(f"- `{family}`: {text}" for family, text in unbuilt.items() if family not in no)
+    left = "\n".join(f"- `{family}`: {text.partition('. ')[0]}" for family, text in unbuilt.items() if family not in no)
     cells = [found[column]["verdict"] for found in built.values() for column in HEADS]
     counts = ", ".join(f"{cells.count(v)} {v}" for v in ("right", "refused", "wrong", "crash"))
     there = len(cells) - cells.count("none")

@@ -7,6 +7,7 @@ With `adapter: lora` the model comes frozen, with the adapter in it (`instructft
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,7 +159,9 @@ def pad_of_positions(model: PreTrainedModel) -> int | None:
 
     for module in model.modules():
         found = vars(module).get("padding_idx")  # its own: a wrapper answers for what it wraps
-        if isinstance(found, int) and not isinstance(module, torch.nn.Embedding | PreTrainedModel):
+        if not isinstance(found, int) or isinstance(module, torch.nn.Embedding | PreTrainedModel):
+            continue
+        if next(iter(inspect.signature(module.forward).parameters), "") != "position_ids":  # XGLM is told them
             return found
     return None
 

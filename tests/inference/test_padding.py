@@ -19,6 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
     "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "n_groups": 1,
                "state_size": 8, "chunk_size": 16},
+    "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 2, "ffn_dim": 48, "max_position_embeddings": 128},
     "olmoe": SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True},
 }  # fmt: skip
 
