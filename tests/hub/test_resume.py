@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 import instructft
 from instructft.checkpoints.manifest import folders, verify
 from instructft.errors import ResumeError, Stopped
+from instructft.hub.background import Publisher
 from instructft.hub.resume import newest_on_hub
 from instructft.training.run import train
 from tests.helpers.stops import SignalAt, interrupt
@@ -55,8 +56,18 @@ def machine(tmp_path: Path) -> Any:
 
 
 def stopped(recipe: Any, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that a signal ends in the step after `at`; its last checkpoint is on the Hub."""
+    """A run that a signal ends in the step after `at`; its checkpoints are on the Hub, each of them.
+
+    Of checkpoints that come faster than they can be uploaded only the newest would be.
+    """
+    sealed = Publisher.checkpoint_sealed
+
+    def uploaded(self: Publisher, *args: Any) -> None:
+        sealed(self, *args)
+        assert self.wait(60)
+
     with monkeypatch.context() as patch:
+        patch.setattr(Publisher, "checkpoint_sealed", uploaded)
         interrupt(patch, SignalAt("step", at))
         with pytest.raises(Stopped):
             train(recipe, console=QUIET)

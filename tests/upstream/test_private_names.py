@@ -69,6 +69,9 @@ TABLE = (
             "experts are merged transposed"),
     Private("_model_mapping", "transformers:AutoModelForCausalLM", "weights/model_class",
             "the class that a config names is not found"),
+    Private("_init_weights", PRETRAINED, "training/rehearsal/saves", "a pad row that loading sets to zero is not seen"),
+    Private("_is_hf_initialized", "transformers.initialization", "training/rehearsal/saves",
+            "a pad row that loading keeps is taken for one that it sets to zero"),
     Private("_keys_to_ignore_on_save", PRETRAINED, "weights/weight_files", "a whole model is taken for one with gaps"),
     Private("_attn_implementation", "transformers.configuration_utils:PreTrainedConfig", "models/kernels/varlen",
             "packs are not flattened for attention by borders, and answers fail under it"),
@@ -113,7 +116,9 @@ def upstream_has(name: str, owner: Any) -> bool:
         return True
     if inspect.ismodule(owner):
         submodules = Path(str(owner.__file__)).parent
-        return (submodules / name).is_dir() or (submodules / f"{name}.py").is_file()
+        if (submodules / name).is_dir() or (submodules / f"{name}.py").is_file():
+            return True
+        return f'"{name}"' in inspect.getsource(owner)  # an attribute of tensors that the module looks for
     return any(
         f"self.{name}" in inspect.getsource(base) for base in owner.__mro__[:-1] if base.__module__ != "builtins"
     )
