@@ -20,7 +20,7 @@ def test_a_model_trained_whole_is_stored_in_less_with_what_it_learned(
 ) -> None:
     """At the default rate of a full fine-tuning."""
     recipe = recipe_of(
-        "whole", "adapter.type=none", "train.max_steps=6", "train.learning_rate=2e-5",
+        "whole", "adapter.type=none", "model.dtype=float32", "train.max_steps=6", "train.learning_rate=2e-5",
         "train.per_device_train_batch_size=2",
     )  # fmt: skip
     run = Path(instructft.train(recipe, console=QUIET).output_dir)
