@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from instructft.checkpoints.manifest import NAME, folders, kind, read_manifest, sha256
+from instructft.checkpoints.manifest import NAME, are_sums, folders, kind, read_manifest, sha256
 from instructft.errors import CheckpointError, ModelFileError
 from instructft.weights.readable import read_object
 
@@ -47,10 +47,12 @@ def require_as_saved(name: str | Path, *, whole: bool) -> None:
         except CheckpointError as error:
             raise ModelFileError(str(error)) from error
     elif (folder / "run.json").is_file():
-        known, again = read_object(folder / "run.json").get("files") or {}, _checkpoints(folder)
+        known, again = read_object(folder / "run.json").get("files", {}), _checkpoints(folder)  # older runs have none
+        if not are_sums(known):
+            raise ModelFileError(f"{folder / 'run.json'}: files is not what a run writes there; {again}")
     else:
         return
-    for file, saved in known.items() if isinstance(known, dict) else ():
+    for file, saved in known.items():
         _compare(folder / file, saved, whole, again)
 
 

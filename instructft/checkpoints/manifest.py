@@ -253,12 +253,21 @@ def _is_one(manifest: Mapping[str, Any]) -> bool:
         return False
     if not all(isinstance(value, str) for value in manifest["versions"].values()):
         return False
-    return all(
+    return are_sums(manifest["files"])
+
+
+def are_sums(files: Any) -> bool:
+    """Whether it is what a manifest and `run.json` hold of files: path inside the folder -> size in bytes, SHA-256.
+
+    >>> are_sums({"model.safetensors": {"size": 8, "sha256": "7f1c"}}), are_sums({"../model.safetensors": 8})
+    (True, False)
+    """
+    return isinstance(files, dict) and all(
         stays_inside(name)
         and isinstance(known, dict)
         and type(known.get("size")) is int
         and isinstance(known.get("sha256"), str)
-        for name, known in manifest["files"].items()
+        for name, known in files.items()
     )
 
 

@@ -234,6 +234,11 @@ def _every(plan: Plan) -> Iterator[tuple[str, Place]]:
 
 
 def load_plain(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model in evaluation mode by the class that its config names, and what loading it said (`missing_keys`, …).
+
+    Raises:
+        ModelFileError: it cannot be read.
+    """
     from transformers import AutoConfig
 
     with reading(str(folder), folder):
@@ -250,6 +255,14 @@ def _loaded(folder: Path, machine: Machine) -> tuple[Any, set[str]]:
 
 
 def load_adapted(base: Path, adapter: AdapterFolder, machine: Machine, **options: Any) -> tuple[Any, set[str]]:
+    """The adapter on its base as a `PeftModel`, and the tensors of the base that the model has no place for.
+
+    Args:
+        options: of `from_pretrained`, such as `quantization_config`; with them the model stays where that puts it.
+
+    Raises:
+        ModelFileError, AdapterError: one of the two cannot be read, or they do not fit each other.
+    """
     from instructft.adapters.attach import attach
 
     model, info = load_plain(base, options.pop("dtype", machine.dtype), **options)

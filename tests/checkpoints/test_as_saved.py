@@ -84,6 +84,16 @@ def test_a_damaged_run_json_is_named_with_the_way_out(run: Path, text: str) -> N
 
 
 @pytest.mark.parametrize(
+    "files", [["model.safetensors"], {"model.safetensors": 5}, {"../a": {"size": 1, "sha256": ""}}, {"a": {}}, None]
+)
+def test_sums_in_run_json_that_no_run_wrote_are_an_error(run: Path, files: Any) -> None:
+    (run / "run.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(ModelFileError, match=r"run\.json: files is not what a run writes there") as refused:
+        require_as_saved(run, whole=True)
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("format", "1"),

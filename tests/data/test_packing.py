@@ -20,6 +20,7 @@ from instructft.data.collator import CompletionOnlyCollator
 from instructft.data.packing import best_fit, pack, position_ids, probe
 from instructft.data.prepare import prepare
 from instructft.errors import ModelError
+from tests.helpers.plain_batches import loss_and_gradients
 
 VOCABULARY = 97
 SHAPES: dict[str, dict[str, Any]] = {
@@ -124,20 +125,6 @@ def test_a_first_token_is_never_predicted_from_the_neighbours_last() -> None:
             assert row["labels"][start] == -100
             assert row["labels"][start + 1 : start + length] == [2, 3]
             start += length
-
-
-def loss_and_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[float, list[torch.Tensor]]:
-    """The mean over all supervised tokens of all batches, by a plain forward."""
-    model.zero_grad()
-    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    total = 0.0
-    for batch in batches:
-        labels = batch["labels"][:, 1:]
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum") / tokens
-        loss.backward()
-        total += float(loss)
-    return total, [p.grad.clone() for p in model.parameters()]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -17,6 +17,7 @@ from instructft.data.packing import pack
 from instructft.errors import ModelError
 from instructft.models import branches
 from instructft.models.branches import masks_for, probe
+from tests.helpers.plain_batches import loss_and_gradients
 
 WORDS = 97
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
@@ -67,20 +68,6 @@ def folded(turns: list[dict[str, list[int]]], most: int = 200) -> list[dict[str,
     rows = fold([(np.array(t["input_ids"]), np.array(t["labels"])) for t in turns], most)
     names = ("input_ids", "labels", "seq_lengths", "seq_starts")
     return [dict(zip(names, (row[0].tolist(), row[1].tolist(), *row[2:]), strict=True)) for row in rows]
-
-
-def loss_and_gradients(model: Any, batches: list[dict[str, Any]]) -> tuple[float, list[torch.Tensor]]:
-    """The mean over all supervised tokens of all batches, by a plain forward."""
-    model.zero_grad()
-    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    total = 0.0
-    for batch in batches:
-        labels = batch["labels"][:, 1:]
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum") / tokens
-        loss.backward()
-        total += float(loss.detach())
-    return total, [p.grad.clone() for p in model.parameters()]
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["rows", "packs"])
