@@ -32,8 +32,8 @@ quickstart-real: real-assets  ## the same with a real model: SmolLM2-135M-Instru
 	  'data.datasets=[{path: $(REAL)/rows.json}]' output_dir=$(REAL_RUN)
 	@$(BIN)/instructft evaluate $(REAL_RUN) --base start --show 6
 	@printf '\nA chat of three turns:\n'
-	@printf '%s\n' 'What is the capital of France?' 'And what is the capital of Italy?' 'Name both cities again.' \
-	  | tee /dev/stderr | $(BIN)/instructft chat $(REAL_RUN)
+	@for one in 'What is the capital of France?' 'And what is the capital of Italy?' 'Name both cities again.'; do \
+	  printf '> %s\n' "$$one" >&2; printf '%s\n' "$$one"; done | $(BIN)/instructft chat $(REAL_RUN)
 	@printf '\nTalk to it, in the terminal or on a page:\n  %s\n  %s\n' \
 	  '$(BIN)/instructft chat $(REAL_RUN)' '$(BIN)/instructft ui $(REAL_RUN)'
 
