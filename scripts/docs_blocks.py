@@ -31,11 +31,11 @@ FOLDERS = {
     "report": "what a run leaves for readers: curves, report page, model card",
     "hub": "push to the Hub, and resume from it",
     "inference": "generate, chat, the chat page",
-    "launch": "several processes and machines",
-    "training": "SFTTrainer, and a run from top to bottom",
+    "training": "SFTTrainer, a run from top to bottom; launch/: several processes and machines",
     "merging": "an adapter into its base, proved",
     "evaluation": "metrics with intervals, two models side by side",
     "check": "what can be known before a GPU is spent",
+    "commands": "what the command line takes, a module for each group of commands",
     "extras": "what fine-tuning does not need: converting, other tools' benchmarks",
 }
 # Question -> answer. {NAME} is the file that defines NAME; {NAME!test} is the test that mirrors it; {folder/} a folder.

@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 
 from instructft.errors import InstructftError, UsageError
-from instructft.launch.workers import safe_path
 from instructft.recipe.schema import Recipe
+from instructft.training.launch.workers import safe_path
 from instructft.weights import remote_code
 
 # What is left out of a try: it only watches a run, or keeps what it leaves.

@@ -18,8 +18,6 @@ from instructft.checkpoints.resume import RunStart, find, identity, run_start
 from instructft.checkpoints.run_folder import make_folder, own, refuse_used_folder
 from instructft.data.prepare import Prepared, prepare, prepare_held_out
 from instructft.data.streaming import Streamed, prepare_stream
-from instructft.launch.silent import silent_named, state_of
-from instructft.launch.workers import first_process
 from instructft.models.attention import VARLEN, Attention, check_attention, choose_attention, switch_attention
 from instructft.models.branches import masks_for, why_not
 from instructft.models.latest import asks_for_latest, forget_newest, resolve_latest
@@ -29,6 +27,8 @@ from instructft.models.tokenizer import date_in_prompts, load_tokenizer, said_of
 from instructft.recipe.installed import check_against_installed
 from instructft.recipe.schema import Recipe
 from instructft.training.arguments import as_decided, refuse_what_cannot_run, reporters, training_arguments
+from instructft.training.launch.silent import silent_named, state_of
+from instructft.training.launch.workers import first_process
 from instructft.training.out_of_memory import explained
 from instructft.training.outcome import (
     collect_facts,

@@ -27,7 +27,7 @@ import torch
 from transformers import TrainerCallback
 
 from instructft.errors import Stopped
-from instructft.launch.signals import AGAIN, TWICE, listen
+from instructft.training.launch.signals import AGAIN, TWICE, listen
 
 
 class Stop(TrainerCallback):

@@ -1,7 +1,7 @@
 """Child processes that need not import torch and its kin: forked from a server that has, once in a session of tests.
 
 A process of its own takes longer to import than to train a tiny model. What starts one for real, through the command or
-the launcher, is tested where that is the matter: `tests/launch`, `tests/test_cli.py`.
+the launcher, is tested where that is the matter: `tests/training/launch`, `tests/test_cli.py`.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ def test_a_hub_that_dies_during_a_run_does_not_end_it(
     hub: Any, machine: Any, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """The run is finished and whole; its last line says what was not pushed, and the command that would."""
-    from instructft.cli import _print_outcome
+    from instructft.commands.train import print_outcome
 
     recipe = machine("first")
     hub.create(REPO, private=True)
@@ -258,7 +258,7 @@ def test_a_hub_that_dies_during_a_run_does_not_end_it(
     assert not result.pushed.pushed
     said = io.StringIO()
     monkeypatch.setattr(sys, "stdout", said)
-    _print_outcome(result)
+    print_outcome(result)
     monkeypatch.undo()
     *_, reason, command = said.getvalue().rstrip().splitlines()
     assert reason.startswith("not pushed: ")

@@ -22,9 +22,9 @@ import pytest
 from rich.console import Console
 
 from instructft.data.sources import SOURCES
-from instructft.launch.command import launch
 from instructft.recipe.load import load_recipe, recipe_purpose, shipped_recipes
 from instructft.recipe.schema import Recipe
+from instructft.training.launch.command import launch
 from tests.helpers.families import MODELS, published
 
 ROWS = 600  # rows of each data set here: 0.002 of them is still one row

@@ -20,9 +20,10 @@ LAYERS = (
     ("recipe", "adapters"),
     ("models",),
     ("checkpoints", "report"),
-    ("hub", "inference", "launch"),
+    ("hub", "inference"),
     ("training", "merging", "evaluation"),
     ("check", "extras"),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )

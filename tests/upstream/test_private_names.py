@@ -94,7 +94,7 @@ TABLE = (
     # figures, and what libraries say
     Private("_extract_corpus_statistics", "sacrebleu.metrics.base:Metric", "evaluation/confidence", "no BLEU"),
     Private("_compute_score_from_stats", "sacrebleu.metrics.bleu:BLEU", "evaluation/confidence", "no BLEU"),
-    Private("_get_default_store", "torch.distributed.distributed_c10d", "launch/silent",
+    Private("_get_default_store", "torch.distributed.distributed_c10d", "training/launch/silent",
             "a process that hangs is not named"),
     Private("_functions", "bitsandbytes.autograd", "adapters/quantization", "a warning at each of millions of calls"),
     Private("_get_kernel", "bitsandbytes.backends.mps.ops", "adapters/quantization",

@@ -15,9 +15,9 @@ import psutil
 from instructft.checkpoints import pickles
 from instructft.checkpoints.run_folder import own
 from instructft.errors import InstructftError, UsageError
-from instructft.launch.workers import run
 from instructft.recipe.load import load_recipe
 from instructft.recipe.schema import Recipe
+from instructft.training.launch.workers import run
 from instructft.weights import remote_code
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
@@ -181,7 +181,7 @@ def accelerate_config(name: str) -> Path:
     >>> accelerate_config("fsdp2").name
     'fsdp2.yaml'
     """
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     for folder in (package / "recipes", package.parent / "recipes"):  # an installed wheel, a checkout
         path = folder / "accelerate" / f"{name}.yaml"
         if path.is_file():

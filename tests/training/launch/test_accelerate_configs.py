@@ -16,7 +16,7 @@ import pytest
 from instructft.recipe.load import shipped_recipes
 from tests.conftest import OWN_PORT
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 ACCELERATE = REPO / "recipes" / "accelerate"
 CLUSTER = REPO / "recipes" / "cluster"
 NAMES = sorted(path.stem for path in ACCELERATE.iterdir())

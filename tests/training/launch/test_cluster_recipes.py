@@ -13,7 +13,7 @@ import yaml
 
 from tests.conftest import OWN_PORT
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 CLUSTER = REPO / "recipes" / "cluster"
 ENVIRONMENT = {**os.environ, **OWN_PORT, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
 

@@ -1,7 +1,7 @@
 """The processes of a launch: started by accelerate, reached by every signal, none left behind, one exit code for all.
 
     instructft launch            prints the line, passes signals on, gives the exit code
-    └── accelerate launch        in a session of its own: `python -m instructft.launch.workers ARGUMENTS`
+    └── accelerate launch        in a session of its own: `python -m instructft.training.launch.workers ARGUMENTS`
         ├── instructft train     rank 0
         └── instructft train     rank 1, …
 
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psutil
 
 from instructft.errors import EXIT_FAILED, EXIT_SIGTERM, EXIT_USAGE, InstructftError
-from instructft.launch.signals import AGAIN, SIGNALS, TWICE, listen
+from instructft.training.launch.signals import AGAIN, SIGNALS, TWICE, listen
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -69,7 +69,7 @@ class _Launch:
         self._since = 0.0  # when the last one did, by the monotonic clock
         self._deadline = float("inf")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "instructft.launch.workers", *arguments],
+            [sys.executable, "-m", "instructft.training.launch.workers", *arguments],
             env={**os.environ, **safe_path(), _MARK: self._mark},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal comes to this process alone, and is passed on once
@@ -122,7 +122,7 @@ def safe_path() -> dict[str, str]:
     >>> safe_path()["PYTHONSAFEPATH"]
     '1'
     """
-    ours = str(Path(__file__).resolve().parents[2])  # of a checkout that is not installed
+    ours = str(Path(__file__).resolve().parents[3])  # of a checkout that is not installed
     if ours != str(Path.cwd()):
         return {"PYTHONSAFEPATH": "1"}
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))}

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from instructft.errors import InstructftError
-from instructft.launch.silent import silent_named, state_of
+from instructft.training.launch.silent import silent_named, state_of
 from tests.helpers.processes import launch
 
-ACCELERATE = Path(__file__).parents[2] / "recipes" / "accelerate"
+ACCELERATE = Path(__file__).parents[3] / "recipes" / "accelerate"
 PROGRAM = """
 import sys, time, torch
 from instructft.errors import InstructftError
-from instructft.launch.silent import silent_named, state_of
+from instructft.training.launch.silent import silent_named, state_of
 state = state_of(cpu=True, seconds=2)
 torch.distributed.barrier()
 try:

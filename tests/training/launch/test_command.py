@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from instructft import cli
-from instructft.launch import command
+from instructft.training.launch import command
 from tests.conftest import OWN_PORT
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 ENVIRONMENT = {**os.environ, **OWN_PORT, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
 
 
@@ -132,7 +132,7 @@ def test_neither_a_bad_recipe_nor_a_dry_run_waits_for_torch(tmp_path: Path) -> N
     code = """
 import sys
 from instructft.errors import RecipeError
-from instructft.launch.command import launch
+from instructft.training.launch.command import launch
 try:
     launch("bad.yaml")
 except RecipeError as error:

@@ -17,11 +17,11 @@ import psutil
 import pytest
 
 from instructft.checkpoints.manifest import verify
-from instructft.launch.workers import exit_code
+from instructft.training.launch.workers import exit_code
 from tests.conftest import BATTERY, OWN_PORT
 from tests.helpers.processes import launch
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 ACCELERATE = REPO / "recipes" / "accelerate"
 ENVIRONMENT = {**os.environ, **OWN_PORT, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
 COMMAND = [sys.executable, "-m", "instructft", "launch"]
@@ -132,7 +132,7 @@ def launched(folder: Path, body: str) -> list[str]:
     return [
         sys.executable,
         "-c",
-        f"import sys; from instructft.launch.workers import run; sys.exit(run({arguments!r}))",
+        f"import sys; from instructft.training.launch.workers import run; sys.exit(run({arguments!r}))",
     ]
 
 

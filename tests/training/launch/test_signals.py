@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from instructft.launch.signals import SIGNALS, listen
+from instructft.training.launch.signals import SIGNALS, listen
 
 ALL = [signal.Signals(number) for number in SIGNALS]
 

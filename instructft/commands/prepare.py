@@ -1,0 +1,145 @@
+"""Before a run: shipped recipes, and what a recipe would do with its data, memory and time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from instructft.commands.options import Overrides, RecipeArgument, StrategyOption, option, quiet_libraries
+from instructft.errors import EXIT_USAGE, UsageError
+
+
+def recipes(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
+) -> None:
+    """List the shipped recipes."""
+    from instructft.recipe.json_schema import json_schema
+    from instructft.recipe.load import recipe_purpose, shipped_recipes
+
+    if schema:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    found = shipped_recipes()
+    width = max(map(len, found), default=0)
+    for name, path in sorted(found.items()):
+        print(f"{name:{width}}  {recipe_purpose(path)}")
+
+
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe; `instructft recipes` lists them.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Where to write it; NAME.yaml if left out.", show_default=False),
+    ] = None,
+) -> None:
+    """Write a shipped recipe to a file, as a starting point."""
+    from instructft.recipe.load import shipped_recipes
+
+    found = shipped_recipes()
+    if name not in found:
+        raise UsageError(f"there is no shipped recipe {name}; there is {', '.join(sorted(found))}")
+    target = file or Path(f"{name}.yaml")
+    if target.exists():
+        raise UsageError(f"{target} exists already; name another file")
+    target.write_text(found[name].read_text(encoding="utf-8"), encoding="utf-8")
+    print(f"Wrote {target}. Train it with: instructft train {target}")
+
+
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    tokens_per_second: Annotated[
+        float | None, option(min=1e-9, help="Speed to reckon the time by; default: the last run's.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Find out by real steps here what fits, and how fast it is.")
+    ] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Load the model, and try on one short batch all that a run does.")
+    ] = False,
+    device: Annotated[str | None, option(help="cpu or cuda; default: where it would train here.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
+    devices: Annotated[int | None, option(min=1, help="GPUs that are not here: memory and hours on paper.")] = None,
+    card: Annotated[str, typer.Option(metavar="h100|h200|a100", help="Which, with --devices.")] = "h100",
+    strategy: StrategyOption = "ddp",
+) -> None:
+    """Validate a recipe, audit its data, estimate memory and time; nothing is trained."""
+    from instructft.recipe.load import load_recipe
+    from instructft.training.launch.command import STRATEGIES
+
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError(f"--device: found {device}, expected cpu or cuda")
+    if strategy not in STRATEGIES:
+        raise UsageError(f"--strategy: found {strategy}, expected one of {', '.join(STRATEGIES)}")
+    loaded = load_recipe(recipe, overrides or [])
+    quiet_libraries()
+    from instructft.check.report import run
+
+    if measure and (device is not None or processes > 1):
+        raise UsageError("--measure takes steps on this machine, in one process; leave out --device and --processes")
+    if rehearse and (device is not None or processes > 1 or devices is not None):
+        raise UsageError(
+            "--rehearse loads the model on this machine, in one process; leave out --device, --devices and --processes"
+        )
+    asked: dict[str, Any] = {"device": device, "processes": processes, "strategy": strategy}
+    asked |= {"measure": measure, "rehearse": rehearse}
+    if devices is not None:
+        from instructft.models.several_devices import CARDS
+
+        if card not in CARDS:
+            raise UsageError(f"--card: found {card}, expected {', '.join(CARDS)}")
+        if measure or processes > 1 or device == "cpu":
+            raise UsageError("--devices is for GPUs that are not here; leave out --measure, --processes, --device cpu")
+        asked |= {"device": "cuda", "processes": devices, "card": card}
+    if not run(loaded, as_json, tokens_per_second=tokens_per_second, **asked):
+        raise typer.Exit(EXIT_USAGE)
+
+
+def inspect(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="Rows to show, drawn by data.seed.")] = 3,
+    row: Annotated[list[int] | None, option("--row", help="Show this row, counted from 1; may be given again.")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    ids: Annotated[bool, typer.Option("--ids", help="Show each token above its id.")] = False,
+    html: Annotated[Path | None, option("--html", help="Write one self-contained page to this file.")] = None,
+) -> None:
+    """Show rows token by token: which carry loss, where documents begin in a pack."""
+    from instructft.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    quiet_libraries()
+    from instructft.check.rows import inspect_rows
+
+    inspect_rows(loaded, split, count, row or (), ids, html)
+
+
+def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Tokenize, mask, split, pack and cache the data once, ahead of a run."""
+    import time
+
+    from instructft.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    quiet_libraries()
+    from instructft.data.prepare import prepare as prepare_data
+    from instructft.models.branches import why_not
+    from instructft.models.starting_point import starting_point
+    from instructft.models.tokenizer import date_in_prompts, load_tokenizer, said_of_date
+
+    began = time.perf_counter()
+    tokenizer = load_tokenizer(loaded)
+    origin = starting_point(loaded, tokenizer)
+    data = prepare_data(loaded, tokenizer, lambda: why_not(loaded, origin.config))
+    seconds = time.perf_counter() - began
+    day = date_in_prompts(loaded, tokenizer)
+    lines = [*data.account(loaded.data.max_length), *([("date", said_of_date(day))] if day else [])]
+    for what, how_much in [*lines, ("fingerprint", data.fingerprint)]:
+        print(f"{what:12} {how_much}")
+    files = [file["filename"] for split in data.splits.values() for file in split.cache_files]
+    print(f"{'cache':12} {Path(files[0]).parent if files else 'none needed: these rows are made in memory'}")
+    print(f"{'time':12} {seconds:.1f} s, {sum(data.tokens.values()) / seconds:,.0f} tokens/s")
