@@ -73,7 +73,7 @@ docs: venv  ## the documentation as a site in site/, from docs/; installs MkDocs
 	@$(BIN)/python -m mkdocs build --quiet --strict
 
 battery: export INSTRUCTFT_KILLS := 17
-battery: lint types docs test test-latest quickstart families  ## everything above, with fifty killed runs: what a release must pass
+battery: lint types docs test test-latest quickstart families real  ## everything above, with fifty killed runs: what a release must pass
 
 families: export OMP_NUM_THREADS := 1
 families: venv  ## every causal architecture through train, packs, answers, LoRA and merge, and the table of it

@@ -11,24 +11,36 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FIGURES = HERE.parent / ".cache" / "real" / "figures.jsonl"
 
+BATTERY = "\n## By the battery\n"  # kept as it is by a run without it
+
+TABLE = """
+| promise | how | figure |
+| --- | --- | --- |
+"""
+
 HEAD = """# On a real model
 
 Written by `make real`: SmolLM2-135M-Instruct, rows of Alpaca-GPT4, real vocabularies, all through pip. Each
 line is asserted by a test in `tests/real`, or stands beside another.
-
-| promise | how | figure |
-| --- | --- | --- |
 """
 
 
 def main() -> None:
     """Write the table."""
     found = [json.loads(line) for line in FIGURES.read_text(encoding="utf-8").splitlines()]
-    lines = sorted(f"| {row['promise']} | {row['how']} | {row['figure']} |" for row in found)
+    usual, long = (
+        sorted(f"| {row['promise']} | {row['how']} | {row['figure']} |" for row in found if row["battery"] == battery)
+        for battery in (False, True)
+    )
     stack = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
     where = f"{os.cpu_count()} cores, Python {platform.python_version()}, {stack}"
-    (HERE / "REAL.md").write_text(HEAD + "\n".join(lines) + f"\n\n{where}\n", encoding="utf-8")
-    print((HERE / "REAL.md").read_text(encoding="utf-8"))
+    page = HERE / "REAL.md"
+    _, _, kept = page.read_text(encoding="utf-8").partition(BATTERY) if page.exists() else ("", "", "")
+    if long:
+        kept = TABLE + "\n".join(long) + f"\n\n{where}\n"
+    text = HEAD + TABLE + "\n".join(usual) + f"\n\n{where}\n" + (BATTERY + kept if kept else "")
+    page.write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,14 @@ def rows(real: Path) -> list[dict[str, str]]:
     return sorted(found, key=lambda row: len("".join(row.values())))
 
 
-@pytest.fixture(scope="session")
-def note(real: Path) -> Callable[[str, str, str], None]:
+@pytest.fixture
+def note(real: Path, request: pytest.FixtureRequest) -> Callable[[str, str, str], None]:
     """Note a figure: the promise, what was done, what came out."""
+    long = any("make battery" in mark.kwargs["reason"] for mark in request.node.iter_markers("skipif"))
 
     def write(promise: str, how: str, figure: str) -> None:
         with (real / "figures.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"promise": promise, "how": how, "figure": figure}) + "\n")
+            file.write(json.dumps({"promise": promise, "how": how, "figure": figure, "battery": long}) + "\n")
 
     return write
 

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import instructft
+from tests.conftest import BATTERY
 from tests.real.conftest import differs_in_plain_transformers, noted_costs
 
 QUIET = Console(quiet=True)
@@ -50,7 +51,17 @@ def long_run(recipe_of: Any) -> Path:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("which", "what"), [("run", "merged"), ("long_run", "merged, 120 steps")])
+@pytest.mark.parametrize(
+    ("which", "what"),
+    [
+        ("run", "merged"),
+        pytest.param(
+            "long_run",
+            "merged, 120 steps",
+            marks=pytest.mark.skipif(not BATTERY, reason="four minutes: INSTRUCTFT_KILLS=17, as in make battery"),
+        ),
+    ],
+)
 def test_the_merge_is_proved_and_keeps_what_was_learned(
     which: str, what: str, tmp_path: Path, note: Any, request: pytest.FixtureRequest
 ) -> None:
