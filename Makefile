@@ -10,7 +10,7 @@ unexport TOKENIZERS_PARALLELISM
 
 TEST := -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal --durations=12
 
-.PHONY: help quickstart quickstart-real test real real-assets test-latest lint types docs battery families gpu-check bench-gpu gpu-wheels venv clean
+.PHONY: help quickstart quickstart-real test real real-assets test-latest lint types docs battery families gpu-check bench-gpu gpu-wheels sbom venv clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -89,6 +89,12 @@ bench-gpu: venv  ## of gpu-check, the speed beside TRL and a plain loop
 
 gpu-wheels: venv  ## the wheels that a machine with torch and no network lacks for gpu-check; ARGS="FOLDER --python 3.12"
 	@$(BIN)/python scripts/gpu_wheels.py $(ARGS)
+
+sbom: venv  ## a bill of what stands in .venv, as CycloneDX JSON in dist/sbom.json
+	@[ -x .cache/sbom/bin/cyclonedx-py ] || { $(BIN)/python -m venv .cache/sbom && .cache/sbom/bin/python -m pip install -q cyclonedx-bom==7.5.0; }
+	@mkdir -p dist
+	@.cache/sbom/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --mc-type library --output-reproducible -o dist/sbom.json
+	@echo 'dist/sbom.json'
 
 venv:  ## the virtual environment with the tested versions, made once
 	@sh scripts/venv.sh

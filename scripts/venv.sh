@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes .venv in the checkout: the tested versions of constraints.txt and this package, editable.
+# Makes .venv in the checkout: the tested versions, each file by its SHA-256 (requirements.lock), and this package, editable.
+# An index that builds files of its own has other sums: NO_HASHES=1 takes the versions of constraints.txt alone.
 #
 #   .venv/.stamp holds the key of what is installed   -> nothing to do, back in milliseconds
 #   .venv/.stamp holds another key                    -> pip brings the environment up to date
@@ -24,9 +25,11 @@ log=$venv/install.log
 # A stray PYTHONPATH would pass other people's packages off as installed; PIP_USER fights every virtual environment.
 unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
+# What builds the one package that comes as source: the second name since pip 25.3, the first before.
+export PIP_CONSTRAINT=scripts/build-constraints.txt PIP_BUILD_CONSTRAINT=scripts/build-constraints.txt
 
 # Two lines: what the environment was built from, and where.
-key="$(cat pyproject.toml constraints.txt | cksum), $(grep '^__version__' instructft/version.py)$day
+key="$(cat pyproject.toml constraints.txt requirements.lock scripts/build-constraints.txt | cksum), $(grep '^__version__' instructft/version.py)$day
 $here"
 
 if [ ! -e $venv/.unfinished ] && [ "$(cat $venv/.stamp 2>/dev/null)" = "$key" ] && $venv/bin/python -c '' 2>/dev/null; then
@@ -104,9 +107,17 @@ rm -f $venv/.stamp
 [ $pins = constraints.txt ] || grep '^torch==' constraints.txt >$pins
 # torch first and alone: it is most of the download, and its version decides what everything after it may ask for.
 step "[2/4] torch, 0.2 to 3 GB to fetch the first time" $venv/bin/python -m pip install --no-compile -c $pins torch
-# shellcheck disable=SC2086  # $upgrade is several words, or none
-step "[3/4] instructft and what it stands on" \
-  $venv/bin/python -m pip install --no-compile $upgrade -c $pins -e ".[dev,quant,ui]"
+from_the_lock() {
+  $venv/bin/python -m pip install --no-compile --no-deps --require-hashes -r requirements.lock &&
+    $venv/bin/python -m pip install --no-compile --no-deps --no-build-isolation -e .
+}
+if [ $pins = constraints.txt ] && [ -z "${NO_HASHES:-}" ]; then
+  set -- from_the_lock
+else
+  # shellcheck disable=SC2086  # $upgrade is several words, or none
+  set -- $venv/bin/python -m pip install --no-compile $upgrade -c $pins -e ".[dev,quant,ui]"
+fi
+step "[3/4] instructft and what it stands on" "$@"
 # pip would compile 15,000 files, most never imported (--no-compile: half the time); this compiles those that are.
 step "[4/4] first start" $venv/bin/python -c '
 import datasets, matplotlib.pyplot, peft, pytest, sacrebleu, tensorboard, torch, transformers, trl

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -27,14 +28,20 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+SETUP = [
+    "pyproject.toml",
+    "constraints.txt",
+    "requirements.lock",
+    "scripts/build-constraints.txt",
+]  # what .venv is made of
 
 
 # Pins
 
 
-def pins(python: str) -> dict[str, Version]:
-    """The pins of constraints.txt that hold for one Python on Linux, by canonical name."""
-    environment = {
+def environment(python: str) -> dict[str, str]:
+    """What a marker asks, for one Python on Linux."""
+    return {
         "python_version": python,
         "python_full_version": f"{python}.1",
         "sys_platform": "linux",
@@ -42,12 +49,16 @@ def pins(python: str) -> dict[str, Version]:
         "platform_machine": "x86_64",
         "extra": "",
     }
+
+
+def pins(python: str) -> dict[str, Version]:
+    """The pins of constraints.txt that hold for one Python on Linux, by canonical name."""
     found: dict[str, Version] = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if not line or line.startswith("#"):
             continue
         pin = Requirement(line)
-        if pin.marker and not pin.marker.evaluate(environment):
+        if pin.marker and not pin.marker.evaluate(environment(python)):
             continue
         (specifier,) = pin.specifier
         assert specifier.operator == "==", line
@@ -75,6 +86,47 @@ def test_every_dependency_is_pinned_within_its_range(python: str) -> None:
         assert pinned[name] in requirement.specifier, f"{name}=={pinned[name]} is outside {requirement.specifier}"
         checked += 1
     assert checked > 20
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_holds_what_is_pinned_each_with_its_sums(python: str) -> None:
+    """All that dev, quant and ui lead to, but torch and what it brings; `sh scripts/lock.sh` writes it."""
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", "")
+    locked = {}
+    for line in text.splitlines():
+        pin, *sums = line.split("--hash=")
+        requirement = Requirement(pin)
+        assert sums, line
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", one.strip()) for one in sums), line
+        if not requirement.marker or requirement.marker.evaluate(environment(python)):
+            (specifier,) = requirement.specifier
+            locked[canonicalize_name(requirement.name)] = Version(specifier.version)
+    pinned = pins(python)
+    assert locked == {name: pinned.get(name) for name in locked}
+    assert "torch" not in locked
+    extras = PROJECT["optional-dependencies"]
+    for line in [*PROJECT["dependencies"], *extras["dev"], *extras["quant"], *extras["ui"]]:
+        asked = Requirement(line)
+        if asked.name != "torch" and (not asked.marker or asked.marker.evaluate(environment(python))):
+            assert canonicalize_name(asked.name) in locked, line
+
+
+def test_nothing_is_missing_of_what_was_installed_without_its_dependencies() -> None:
+    """A lock that forgot one would leave a hole: pip was told to add nothing."""
+    left, seen = [("instructft", extra) for extra in ("", "dev", "quant", "ui")], set()
+    while left:
+        name, extra = left.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        for line in metadata.requires(name) or ():
+            asked = Requirement(line)
+            if asked.marker and not asked.marker.evaluate({"extra": extra}):
+                continue
+            installed = metadata.version(asked.name)
+            assert asked.specifier.contains(installed, prereleases=True), f"{name} asks for {asked}: {installed}"
+            left += [(asked.name, more) for more in {"", *asked.extras}]
+    assert len(seen) > 80
 
 
 def test_what_the_package_imports_is_declared() -> None:
@@ -123,6 +175,7 @@ def test_make_has_the_targets_and_lists_them() -> None:
         "gpu-check",
         "bench-gpu",
         "gpu-wheels",
+        "sbom",
         "venv",
         "clean",
         "help",
@@ -208,7 +261,7 @@ class Checkout:
         self.bin = folder / "bin"
         self.calls = folder / "calls"
         self.bin.mkdir()
-        for name in ["pyproject.toml", "constraints.txt", "scripts/venv.sh", "instructft/version.py"]:
+        for name in [*SETUP, "scripts/venv.sh", "instructft/version.py"]:
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         for tool in ["dirname", "cat", "cksum", "grep", "date", "tail", "touch", "mkdir", "rm", "cp"]:
@@ -247,11 +300,21 @@ def test_setup_happens_once(checkout: Checkout) -> None:
     assert first.returncode == 0, first.stderr
     assert checkout.made_anew()
     assert checkout.installed()
-    assert "-c constraints.txt" in checkout.calls.read_text()
+    calls = checkout.calls.read_text()
+    assert "-c constraints.txt torch" in calls
+    assert "--no-deps --require-hashes -r requirements.lock" in calls
     second = checkout.setup()
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
     assert not checkout.made_anew()
     assert not checkout.installed()
+
+
+def test_a_setup_from_an_index_with_builds_of_its_own(checkout: Checkout) -> None:
+    checkout.python("python3", "3.12.1")
+    assert checkout.setup(NO_HASHES="1").returncode == 0
+    calls = checkout.calls.read_text()
+    assert "-c constraints.txt -e" in calls
+    assert "hashes" not in calls
 
 
 def test_the_newest_is_installed_beside_the_pinned_on_the_same_torch(checkout: Checkout) -> None:
@@ -275,7 +338,7 @@ def test_the_newest_is_installed_beside_the_pinned_on_the_same_torch(checkout: C
     assert checkout.setup("newest").returncode == 2
 
 
-@pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
+@pytest.mark.parametrize("changed", SETUP)
 def test_a_changed_dependency_is_installed_into_the_same_environment(checkout: Checkout, changed: str) -> None:
     checkout.python("python3", "3.12.1")
     checkout.setup()
