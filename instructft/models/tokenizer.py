@@ -48,6 +48,12 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     from instructft.prompt.loss_mask import encoder
 
     tokenizer = _bare_tokenizer(recipe)
+    if getattr(tokenizer, "split_special_tokens", False):
+        raise UsageError(
+            f"model.tokenizer: {tokenizer.name_or_path} has split_special_tokens set, by which the special tokens of a "
+            f"prompt come apart ({tokenizer.eos_token} is no longer one token), here and on every server; set it to "
+            "false in a copy's tokenizer_config.json"
+        )
     if tokenizer.eos_token is None and recipe.data.template != "chatml":
         raise UsageError(
             f"model.tokenizer: {tokenizer.name_or_path} has no EOS token, so no answer could end; "

@@ -289,6 +289,8 @@ def fast_bpe(core: Tokenizer) -> FastBPE | None:
         ids.tolist(), lengths.tolist()
         # ([15496, 995], [2])
     """
+    if core.encode_special_tokens:
+        return None  # it is not in the text below
     text = core.to_str()
     if text not in _made:
         if len(_made) >= _KEPT:

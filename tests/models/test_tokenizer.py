@@ -214,3 +214,11 @@ def test_template_options_are_saved_with_the_template(write_recipe: Any, base: P
     assert render(ONE[:1], tokenizer) == f"Hi{tokenizer.eos_token}"
     given = tokenizer.apply_chat_template(ONE[:1], tokenize=False, enable_thinking=True)
     assert given.endswith("THINK")  # a caller's own value wins
+
+
+def test_a_tokenizer_that_takes_special_tokens_apart_is_refused(write_recipe: Any, base: Path, tokenizer: Any) -> None:
+    """Prompts would have had `<|endoftext|>` in letters, the rows of many at once as one token."""
+    tokenizer.split_special_tokens = True
+    tokenizer.save_pretrained(base)
+    with pytest.raises(UsageError, match="split_special_tokens"):
+        load_tokenizer(recipe(write_recipe, base))

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from instructft.data.sources import QUICKSTART
 from instructft.prompt import fast_bpe as module
 from instructft.prompt.fast_bpe import fast_bpe
 from tests.conftest import BATTERY, GPT2, ROWS
@@ -393,3 +394,11 @@ def test_a_panic_falls_back_to_the_library(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(fast, "_encoding", Panics())
     assert fast.encode(["ab cd"])[0].tolist() == tokenizer.encode("ab cd", add_special_tokens=False).ids
+
+
+def test_one_that_takes_special_tokens_apart_goes_to_the_library() -> None:
+    """A setting that its text does not hold."""
+    core = Tokenizer.from_file(str(QUICKSTART / "tokenizer.json"))
+    assert fast_bpe(core) is not None
+    core.encode_special_tokens = True
+    assert fast_bpe(core) is None
