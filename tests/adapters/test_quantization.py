@@ -296,6 +296,7 @@ def child(tmp_path: Path) -> Callable[[str], tuple[set[str], str]]:
     return run
 
 
+@pytest.mark.battery
 def test_bitsandbytes_asks_no_hub_for_a_kernel(child: Callable[[str], tuple[set[str], str]]) -> None:
     names, said = child(_PRETEND + _USE)
     assert len(names) == 2, said  # what it does by itself

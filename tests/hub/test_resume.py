@@ -208,6 +208,7 @@ def test_a_download_that_breaks_is_tried_again(
     assert (found.step, passed) == (4, [])
 
 
+@pytest.mark.battery  # in one process: test_a_clean_machine_goes_on_bit_for_bit
 def test_by_the_command_on_another_machine(
     hub: Any, machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

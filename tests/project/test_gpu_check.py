@@ -25,21 +25,32 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     return importlib.import_module
 
 
-@pytest.mark.timeout(600)
-def test_every_part_runs_on_a_cpu(script: Any, tmp_path: Path) -> None:
-    """From another folder and with nothing but the checkout, as on a bare machine."""
+def checked(folder: Path, *arguments: str) -> dict[str, Any]:
+    """What `make gpu-check` finds on a CPU, from another folder and with nothing but the checkout."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, str(REPO / "benchmarks" / "gpu_check.py"), "--tiny", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command = [sys.executable, str(REPO / "benchmarks" / "gpu_check.py"), "--tiny", "--out", str(folder / "out")]
+    done = subprocess.run([*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads((tmp_path / "out" / "results.json").read_text())["parts"]
-    assert list(found) == list(script("gpu_check").PARTS)
+    found: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())["parts"]
     wrong = [f"{one['part']} · {one['job']}: {one['failed']}" for part in found.values() for one in part
              if "failed" in one]  # fmt: skip
     assert not wrong
-    assert [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()] == [
+    assert [json.loads(line) for line in (folder / "out" / "results.jsonl").read_text().splitlines()] == [
         one for part in found.values() for one in part
     ]
+    assert "the table failed" not in (folder / "out" / "results.md").read_text()
+    return found
+
+
+def test_a_part_runs_on_a_cpu(tmp_path: Path) -> None:
+    assert list(checked(tmp_path, "--only", "packs")) == ["packs"]
+
+
+@pytest.mark.battery
+@pytest.mark.timeout(600)
+def test_every_part_runs_on_a_cpu(script: Any, tmp_path: Path) -> None:
+    found = checked(tmp_path)
+    assert list(found) == list(script("gpu_check").PARTS)
     who = {one["job"]: one for one in found["speed.gpt2"]}
     assert {"instructft", "TRL, rows of like length", "TRL, wrapped", "plain loop"} < set(who)
     same = [one["losses"] for one in who.values() if one.get("kind") in ("ours", "same")]
@@ -48,7 +59,6 @@ def test_every_part_runs_on_a_cpu(script: Any, tmp_path: Path) -> None:
     [resumed] = [one for one in found["resume"] if "same bits" in one]
     assert resumed["same bits"]
     tables = (tmp_path / "out" / "results.md").read_text()
-    assert "the table failed" not in tables
     for words in ("TRL's fastest correct: ", "TRL's fastest leaking: ", "| sdpa | ", "resumed beside unbroken | yes"):
         assert words in tables, words
 

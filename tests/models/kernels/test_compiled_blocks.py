@@ -99,6 +99,7 @@ def test_a_graph_for_each_kind_and_none_anew(name: str, lora: bool) -> None:
     assert compiled.facts()["blocks"] == 3
 
 
+@pytest.mark.battery  # the others compile by a backend without a C compiler
 def test_inductor_gives_the_same_losses() -> None:
     data = batches(3)
     expected = trained(make("GPT-2"), data)

@@ -217,6 +217,7 @@ def test_processes_of_train_in_numbers(train: Any) -> None:
     assert "--processes: found two, expected auto or a whole number from 1" in train("quickstart", "--processes=two")[1]
 
 
+@pytest.mark.battery  # test_workers.py has the same launch, stopped and resumed
 @pytest.mark.timeout(300)
 def test_train_in_two_processes_on_the_cpu(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     words = ["train", str(write_recipe()), "train.max_steps=2", "train.report_to=none", "--processes", "2"]

@@ -20,7 +20,7 @@ torch.distributed.barrier()
 try:
     with silent_named(state, 2):
         if state.process_index == {silent}:
-            time.sleep(10)
+            time.sleep(6)
         else:
             torch.distributed.barrier()
 except InstructftError as error:
