@@ -72,36 +72,37 @@ def choose(recipe: Recipe | None, encoder: Encoder, rows: int, context: int, see
     Half are rows that the run held out, where it held any out and they are here; the others are our own. What is
     longer than the model's context, or what the template refuses, is left out.
     """
-    held, why = _held_out(recipe)
+    held = held_out(recipe)
     left = sum(any(key in message for message in one for key in _EXTRAS) for one in held)
     held = [one for one in held if not any(key in message for message in one for key in _EXTRAS)]
     draw = random.Random(seed)
     draw.shuffle(held)
     chosen = list(_usable([("held out", one) for one in held], encoder, context, (rows + 1) // 2))
-    own = list(_usable(_own(encoder, draw, 4 * rows), encoder, context, rows - len(chosen)))
+    own = list(_usable(own(encoder, 4 * rows, draw), encoder, context, rows - len(chosen)))
     chosen += own
     kinds = [one.kind for one in chosen]
     listed = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-    said = f"{listed}{why}"
+    said = listed
     if left:
         said += f"; {left:,} held-out rows with input or context left out: a server's messages have no place for them"
     return chosen, said
 
 
-def _held_out(recipe: Recipe | None) -> tuple[list[Conversation], str]:
+def held_out(recipe: Recipe | None, answered: bool = False) -> list[Conversation]:
+    """The conversations that a run held out, up to their last answer, or with it; none where they are not here."""
     if recipe is None:
-        return [], ""
+        return []
     try:
         rows, _, _ = rows_of(recipe, None, None, None)
-    except (UsageError, DataError) as error:
-        return [], f" (no held-out rows: {str(error).splitlines()[0]})"
+    except (UsageError, DataError):
+        return []
     found = []
     for row in rows:
         one = as_conversation(row["messages"])
         last = max((i for i, message in enumerate(one) if message["role"] == "assistant"), default=0)
         if last:
-            found.append(one[:last])
-    return found, ""
+            found.append(one[: last + answered])
+    return found
 
 
 def _usable(some: Sequence[tuple[str, Conversation]], encoder: Encoder, context: int, most: int) -> Iterator[Asked]:
@@ -122,8 +123,9 @@ def _usable(some: Sequence[tuple[str, Conversation]], encoder: Encoder, context:
             yield Asked(kind, conversation, ids)
 
 
-def _own(encoder: Encoder, draw: random.Random, count: int) -> list[tuple[str, Conversation]]:
-    """Conversations of each kind in turn, drawn by a seed."""
+def own(encoder: Encoder, count: int, draw: random.Random | None = None) -> list[tuple[str, Conversation]]:
+    """Conversations of each kind that the template takes, in turn."""
+    draw = draw or random.Random(0)
     kinds = ["one turn", "system", "many turns"]
     if encoder.renderer.text_or_none(Conversation([_user(draw), _call("")], [_TOOL])):
         kinds.append("tools")

@@ -274,7 +274,8 @@ def _both(generator: Generator, made: list[int], served: Served) -> tuple[list[i
         return ours, served.ids[:-1] if ended else served.ids
     text = generator.tokenizer.decode(ours, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     texts = [text.rstrip("\ufffd").strip(), served.text.rstrip("\ufffd").strip()]
-    return tuple(generator.tokenizer(texts, add_special_tokens=False)["input_ids"])  # type: ignore[return-value]
+    first, second = generator.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return first, second
 
 
 def _miscounted(number: int, one: Asked, served: Served) -> Difference:
@@ -297,8 +298,8 @@ def _answered_otherwise(
     stops = generator.stop_ids
     told = of_answer(ours, theirs, place, stops, weights, served.finish)
     cause = told or Cause(UNKNOWN, "the same prompt, and other weights or other arithmetic")
-    shown = (around(ids, place.position, generator.tokenizer) for ids in (ours, theirs))
-    difference = _of(number, one, "answer", cause, *shown, position=place.position)
+    shown, other = (around(ids, place.position, generator.tokenizer) for ids in (ours, theirs))
+    difference = _of(number, one, "answer", cause, shown, other, place.position)
     if cause.name == "stop token removed" and place.position < len(theirs) and theirs[place.position] in stops:
         return difference
     chosen = [token if token is not None else stops[0] for token in (place.ours, place.theirs)]
