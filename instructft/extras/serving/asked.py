@@ -78,8 +78,7 @@ def choose(recipe: Recipe | None, encoder: Encoder, rows: int, context: int, see
     draw = random.Random(seed)
     draw.shuffle(held)
     chosen = list(_usable([("held out", one) for one in held], encoder, context, (rows + 1) // 2))
-    own = list(_usable(own(encoder, 4 * rows, draw), encoder, context, rows - len(chosen)))
-    chosen += own
+    chosen += _usable(own(encoder, 4 * rows, draw), encoder, context, rows - len(chosen))
     kinds = [one.kind for one in chosen]
     listed = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     said = listed

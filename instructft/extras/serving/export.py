@@ -107,7 +107,7 @@ def export(
             figures, own, why = _read_back(loaded, file, texts, own)
             if name == SOURCE and figures is not None and not figures.kl <= SAME:
                 raise ModelError(
-                    f"read back, {file.name} is not the model: KL {figures.kl:.2g} nats a token, expected at most {SAME}"
+                    f"read back, {file.name} is not the model: KL {figures.kl:.2g} nats a token, expected {SAME}"
                 )
             found.append(
                 {"file": file.name, "format": name, "bytes": file.stat().st_size, "not_read": why}

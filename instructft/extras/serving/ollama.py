@@ -171,8 +171,8 @@ def _strips(parts: Parts, chat: Encoder) -> bool:
 
 def _refused(why: str) -> TemplateError:
     return TemplateError(
-        f"--format ollama: Ollama's template language cannot express this chat template: {why}. Export with --format gguf "
-        "and serve it with llama-server, which renders Jinja; or train with data.template=chatml"
+        f"--format ollama: Ollama's template language cannot express this chat template: {why}. Export with --format "
+        "gguf and serve it with llama-server, which renders Jinja; or train with data.template=chatml"
     )
 
 

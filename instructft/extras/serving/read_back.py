@@ -97,7 +97,7 @@ def weights_of(file: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     except Exception as error:  # of many kinds, by architecture
         raise NotReadError(f"transformers does not read it: {first_line(error)}") from error
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def compared(model: Any, other: Any, texts: Sequence[Text]) -> tuple[Figures, float]:
