@@ -123,11 +123,10 @@ def _bos(ours: Sequence[int], theirs: Sequence[int], tokenizer: PreTrainedTokeni
                 f"{name} comes from the template and once more from the tokenizer; switch off the second "
                 "(tokenizer.ggml.add_bos_token, add_bos_token, add_special_tokens)",
             )
-        if theirs[0] == bos:
-            return Cause(
-                "BOS that training did not have",
-                f"the server puts {name} in front; switch that off (tokenizer.ggml.add_bos_token, add_bos_token)",
-            )
+        return Cause(
+            "BOS that training did not have",
+            f"the server puts {name} in front; switch that off (tokenizer.ggml.add_bos_token, add_bos_token)",
+        )
     if ours and list(ours[1:]) == list(theirs) and ours[0] == bos:
         return Cause("missing BOS", "training began with it; switch it on in the server's tokenizer (add_bos_token)")
     return None
