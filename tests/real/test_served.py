@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +25,10 @@ from instructft.extras.serving.verify import Found, verify
 from instructft.prompt.loss_mask import encoder
 from instructft.prompt.templates import TEMPLATES
 from tests.helpers.go import go, rendered
+from tests.helpers.llama_server import llama_server
 from tests.helpers.quickstart import tokenizer as bundled
 
 PROMPTS, ANSWERS, TOKENS = 200, 100, 32
-SERVER = """
-import sys, time, xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path, params.port, params.n_ctx = sys.argv[1], int(sys.argv[2]), 2048
-params.n_gpu_layers, params.n_parallel, params.warmup, params.verbosity = 0, 1, False, -1
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-params.chat_template = sys.argv[3]
-server = xllamacpp.Server(params)
-print(server.listening_address, flush=True)
-time.sleep(7200)
-"""
-
-
-@contextmanager
-def llama_server(file: Path, template: str = "") -> Iterator[str]:
-    """llama.cpp's server on a file, in a process of its own."""
-    pytest.importorskip("xllamacpp", reason="llama.cpp's server: pip install xllamacpp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", SERVER, str(file), str(port), template]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield process.stdout.readline().strip()
-        finally:
-            process.kill()
 
 
 def asked(model: Path, url: str, rows: int = 12, answers: int = 6, tokens: int = TOKENS) -> Found:
