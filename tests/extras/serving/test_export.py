@@ -98,7 +98,7 @@ def test_what_is_refused_before_anything_is_written(run: Path, tmp_path: Path, m
     (tmp_path / "convert_hf_to_gguf.py").touch()
     with pytest.raises(UsageError, match=r'found q4_k; did you mean "q4_k_s"\?|did you mean'):
         export(str(run), tmp_path / "out", quantized="q4_k", converter=tmp_path)
-    with pytest.raises(UsageError, match="needs llama.cpp's program llama-quantize"):
+    with pytest.raises(UsageError, match="program llama-quantize"):
         export(str(run), tmp_path / "out", quantized="q4_k_m", converter=tmp_path)
     assert not (tmp_path / "out").exists()
 
@@ -108,7 +108,7 @@ def test_a_converter_that_fails_is_quoted_and_leaves_nothing(run: Path, tmp_path
     script = tmp_path / "llama" / "convert_hf_to_gguf.py"
     script.parent.mkdir()
     script.write_text("raise NotImplementedError('Architecture is not supported')\n")
-    with pytest.raises(ModelError, match="converter failed .*Architecture is not supported"):
+    with pytest.raises(ModelError, match=r"converter failed .*Architecture is not supported"):
         export(str(run), tmp_path / "out", converter=script)
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 

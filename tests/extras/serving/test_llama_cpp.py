@@ -41,7 +41,7 @@ def test_a_pattern_that_llama_cpp_does_not_have_has_no_name(tmp_path: Path, part
 
 def test_where_the_tools_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("INSTRUCTFT_LLAMA_CPP", raising=False)
-    with pytest.raises(UsageError, match="--converter: there is no convert_hf_to_gguf.py at"):
+    with pytest.raises(UsageError, match=r"--converter: there is no convert_hf_to_gguf\.py at"):
         find_converter(tmp_path)
     script = tmp_path / "convert_hf_to_gguf.py"
     script.touch()
