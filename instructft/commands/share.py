@@ -113,15 +113,15 @@ def export(
     converter: Annotated[
         Path | None, option(help="llama.cpp's folder, or its convert_hf_to_gguf.py; default: where it is found.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Held-out rows that every file is compared on.")] = 64,
+    rows: Annotated[int, typer.Option(min=0, help="Held-out rows that every file is compared on; 0: none.")] = 64,
 ) -> None:
     """Export for llama.cpp and Ollama, by llama.cpp's own tools; each file is read back and compared with the model."""
     from instructft.checkpoints.run_folder import refuse_used
     from instructft.extras.serving.llama_cpp import find_converter, formats
 
     refuse_used(output)
-    find_converter(converter)
     formats(quantize)
+    print(f"converter  {find_converter(converter)}", flush=True)
     quiet_libraries()
     from instructft.extras.serving.export import export as export_model
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 AROUND = 4  # tokens shown on each side of the first that differs
-UNKNOWN = "unknown"
+UNKNOWN, QUANTIZED = "unknown", "quantized weights"
 
 
 @dataclass(frozen=True)
@@ -182,16 +182,19 @@ def _lost(expected: str, found: str, conversation: Conversation) -> Cause | None
 
 
 def of_answer(
-    ours: Sequence[int], theirs: Sequence[int], place: Place, stops: Sequence[int], weights: str, finish: str
+    theirs: Sequence[int], place: Place, stops: Sequence[int], ended: bool, finish: str, weights: str
 ) -> Cause | None:
     """Why a server answers otherwise after the same prompt; None where nothing of the two answers tells.
 
     Args:
-        ours, theirs: ids of the answers, without the token that ended them.
+        theirs: ids of the server's answer, without the token that ended it.
         stops: the tokens at which this model ends an answer.
+        ended: whether our answer ended by itself.
+        finish: why the server's ended, in its words.
         weights: in what the server holds them, as Q4_K_M.
     """
-    if place.ours is None and len(theirs) > place.position and (theirs[place.position] in stops or finish == "length"):
+    behind = theirs[place.position] if place.ours is None and place.position < len(theirs) else None
+    if ended and behind is not None and (behind in stops or finish == "length"):
         return Cause(
             "stop token removed",
             "the answer goes on behind the token that ends it; the server has to stop there (eos_token_id in "
@@ -200,9 +203,7 @@ def of_answer(
     if place.theirs is None and finish == "stop":
         return Cause("other EOS", "the server ends the answer at a token that ends nothing here")
     if weights.upper().startswith(("Q", "IQ", "TQ")):
-        return Cause(
-            "quantized weights", f"the server holds the weights in {weights}; the export's table shows its cost"
-        )
+        return Cause(QUANTIZED, f"the server holds the weights in {weights}; the export's table shows its cost")
     return None
 
 

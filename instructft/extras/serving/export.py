@@ -32,7 +32,7 @@ from instructft.extras.serving.read_back import (
 )
 from instructft.formatting import first_line, size
 from instructft.inference.reference_model import recipe_of
-from instructft.models.load_for_inference import context_of, find_adapter, load_for_inference, locate
+from instructft.models.load_for_inference import context_of, find_adapter, load_for_inference, load_tokenizer_of, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ def export(
         fmt: `gguf`, or `ollama`: the same with a Modelfile.
         quantized: names with commas between, such as `q8_0,q4_k_m`.
         converter: llama.cpp's script or folder; None: it is looked for.
-        rows: that every file is compared with the model on.
+        rows: that every file is compared with the model on; 0: nothing is compared, and no weights are loaded.
 
     Example::
 
@@ -68,8 +68,8 @@ def export(
 
     if fmt not in FORMATS:
         raise UsageError(f"--format: found {fmt}, expected {' or '.join(FORMATS)}")
-    if rows < 1:
-        raise UsageError(f"--rows: found {rows}, expected 1 or more")
+    if rows < 0:
+        raise UsageError(f"--rows: found {rows}, expected 1 or more, or 0 to compare nothing")
     refuse_used(output)
     locate(model)
     script = find_converter(converter)
@@ -84,14 +84,11 @@ def export(
 
     with partial_folder(output) as folder:
         merged = _as_folder(model, folder / "merged")
-        loaded, tokenizer = load_for_inference(str(merged))
-        loaded = loaded.float()
-        asks = (
-            modelfile(tokenizer, f"./{_file(model, names[-1])}", loaded.generation_config) if fmt == "ollama" else None
-        )
+        loaded, tokenizer = _loaded(merged, rows)
+        name = f"./{_file(model, names[-1])}"
+        asks = modelfile(tokenizer, name, _generation(merged)) if fmt == "ollama" else None
         texts, source = _texts(model, tokenizer, rows)
-        say(f"converter  {script}")
-        say(f"compared   on {source}")
+        say(f"compared   {source}")
         found: list[dict[str, Any]] = []
         own = 0.0
         for name in names:
@@ -124,8 +121,22 @@ def export(
         if asks is not None:
             (folder / "Modelfile").write_text(asks, encoding="utf-8")
         shutil.rmtree(folder / "merged", ignore_errors=True)
-    _report(console, output, facts, fmt, _called(model))
+    _report(console, output, facts, fmt, model)
     return facts
+
+
+def _loaded(merged: Path, rows: int) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model in float32, where files are compared with it, and its tokenizer."""
+    if not rows:
+        return None, load_tokenizer_of(str(merged))
+    model, tokenizer = load_for_inference(str(merged))
+    return model.float(), tokenizer
+
+
+def _generation(merged: Path) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(merged) if (merged / "generation_config.json").is_file() else None
 
 
 def _require_gguf() -> None:
@@ -176,22 +187,26 @@ def _texts(model: str, tokenizer: PreTrainedTokenizerBase, most: int) -> tuple[l
     """What files are compared on: answers of rows that the run held out, else whole prompts of our own."""
     from instructft.prompt.loss_mask import encoder
 
+    if not most:
+        return [], "nothing: --rows 0"
     recipe, context = recipe_of(model), context_of(model) or 1024
     conversations = held_out(recipe, answered=True)
     if conversations:
         encoded = encoder(tokenizer).encode(conversations[:most]).lists()
         if texts := list(texts_of(encoded, context)):
             count = sum(len(text.places) for text in texts)
-            return texts, f"{count:,} answer tokens of {len(conversations[:most])} rows that the run held out"
+            return texts, f"on {count:,} answer tokens of {len(conversations[:most])} rows that the run held out"
     asked, _ = choose(None, encoder(tokenizer), most, context)
     texts = [Text(one.ids, list(range(len(one.ids) - 1))) for one in asked if len(one.ids) > 1]
     if not texts:
         raise UsageError(f"the chat template of {model} takes no conversation that its context has room for")
     count = sum(len(text.places) for text in texts)
-    return texts, f"{count:,} tokens of {len(texts)} prompts of our own: no held-out rows are known"
+    return texts, f"on {count:,} tokens of {len(texts)} prompts of our own: no held-out rows are known"
 
 
 def _read_back(model: Any, file: Path, texts: Sequence[Text], own: float) -> tuple[Figures | None, float, str]:
+    if not texts:
+        return None, own, "not asked for"
     try:
         other = weights_of(file)
     except NotReadError as error:
@@ -200,7 +215,7 @@ def _read_back(model: Any, file: Path, texts: Sequence[Text], own: float) -> tup
     return figures, own, ""
 
 
-def _report(console: Any, output: Path, facts: dict[str, Any], fmt: str, name: str) -> None:
+def _report(console: Any, output: Path, facts: dict[str, Any], fmt: str, model: str) -> None:
     table = plain_table("file", "size", "KL", "top-1", "perplexity")
     first = facts["perplexity"]
     table.add_row("the model itself", "", "", "", f"{first:.4f}" if first else "")
@@ -215,10 +230,10 @@ def _report(console: Any, output: Path, facts: dict[str, Any], fmt: str, name: s
     last = facts["files"][-1]["file"]
     console.print(f"\nExported to {output}. Serve it, and see whether it is served as trained:\n", markup=False)
     if fmt == "ollama":
-        console.print(f"  cd {output} && ollama create {name} -f Modelfile\n", markup=False)
+        console.print(f"  cd {output} && ollama create {facts['model']} -f Modelfile\n", markup=False)
     else:
         console.print(
-            f"  llama-server -m {output / last} --port 8080\n  instructft verify {facts['model']} --server "
+            f"  llama-server -m {output / last} --port 8080\n  instructft verify {model} --server "
             "http://127.0.0.1:8080\n",
             markup=False,
         )

@@ -16,6 +16,7 @@ from instructft.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UsageError
 from instructft.evaluation.compare import check_json, write_json
 from instructft.extras.serving.asked import Asked, choose
 from instructft.extras.serving.causes import (
+    QUANTIZED,
     UNKNOWN,
     Cause,
     Place,
@@ -258,9 +259,9 @@ def _compare_answers(
                 cause = Cause("other EOS", "the server names another reason, after the same tokens")
                 found.differences.append(_of(number, one, "stop", cause, finish, served.finish))
             continue
-        difference = _answered_otherwise(generator, one, number, ours, theirs, place, served, server.weights)
+        difference = _answered_otherwise(generator, one, number, row, ours, theirs, place, served, server.weights)
         found.differences.append(difference)
-        if not difference.near_tie and difference.cause == UNKNOWN:
+        if not difference.near_tie and difference.cause in (UNKNOWN, QUANTIZED):
             differing.append((row.index, theirs, difference))
     _blame_base(model, generator, asked, differing, most)
 
@@ -289,6 +290,7 @@ def _answered_otherwise(
     generator: Generator,
     one: Asked,
     number: int,
+    row: Row,
     ours: list[int],
     theirs: list[int],
     place: Place,
@@ -296,7 +298,8 @@ def _answered_otherwise(
     weights: str,
 ) -> Difference:
     stops = generator.stop_ids
-    told = of_answer(ours, theirs, place, stops, weights, served.finish)
+    ended = bool(row.made) and row.made[-1] in stops
+    told = of_answer(theirs, place, stops, ended, served.finish, weights)
     cause = told or Cause(UNKNOWN, "the same prompt, and other weights or other arithmetic")
     shown, other = (around(ids, place.position, generator.tokenizer) for ids in (ours, theirs))
     difference = _of(number, one, "answer", cause, shown, other, place.position)

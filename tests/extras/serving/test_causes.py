@@ -74,13 +74,14 @@ def test_special_tokens_as_plain_text_are_the_same_text_cut_otherwise(chatml: An
 def test_causes_of_another_answer() -> None:
     stop = [7]
     assert first_difference([1, 2], [1, 2]) is None
-    over = of_answer([1, 2], [1, 2, 7, 9], Place(2, None, 7), stop, "F16", "length")
+    over = of_answer([1, 2, 7, 9], Place(2, None, 7), stop, True, "length", "F16")
     assert over
     assert over.name == "stop token removed"
-    early = of_answer([1, 2], [1], Place(1, 2, None), stop, "F16", "stop")
+    early = of_answer([1], Place(1, 2, None), stop, True, "stop", "F16")
     assert early
     assert early.name == "other EOS"
-    few = of_answer([1, 2], [1, 3], Place(1, 2, 3), stop, "Q4_K_M", "stop")
+    few = of_answer([1, 3], Place(1, 2, 3), stop, True, "stop", "Q4_K_M")
     assert few
     assert few.name == "quantized weights"
-    assert of_answer([1, 2], [1, 3], Place(1, 2, 3), stop, "F16", "stop") is None
+    assert of_answer([1, 3], Place(1, 2, 3), stop, True, "stop", "F16") is None
+    assert of_answer([1, 3, 4], Place(2, None, 4), stop, False, "length", "F16") is None  # ours was cut off too
