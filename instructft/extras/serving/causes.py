@@ -88,6 +88,8 @@ def of_prompt(
             "the text is the same: the server's tokenizer is not the trained one, or it takes special tokens for plain "
             "text; serve the tokenizer files that lie beside the model",
         )
+    if _plain(expected) == _plain(found):
+        return Cause("white space changed", "the server's template takes away or adds spaces or line breaks")
     if known := _other_template(theirs, conversation, tokenizer):
         return Cause("template not picked up", f"the server renders with {known}; {_GIVE_TEMPLATE}")
     if cause := _lost(expected, found, conversation):
@@ -97,8 +99,6 @@ def of_prompt(
             "template not picked up",
             f"the server says its template is {short(template, 60)!r}, which is not the trained one; {_GIVE_TEMPLATE}",
         )
-    if _plain(expected) == _plain(found):
-        return Cause("white space changed", "the server's template takes away or adds spaces or line breaks")
     return Cause(UNKNOWN, "compare the server's template with chat_template.jinja beside the model")
 
 

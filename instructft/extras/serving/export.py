@@ -91,10 +91,11 @@ def export(
         say(f"compared   {source}")
         found: list[dict[str, Any]] = []
         own = 0.0
+        staged = _staged(merged, folder / "staged")
         for name in names:
             file = folder / _file(model, name)
             if name in CONVERTED:
-                convert(script, merged, file, name)
+                convert(script, staged, file, name)
             else:
                 assert quantizer is not None
                 quantize(quantizer, folder / _file(model, SOURCE), file, name)
@@ -120,9 +121,23 @@ def export(
         (folder / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         if asks is not None:
             (folder / "Modelfile").write_text(asks, encoding="utf-8")
-        shutil.rmtree(folder / "merged", ignore_errors=True)
+        for scratch in ("merged", "staged"):
+            shutil.rmtree(folder / scratch, ignore_errors=True)
     _report(console, output, facts, fmt, model)
     return facts
+
+
+def _staged(merged: Path, folder: Path) -> Path:
+    """The model as the converter wants it: with `n_ctx`, which transformers 5 no longer writes for GPT-2."""
+    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    if "n_positions" not in config or "n_ctx" in config:
+        return merged
+    folder.mkdir()
+    for file in merged.iterdir():
+        if file.is_file() and file.name != "config.json":
+            (folder / file.name).symlink_to(file.resolve())
+    (folder / "config.json").write_text(json.dumps({**config, "n_ctx": config["n_positions"]}), encoding="utf-8")
+    return folder
 
 
 def _loaded(merged: Path, rows: int) -> tuple[Any, PreTrainedTokenizerBase]:

@@ -76,10 +76,11 @@ def test_llama_cpp_with_another_template_is_found_by_name(run: Path, exported: P
 
 @CONVERTS
 def test_a_file_that_is_another_model_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = module.convert
+    right = module.convert
+    other = module._staged(run.parent / "base", tmp_path.parent / "other")
 
     def convert(script: Path, model: Path, output: Path, outtype: str) -> None:
-        wrong(script, run.parent / "base", output, outtype)
+        right(script, other, output, outtype)
 
     monkeypatch.setattr(module, "convert", convert)
     with pytest.raises(ModelError, match="is not the model: KL"):
