@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from instructft.commands.judge import evaluate
+from instructft.commands.judge import evaluate, verify
 from instructft.commands.prepare import check, init, inspect, prepare, recipes
-from instructft.commands.share import convert, merge, push
+from instructft.commands.share import convert, export, merge, push
 from instructft.commands.train import launch, train
 from instructft.commands.use import chat, generate, ui
 from instructft.errors import EXIT_FAILED, InstructftError, is_panic
@@ -19,9 +19,9 @@ from instructft.version import __version__
 GROUPS = {
     "Prepare": (recipes, init, check, inspect, prepare),
     "Train": (train, launch),
-    "Judge": (evaluate,),
+    "Judge": (evaluate, verify),
     "Use": (chat, ui, generate),
-    "Share": (merge, convert, push),
+    "Share": (merge, convert, export, push),
 }
 
 

@@ -36,7 +36,7 @@ FOLDERS = {
     "evaluation": "metrics with intervals, two models side by side",
     "check": "what can be known before a GPU is spent",
     "commands": "what the command line takes, a module for each group of commands",
-    "extras": "what fine-tuning does not need: converting, other tools' benchmarks",
+    "extras": "what fine-tuning does not need: converting, servers, other tools' benchmarks",
 }
 # Question -> answer. {NAME} is the file that defines NAME; {NAME!test} is the test that mirrors it; {folder/} a folder.
 QUESTIONS = {

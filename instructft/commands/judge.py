@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from instructft.commands.options import ColumnsOption, ModelArgument, option, quiet_libraries
-from instructft.errors import UsageError
+from instructft.errors import EXIT_DONE, UsageError
 
 
 def evaluate(
@@ -58,3 +58,34 @@ def evaluate(
         from instructft.evaluation.compare import compare
 
         compare(model, base, data, split, limit, show, json_file, columns_asked(columns or ()))
+
+
+def verify(
+    model: ModelArgument,
+    server: Annotated[str, typer.Option(metavar="URL", help="A running server, as http://127.0.0.1:8000.")],
+    api_key_env: Annotated[
+        str | None, option(metavar="NAME", help="The environment variable that holds its API key.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Conversations whose prompts are compared.")] = 50,
+    answers: Annotated[int | None, option(min=0, help="How many are also answered; default: half.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens in an answer, at most.")] = 32,
+    name: Annotated[str | None, option(help="The model's name on a server that has several.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that one request may take.")] = 120,
+    json_file: Annotated[Path | None, option("--json", help="Write the results to this file.")] = None,
+) -> None:
+    """Does a running server read and answer as the model was trained? If not: the first token that differs, and why."""
+    from instructft.extras.serving.client import Client
+    from instructft.extras.serving.servers import reach
+
+    found = reach(Client(server, api_key_env, timeout), name)
+    weights = f" ({found.weights})" if found.weights else ""
+    print(
+        f"server   {found.kind} {found.version}".rstrip() + f" at {found.client.url}: {found.model}{weights}",
+        flush=True,
+    )
+    quiet_libraries()
+    from instructft.extras.serving.verify import verify as verify_server
+
+    code = verify_server(model, found, rows, answers, max_new_tokens, json_file).exit_code
+    if code != EXIT_DONE:
+        raise typer.Exit(code)

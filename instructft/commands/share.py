@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from instructft.commands.options import option, quiet_libraries
+from instructft.commands.options import ModelArgument, option, quiet_libraries
 
 
 def merge(
@@ -101,3 +101,28 @@ def push(
     if pushed.left_out:
         print("left out: " + ", ".join(f"{name} ({why})" for name, why in sorted(pushed.left_out.items())))
     print(pushed)
+
+
+def export(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new or empty folder for the files.")],
+    fmt: Annotated[
+        str, typer.Option("--format", metavar="gguf|ollama", help="ollama: GGUF with a Modelfile.")
+    ] = "gguf",
+    quantize: Annotated[str, option(metavar="NAME,…", help="Beside f16, as q8_0,q4_k_m.")] = "",
+    converter: Annotated[
+        Path | None, option(help="llama.cpp's folder, or its convert_hf_to_gguf.py; default: where it is found.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Held-out rows that every file is compared on; 0: none.")] = 64,
+) -> None:
+    """Export for llama.cpp and Ollama, by llama.cpp's own tools; each file is read back and compared with the model."""
+    from instructft.checkpoints.run_folder import refuse_used
+    from instructft.extras.serving.llama_cpp import find_converter, formats
+
+    refuse_used(output)
+    formats(quantize)
+    print(f"converter  {find_converter(converter)}", flush=True)
+    quiet_libraries()
+    from instructft.extras.serving.export import export as export_model
+
+    export_model(model, output, fmt, quantize, converter, rows)

@@ -107,6 +107,23 @@ def load_tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     return with_template(name, _tokenizer_of(name, adapter, locate_base(adapter)))
 
 
+def context_of(name: str) -> int | None:
+    """Tokens that a model takes, by its configuration alone; None where that names no end.
+
+    Raises:
+        UsageError, AdapterError, ModelError: as `load_for_inference`.
+    """
+    from transformers import AutoConfig
+
+    location, revision, adapter = _find(name, on_hub=True)
+    if adapter is not None:
+        location, revision = str(locate_base(adapter)), "main"
+    trust = remote_code.pinned(location, revision)
+    config = _whole(name, AutoConfig.from_pretrained, location, **{"revision": revision, **trust})
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    return positions if positions > 0 else None
+
+
 def load_bare(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """`load_for_inference` for a caller that brings the chat template: the tokenizer's stays as it was saved."""
     location, revision, adapter = _find(name, on_hub=True)

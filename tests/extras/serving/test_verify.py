@@ -1,0 +1,123 @@
+"""Every kind of server that serves as trained passes, and what each can get wrong is found by its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instructft.extras.serving.client import Client
+from instructft.extras.serving.servers import reach
+from instructft.extras.serving.verify import Found, verify
+from instructft.models.load_for_inference import load_for_inference
+from tests.helpers.chat_servers import ChatServer
+
+KINDS = ("llama.cpp", "vLLM", "TGI", "Ollama", "other")
+
+
+def check(run: Path, kind: str, *faults: str, served: Path | None = None, rows: int = 6) -> Found:
+    with ChatServer(kind, *load_for_inference(str(served or run)), *faults) as server:
+        return verify(str(run), reach(Client(server.url)), rows, max_new_tokens=12)
+
+
+def causes(found: Found) -> set[str]:
+    return {one.cause for one in found.differences}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_served_as_trained(run: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = check(run, kind)
+    assert not found.differences
+    assert (found.answered, found.equal_answers, found.equal_stops) == (3, 3, 3)
+    told = kind in ("llama.cpp", "vLLM", "TGI")
+    assert found.told is told
+    assert found.exit_code == (0 if told else 2)
+    said = capsys.readouterr().out
+    assert ("Served as trained." in said) is told
+    assert "3 held out" in said
+    if not told:
+        assert "cannot tell its prompt ids" in said
+    else:
+        assert "6 of 6 equal, id by id" in said
+
+
+@pytest.mark.parametrize("kind", ["llama.cpp", "vLLM", "TGI"])
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [("other template", "template not picked up"), ("doubled BOS", "BOS that training did not have")],
+)
+def test_another_prompt_is_found_by_name(run: Path, kind: str, fault: str, cause: str) -> None:
+    found = check(run, kind, fault)
+    assert causes(found) == {cause}
+    assert found.exit_code == 1
+    assert found.equal_prompts == 0
+    assert found.differences[0].position == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_token_that_is_removed_is_found_by_name(run: Path, kind: str) -> None:
+    found = check(run, kind, "no stop")
+    assert causes(found) == {"stop token removed"}
+    assert found.exit_code == 1
+
+
+@pytest.mark.parametrize("kind", ["llama.cpp", "Ollama"])
+def test_the_base_in_place_of_what_was_trained_is_found_by_name(run: Path, kind: str) -> None:
+    found = check(run, kind, served=run.parent / "base")
+    assert causes(found) == {"adapter without effect"}
+    assert found.exit_code == 1
+    assert all(one.gap is not None and one.gap > 0.1 for one in found.differences)
+
+
+@pytest.mark.parametrize("kind", ["Ollama", "other"])
+def test_a_server_that_tells_no_ids_is_caught_by_their_number(run: Path, kind: str) -> None:
+    found = check(run, kind, "doubled BOS")
+    assert "prompt of another length" in causes(found)
+    assert found.exit_code == 1
+
+
+def test_a_near_tie_is_no_difference(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's model is the trained one with a little noise: where its answers part, the two tokens are close."""
+    import torch
+
+    from instructft.extras.serving import verify as module
+
+    model, tokenizer = load_for_inference(str(run))
+    with torch.no_grad():
+        ours = model.transformer.wte.weight
+        ours.add_(torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)) * 0.5)
+    monkeypatch.setattr(module, "NEAR", 1e9)
+    with ChatServer("llama.cpp", model, tokenizer) as server:
+        found = verify(str(run), reach(Client(server.url)), 6, max_new_tokens=12)
+    ties = [one for one in found.differences if one.near_tie]
+    assert ties
+    assert {one.cause for one in ties} == {"near tie"}
+    assert found.exit_code == 0
+
+
+def test_the_results_are_written(run: Path, tmp_path: Path) -> None:
+    with ChatServer("vLLM", *load_for_inference(str(run)), "other template") as server:
+        verify(str(run), reach(Client(server.url)), 4, json_file=tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["exit_code"] == 1
+    assert found["differences"][0]["cause"] == "template not picked up"
+
+
+def test_the_command_ends_with_what_was_found(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from instructft import cli
+
+    monkeypatch.setenv("SERVER_KEY", "secret-7")
+    for faults, code in (((), 0), (("doubled BOS",), 1)):
+        with ChatServer("llama.cpp", *load_for_inference(str(run)), *faults, key="secret-7") as server:
+            words = ["verify", str(run), "--server", f"{server.url}/v1", "--api-key-env", "SERVER_KEY", "--rows", "4"]
+            monkeypatch.setattr("sys.argv", ["instructft", *words])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        assert (ended.value.code or 0) == code
+        said: Any = capsys.readouterr()
+        assert said.out.startswith("server   llama.cpp b1 at")
+        assert "secret-7" not in said.out + said.err
