@@ -118,6 +118,8 @@ OWN: dict[str, tuple[str, str]] = {
     "check.max_leaks": ("rows", "0"),
     "check.max_markers": ("rows", "0"),
     "check.max_memory_gib": ("GiB", "22"),
+    "evaluation.rows": ("rows", "100"),
+    "evaluation.metrics": ("", "[exact_match, my_metrics.py:score]"),
     "samples": ("", "[How do I reset my password?]"),
     "output_dir": ("", "runs/support"),
 }
