@@ -109,22 +109,22 @@ class Judge:
             return {}
         if not self.always and not self.budget.allows(ANSWERS, args, state, trainer.control):
             return {}
-        with self.budget.part(ANSWERS):
-            try:
-                return self._measured(trainer)
-            except (DataError, ModelError) as error:  # rows that are gone, or no room in memory: no reason to end a run
-                if self.best is not None:
-                    raise
-                self.why_not = str(error)
-                self.say(f"step {state.global_step}: held-out rows are not answered any more: {error}")
-                return {}
+        try:
+            if self._asked is None:
+                with self.budget.part(ANSWERS):
+                    self._look()
+            with self.budget.part(ANSWERS):  # what it takes from now on each time
+                return self._measured(self._asked or [], trainer)
+        except (DataError, ModelError) as error:  # rows that are gone, or no room in memory: no reason to end a run
+            if self.best is not None:
+                raise
+            self.why_not = str(error)
+            self.say(f"step {state.global_step}: held-out rows are not answered any more: {error}")
+            return {}
 
-    def _measured(self, trainer: Any) -> dict[str, float]:
+    def _measured(self, asked: Sequence[Question], trainer: Any) -> dict[str, float]:
         args, state = trainer.args, trainer.state
         began = clock.CLOCK()
-        if self._asked is None:
-            self._look()
-        asked = self._asked or []
         answered = self._answer(asked[: FIRST if self.count is None else self.count], trainer)
         if self.count is None:
             self.count = self._affordable(args, state, len(answered), clock.CLOCK() - began)
