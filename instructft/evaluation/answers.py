@@ -22,6 +22,7 @@ from instructft.formatting import first_line
 
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)\n?\s*```", re.DOTALL)
 _MOST_CALLS = 64  # in one answer
+_LONGEST = 20_000  # characters in which calls are looked for
 
 
 class Answered(NamedTuple):
@@ -87,7 +88,7 @@ def calls_in(text: str) -> list[tuple[str, Any]]:
     [('f', {'a': 1})]
     """
     found: list[tuple[str, Any]] = []
-    decoder, at = json.JSONDecoder(), 0
+    decoder, at, text = json.JSONDecoder(), 0, text[:_LONGEST]
     while len(found) < _MOST_CALLS and (at := text.find("{", at)) >= 0:
         try:
             value, end = decoder.raw_decode(text, at)
