@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,11 @@ OWN = "def score(prediction, reference, row):\n    return len(prediction) + len(
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     folder = tmp_path_factory.mktemp("judged")
+    rng = random.Random(0)
+    words = ["tea", "bread", "honey", "milk", "rice", "salt", "soup", "cake", "fish", "corn", "plum", "nuts"]
     rows = [
-        {"instruction": f"Say {word}", "output": word} for word in ("tea", "milk", "rice", "soup") for _ in range(16)
+        {"instruction": " ".join(rng.sample(words, 5)), "output": "soup now" if i % 4 else rng.choice(words)}
+        for i in range(64)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "mine.py").write_text(OWN)
