@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 ANSWERS = "answers"  # to held-out rows, within an evaluation (`training.judging`)
 LOOKING = ("evaluation", ANSWERS, "samples", "warnings")
 CLOCK = time.perf_counter  # seconds; tests set their own
+SPARE = 1.5  # times what the last look at the model took is set aside for the one at the end
 FREE = 1.0  # seconds that nobody would miss; a share of 0 has none
 DEFAULT = 0.1  # where no share limits anything, what held-out rows take follows from this one
 ANSWERS_SHARE = 0.5  # of the share, for them alone
@@ -134,7 +135,7 @@ class Budget(TrainerCallback):
         self._settle()
         trained, steps = self.seconds["steps"], max(state.global_step, 1)
         cost = self._cost(name, trained / steps, args)
-        last = sum({**self._costs, name: cost}.get(part, 0.0) for part in LOOKING)
+        last = SPARE * sum({**self._costs, name: cost}.get(part, 0.0) for part in LOOKING)
         now, at_the_end = self._allowance(trained), self._allowance(trained / steps * state.max_steps)
         return self.spent + cost <= now and self.spent + cost + last <= at_the_end
 
@@ -163,11 +164,10 @@ class Budget(TrainerCallback):
     def _limit(self) -> float:
         return DEFAULT if self.share is None else self.share
 
-    @property
-    def share_spent(self) -> float:
-        """Share of the run's time so far that looking has taken."""
+    def share_of(self, seconds: float) -> float:
+        """Share that looking has taken of a training that took so long."""
         self._settle()
-        return self.spent / max(sum(self.seconds.values()), 1e-9)
+        return self.spent / max(seconds, sum(self.seconds.values()), 1e-9)
 
     def _allowance(self, trained: float) -> float:
         """Seconds that looking may take in all, beside those that were trained."""
