@@ -158,13 +158,22 @@ class Judge:
 
         mine = asked if alone else asked[args.process_index :: args.world_size]
         rows = [Row(i, question.prompt, question.limit) for i, question in enumerate(mine)]
-        if rows:
-            self.generator.complete(rows, done=leave)
-        found = [self._worth(question, row.made) for question, row in zip(mine, rows, strict=True)]
+        failed = ""
+        try:
+            if rows:
+                self.generator.complete(rows, done=leave)
+        except ModelError as error:
+            if alone:
+                raise
+            failed = str(error)
+        found = [] if failed else [self._worth(question, row.made) for question, row in zip(mine, rows, strict=True)]
         if alone:
             return found
-        of_all = gather_object([found])  # one list a process
-        return [of_all[i % args.world_size][i // args.world_size] for i in range(len(asked))]
+        of_all = gather_object([(found, failed)])  # one a process: none waits for another that has failed
+        for _, why in of_all:
+            if why:
+                raise ModelError(why)
+        return [of_all[i % args.world_size][0][i // args.world_size] for i in range(len(asked))]
 
     def _worth(self, question: Question, made: Sequence[int]) -> dict[str, float | None]:
         stopped = bool(made) and made[-1] in self.generator.stop_ids

@@ -17,6 +17,7 @@ from instructft.data.load import conversations
 from instructft.errors import Stopped, UsageError
 from instructft.training import budget
 from instructft.training.run import train
+from tests.conftest import BATTERY
 from tests.helpers.stops import SignalAt, interrupt
 
 RECIPE = """
@@ -105,7 +106,7 @@ def test_a_resumed_run_has_the_same_best(
 ) -> None:
     whole, _ = judged
     best = ["train.metric_for_best_model=exact_match", "train.load_best_model_at_end=true"]
-    for place, step in (("step", 14), ("evaluation", 20)):
+    for place, step in (("evaluation", 20), ("step", 14))[: 2 if BATTERY else 1]:
         recipe = load(f"{place}-{step}", "evaluation.metrics=mine.py:score", *best)
         with monkeypatch.context() as patch:
             interrupt(patch, SignalAt(place, step))
