@@ -26,7 +26,6 @@ from transformers import TrainerCallback
 ANSWERS = "answers"  # to held-out rows, within an evaluation (`training.judging`)
 LOOKING = ("evaluation", ANSWERS, "samples", "warnings")
 CLOCK = time.perf_counter  # seconds; tests set their own
-SPARE = 1.5  # times what the last look at the model took is set aside for the one at the end
 FREE = 1.0  # seconds that nobody would miss; a share of 0 has none
 DEFAULT = 0.1  # where no share limits anything, what held-out rows take follows from this one
 ANSWERS_SHARE = 0.5  # of the share, for them alone
@@ -135,7 +134,7 @@ class Budget(TrainerCallback):
         self._settle()
         trained, steps = self.seconds["steps"], max(state.global_step, 1)
         cost = self._cost(name, trained / steps, args)
-        last = SPARE * sum({**self._costs, name: cost}.get(part, 0.0) for part in LOOKING)
+        last = sum({**self._costs, name: cost}.get(part, 0.0) for part in LOOKING)
         now, at_the_end = self._allowance(trained), self._allowance(trained / steps * state.max_steps)
         return self.spent + cost <= now and self.spent + cost + last <= at_the_end
 
