@@ -406,7 +406,7 @@ def build_judge(
     from instructft.training.judging.judge import Judge
 
     asked, name = recipe.evaluation, metric_name(recipe.train)
-    if asked.rows == 0 or args.eval_strategy == "no":
+    if asked.rows == 0 or (args.eval_strategy == "no" and asked.rows == "auto" and not asked.metrics):
         return None
     deciding = name if name in (*asked.figures(), *asked.functions()) else None
     return Judge(
