@@ -44,7 +44,13 @@ _NAMES = {
     "answer_tokens": "tokens in an answer",
     "stopped": "stops by itself",
     "repeated": "repeated 4-grams",
+    "token_f1": "token F1",
+    "stops": "stops by itself",
+    "valid_json": "valid JSON",
+    "tool_names": "right tools called",
+    "tool_calls": "right calls",
 }
+SHARES = ("exact_match", "stops", "valid_json", "tool_names", "tool_calls")  # of rows
 
 
 def name_of(figure: str) -> str:
@@ -54,6 +60,15 @@ def name_of(figure: str) -> str:
     ('exact match', 'ROUGE-L')
     """
     return _NAMES.get(figure, figure.replace("_", " "))
+
+
+def figure(name: str, value: float) -> str:
+    """A figure of answers with its name.
+
+    >>> figure("exact_match", 0.9107), figure("token_f1", 0.4), figure("score", 12.5)
+    ('exact match 91.1%', 'token F1 0.400', 'score 12.500')
+    """
+    return f"{name_of(name)} {value:.1%}" if name in SHARES else f"{name_of(name)} {value:.3f}"
 
 
 def perplexity(loss: float) -> str:

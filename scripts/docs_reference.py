@@ -36,6 +36,7 @@ SECTIONS = {  # the recipe's own sections, in the order of the page, each with t
     "data.splits": "Shares of the rows that are held out; the rest is trained.",
     "adapter": "`adapter: lora` is short for `{type: lora}`. See [LoRA, QLoRA and merging](lora.md).",
     "train": "Our own keys. Fields of `trl.SFTConfig` may stand next to them: [below](#fields-of-trlsftconfig).",
+    "evaluation": "Held-out rows that are answered while it trains. See [Evaluation](evaluation.md#while-it-trains).",
     "hub": "The access token comes from `HF_TOKEN` or the login, never from a recipe. See [the Hub](hub.md).",
     "check": "What `instructft check` lets pass: beyond a limit it ends with exit code 2. `null` sets no limit.",
 }
@@ -118,6 +119,8 @@ OWN: dict[str, tuple[str, str]] = {
     "check.max_leaks": ("rows", "0"),
     "check.max_markers": ("rows", "0"),
     "check.max_memory_gib": ("GiB", "22"),
+    "evaluation.rows": ("rows", "100"),
+    "evaluation.metrics": ("", "[exact_match, my_metrics.py:score]"),
     "samples": ("", "[How do I reset my password?]"),
     "output_dir": ("", "runs/support"),
 }

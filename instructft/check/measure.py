@@ -32,6 +32,7 @@ LEFT_OUT = (
     *("train.max_steps=3", "train.eval_strategy=no", "train.save_strategy=no", "train.logging_strategy=no"),
     *("train.load_best_model_at_end=false", "train.early_stopping_patience=null", "train.report_to=[]", "samples=[]"),
     *("train.tokens_per_step=null", "train.auto_find_batch_size=false", "hub.push=never", "train.on_divergence=warn"),
+    *("evaluation.rows=0", "evaluation.metrics=[]", "train.metric_for_best_model=null"),
 )
 SPARE = 0.9  # share of the machine's free memory that a larger batch may be expected to take; a CPU has no limit else
 

@@ -99,6 +99,8 @@ def print_outcome(result: Any) -> None:
     parts = [f"{facts['steps']:,} steps in {clock(facts['seconds'])}", f"{facts['tokens_per_second']:,.0f} tokens/s"]
     if "eval_loss" in metrics:
         parts.append(f"validation loss {metrics['eval_loss']:.4f}, perplexity {perplexity(metrics['eval_loss'])}")
+    if "evaluation_share" in facts:
+        parts.append(f"evaluation took {facts['evaluation_share']:.0%} of the time")
     console.print("Done: " + " · ".join(parts), highlight=False)
     console.print(
         f"The model is in {result.output_dir}. Talk to it:\n\n  instructft chat {result.output_dir}\n",

@@ -362,6 +362,29 @@ def conversations(recipe: Recipe, split: str, limit: int | None = None) -> list[
     return found[:limit]
 
 
+def drawn(recipe: Recipe, split: str, most: int) -> list[dict[str, Any]]:
+    """Usable rows of one split as they stand in their files, with `messages` and `dataset`, drawn by `data.seed`.
+
+    Fewer of them are the beginning of more.
+
+    >>> drawn(load_recipe("quickstart"), "validation", 1)[0]["dataset"]
+    'quickstart'
+    """
+    parts = load_parts(recipe, [split])
+    places = [(part, number) for part in parts for number in part.rows[split]]
+    found: list[dict[str, Any]] = []
+    for place in np.random.default_rng([recipe.data.seed, len(places)]).permutation(len(places)):
+        if len(found) >= most:
+            break
+        part, number = places[place]
+        row = part.raw[int(number)]
+        try:
+            found.append({**part.row(row), "messages": part.conversation(row), "dataset": part.label})
+        except Unusable:  # counted by `prepare`
+            continue
+    return found
+
+
 def file_conversations(
     path: str,
     limit: int | None = None,

@@ -119,6 +119,16 @@ METRICS: dict[str, Callable[[Sequence[Row]], Measure]] = {
 }
 
 
+def mean_of(scores: Sequence[float]) -> Measure:
+    """The mean of what each row is worth; what lies from 0 to 1 is at most 1.
+
+    >>> mean_of([1.0, 0.0, 1.0, 1.0]).whole()
+    0.75
+    """
+    most = 1.0 if all(0 <= score <= 1 for score in scores) else math.inf
+    return Measure(np.array([[score, 1.0] for score in scores], dtype=np.float64), _ratio, most)
+
+
 def measures(rows: Sequence[Row]) -> dict[str, Measure]:
     """Name -> figure of these rows."""
     return {name: measure(rows) for name, measure in METRICS.items()}

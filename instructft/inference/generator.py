@@ -255,9 +255,12 @@ class Generator:
 
     def _answer(self, ids: list[int]) -> Answer:
         stopped = bool(ids) and ids[-1] in self.stop_ids
-        # A character that the limit cut in two is no part of the answer.
-        text = self._decode(ids[:-1] if stopped else ids).rstrip("\ufffd")
-        return Answer(text.strip(), "stop" if stopped else "length", len(ids))
+        return Answer(self.decoded(ids[:-1] if stopped else ids), "stop" if stopped else "length", len(ids))
+
+    def decoded(self, ids: Sequence[int]) -> str:
+        """The text of an answer, without the token that ends it."""
+        # a character that the limit cut in two is no part of the answer
+        return self._decode(list(ids)).rstrip("\ufffd").strip()
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from instructft.data.files.kinds import suffix_of
 from instructft.data.sources import SOURCES
-from instructft.recipe.schema import Recipe, metric_name
+from instructft.recipe.schema import ANSWER_FIGURES, Recipe, metric_name
 from instructft.recipe.yaml_reader import Document, KeyPath
 
 # What an evaluation measures, and a best checkpoint can be chosen by; each data set's loss where there are several.
@@ -22,6 +22,7 @@ def find(document: Document, recipe: Recipe) -> None:
         *_model(recipe),
         *_sections(recipe, document.values),
         *_streaming(recipe),
+        *_judging(recipe, document.values),
         *_train(recipe),
         *_resumable(recipe),
     ]
@@ -68,6 +69,24 @@ def _sections(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[Contradicti
     if recipe.hub.push != "never" and not recipe.hub.repo_id:
         say = f"{recipe.hub.push} needs hub.repo_id, such as org/name"
         yield (("hub", "push"), ("hub", "repo_id")), say
+
+
+def _judging(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[Contradiction]:
+    """What asks for answers to rows that are not held out, and figures of one name."""
+    rows, metrics = ("evaluation", "rows"), ("evaluation", "metrics")
+    given = values.get("evaluation") or {}
+    for key in (rows, metrics):
+        if not recipe.data.holds_out("validation") and given.get(key[1]) not in (None, "auto", 0, [], ()):
+            yield (key,), "there is nothing to answer: data.splits.validation is 0; hold rows out, e.g. 0.05"
+    if recipe.evaluation.rows == 0 and recipe.evaluation.metrics:
+        yield (metrics, rows), "judges answers, and evaluation.rows is 0; set it to auto, or to a number"
+    own = [name.rpartition(":")[2] for name in recipe.evaluation.metrics if name not in ANSWER_FIGURES]
+    taken = {*ANSWER_FIGURES, *EVALUATED, "runtime", "samples_per_second", "steps_per_second", "answered"}
+    for index, name in enumerate(recipe.evaluation.metrics):
+        function = name.rpartition(":")[2]
+        if name not in ANSWER_FIGURES and (function in taken or own.count(function) > 1):
+            say = f"eval_{function} would stand for two figures; give the function another name"
+            yield ((*metrics, index),), say
 
 
 def _streaming(recipe: Recipe) -> Iterator[Contradiction]:
@@ -220,10 +239,14 @@ def _train(recipe: Recipe) -> Iterator[Contradiction]:
             say = f"needs save_steps to be a multiple of eval_steps; found {found}"
             yield at("load_best_model_at_end"), say
     metric, several = metric_name(train), len(recipe.data.datasets) > 1
-    if metric not in EVALUATED and not (several and metric.endswith("_loss")):
+    answered = [*recipe.evaluation.figures(), *recipe.evaluation.functions()]
+    if metric in (*answered, *ANSWER_FIGURES) and recipe.evaluation.rows == 0:
+        say = f"{metric} is of answers to held-out rows, and evaluation.rows is 0; set it to auto, or to a number"
+        yield (*at("metric_for_best_model"), ("evaluation", "rows")), say
+    elif metric not in (*EVALUATED, *answered) and not (several and metric.endswith("_loss")):
         more = ", and eval_<data set>_loss of each data set" if several else ""
-        say = f"eval_{metric} is not measured; expected one of {', '.join(f'eval_{name}' for name in EVALUATED)}{more}"
-        yield at("metric_for_best_model"), say
+        known = ", ".join(f"eval_{name}" for name in (*EVALUATED, *answered))
+        yield at("metric_for_best_model"), f"eval_{metric} is not measured; expected one of {known}{more}"
     for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context"):
         if train.get(key) not in (None, False) and not on("dataloader_num_workers"):
             yield at(key), "needs train.dataloader_num_workers above 0"
@@ -242,9 +265,13 @@ def _early_stopping(recipe: Recipe) -> str:
     if not train.get("load_best_model_at_end"):
         return "goes back to the best checkpoint; take train.load_best_model_at_end: false out"
     metric = metric_name(train)
-    if metric != "loss" or train.get("greater_is_better"):
+    answers = (*recipe.evaluation.figures(), *recipe.evaluation.functions())
+    if metric not in answers and (metric != "loss" or train.get("greater_is_better")):
         found = f"metric_for_best_model {metric}" if metric != "loss" else "greater_is_better: true"
-        return f"stops by the validation loss, the lower the better; found {found}: take it out"
+        return (
+            f"stops by the validation loss, the lower the better, or by a figure of answers ({', '.join(answers)}); "
+            f"found {found}: take it out"
+        )
     if saves == "best":
         return ""
     every, save = train.get("eval_steps") or train["logging_steps"], train["save_steps"]

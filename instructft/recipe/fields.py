@@ -47,7 +47,8 @@ OWN_TRAIN_FIELDS: dict[str, dict[str, Any]] = {
     "early_stopping_patience": {
         "kinds": ["int", "null"],
         "default": None,
-        "help": "evaluations without a lower validation loss after which training ends, with the best checkpoint",
+        "help": "evaluations without a better one after which training ends, with the best checkpoint: the lowest "
+        "validation loss, or the figure of the answers that train.metric_for_best_model names",
     },
     "torch_compile": {
         "kinds": ["bool", "str"],

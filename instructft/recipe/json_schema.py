@@ -10,7 +10,7 @@ from typing import Any
 
 from instructft.recipe.aliases import TRAIN_BOUNDS
 from instructft.recipe.fields import OWN_TRAIN_FIELDS, legal_lora_fields, legal_train_fields
-from instructft.recipe.schema import TRAIN_DEFAULTS, Recipe, thaw
+from instructft.recipe.schema import ANSWER_FIGURES, TRAIN_DEFAULTS, Recipe, thaw
 
 _TYPES = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
 _OPEN = (None, None, "")
@@ -65,8 +65,12 @@ def json_schema() -> dict[str, Any]:
             for name, row in legal_train_fields().items()
         },
     }
-    for name in ("model", "hub", "check"):
+    for name in ("model", "evaluation", "hub", "check"):
         properties[name]["type"] = ["object", "null"]
+    metrics = properties["evaluation"]["properties"]["metrics"]
+    one = {"anyOf": [{"enum": list(ANSWER_FIGURES)}, {"type": "string", "pattern": r"\.py:[^:]+$"}]}
+    about = {"default": [], "description": metrics["description"]}
+    properties["evaluation"]["properties"]["metrics"] = {"anyOf": [one, {"type": "array", "items": one}], **about}
     properties["samples"]["type"] = ["array", "null"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "instructft recipe"}
 

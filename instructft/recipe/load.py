@@ -61,13 +61,15 @@ def load_run_recipe(folder: str | os.PathLike[str]) -> Recipe:
 def spell_out(document: Document) -> None:
     """Write the short forms of a recipe out, in place: `datasets: NAME`, `adapter: lora`, an empty section."""
     values: dict[str, Any] = document.values
-    for section in ("model", "data", "adapter", "train", "hub", "check"):
+    for section in ("model", "data", "adapter", "train", "evaluation", "hub", "check"):
         if values.get(section) is None:
             values[section] = {}
     if values.get("samples") is None:
         values.pop("samples", None)
     if isinstance(values["adapter"], str):
         values["adapter"] = {"type": values["adapter"]}
+    if isinstance(values["evaluation"], dict) and isinstance(values["evaluation"].get("metrics"), str):
+        values["evaluation"]["metrics"] = [values["evaluation"]["metrics"]]
     data = values["data"]
     if isinstance(data, dict):
         if isinstance(data.get("datasets"), str | dict):

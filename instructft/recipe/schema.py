@@ -29,6 +29,10 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 }
 
 
+# What answers to held-out rows are judged by (`instructft.evaluation.answers` says how); the higher the better.
+ANSWER_FIGURES = ("exact_match", "token_f1", "rougeL", "stops", "valid_json", "tool_names", "tool_calls")
+
+
 def metric_name(train: Mapping[str, Any]) -> str:
     """What the best checkpoint is judged by, without `eval_`.
 
@@ -315,6 +319,38 @@ class CheckSection(_Section):
     )
 
 
+class EvaluationSection(_Section):
+    """`evaluation:` held-out rows that the model in training answers, and what its answers are judged by."""
+
+    rows: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        default="auto",
+        description="held-out rows answered at every evaluation, drawn by data.seed; auto: what takes at most half of "
+        "train.evaluation_budget; 0: none",
+    )
+    metrics: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description=f"{', '.join(ANSWER_FIGURES)}; without one of these names all that apply; beside them functions "
+        "of your own, FILE.py:FUNCTION",
+    )
+
+    def figures(self) -> tuple[str, ...]:
+        """The figures of ours that are wanted.
+
+        >>> EvaluationSection(metrics=("exact_match", "my_metrics.py:score")).figures()
+        ('exact_match',)
+        """
+        return tuple(name for name in self.metrics if name in ANSWER_FIGURES) or ANSWER_FIGURES
+
+    def functions(self) -> dict[str, tuple[str, str]]:
+        """Name -> file and function of the user's own figures.
+
+        >>> EvaluationSection(metrics=("exact_match", "my_metrics.py:score")).functions()
+        {'score': ('my_metrics.py', 'score')}
+        """
+        own = [name.rpartition(":") for name in self.metrics if name not in ANSWER_FIGURES]
+        return {function: (file, function) for file, _, function in own}
+
+
 class Recipe(_Section):
     """A whole recipe, read-only all the way down. Made by `load_recipe`."""
 
@@ -322,6 +358,9 @@ class Recipe(_Section):
     data: DataSection = Field(description="what it is trained on")
     adapter: AdapterSection = Field(default=AdapterSection(), description="all weights, or a LoRA adapter")
     train: FrozenMap = Field(default_factory=FrozenDict, description="our own keys, and fields of trl.SFTConfig")
+    evaluation: EvaluationSection = Field(
+        default=EvaluationSection(), description="held-out rows that are answered while it trains"
+    )
     samples: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), description="prompts answered at evaluations, as train.evaluation_budget allows"
     )
@@ -365,7 +404,8 @@ class Recipe(_Section):
                     del entry[key]
             if "url" in entry:
                 entry["url"] = bare_url(entry["url"])  # what is signed stays in memory
-        rest = {"samples": self.samples, "hub": self.hub.model_dump(), "check": self.check.model_dump()}
+        rest = {"evaluation": self.evaluation.model_dump(), "samples": self.samples}
+        rest |= {"hub": self.hub.model_dump(), "check": self.check.model_dump()}
         rest["output_dir"] = self.output_dir
         sections = {"model": model, "data": data, "adapter": adapter, "train": self.train_resolved(), **rest}
         plain: dict[str, Any] = thaw(sections)
@@ -382,4 +422,5 @@ class Recipe(_Section):
         return isinstance(other, Recipe) and self.to_dict() == other.to_dict()
 
     def __hash__(self) -> int:
-        return hash((self.model, self.data, self.adapter, self.samples, self.hub, self.check, self.output_dir))
+        sections = (self.model, self.data, self.adapter, self.evaluation, self.samples, self.hub, self.check)
+        return hash((*sections, self.output_dir))

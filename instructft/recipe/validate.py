@@ -29,9 +29,10 @@ from instructft.recipe.fields import (
     show,
     wrong_value,
 )
-from instructft.recipe.schema import AdapterSection, Recipe, freeze
+from instructft.recipe.schema import ANSWER_FIGURES, AdapterSection, Recipe, freeze
 from instructft.recipe.yaml_reader import Document, KeyPath, dotted
 from instructft.redaction import is_secret
+from instructft.weights import remote_code
 from instructft.weights.base_record import is_hub_id, stays_inside
 
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -144,6 +145,7 @@ class _Check:
         from instructft.prompt.templates import TEMPLATES
 
         data, model, hub = self.values["data"], self.values["model"], self.values["hub"]
+        judged = self.values["evaluation"]
         for key in ("datasets", "validation", "test"):
             entries = data.get(key) if isinstance(data, dict) else None
             for index, entry in enumerate(entries if isinstance(entries, list) else []):
@@ -164,6 +166,35 @@ class _Check:
         if isinstance(hub, dict):
             self.inside_repo(hub, ("hub", "path_in_repo"))
             self.hub_id(hub, ("hub", "repo_id"))
+        if isinstance(judged, dict) and isinstance(judged.get("metrics"), list):
+            for index, entry in enumerate(judged["metrics"]):
+                if isinstance(entry, str) and entry not in ANSWER_FIGURES and self.strict:
+                    self.metric(judged["metrics"], ("evaluation", "metrics", index))
+
+    def metric(self, entries: list[Any], path: KeyPath) -> None:
+        """A figure of ours, or `FILE.py:FUNCTION`, which gets where the file is.
+
+        A recipe may come from a stranger, and a metric is code: a file is run where it was typed on the command line,
+        or lies beside or below the recipe, links followed. Any other one wants the flag.
+        """
+        written = entries[int(path[-1])]
+        name, colon, function = written.rpartition(":")
+        if not colon or not name.endswith(".py") or not function.isidentifier():
+            near = nearest(written, ANSWER_FIGURES)
+            listed = f"; expected one of {', '.join(ANSWER_FIGURES)}, or FILE.py:FUNCTION"
+            self.problem(path, f'"{written}" is unknown{near or listed}')
+            return
+        file, typed = Path(name).expanduser(), self.document.place(path).startswith("override")
+        here = [file, self.folder / file] if typed else [self.folder / file, file]
+        found = next((place for place in here if place.is_file()), None)
+        if found is None:
+            near = nearest(file.name, [place.name for place in _siblings(file, self.folder)], cutoff=0.75)
+            self.problem(path, f'there is no "{name}" (looked in {Path.cwd()} and beside the recipe){near}')
+        elif not (typed or remote_code.allowed() or found.resolve().is_relative_to(self.folder.resolve())):
+            say = f"{found.resolve()} is code, and lies outside of the recipe's folder, so that it is not run unasked"
+            self.problem(path, f"{say}; read it, then put it beside the recipe, or add {remote_code.FLAG}")
+        else:
+            entries[int(path[-1])] = f"{found}:{function}"
 
     def word(self, values: dict[str, Any], path: KeyPath, names: Sequence[str], more: str) -> None:
         """A value is one of some names; `more` says what else may stand there."""

@@ -38,12 +38,14 @@ class Series:
         points: (step, value), steps rising; values are finite.
         dots: mark each point, for values that are few.
         from_zero: the axis begins at zero, for what is read as a height.
+        band: (step, low, high), the interval of each point that has one.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     dots: bool = False
     from_zero: bool = False
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,10 @@ def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[floa
 
 
 def series_of(records: Sequence[dict[str, Any]], key: str, name: str, **more: bool) -> Series:
-    """One line of a chart, from the lines of `metrics.jsonl`."""
-    return Series(name, [(r["step"], r[key]) for r in records if finite(r.get(key))], **more)
+    """One line of a chart, from the lines of `metrics.jsonl`, with its interval where `key_low` and `key_high` are."""
+    low, high = f"{key}_low", f"{key}_high"
+    band = [(r["step"], r[low], r[high]) for r in records if finite(r.get(low)) and finite(r.get(high))]
+    return Series(name, [(r["step"], r[key]) for r in records if finite(r.get(key))], band=band, **more)
 
 
 def plot_loss(run: Path, title: str) -> list[Path]:
@@ -144,6 +148,7 @@ def chart(title: str, series: Sequence[Series], unit: str = "") -> Chart | None:
     if not series:
         return None
     values = [value for line in series for _, value in line.points]
+    values += [value for line in series for _, *span in line.band for value in span]
     said = ", ".join(f"{line.name} from {number(line.points[0][1])} to {number(line.points[-1][1])}" for line in series)
     with matplotlib.rc_context(_STYLE):
         fig, ax = _axes()
@@ -155,8 +160,13 @@ def chart(title: str, series: Sequence[Series], unit: str = "") -> Chart | None:
     at = [dict(line.points) for line in series]
     steps = sorted({step for line in series for step, _ in thinned(line.points, MOST_ROWS)})
     rows = [[f"{step:,.0f}", *(number(found[step]) if step in found else "" for found in at)] for step in steps]
+    head = ["step", *(line.name for line in series)]
+    for line in (line for line in series if line.band):
+        spans = {step: f"{number(low)} to {number(high)}" for step, low, high in line.band}
+        head.append("95% interval")
+        rows = [[*row, spans.get(step, "")] for step, row in zip(steps, rows, strict=True)]
     keys = [(line.name, number(line.points[-1][1])) for line in series]
-    return Chart(title, unit, svg, keys, ["step", *(line.name for line in series)], rows)
+    return Chart(title, unit, svg, keys, head, rows)
 
 
 def bars(title: str, edges: Sequence[int], counts: Sequence[int], unit: str = "") -> Chart:
@@ -203,6 +213,9 @@ def _draw(ax: Any, series: Sequence[Series]) -> None:
             dots = "o" if line.dots or len(steps) == 1 else ""
             label = f"{line.name}, at last {values[-1]:.3f}"
             ax.plot(steps, values, color=colour, marker=dots, markersize=4, linewidth=1.5, label=label)
+        if line.band:
+            steps, low, high = zip(*line.band, strict=True)
+            ax.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     ax.set_xlabel("step")
     ax.margins(x=0.02)
 

@@ -135,6 +135,10 @@ class _Lasting:
         except (OSError, ValueError) as error:
             self._failed(error)
 
+    def close(self) -> None:
+        """Stay open: absl, which rouge_score brings, closes at exit what stood for stderr when it was imported."""
+        self.flush()
+
     def _failed(self, error: Exception) -> None:
         if self._told:
             return

@@ -52,6 +52,11 @@ _WORDS = {
     "eval_mean_token_accuracy": "validation, share of tokens guessed right",
     "entropy": "training, entropy of the predictions (nats)",
     "eval_entropy": "validation, entropy of the predictions (nats)",
+    "eval_exact_match": "validation, share of answers that match exactly",
+    "eval_token_f1": "validation, F1 of the words of answers",
+    "eval_rougeL": "validation, ROUGE-L of answers",
+    "eval_stops": "validation, share of answers that end by themselves",
+    "eval_answered": "validation, rows that were answered",
     "grad_norm": "gradient norm, at the end",
     "learning_rate": "learning rate, at the end",
 }
@@ -138,7 +143,11 @@ def page(
         evaluation=evaluation_table(read_evaluation(run)),
         lengths=lengths(recipe, data),
         row=training_row(recipe, tokenizer, data),
-        metrics={key: (_WORDS.get(key, key), value) for key, value in _in_order(_powers(facts["metrics"])).items()},
+        metrics={
+            key: (_WORDS.get(key, key), value)
+            for key, value in _in_order(_powers(facts["metrics"])).items()
+            if not any(key.endswith(end) and key.removesuffix(end) in facts["metrics"] for end in ("_low", "_high"))
+        },
         notes=notes(facts, records),
         load=loading(recipe, facts.get("model_class", PLAIN)),
         resolved=yaml_text(resolved).strip(),
@@ -152,6 +161,22 @@ def _charts(records: list[dict[str, Any]]) -> Iterable[Chart]:
         series = [series_of(records, key, name, dots=dots, from_zero=zero) for name, key, dots in lines]
         if drawn := chart(title, series, unit):
             yield drawn
+    for key in answer_figures(records):
+        rows = {record["eval_answered"] for record in records if "eval_answered" in record}
+        unit = f"answers to {' or '.join(f'{count:,}' for count in sorted(rows))} held-out rows; band: 95% interval"
+        name = name_of(key.removeprefix("eval_"))
+        if drawn := chart(name[:1].upper() + name[1:], [series_of(records, key, name, dots=True)], unit):
+            yield drawn
+
+
+def answer_figures(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The keys in `metrics.jsonl` that are figures of answers to held-out rows.
+
+    >>> answer_figures([{"step": 10, "eval_loss": 1.0, "eval_stops": 0.5, "eval_stops_low": 0.3, "eval_answered": 32}])
+    ['eval_stops']
+    """
+    found = {key: None for record in records if "eval_answered" in record for key in record if f"{key}_low" in record}
+    return list(found)
 
 
 def _powers(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ the time that was trained so far, a tenth unless the recipe says otherwise, or w
 does not fit in waits: an evaluation until a step is logged at which it fits, samples and questions for the next
 evaluation. The last of a run never waits, and room for it is set aside; nor does an evaluation that decides something:
 early stopping, the best checkpoint, a schedule that follows the validation loss. So the clock changes how often one
-looks, and never what is trained.
+looks, and never what is trained. Answers to held-out rows have half of the share for themselves, no free second and no
+last time: a run that is too short for them has none.
 
     steps    ████████████████████░████████████████████████████████░███████████████████████████████░░
     due                     ↑ step 10             ↑ 20              ↑ 30             ↑ 40          ↑ the last
@@ -22,9 +23,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-LOOKING = ("evaluation", "samples", "warnings")
+ANSWERS = "answers"  # to held-out rows, within an evaluation (`training.judging`)
+LOOKING = ("evaluation", ANSWERS, "samples", "warnings")
 CLOCK = time.perf_counter  # seconds; tests set their own
 FREE = 1.0  # seconds that nobody would miss; a share of 0 has none
+DEFAULT = 0.1  # where no share limits anything, what held-out rows take follows from this one
+ANSWERS_SHARE = 0.5  # of the share, for them alone
+PASSES = 32  # of the model, one a token, that the first answers take
 FORWARD = 1 / 3  # of a training step's work: without the backward pass, which is twice as much
 
 
@@ -102,14 +107,15 @@ class Budget(TrainerCallback):
 
     def allows(self, name: str, args: Any, state: Any, control: Any) -> bool:
         """Whether a part may be done now. Every process must ask at the same place; the first decides for all."""
-        if self.share is None or control.should_training_stop or state.global_step >= state.max_steps:
+        last = control.should_training_stop or state.global_step >= state.max_steps
+        if name != ANSWERS and (self.share is None or last):
             return True
-        fits = self._fits(name, args, state)
+        fits = self._answers_fit(args, state, last) if name == ANSWERS else self._fits(name, args, state)
         if args.world_size > 1:  # clocks differ
             flag = torch.tensor(int(fits and args.process_index == 0), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             fits = bool(flag)
-        if not fits and not self.told:
+        if not fits and not self.told and name != ANSWERS:
             self.told = True
             self.say(
                 f"step {state.global_step}: {'an' if name == 'evaluation' else 'the'} {name} waits: looking at the "
@@ -132,6 +138,36 @@ class Budget(TrainerCallback):
         now, at_the_end = self._allowance(trained), self._allowance(trained / steps * state.max_steps)
         return self.spent + cost <= now and self.spent + cost + last <= at_the_end
 
+    def _answers_fit(self, args: Any, state: Any, last: bool) -> bool:
+        """Whether held-out rows may be answered now: within their own part of the share, and within the whole."""
+        self._settle()
+        step = self.seconds["steps"] / max(state.global_step, 1)
+        cost = self._cost(ANSWERS, step, args)
+        now = self.seconds["steps"] if not last else step * state.max_steps
+        if self.seconds[ANSWERS] + cost > ANSWERS_SHARE * self._limit * now:
+            return False
+        if self.share is None:
+            return True
+        if not last:
+            return self._fits(ANSWERS, args, state)
+        to_come = sum(self._costs.get(part, 0.0) for part in ("samples", "warnings"))
+        return self.spent + cost + to_come <= self._allowance(now)
+
+    def left_for_answers(self, state: Any) -> float:
+        """Seconds that answers to held-out rows may still take in this run."""
+        self._settle()
+        whole = self.seconds["steps"] / max(state.global_step, 1) * state.max_steps
+        return max(0.0, ANSWERS_SHARE * self._limit * whole - self.seconds[ANSWERS])
+
+    @property
+    def _limit(self) -> float:
+        return DEFAULT if self.share is None else self.share
+
+    def share_of(self, seconds: float) -> float:
+        """Share that looking has taken of a training that took so long."""
+        self._settle()
+        return self.spent / max(seconds, sum(self.seconds.values()), 1e-9)
+
     def _allowance(self, trained: float) -> float:
         """Seconds that looking may take in all, beside those that were trained."""
         return max(FREE, self.share * trained) if self.share else 0.0
@@ -143,6 +179,8 @@ class Budget(TrainerCallback):
         if name == "evaluation":
             rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             return FORWARD * step * self.rows / rows
+        if name == ANSWERS:
+            return FORWARD * step / args.gradient_accumulation_steps * PASSES
         return max((self._costs.get(part, 0.0) for part in LOOKING[1:]), default=0.0)
 
     def state(self) -> dict[str, Any]:
@@ -168,5 +206,6 @@ def decides(train: Mapping[str, Any]) -> bool:
         train.get("early_stopping_patience")
         or train.get("load_best_model_at_end")
         or train.get("save_strategy") == "best"
+        or train.get("metric_for_best_model")
         or train.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
     )

@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from instructft.formatting import first_line, perplexity
+from instructft.formatting import SHARES, figure, first_line, perplexity
 from instructft.inference.generator import Generator
 from instructft.prompt.token_view import visible
 from instructft.report.logs import append_log, attempt, keep_until
 from instructft.training.budget import Budget
 
 Texts = Sequence[tuple[str, str]]  # prompt, answer
+_IN_THE_REPORT = ("eval_token_f1", "eval_rougeL", "eval_stops", "eval_tool_names")  # and in metrics.jsonl: not printed
 _SHOWN = {"loss": "loss {:.4f}", "eval_loss": "validation loss {:.4f}"}
 
 
@@ -144,6 +145,7 @@ class ProgressLine(TrainerCallback):
         parts = [text.format(logs[key]) for key, text in _SHOWN.items() if key in logs]
         if "eval_loss" in logs:
             parts.append(f"perplexity {perplexity(logs['eval_loss'])}")
+            parts += _of_answers(logs)
         if "loss" in logs:
             parts.append(f"lr {logs['learning_rate']:.2e}")
             now, tokens = time.perf_counter(), float(logs.get("num_tokens", 0.0))
@@ -170,6 +172,17 @@ class ProgressLine(TrainerCallback):
         if self.progress:
             self.progress.stop()
             self.progress = None
+
+
+def _of_answers(logs: Mapping[str, Any]) -> list[str]:
+    """The figures of answers with their intervals, less those that say the same once more."""
+    found = []
+    for key in [key for key in logs if f"{key}_low" in logs and key not in _IN_THE_REPORT]:
+        name, low, high = key.removeprefix("eval_"), logs[f"{key}_low"], logs[f"{key}_high"]
+        share = name in SHARES
+        span = f"{low:.1%} to {high:.1%}" if share else f"{low:.3f} to {high:.3f}"
+        found.append(f"{figure(name, logs[key])} ({span})")
+    return found
 
 
 class Samples(TrainerCallback):

@@ -61,6 +61,7 @@ def collect_facts(
         "train": {
             "seconds": seconds,
             "seconds_by_part": {name: round(value, 3) for name, value in trainer.budget.seconds.items()},
+            "evaluation_share": round(trainer.budget.share_of(seconds), 4),
             "steps": trainer.state.global_step,
             "tokens": seen["tokens"],
             "supervised_tokens": seen["supervised_tokens"],

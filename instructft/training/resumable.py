@@ -69,6 +69,8 @@ class Progress(TrainerCallback):
         self.resumes = [*known["resumes"], *self.resumes]
         trainer.counts = tuple(known["counts"])
         trainer.budget.restore(known.get("budget", {}))
+        if trainer.judge is not None:
+            trainer.judge.restore(known.get("judge") or {})
         trainer.micro_batches.rows_at_once = known.get("rows_at_once")
         trainer.step_checks.recent_losses, trainer.step_checks.spikes = known["recent_losses"], known["spikes"]
         trainer.step_checks.since_log = known.get("since_log", {})  # older checkpoints have it under `metrics`
@@ -105,6 +107,7 @@ class Progress(TrainerCallback):
             "metrics": metrics,
             "evaluation_is_due": trainer.stop.left_evaluation or trainer.budget.waiting,
             "budget": trainer.budget.state(),
+            "judge": trainer.judge.state() if trainer.judge is not None else None,
             # upstream keeps the random states of CPU and CUDA, and not of a Mac's GPU (transformers 5.23)
             **({"mps": torch.mps.get_rng_state().tolist()} if trainer.args.device.type == "mps" else {}),
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from instructft.checkpoints.resume import RunStart, find, identity, run_start
 from instructft.checkpoints.run_folder import make_folder, own, refuse_used_folder
 from instructft.data.prepare import Prepared, prepare, prepare_held_out
 from instructft.data.streaming import Streamed, prepare_stream
+from instructft.errors import UsageError
 from instructft.models.attention import VARLEN, Attention, check_attention, choose_attention, switch_attention
 from instructft.models.branches import masks_for, why_not
 from instructft.models.latest import asks_for_latest, forget_newest, resolve_latest
@@ -25,7 +26,7 @@ from instructft.models.load import load_model
 from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import date_in_prompts, load_tokenizer, said_of_date
 from instructft.recipe.installed import check_against_installed
-from instructft.recipe.schema import Recipe
+from instructft.recipe.schema import Recipe, metric_name
 from instructft.training.arguments import as_decided, refuse_what_cannot_run, reporters, training_arguments
 from instructft.training.launch.silent import silent_named, state_of
 from instructft.training.launch.workers import first_process
@@ -50,8 +51,11 @@ if TYPE_CHECKING:
     from instructft.adapters.frozen_check import AdapterProof, FrozenProof
     from instructft.checkpoints.manifest import Checkpoint
     from instructft.hub.background import Publisher, Status
+    from instructft.inference.generator import Generator
     from instructft.models.kernels.compiled_blocks import CompiledBlocks
     from instructft.models.kernels.fp8 import Converted
+    from instructft.training.budget import Budget
+    from instructft.training.judging.judge import Judge
     from instructft.training.rehearsal.rehearse import Rehearsal
     from instructft.training.trainer import Trainer
 
@@ -321,6 +325,7 @@ def build_trainer(
     from instructft.models.kernels.varlen import takes_borders
     from instructft.training.budget import Budget, decides
     from instructft.training.callbacks import MetricsFile, Outlasted, ProgressLine, Samples
+    from instructft.training.judging.judge import unanswerable
     from instructft.training.rehearsal.start_loss import StartLoss
     from instructft.training.run_warnings import RunWarnings
     from instructft.training.stopping import EarlyStopping
@@ -345,10 +350,11 @@ def build_trainer(
     warnings = RunWarnings(generator, asked, run, console, budget, stop_diverged)
     callbacks.append(warnings)
     if patience := recipe.train["early_stopping_patience"]:
-        callbacks.append(EarlyStopping(patience, say))
+        callbacks.append(EarlyStopping(patience, say, metric_name(recipe.train)))
     if recipe.samples:  # after what may end the run: by then it is known which evaluation is the last
         path, trackers = run / "samples.jsonl", args.report_to or ()
         callbacks.append(Samples(recipe.samples, generator, path, console, writer, budget, trackers))
+    judge = build_judge(recipe, generator, budget, args, say) if validation is not None else None
     metadata = None
     if is_peft(model) and args.should_save:
         metadata = AdapterMetadata(origin.record(model, recipe.model.quantization))
@@ -362,6 +368,7 @@ def build_trainer(
         eval_dataset=validation,
         eval_groups=data.groups,
         budget=budget,
+        judge=judge,
         find_batch=bool(recipe.train.get("auto_find_batch_size")),
         spike_limit=recipe.train["loss_spike_limit"],
         skip_spikes=recipe.train["on_loss_spike"] == "skip",
@@ -381,9 +388,39 @@ def build_trainer(
         Outlasted(callback) if type(callback).__module__.startswith("transformers.integrations") else callback
         for callback in handler.callbacks
     ]
+    if judge is not None and (why := unanswerable(trainer)):
+        if judge.best is not None:
+            raise UsageError(f"train.metric_for_best_model: held-out rows cannot be answered: {why}")
+        judge.why_not = why
+        say(f"held-out rows are not answered while it trains: {why}")
     warnings.stop = trainer.stop
     generator.precision = trainer.accelerator.autocast
     return trainer
+
+
+def build_judge(
+    recipe: Recipe, generator: Generator, budget: Budget, args: SFTConfig, say: Callable[[str], Any]
+) -> Judge | None:
+    """What has held-out rows answered while the model trains; None where the recipe wants none."""
+    from instructft.data.load import drawn
+    from instructft.training.judging.judge import Judge
+
+    asked, name = recipe.evaluation, metric_name(recipe.train)
+    if asked.rows == 0 or (args.eval_strategy == "no" and asked.rows == "auto" and not asked.metrics):
+        return None
+    deciding = name if name in (*asked.figures(), *asked.functions()) else None
+    return Judge(
+        generator,
+        functools.partial(drawn, recipe, "validation"),
+        budget,
+        wanted=asked.rows if isinstance(asked.rows, int) else None,
+        figures=asked.figures(),
+        functions=asked.functions(),
+        named=bool(asked.metrics),
+        deciding=deciding,
+        greater=args.greater_is_better is not False,
+        say=say,
+    )
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ import torch
 from transformers import TrainerCallback
 
 from instructft.errors import Stopped
+from instructft.formatting import figure
 from instructft.training.launch.signals import AGAIN, TWICE, listen
 
 
@@ -97,12 +98,20 @@ class EvaluationLeft(Exception):
     """An evaluation that a signal has ended."""
 
 
-def since_best(history: Sequence[Mapping[str, Any]]) -> tuple[int, int, float]:
-    """Evaluations since the validation loss was lowest, the step where it was, and the loss there.
+BEST_STEP = "eval_best_step"  # the best step by a figure of answers, as an evaluation logs it
+
+
+def since_best(history: Sequence[Mapping[str, Any]], metric: str = "loss") -> tuple[int, int, float]:
+    """Evaluations since the best one, its step, and its figure: the lowest validation loss, or what `BEST_STEP` says.
 
     >>> since_best([{"step": 10, "eval_loss": 2.0}, {"step": 20, "eval_loss": 2.1}, {"step": 30, "eval_loss": 2.0}])
     (2, 10, 2.0)
     """
+    if metric != "loss":
+        judged = [entry for entry in history if BEST_STEP in entry]
+        step = int(judged[-1][BEST_STEP]) if judged else 0
+        there = next((entry for entry in judged if entry["step"] == step), {})
+        return sum(entry["step"] > step for entry in judged), step, there.get(f"eval_{metric}", float("nan"))
     count, step, best = 0, 0, float("inf")
     for entry in history:
         if "eval_loss" not in entry:
@@ -115,17 +124,19 @@ def since_best(history: Sequence[Mapping[str, Any]]) -> tuple[int, int, float]:
 
 
 class EarlyStopping(TrainerCallback):
-    """Ends training, with a checkpoint, after `patience` evaluations without a lower validation loss.
+    """Ends training, with a checkpoint, after `patience` evaluations without a better one.
 
     The trainer goes back to the best checkpoint then (`load_best_model_at_end`, which comes with the key).
 
     Args:
         patience: evaluations.
         say: told once, when training ends.
+        metric: `loss`, or the figure of answers by which the best is judged.
     """
 
-    def __init__(self, patience: int, say: Callable[[str], Any] = print):
+    def __init__(self, patience: int, say: Callable[[str], Any] = print, metric: str = "loss"):
         self.patience = patience
+        self.metric = metric
         self.say = say
         self.stopped: dict[str, Any] | None = None  # what goes into `run.json`
 
@@ -139,15 +150,18 @@ class EarlyStopping(TrainerCallback):
             control.should_save = True
 
     def _judge(self, state: Any, control: Any) -> bool:
-        count, step, best = since_best(state.log_history)
+        count, step, best = since_best(state.log_history, self.metric)
         if count < self.patience:
             return False
         control.should_training_stop = True
         if self.stopped is None:
             self.stopped = {"step": state.global_step, "patience": self.patience}
+            what = f"the validation loss has not fallen below {best:.4f}"
+            if self.metric != "loss":
+                what = f"nothing was better beyond chance than {figure(self.metric, best)}"
             self.say(
-                f"step {state.global_step}: the validation loss has not fallen below {best:.4f} (step {step}) for "
-                f"{count} evaluations: training ends here (train.early_stopping_patience: {self.patience})"
+                f"step {state.global_step}: {what} (step {step}) for {count} evaluations: training ends here "
+                f"(train.early_stopping_patience: {self.patience})"
             )
         return True
 
@@ -160,6 +174,8 @@ def ending(trainer: Any) -> dict[str, Any]:
             found["stopped_early"] = callback.stopped
     if (step := restored(trainer)) is not None:
         found["best"] = {"step": step, "metric": trainer.args.metric_for_best_model, "value": trainer.state.best_metric}
+    elif trainer.judge is not None and (best := trainer.judge.best) is not None and best.step is not None:
+        found["best"] = {"step": best.step, "metric": best.name, "value": best.value, "restored": False}
     return found
 
 

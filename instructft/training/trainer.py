@@ -46,6 +46,7 @@ from instructft.weights.model_class import backbone
 
 if TYPE_CHECKING:
     from instructft.hub.background import Publisher
+    from instructft.training.judging.judge import Judge
 
 # What upstream sets in a model's configuration for training. A model that is saved with `output_router_logits` fails as
 # soon as it answers in a batch (transformers#29087).
@@ -75,6 +76,7 @@ class Trainer(SFTTrainer):
         spike_limit, skip_spikes: what is done about a loss that leaps, see `step_checks`.
         say: told in one line what a person should know.
         identity, versions: what every checkpoint says of the run, see `resumable`.
+        judge: has held-out rows answered at evaluations, see `judging`.
         lora_plus_ratio: times the learning rate, for B of an adapter.
         pack_width: slots of a pack, where rows are packs; a collator that flattens them has them trained end to end,
             see `flat_packs`.
@@ -99,6 +101,7 @@ class Trainer(SFTTrainer):
         versions: Mapping[str, str] | None = None,
         pack_width: int | None = None,
         lora_plus_ratio: float | None = None,
+        judge: Judge | None = None,
         **kwargs: Any,
     ):
         text = kwargs["model"].config.get_text_config()
@@ -117,7 +120,7 @@ class Trainer(SFTTrainer):
         if token_rows(bare.get_output_embeddings()) is not None:
             backbone(bare).register_forward_pre_hook(functools.partial(_gather_head, bare))
         self._metadata = metadata
-        self.budget = budget
+        self.budget, self.judge = budget, judge
         self._eval_groups = eval_groups or {}
         self._eval_sums: list[torch.Tensor] = []
         self._eval_order = np.arange(0)
@@ -350,6 +353,12 @@ class Trainer(SFTTrainer):
             return {}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether an evaluation is the best so far; by a figure of answers where its gain is beyond chance only."""
+        if self.judge is not None and (best := self.judge.best) is not None:
+            if not metrics or best.step != self.state.global_step:
+                return False
+            self.state.best_metric, self.state.best_global_step = best.value, best.step
+            return True
         return bool(metrics) and bool(super()._determine_best_metric(metrics=metrics, trial=trial))
 
     def prediction_step(
@@ -398,6 +407,8 @@ class Trainer(SFTTrainer):
         metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(nll / tokens, 700.0))
         metrics[f"{metric_key_prefix}_entropy"] = entropy / tokens
         metrics[f"{metric_key_prefix}_mean_token_accuracy"] = top1 / tokens
+        if self.judge is not None:
+            metrics.update(self.judge.measure(self))
         return output
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:

@@ -32,6 +32,7 @@ train:
   {{max_steps: 4, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, logging_steps: 1, use_cpu: true,
    optim: sgd, learning_rate: 0.5}}
 output_dir: {out}
+{judged}
 """
 pytestmark = pytest.mark.timeout(400)
 DDP = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
@@ -69,7 +70,7 @@ for recipe in {recipes!r}:  # by the same processes: they take longer to start t
 def written(folder: Path, text: str = RECIPE, **recipes: dict[str, Any]) -> list[str]:
     """Recipes for two processes, 2 rows a micro-batch, 8 a step: a configuration, and a program that trains them."""
     for name, values in recipes.items():
-        (folder / f"{name}.yaml").write_text(text.format(out=folder / name, **values))
+        (folder / f"{name}.yaml").write_text(text.format(out=folder / name, **{"judged": "", **values}))
     driver = folder / f"{'-'.join(recipes)}.py"
     driver.write_text(DRIVER.format(recipes=[str(folder / f"{name}.yaml") for name in recipes]))
     (folder / "ddp.yaml").write_text(DDP)
@@ -109,9 +110,11 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def test_two_processes_are_one(data: Path) -> None:
     """A run and one on a stream, in one launch, since its start takes longer; looked at against one process."""
     folder = data.parent
+    (folder / "mine.py").write_text("def length(prediction, reference, row): return len(prediction) / len(reference)")
+    judged = "evaluation: {rows: 5, metrics: [mine.py:length, token_f1]}"  # of six rows, so that one process has more
     config, driver = written(
         folder,
-        rows={"data": data, "streaming": "", "held_out": 0.1},
+        rows={"data": data, "streaming": "", "held_out": 0.1, "judged": judged},
         stream={"data": data, "streaming": ", streaming: true", "held_out": 0},
     )
     done = launch(config, [driver], folder)
@@ -128,6 +131,7 @@ def losses_and_weights_are_those_of_one_process(two: Path, one: Path) -> None:
     weights = load_file(two / "model.safetensors")
     for other in (one, one_process(two, 8, 1), one_process(two, 2, 4)):
         same_losses(two, other, "loss", "eval_loss")
+        same_losses(two, other, "eval_length", "eval_token_f1", "eval_answered")  # each process has its part of them
         others = load_file(other / "model.safetensors")
         for name, tensor in weights.items():
             torch.testing.assert_close(tensor, others[name], atol=2e-6, rtol=0)

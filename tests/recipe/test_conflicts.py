@@ -55,6 +55,26 @@ BAD = {
         "line 3: train.load_best_model_at_end:",
         "found 100 and 30",
     ),
+    "best by a figure that is not asked for": (
+        GOOD + "evaluation: {metrics: [exact_match]}\ntrain: {metric_for_best_model: token_f1}\n",
+        "line 4: train.metric_for_best_model: eval_token_f1 is not measured",
+        "eval_mean_token_accuracy, eval_exact_match",
+    ),
+    "best by answers to no rows": (
+        GOOD + "evaluation: {rows: 0}\ntrain: {metric_for_best_model: exact_match}\n",
+        "line 4: train.metric_for_best_model: exact_match is of answers to held-out rows, and evaluation.rows is 0",
+        "auto",
+    ),
+    "figures of answers to no rows": (
+        GOOD + "evaluation: {rows: 0, metrics: [stops]}\n",
+        "line 3: evaluation.metrics: judges answers, and evaluation.rows is 0",
+        "auto",
+    ),
+    "answers to rows that are not held out": (
+        MODEL + "data: {datasets: alpaca, splits: {validation: 0}}\nevaluation: {rows: 20}\n",
+        "line 3: evaluation.rows: there is nothing to answer",
+        "hold rows out",
+    ),
     "two names of one thing": (
         GOOD + "train: {activation_checkpointing: true, gradient_checkpointing: false}\n",
         "line 3: train.gradient_checkpointing: contradicts train.activation_checkpointing",
@@ -110,3 +130,11 @@ def test_a_contradiction_is_said_at_the_key_that_was_written(problems, case):
     (found,) = problems(text)
     assert found.startswith(start)
     assert fragment in found
+
+
+def test_two_figures_of_one_name(problems, tmp_path):
+    for name in ("one.py", "two.py"):
+        (tmp_path / name).write_text("")
+    for metrics in ("one.py:score, two.py:score", "one.py:loss", "one.py:exact_match"):
+        for found in problems(GOOD + f"evaluation: {{metrics: [{metrics}]}}\n"):
+            assert "would stand for two figures; give the function another name" in found

@@ -32,6 +32,8 @@ def test_json_schema(load):
             "hub": {"push": "end", "repo_id": "a/b"},
             "check": {"max_leaks": 0, "max_cut_share": 0.5},
         },
+        {"evaluation": {"rows": 50, "metrics": ["exact_match", "my_metrics.py:score"]}},
+        {"evaluation": {"rows": "auto", "metrics": "my_metrics.py:score"}},
     ):
         assert valid(good | more), more
     for more in (
@@ -49,6 +51,8 @@ def test_json_schema(load):
         {"data": {"datasets": "alpaca", "max_length": 0}},
         {"adapter": "qlora"},
         {"check": {"max_leak": 0}},
+        {"evaluation": {"rows": -1}},
+        {"evaluation": {"metrics": ["exact_mach"]}},
         {"check": {"max_cut_share": 2}},
         {"adapter": {"more": {}}},
         {"name": "x"},

@@ -64,6 +64,7 @@ def test_defaults_are_those_of_the_contract(load):
             "experts": "auto",
         },
         "train": "…",
+        "evaluation": {"rows": "auto", "metrics": []},
         "samples": [],
         "hub": {"repo_id": None, "private": True, "path_in_repo": None, "push": "never"},
         "check": {

@@ -6,6 +6,9 @@ import textwrap
 
 import pytest
 
+from instructft.errors import RecipeError
+from instructft.recipe.load import load_recipe, load_run_recipe
+from instructft.weights import remote_code
 from tests.helpers.recipes import DATA, GOOD, MODEL
 
 # text of the recipe, how its one problem begins (place and key path), what else that must hold
@@ -85,6 +88,21 @@ BAD = {
     "absolute": ("model: {name_or_path: a, subfolder: /etc}\n" + DATA, "line 1: model.subfolder:", "inside the repo"),
     "repo id": (GOOD + "hub: {repo_id: a/b/c}\n", "line 3: hub.repo_id:", "org/name"),
     "address": (MODEL + "data: {datasets: [{url: 'ftp://a/b'}]}\n", "line 2: data.datasets.0.url:", "http(s)"),
+    "figure": (
+        GOOD + "evaluation: {metrics: [exact_mach]}\n",
+        'line 3: evaluation.metrics.0: "exact_mach" is unknown',
+        'did you mean "exact_match"?',
+    ),
+    "figure in a file that is not there": (
+        GOOD + "evaluation: {metrics: mine.py:score}\n",
+        'line 3: evaluation.metrics: there is no "mine.py"',
+        "beside the recipe",
+    ),
+    "rows to answer": (
+        GOOD + "evaluation: {rows: all}\n",
+        'line 3: evaluation.rows: found "all" (text), expected auto or a whole number',
+        "held-out rows answered at every evaluation",
+    ),
     # unknown keys
     "section": (GOOD + "trian:\n  seed: 1\n", "line 3: trian: unknown key", 'did you mean "train"?'),
     "key of train": (
@@ -193,3 +211,33 @@ def test_a_password_in_an_address_is_refused_and_not_shown(problems):
     found = problems(MODEL + "data: {datasets: [{url: 'https://me:S3CRET@host/a.json'}]}\n")
     assert found[0].startswith("line 2: data.datasets.0.url: holds a password")
     assert "S3CRET" not in found[0]
+
+
+def test_code_of_a_metric_is_not_run_unasked(tmp_path):
+    """A recipe may be a stranger's: what lies outside of its folder is not for it to run; a person may say so."""
+    folder = tmp_path / "theirs"
+    (folder / "below").mkdir(parents=True)
+    for place in (tmp_path, folder, folder / "below"):
+        (place / "mine.py").write_text("raise SystemExit('it ran')")
+    (folder / "linked.py").symlink_to(tmp_path / "mine.py")
+
+    def load(metric, *overrides):
+        (folder / "recipe.yaml").write_text(GOOD + f"evaluation: {{metrics: [{metric}]}}\n")
+        return load_recipe(folder / "recipe.yaml", overrides).evaluation.metrics
+
+    assert load("mine.py:score") == (f"{folder / 'mine.py'}:score",)
+    assert load("below/mine.py:score") == (f"{folder / 'below' / 'mine.py'}:score",)
+    outside = (f"{tmp_path / 'mine.py'}:score", "../mine.py:score", "below/../../mine.py:score", "linked.py:score")
+    for metric in outside:
+        with pytest.raises(RecipeError, match=r"lies outside of the recipe's folder.*--trust-remote-code"):
+            load(metric)
+    typed = f"{tmp_path / 'mine.py'}:score"
+    assert load("mine.py:score", f"evaluation.metrics=[{typed}]") == (typed,)
+    remote_code.allow()
+    try:
+        assert load("../mine.py:score") == (f"{folder / '..' / 'mine.py'}:score",)
+    finally:
+        remote_code.allow(False)
+    # the recipe of a run is read by commands that judge nothing by it, where the file may be gone
+    (folder / "recipe.yaml").write_text(GOOD + "evaluation: {metrics: [gone.py:score]}\n")
+    assert load_run_recipe(folder).evaluation.functions() == {"score": ("gone.py", "score")}

@@ -53,3 +53,13 @@ def test_output_that_is_lost_is_no_error(monkeypatch: pytest.MonkeyPatch) -> Non
         print("one")
         print("two", flush=True)
     assert "standard output" in take_troubles()["output"]
+
+
+def test_a_library_that_closes_what_stood_for_stderr_closes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """absl keeps the stream that it finds at its import, and closes it at exit unless it is the standard one."""
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with lasting_output():
+        found = sys.stderr
+    found.close()
+    assert not stream.closed

@@ -244,3 +244,20 @@ def test_the_speed_of_a_line_is_that_of_its_own_steps(tmp_path: Path, monkeypatc
         file.on_log(None, state, None, {"eval_loss": 1.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["tokens_per_second"] for line in lines] == [50.0, 100.0]
+
+
+def test_figures_of_answers_are_drawn_with_their_interval(recipe: Any, tmp_path: Path) -> None:
+    answers = [
+        {"step": s, "eval_loss": 1.0, "eval_exact_match": x, "eval_exact_match_low": x - 0.1,
+         "eval_exact_match_high": x + 0.1, "eval_answered": 32}
+        for s, x in ((20, 0.25), (40, 0.5))
+    ]  # fmt: skip
+    facts = facts_of(metrics={"eval_loss": 1.0, **{k: v for k, v in answers[-1].items() if k != "step"}})
+    text = page(fill(tmp_path / "run", answers, []), recipe, facts)
+    read = " ".join(Read(text).text.split())
+    assert "Exact match" in read
+    assert "answers to 32 held-out rows; band: 95% interval" in read
+    assert "0.4 to 0.6" in read  # in the table of its values
+    assert "fill-opacity: 0.2" in text
+    assert "validation, share of answers that match exactly" in read
+    assert "eval_exact_match_low" not in read
