@@ -181,3 +181,13 @@ def quantiles(lengths: np.ndarray) -> dict[str, int]:
         return {"p50": 0, "p90": 0, "p99": 0, "max": 0}
     found = {f"p{q}": int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99)}
     return {**found, "max": int(lengths.max())}
+
+
+def plain_table(*columns: str, left: int = 1) -> Any:
+    """A table without lines; the first `left` columns hold text, the others figures."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    return table

@@ -58,3 +58,17 @@ def evaluate(
         from instructft.evaluation.compare import compare
 
         compare(model, base, data, split, limit, show, json_file, columns_asked(columns or ()))
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs lie.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects and nothing else.")] = False,
+    sort: Annotated[
+        str | None,
+        option(metavar="KEY", help="Sort by a column or a figure; -KEY the other way. Default: -when."),
+    ] = None,
+) -> None:
+    """The runs of a folder in one table: what was trained on what, how it ended, and how good it is."""
+    from instructft.report.runs import show_runs
+
+    show_runs(folder, as_json=as_json, sort=sort)

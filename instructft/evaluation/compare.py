@@ -21,7 +21,7 @@ from instructft.data.prepare import SPLITS
 from instructft.errors import CheckpointError, UsageError
 from instructft.evaluation.confidence import differences
 from instructft.evaluation.metrics import evaluate
-from instructft.formatting import FORMS, name_of, short
+from instructft.formatting import FORMS, name_of, plain_table, short
 from instructft.inference.generator import Generator
 from instructft.inference.reference_model import START, ReferenceModel, check_base, recipe_of
 from instructft.models.load_for_inference import load_for_inference, locate
@@ -226,16 +226,6 @@ def _holds_rows(data: str) -> bool:
 # --------------------------------------------------------------------------------------------------------------------
 # Tables
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def plain_table(*columns: str, left: int = 1) -> Any:
-    """A table without lines; the first `left` columns hold text, the others figures."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
-    return table
 
 
 def _print_metrics(console: Any, results: Mapping[str, Any]) -> None:

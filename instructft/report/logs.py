@@ -14,6 +14,7 @@ from instructft.formatting import first_line
 from instructft.whole_file import write_whole
 
 DAMAGED = ".damaged"  # behind the name of a log: the file as it was before lines of it were left out
+_TAIL = 1 << 16  # bytes
 _troubles: dict[str, str] = {}  # kind -> what happened, until somebody takes it
 
 
@@ -55,6 +56,20 @@ def read_log(path: Path, *keys: str) -> list[dict[str, Any]]:
     return [record for record in found if all(key in record for key in keys)]
 
 
+def last_records(path: Path) -> list[dict[str, Any]]:
+    """The first record of a log and those of its last 64 KiB: of a long run, what is known without reading it all."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline(_TAIL)
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(end - _TAIL, len(first)))
+            rest = file.read().splitlines(keepends=True)
+    except OSError:
+        return []
+    found = (_record(line) for line in (first, *rest))
+    return [record for record in found if record is not None]
+
+
 def keep_until(step: int, path: Path, write: bool = True) -> tuple[list[dict[str, Any]], str]:
     """Cut a log back to the step that a run continues from: the records that stay, and in words what was left out.
 
@@ -88,11 +103,15 @@ def append_log(path: Path, records: Sequence[Mapping[str, Any]]) -> bool:
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """The lines of a log, each with its record where it is one."""
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
-        try:
-            record = json.loads(line.decode("utf-8"))
-            yield line, record if isinstance(record["step"], int) else None
-        except (ValueError, TypeError, KeyError, RecursionError):
-            yield line, None
+        yield line, _record(line)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode("utf-8"))
+        return record if isinstance(record["step"], int) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 # --------------------------------------------------------------------------------------------------------------------
