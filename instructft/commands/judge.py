@@ -72,3 +72,15 @@ def runs(
     from instructft.report.runs import show_runs
 
     show_runs(folder, as_json=as_json, sort=sort)
+
+
+def compare(
+    run: Annotated[list[str], typer.Argument(metavar="RUN RUN …", help="Run folders, two or more.")],
+    html: Annotated[Path | None, option("--html", help="Also write one self-contained page to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Two or more runs side by side: what differs in their recipes, their curves, figures and answers."""
+    from instructft.evaluation.confidence import differences
+    from instructft.report.compare import compare_runs
+
+    compare_runs(run, html, as_json=as_json, differences=differences)

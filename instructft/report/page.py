@@ -23,6 +23,7 @@ from instructft.report.logs import read_log
 from instructft.report.model_card import PLAIN, read_evaluation
 
 if TYPE_CHECKING:
+    import jinja2
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from instructft.data.streaming import Streamed
     from instructft.recipe.schema import Recipe
 
-PAGE = Path(__file__).parent / "html" / "report.html.jinja"
+PAGES = Path(__file__).parent / "html"
+PAGE = PAGES / "report.html.jinja"
 
 _CURVES = (  # title, unit, (name, key in metrics.jsonl, marked with dots)
     ("Loss", "nats per supervised token", (("training", "loss", False), ("validation", "eval_loss", True))),
@@ -105,24 +107,10 @@ def page(
     data: Prepared | Streamed | None = None,
 ) -> str:
     """The text of `report.html`."""
-    import jinja2
-    from markupsafe import Markup
-
     records = read_metrics(run)
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # control characters, and those that turn the direction of writing around, become signs
-        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-    )
-    environment.filters["number"] = lambda value: number(value) if finite(value) else str(value)
-    environment.filters["clock"] = clock
-    environment.filters["perplexity"] = perplexity
     folders = [run, run.parent, Path(recipe.output_dir)]
     resolved = without_places(recipe.to_dict(), folders)
-    text = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
+    text = template(PAGE).render(
         name=recipe.name,
         start=starting_point(recipe),
         sets=[
@@ -144,6 +132,26 @@ def page(
         resolved=yaml_text(resolved).strip(),
     )
     return without_roots(text, folders)
+
+
+def template(path: Path) -> jinja2.Template:
+    """A page with the filters of all. What it shows is escaped, and its control characters are signs."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # control characters, and those that turn the direction of writing around, become signs
+        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+    )
+    environment.filters["number"] = lambda value: number(value) if finite(value) else str(value)
+    environment.filters["clock"] = clock
+    environment.filters["perplexity"] = perplexity
+    return environment.from_string(path.read_text(encoding="utf-8"))
 
 
 def _charts(records: list[dict[str, Any]]) -> Iterable[Chart]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from instructft.checkpoints.lock import holder
 from instructft.checkpoints.manifest import folders, kind, step_of
@@ -22,6 +23,9 @@ from instructft.formatting import FORMS, closest, first_line, name_of, nearest, 
 from instructft.redaction import bare_url, last_name
 from instructft.report.logs import last_records
 from instructft.report.model_card import read_evaluation
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DEPTH = 3  # folders below the one that is asked for: runs/project/run is found
 GATE = "gate.json"  # in the run folder, as `instructft gate` writes it
@@ -238,7 +242,7 @@ def show_runs(folder: Path, *, as_json: bool = False, sort: str | None = None) -
     if sort is not None:
         runs = _sorted(runs, sort)
     if as_json:
-        print(json.dumps([_strict(asdict(run)) for run in runs], indent=2, ensure_ascii=False))
+        print(json.dumps([strict(asdict(run)) for run in runs], indent=2, ensure_ascii=False))
         return
     if not runs:
         print(f"{folder} holds no run of instructft")
@@ -260,17 +264,14 @@ def _sorted(runs: Sequence[Run], asked: str) -> list[Run]:
     return [run for _, run in known] + [run for value, run in found if value is None or value != value]
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """A value as strict JSON has it: what is not a finite number is null."""
     if isinstance(value, Mapping):
-        return {key: _strict(inner) for key, inner in value.items()}
+        return {key: strict(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print(runs: Sequence[Run]) -> None:
-    import sys
-
-    from rich.console import Console
     from rich.text import Text
 
     figures = [name for name in _FIGURES if any(name in run.figures for run in runs)]
@@ -286,8 +287,7 @@ def _print(runs: Sequence[Run]) -> None:
         line = [run.name, run.state, whole(run.steps), loss(run.loss), loss(run.eval_loss), *shown, *verdict]
         line += [str(run.warnings or ""), when(run.when), run.model or "", run.data or "", whole(run.rows)]
         table.append([printable(cell) for cell in line])
-    wide = not sys.stdout.isatty()  # for a file or a pipe nothing is left out
-    console = Console(highlight=False, **({"width": 10_000} if wide else {}))
+    console = wide_console()
     columns, left_out = _that_fit(heads, table, console.width)
     words = {"run", "state", "model", "data", "when"}
     printed = plain_table(*(heads[i] for i in columns), left=0)
@@ -318,6 +318,13 @@ def _that_fit(heads: Sequence[str], table: Sequence[Sequence[str]], width: int) 
             columns.remove(at)
             left_out.insert(0, head)
     return columns, left_out
+
+
+def wide_console() -> Console:
+    """A console whose tables keep their lines whole in a file or a pipe, as wide as they are."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
 
 
 def printable(text: str) -> str:
