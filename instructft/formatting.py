@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import io
 import math
+import os
 import re
+import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +117,19 @@ def short(text: str, limit: int) -> str:
     """
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def typed(path: object) -> str:
+    """A path as it is typed in a command, for POSIX shells and for Windows.
+
+    >>> typed("runs/first"), typed("runs/my first"), typed("-x")
+    ('runs/first', "'runs/my first'", './-x')
+    """
+    text = str(path)
+    text = f"./{text}" if text.startswith("-") else text
+    if os.name == "nt":
+        return f'"{text}"' if " " in text else text
+    return shlex.quote(text)
 
 
 def closest(word: Any, names: Iterable[str], *, cutoff: float = 0.6) -> str | None:

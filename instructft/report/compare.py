@@ -17,14 +17,14 @@ from instructft.formatting import FORMS, clock, name_of, nearest, plain_table, s
 from instructft.recipe.yaml_reader import read_document
 from instructft.redaction import bare_url, without_places, without_roots
 from instructft.report.curves import LINES, Chart, chart, finite, read_metrics, series_of
-from instructft.report.model_card import read_evaluation
-from instructft.report.page import EVALUATED, PAGES, SAMPLES, _short, _spread, before_and_after, template
+from instructft.report.judged import EVALUATED, PAGES, cut_short, spread, template
+from instructft.report.model_card import read_evaluation, read_gate
+from instructft.report.page import SAMPLES, before_and_after
 from instructft.report.runs import (
     Run,
     loss,
     printable,
     read_facts,
-    read_gate,
     read_run,
     strict,
     when,
@@ -281,14 +281,16 @@ def evaluated_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
     shared = [key for key in known[0][1] if all(key in rows for _, rows in known)]
     right = {key: {rows[key].strip() == key[1].strip() for _, rows in known} for key in shared}
     apart, alike = [key for key in shared if len(right[key]) > 1], [key for key in shared if len(right[key]) == 1]
-    chosen = _spread(apart, EVALUATED)
-    chosen += _spread(alike, EVALUATED - len(chosen))
+    chosen = spread(apart, EVALUATED)
+    chosen += spread(alike, EVALUATED - len(chosen))
     by_side = dict(known)
     return [
         {
-            "prompt": _short(prompt),
-            "reference": _short(reference),
-            "answers": [_short(by_side[at][prompt, reference]) if at in by_side else None for at in range(len(sides))],
+            "prompt": cut_short(prompt),
+            "reference": cut_short(reference),
+            "answers": [
+                cut_short(by_side[at][prompt, reference]) if at in by_side else None for at in range(len(sides))
+            ],
         }
         for prompt, reference in chosen
     ]

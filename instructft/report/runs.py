@@ -22,13 +22,12 @@ from instructft.errors import UsageError
 from instructft.formatting import FORMS, closest, first_line, name_of, nearest, plain_table
 from instructft.redaction import bare_url, last_name
 from instructft.report.logs import last_records
-from instructft.report.model_card import read_evaluation
+from instructft.report.model_card import read_evaluation, read_gate
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 DEPTH = 3  # folders below the one that is asked for: runs/project/run is found
-GATE = "gate.json"  # in the run folder, as `instructft gate` writes it
 _KEYS = ("name", "model", "data", "rows", "steps", "loss", "eval_loss", "warnings", "when", "state")
 _FIGURES = ("exact_match", "rougeL", "bleu")  # of an evaluation, where there is room for few
 # Of what a run logs of its validation: no figures of how good it is.
@@ -199,15 +198,6 @@ def _figures(folder: Path, metrics: Mapping[str, Any]) -> dict[str, float]:
     }
     gate = read_gate(folder)
     return {**while_training, **figures, **({"gate": float(gate["passed"])} if gate else {})}
-
-
-def read_gate(run: Path) -> dict[str, Any] | None:
-    """The contents of `gate.json` in a run folder; None where there is none that can be read."""
-    try:
-        found = json.loads((run / GATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("passed"), bool) else None
 
 
 def _section(facts: Mapping[str, Any], key: str) -> Mapping[str, Any]:
