@@ -206,6 +206,7 @@ def _axes(width: float = 5.6, height: float = 3.1) -> tuple[Any, Any]:
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(_tick)
     ax.locator_params(nbins=6)
+    ax.locator_params(axis="x", integer=True)  # steps, and tokens, are whole
     return fig, ax
 
 

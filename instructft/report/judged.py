@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     import jinja2
 
 PAGES = Path(__file__).parent / "html"
-PART = PAGES / "judged.html.jinja"
-BEGIN, END = "<!-- judged -->", "<!-- /judged -->"  # text of data and models is escaped, and holds neither
+PARTS = ("verdict", "judged")  # between comments of these names, which escaped text of data and models cannot hold
 EVALUATED = 12  # rows of an evaluation that are shown
 TEXT = 2_000  # characters of any text of data or models
 
@@ -36,18 +35,26 @@ def join_report(run: Path) -> bool:
     path = run / "report.html"
     try:
         text = path.read_text(encoding="utf-8")
-        before, begin, rest = text.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not begin or not end:  # a page of an older version
-            return False
-        part = template(PART).render(evaluation=evaluation_table(read_evaluation(run)), gate=gate_table(read_gate(run)))
-        write_whole(path, before + without_roots(part, [run, run.parent]).strip() + after)
+        shown = judged(run)
+        for name in PARTS:
+            before, begin, rest = text.partition(f"<!-- {name} -->")
+            _, end, after = rest.partition(f"<!-- /{name} -->")
+            if not begin or not end:  # a page of an older version
+                return False
+            part = template(PAGES / f"{name}.html.jinja").render(**shown)
+            text = before + without_roots(part, [run, run.parent]).strip() + after
+        write_whole(path, text)
     except FileNotFoundError:
         return False
     except Exception as error:
         print(f"{path} does not show the new figures: {first_line(error)}", file=sys.stderr)
         return False
     return True
+
+
+def judged(run: Path) -> dict[str, Any]:
+    """What the parts show of a run folder."""
+    return {"evaluation": evaluation_table(read_evaluation(run)), "gate": gate_table(read_gate(run))}
 
 
 def template(path: Path) -> jinja2.Template:

@@ -18,9 +18,9 @@ import numpy as np
 from instructft.formatting import perplexity, typed, yaml_text
 from instructft.redaction import bare_url, last_name, without_places, without_roots
 from instructft.report.curves import Chart, bars, chart, finite, number, read_metrics, series_of
-from instructft.report.judged import PAGES, cut_short, evaluation_table, gate_table, spread, template
+from instructft.report.judged import PAGES, cut_short, judged, spread, template
 from instructft.report.logs import read_log
-from instructft.report.model_card import PLAIN, read_evaluation, read_gate
+from instructft.report.model_card import PLAIN
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -121,8 +121,7 @@ def page(
         facts=facts,
         charts=list(_charts(records)),
         samples=before_and_after(run),
-        evaluation=evaluation_table(read_evaluation(run)),
-        gate=gate_table(read_gate(run)),
+        **judged(run),
         lengths=lengths(recipe, data),
         row=training_row(recipe, tokenizer, data),
         metrics={key: (_WORDS.get(key, key), value) for key, value in _in_order(_powers(facts["metrics"])).items()},
@@ -159,7 +158,7 @@ def _in_order(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 ROW_TOKENS = 600  # of the training row that is shown
 BARS = 24  # of the histogram, at most
-MUCH = 0.05  # share of the rows that were dropped: beyond it a reader is told first
+MUCH = 0.1  # share of the rows that were dropped: beyond it a reader is told first
 SAMPLES = 30  # prompts whose answers are shown
 
 

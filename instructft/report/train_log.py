@@ -101,9 +101,9 @@ class TrainLog:
                 raise
 
     def _as_kept(self, text: str) -> str:
+        text = redact(text)
         for secret in self._secrets:
             text = text.replace(secret, "…")
-        text = redact(text)
         if not text.isprintable():
             from instructft.prompt.token_view import visible
 
@@ -168,7 +168,7 @@ class Stream:
         what = found[0]
         if what == "\n":
             line, self._line, self._over = self._line, "", False
-            self._log.line(line.rstrip())
+            self._log.line(line.rstrip(" "))
         elif what == "\r":
             self._over = True
         elif what == "\t":
