@@ -143,3 +143,12 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     files = [file["filename"] for split in data.splits.values() for file in split.cache_files]
     print(f"{'cache':12} {Path(files[0]).parent if files else 'none needed: these rows are made in memory'}")
     print(f"{'time':12} {seconds:.1f} s, {sum(data.tokens.values()) / seconds:,.0f} tokens/s")
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """What this machine has, what works on it and what is missing: to be pasted into a bug report."""
+    from instructft.check.doctor import doctor as examine_machine
+
+    examine_machine(as_json=as_json)
