@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from instructft.commands.options import ColumnsOption, ModelArgument, option, quiet_libraries
+from instructft.commands.options import ColumnsOption, ModelArgument, option, quiet_libraries, run_names
 from instructft.errors import UsageError
 
 
@@ -75,7 +75,9 @@ def runs(
 
 
 def compare(
-    run: Annotated[list[str], typer.Argument(metavar="RUN RUN …", help="Run folders, two or more.")],
+    run: Annotated[
+        list[str], typer.Argument(metavar="RUN RUN …", help="Run folders, two or more.", autocompletion=run_names)
+    ],
     html: Annotated[Path | None, option("--html", help="Also write one self-contained page to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
