@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from instructft.commands.judge import evaluate, verify
-from instructft.commands.prepare import check, init, inspect, prepare, recipes
+from instructft.commands.judge import compare, evaluate, runs, verify
+from instructft.commands.prepare import check, docs, doctor, init, inspect, prepare, recipes
 from instructft.commands.share import convert, export, merge, push
 from instructft.commands.train import launch, train
 from instructft.commands.use import chat, generate, ui
@@ -17,9 +17,9 @@ from instructft.errors import EXIT_FAILED, InstructftError, is_panic
 from instructft.version import __version__
 
 GROUPS = {
-    "Prepare": (recipes, init, check, inspect, prepare),
+    "Prepare": (recipes, init, check, inspect, prepare, doctor, docs),
     "Train": (train, launch),
-    "Judge": (evaluate, verify),
+    "Judge": (evaluate, verify, runs, compare),
     "Use": (chat, ui, generate),
     "Share": (merge, convert, export, push),
 }
@@ -40,7 +40,6 @@ app = typer.Typer(
     cls=Grouped,
     help="A YAML recipe in, a chat model you can trust out.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help and errors: rich would double the time that --help takes
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import io
 import math
+import os
 import re
+import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +134,19 @@ def short(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def typed(path: object) -> str:
+    """A path as it is typed in a command, for POSIX shells and for Windows.
+
+    >>> typed("runs/first"), typed("runs/my first"), typed("-x")
+    ('runs/first', "'runs/my first'", './-x')
+    """
+    text = str(path)
+    text = f"./{text}" if text.startswith("-") else text
+    if os.name == "nt":
+        return f'"{text}"' if " " in text else text
+    return shlex.quote(text)
+
+
 def closest(word: Any, names: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """The name that looks most like a word, if any does; case and hyphens do not count."""
     plain = {name.lower().replace("-", "_"): name for name in names}
@@ -196,3 +211,13 @@ def quantiles(lengths: np.ndarray) -> dict[str, int]:
         return {"p50": 0, "p90": 0, "p99": 0, "max": 0}
     found = {f"p{q}": int(np.percentile(lengths, q, method="inverted_cdf")) for q in (50, 90, 99)}
     return {**found, "max": int(lengths.max())}
+
+
+def plain_table(*columns: str, left: int = 1) -> Any:
+    """A table without lines; the first `left` columns hold text, the others figures."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    return table

@@ -186,7 +186,41 @@ def is_secret(key: Any) -> bool:
 
 def redact(text: str) -> str:
     """The text with everything that looks like an access token blotted out."""
-    return _SECRET_VALUE.sub("hf_…", text)
+    return _SECRET_VALUE.sub(lambda found: f"{found[1] or 'hf_'}…", text)
+
+
+def without_secrets(words: Iterable[str]) -> list[str]:
+    """A command line as it may be kept: no tokens, no values of keys that name a credential, no queries of URLs.
+
+    >>> without_secrets(["push", "--api-key", "K3y", "hub.token=K3y", "eos_token=</s>", "https://ada:pw@a.example/x?key=K3y"])
+    ['push', '--api-key', '…', 'hub.token=…', 'eos_token=</s>', 'https://a.example/x']
+    """
+    kept: list[str] = []
+    for word in words:
+        named = kept[-1].lstrip("-").replace("-", "_") if kept and kept[-1].startswith("--") else ""
+        if is_secret(named) and not word.startswith("-"):
+            kept.append("…")
+            continue
+        word = _ASSIGNED.sub(
+            lambda found: found[0] if _NOT_SECRET.match(found[2]) else f"{found[1]}{found[2]}{found[3]}…", word
+        )
+        kept.append(redact(_URL.sub(lambda found: _safe_url(found[0]), word)))
+    return kept
+
+
+def environment_secrets() -> list[str]:
+    """The values of the environment whose names say that they are credentials."""
+    named = re.compile(r"(TOKEN|PASSWORD|SECRET|API_?KEY|ACCESS_KEY(_ID)?)$", re.IGNORECASE)
+    return sorted({value for name, value in os.environ.items() if named.search(name) and len(value) >= 8}, key=len)[
+        ::-1
+    ]
+
+
+def _safe_url(url: str) -> str:
+    try:
+        return bare_url(url)
+    except ValueError:  # brackets that are none of an address
+        return "…"
 
 
 # names of credentials; `eos_token` and the like are words of a tokenizer
@@ -194,4 +228,12 @@ _SECRET = re.compile(r"(?:^|_)(?:token|password|secret|api_?key)$|^use_auth_toke
 
 _NOT_SECRET = re.compile(r"^(?:eos|bos|pad|unk|sep|cls|mask|stop|end|start|image|stop_word)_token$")
 
-_SECRET_VALUE = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{6,}")
+_SECRET_VALUE = re.compile(
+    r"\b(?:(?:hf|api_org)_[A-Za-z0-9]{6,}|(gh[pousr]_|github_pat_|glpat-|xox[abp]-|AKIA|sk-)[A-Za-z0-9_-]{16,})"
+)
+
+_ASSIGNED = re.compile(
+    r"((?:[\w-]+\.)*)([\w-]*(?:token|password|secret|api[_-]?key))(\s*[=:]\s*)[^\s,}\]]+", re.IGNORECASE
+)
+
+_URL = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\",}]+")

@@ -42,14 +42,14 @@ def only_one(lock: Path, what: str, way_out: str) -> Iterator[None]:
     if path in _held:
         yield
         return
-    holder = _holder(path)
+    last = _holder(path)
     held = FileLock(path)
     try:
         with warnings.catch_warnings():  # of file systems without locks
             warnings.simplefilter("ignore")
-            held.acquire(timeout=0 if _lives(holder) else _ENDING)
+            held.acquire(timeout=0 if _lives(last) else _ENDING)
     except Timeout:
-        who = " ".join(_holder(path) or holder) or "of another machine or user"
+        who = " ".join(_holder(path) or last) or "of another machine or user"
         raise UsageError(f"{what} is under way there (process {who}). Wait until it ends, or {way_out}") from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
@@ -66,6 +66,18 @@ def only_one(lock: Path, what: str, way_out: str) -> Iterator[None]:
         with contextlib.suppress(OSError):  # ahead of the release: after it, it may be another's
             path.unlink()
         held.release()
+
+
+def holder(lock: Path) -> str:
+    """The process that holds a lock file, as `123 on host`; "" where nobody does, or it has ended.
+
+    Example::
+
+        holder(Path("runs/a/.lock"))
+        # '4711 on node-3'
+    """
+    found = _holder(lock)
+    return " ".join(found) if _lives(found) else ""
 
 
 def _holder(path: Path) -> list[str]:

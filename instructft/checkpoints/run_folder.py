@@ -36,7 +36,8 @@ MARK = "instructft.json"  # says that a run made the folder; named so that `rm *
 LOCK = ".lock"
 PARTIAL = "final.partial"  # the final model while it is written
 # What a run that was stopped before its first checkpoint leaves.
-_LOGS = {"metrics.jsonl", "samples.jsonl", "warnings.jsonl", "tensorboard", "recipe.yaml", ".upload", ".fetch", PARTIAL}
+_LOGS = {"metrics.jsonl", "samples.jsonl", "warnings.jsonl", "train.log", "tensorboard", "recipe.yaml"}
+_LOGS |= {".upload", ".fetch", PARTIAL}
 
 
 @contextmanager

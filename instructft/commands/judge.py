@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from instructft.commands.options import ColumnsOption, ModelArgument, option, quiet_libraries
+from instructft.commands.options import ColumnsOption, ModelArgument, option, quiet_libraries, run_names
 from instructft.errors import EXIT_DONE, UsageError
 
 
@@ -89,3 +89,31 @@ def verify(
     code = verify_server(model, found, rows, answers, max_new_tokens, json_file).exit_code
     if code != EXIT_DONE:
         raise typer.Exit(code)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs lie.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects and nothing else.")] = False,
+    sort: Annotated[
+        str | None,
+        option(metavar="KEY", help="Sort by a column or a figure; -KEY the other way. Default: -when."),
+    ] = None,
+) -> None:
+    """The runs of a folder in one table: what was trained on what, how it ended, and how good it is."""
+    from instructft.report.runs import show_runs
+
+    show_runs(folder, as_json=as_json, sort=sort)
+
+
+def compare(
+    run: Annotated[
+        list[str], typer.Argument(metavar="RUN RUN …", help="Run folders, two or more.", autocompletion=run_names)
+    ],
+    html: Annotated[Path | None, option("--html", help="Also write one self-contained page to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Two or more runs side by side: what differs in their recipes, their curves, figures and answers."""
+    from instructft.evaluation.confidence import differences
+    from instructft.report.compare import compare_runs
+
+    compare_runs(run, html, as_json=as_json, differences=differences)

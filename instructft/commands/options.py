@@ -3,13 +3,59 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 option = functools.partial(typer.Option, show_default=False)  # whose default is told by its help, or is none
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+_RUN_FILES = ("instructft.json", "run.json", "adapter_config.json", "config.json")
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """What a RECIPE that is begun may become: a shipped one, or a YAML file or a folder on the way to one."""
+    from instructft.recipe.shipped import shipped_recipes
+
+    shipped = [name for name in shipped_recipes() if name.startswith(incomplete)]
+    return shipped + [path for path in _paths(incomplete) if path.endswith((".yaml", ".yml", "/"))]
+
+
+def run_names(incomplete: str) -> list[str]:
+    """What a MODEL or a RUN that is begun may become: a run folder in runs/, or a folder on the way to one."""
+    runs = [path.rstrip("/") for path in _paths("runs/") if _is_model(path)] if Path("runs").is_dir() else []
+    found = [path for path in runs if path.startswith(incomplete)]
+    folders = [path.rstrip("/") if _is_model(path) else path for path in _paths(incomplete) if path.endswith("/")]
+    return found + [path for path in folders if path not in found]
+
+
+def page_names(incomplete: str) -> list[str]:
+    """What a page of the documentation that is begun may be called."""
+    from instructft.extras.documentation import pages
+
+    return [name for name in pages() if name.startswith(incomplete)]
+
+
+def _paths(incomplete: str) -> list[str]:
+    """Files, and folders with a slash behind them, that a path may become."""
+    folder, _, name = incomplete.rpartition("/")
+    begin = f"{folder}/" if "/" in incomplete else ""
+    try:
+        inner = sorted(Path(begin or ".").expanduser().iterdir())
+    except OSError:
+        return []
+    found = [path for path in inner if path.name.startswith(name) and (name or not path.name.startswith("."))]
+    return [f"{begin}{path.name}{'/' if path.is_dir() else ''}" for path in found]
+
+
+def _is_model(path: str) -> bool:
+    return any((Path(path).expanduser() / name).is_file() for name in _RUN_FILES)
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.", autocompletion=recipe_names),
+]
 
 Overrides = Annotated[
     list[str] | None,
@@ -17,7 +63,12 @@ Overrides = Annotated[
 ]
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint in it, any model folder, or a Hub id.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A run folder, a checkpoint in it, any model folder, or a Hub id.",
+        autocompletion=run_names,
+    ),
 ]
 
 ResumeOption = Annotated[

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from instructft.commands.options import Overrides, RecipeArgument, StrategyOption, option, quiet_libraries
+from instructft.commands.options import (
+    Overrides,
+    RecipeArgument,
+    StrategyOption,
+    option,
+    page_names,
+    quiet_libraries,
+    recipe_names,
+)
 from instructft.errors import EXIT_USAGE, UsageError
 
 
@@ -17,7 +25,7 @@ def recipes(
 ) -> None:
     """List the shipped recipes."""
     from instructft.recipe.json_schema import json_schema
-    from instructft.recipe.load import recipe_purpose, shipped_recipes
+    from instructft.recipe.shipped import recipe_purpose, shipped_recipes
 
     if schema:
         print(json.dumps(json_schema(), indent=2))
@@ -29,14 +37,19 @@ def recipes(
 
 
 def init(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe; `instructft recipes` lists them.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="A shipped recipe; `instructft recipes` lists them.", autocompletion=recipe_names
+        ),
+    ],
     file: Annotated[
         Path | None,
         typer.Argument(metavar="[FILE]", help="Where to write it; NAME.yaml if left out.", show_default=False),
     ] = None,
 ) -> None:
     """Write a shipped recipe to a file, as a starting point."""
-    from instructft.recipe.load import shipped_recipes
+    from instructft.recipe.shipped import shipped_recipes
 
     found = shipped_recipes()
     if name not in found:
@@ -143,3 +156,23 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     files = [file["filename"] for split in data.splits.values() for file in split.cache_files]
     print(f"{'cache':12} {Path(files[0]).parent if files else 'none needed: these rows are made in memory'}")
     print(f"{'time':12} {seconds:.1f} s, {sum(data.tokens.values()) / seconds:,.0f} tokens/s")
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """What this machine has, what works on it and what is missing: to be pasted into a bug report."""
+    from instructft.check.doctor import doctor as examine_machine
+
+    examine_machine(as_json=as_json)
+
+
+def docs(
+    page: Annotated[
+        str | None, typer.Argument(metavar="[PAGE]", help="Left out: the list of pages.", autocompletion=page_names)
+    ] = None,
+) -> None:
+    """A page of the documentation, here in the terminal."""
+    from instructft.extras.documentation import show_page
+
+    show_page(page)

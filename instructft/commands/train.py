@@ -92,7 +92,7 @@ def launch(
 def print_outcome(result: Any) -> None:
     from rich.console import Console
 
-    from instructft.formatting import clock, perplexity
+    from instructft.formatting import clock, perplexity, typed
 
     console = Console(soft_wrap=True)
     facts, metrics = result.facts["train"], result.metrics
@@ -102,10 +102,9 @@ def print_outcome(result: Any) -> None:
     if "evaluation_share" in facts:
         parts.append(f"evaluation took {facts['evaluation_share']:.0%} of the time")
     console.print("Done: " + " · ".join(parts), highlight=False)
-    console.print(
-        f"The model is in {result.output_dir}. Talk to it:\n\n  instructft chat {result.output_dir}\n",
-        markup=False,
-        highlight=False,
-    )
+    run = result.output_dir
+    console.print(f"The model is in {run}.", markup=False, highlight=False)
+    page = f"Read {typed(run / 'report.html')}, and talk to it:" if (run / "report.html").is_file() else "Talk to it:"
+    console.print(f"{page}  instructft chat {typed(run)}", markup=False, highlight=False)
     if result.pushed is not None:
         console.print(str(result.pushed), markup=False, highlight=False)

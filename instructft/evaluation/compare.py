@@ -21,12 +21,14 @@ from instructft.data.prepare import SPLITS
 from instructft.errors import CheckpointError, UsageError
 from instructft.evaluation.confidence import differences
 from instructft.evaluation.metrics import evaluate
-from instructft.formatting import FORMS, name_of, short
+from instructft.formatting import FORMS, name_of, plain_table, short
 from instructft.inference.generator import Generator
 from instructft.inference.reference_model import START, ReferenceModel, check_base, recipe_of
 from instructft.models.load_for_inference import load_for_inference, locate
 from instructft.recipe.load import load_recipe
 from instructft.recipe.schema import DatasetEntry, Recipe
+from instructft.report.judged import join_report
+from instructft.report.model_card import EVALUATION
 
 _IN_GROUPS = ("loss", "exact_match", "rougeL", "bleu", "stopped")
 Found = TypeVar("Found")
@@ -161,10 +163,12 @@ def check_json(json_file: Path | None) -> None:
 
 
 def write_json(json_file: Path | None, results: Mapping[str, Any]) -> None:
-    """Write what `--json` asks for."""
+    """Write what `--json` asks for; as `evaluation.json` in a run folder it joins the run's page."""
     if json_file:  # `str`: a public benchmark's figures may hold objects of its own
         text = json.dumps(results, indent=2, ensure_ascii=False, default=str)
         json_file.write_text(text + "\n", encoding="utf-8")
+        if json_file.name == EVALUATION:
+            join_report(json_file.parent)
 
 
 def train_on_of(recipe: Recipe | None) -> str:
@@ -226,16 +230,6 @@ def _holds_rows(data: str) -> bool:
 # --------------------------------------------------------------------------------------------------------------------
 # Tables
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def plain_table(*columns: str, left: int = 1) -> Any:
-    """A table without lines; the first `left` columns hold text, the others figures."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
-    return table
 
 
 def _print_metrics(console: Any, results: Mapping[str, Any]) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from instructft.errors import UsageError
-from instructft.evaluation.compare import ask_both, check_json, check_models, plain_table, write_json
+from instructft.evaluation.compare import ask_both, check_json, check_models, write_json
 from instructft.evaluation.metrics import answers_to
-from instructft.formatting import first_line
+from instructft.formatting import first_line, plain_table
 from instructft.inference.generator import Generator
 from instructft.prompt.conversation import Message
 

@@ -16,6 +16,7 @@ from instructft.errors import RecipeError
 from instructft.formatting import nearest
 from instructft.recipe import conflicts, validate
 from instructft.recipe.schema import Recipe, freeze, train_defaults
+from instructft.recipe.shipped import shipped_recipes
 from instructft.recipe.yaml_reader import Document, apply_override, read_document
 
 
@@ -101,25 +102,6 @@ def _build(document: Document, name: str, path: Path, *, shown: str, strict: boo
     if document.problems:
         raise RecipeError(shown, document.lines())
     return recipe
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of each recipe that comes with instructft.
-
-    >>> shipped_recipes()["quickstart"].name
-    'quickstart.yaml'
-    """
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "recipes", package.parent / "recipes"):  # an installed wheel, a checkout
-        if folder.is_dir():
-            return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-    return {}
-
-
-def recipe_purpose(path: str | os.PathLike[str]) -> str:
-    """The first comment line of a recipe file, which says what it is for; "" where there is none."""
-    with open(path, encoding="utf-8") as file:
-        return next((line.lstrip("# ").strip() for line in file if line.startswith("#")), "")
 
 
 def _find(source: str | os.PathLike[str]) -> tuple[Path, str]:

@@ -18,9 +18,14 @@ from typing import Any
 from instructft.report.logs import read_log
 
 MOST_POINTS = 600  # drawn in a line
+_APART = 0.045  # share of an axis between two ticks that are read apart
 MOST_ROWS = 120  # of a chart's values as a table
-_COLOURS = {"#2f66b0": "var(--a)", "#c8405a": "var(--b)", "#5c6672": "var(--quiet)", "#dfe3e8": "var(--line)"}
-_TRAINING, _VALIDATION, _TEXT, _LINE = _COLOURS
+LINES = ("#2f66b0", "#c8405a", "#2f8f5b", "#a86a00", "#7a4fb5", "#0b8494", "#8a5a3c", "#6b7280")  # of a chart, at most
+_TRAINING, _TEXT, _LINE = LINES[0], "#5c6672", "#dfe3e8"
+_COLOURS = {_TEXT: "var(--quiet)", _LINE: "var(--line)"} | {
+    colour: f"var(--{name})" for colour, name in zip(LINES, "abcdefgh", strict=True)
+}
+DECADES = 100  # times the lowest value of a curve that the highest is: a linear axis would show the highest alone
 _STYLE = {
     "axes.edgecolor": _LINE, "axes.labelcolor": _TEXT, "font.size": 10, "grid.color": _LINE, "text.color": _TEXT,
     "xtick.color": _TEXT, "ytick.color": _TEXT,
@@ -39,6 +44,7 @@ class Series:
         dots: mark each point, for values that are few.
         from_zero: the axis begins at zero, for what is read as a height.
         band: (step, low, high), the interval of each point that has one.
+        colour: its place in `LINES`; default: that in the chart.
     """
 
     name: str
@@ -46,6 +52,7 @@ class Series:
     dots: bool = False
     from_zero: bool = False
     band: Sequence[tuple[float, float, float]] = ()
+    colour: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Chart:
     Args:
         keys: name and last value of each line.
         head, rows: of the table.
+        colours: of the lines, as places in `LINES`.
     """
 
     title: str
@@ -63,6 +71,7 @@ class Chart:
     keys: list[tuple[str, str]]
     head: list[str]
     rows: list[list[str]]
+    colours: Sequence[int] = range(len(LINES))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -129,7 +138,8 @@ def plot_loss(run: Path, title: str) -> list[Path]:
     with matplotlib.rc_context(_STYLE):
         fig, ax = _axes(7.2, 4.2)
         _draw(ax, series)
-        ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
+        if not _log_axis(ax, series):
+            ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
         ax.set_title(title, loc="left", fontsize=11, parse_math=False)
         ax.set_ylabel("loss (nats per supervised token)")
         ax.legend(frameon=False)
@@ -154,7 +164,9 @@ def chart(title: str, series: Sequence[Series], unit: str = "") -> Chart | None:
         fig, ax = _axes()
         _draw(ax, series)
         low, high = min(values), max(values)
-        if 0 <= low < 0.5 * high or low == high >= 0 or any(line.from_zero for line in series):
+        if _log_axis(ax, series):
+            unit = f"{unit}, on a log axis".removeprefix(", ")
+        elif 0 <= low < 0.5 * high or low == high >= 0 or any(line.from_zero for line in series):
             ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
         svg = _svg(fig, title, said)
     at = [dict(line.points) for line in series]
@@ -166,7 +178,8 @@ def chart(title: str, series: Sequence[Series], unit: str = "") -> Chart | None:
         head.append("95% interval")
         rows = [[*row, spans.get(step, "")] for step, row in zip(steps, rows, strict=True)]
     keys = [(line.name, number(line.points[-1][1])) for line in series]
-    return Chart(title, unit, svg, keys, head, rows)
+    colours = [_colour(line, at) for at, line in enumerate(series)]
+    return Chart(title, unit, svg, keys, head, rows, colours)
 
 
 def bars(title: str, edges: Sequence[int], counts: Sequence[int], unit: str = "") -> Chart:
@@ -201,14 +214,36 @@ def _axes(width: float = 5.6, height: float = 3.1) -> tuple[Any, Any]:
     ax.spines[["left", "top", "right"]].set_visible(False)
     ax.tick_params(length=0)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(lambda value, at: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}")
+        axis.set_major_formatter(_tick)
     ax.locator_params(nbins=6)
+    ax.locator_params(axis="x", integer=True)  # steps, and tokens, are whole
     return fig, ax
 
 
+def _tick(value: float, at: int) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
+
+
+def _colour(line: Series, at: int) -> int:
+    return (at if line.colour is None else line.colour) % len(LINES)
+
+
+def _log_axis(ax: Any, series: Sequence[Series]) -> bool:
+    """Make the axis of values logarithmic where these span decades; whether it is."""
+    values = [value for line in series for _, value in line.points]
+    if any(line.from_zero for line in series) or min(values) <= 0 or max(values) < DECADES * min(values):
+        return False
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(_tick)
+    ax.yaxis.set_minor_formatter(lambda value, at: "")
+    ax.tick_params(which="minor", length=0)
+    return True
+
+
 def _draw(ax: Any, series: Sequence[Series]) -> None:
-    for line, colour in zip(series, (_TRAINING, _VALIDATION), strict=False):
+    for at, line in enumerate(series):
         if line.points:
+            colour = LINES[_colour(line, at)]
             steps, values = zip(*thinned(line.points, MOST_POINTS), strict=True)
             dots = "o" if line.dots or len(steps) == 1 else ""
             label = f"{line.name}, at last {values[-1]:.3f}"
@@ -228,9 +263,19 @@ def _perplexity_axis(ax: Any) -> None:
     right = ax.secondary_yaxis("right", functions=to_perplexity)
     right.set_ylabel("perplexity")
     right.spines["right"].set_visible(False)
-    steps = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000]
-    ticks = [step for step in steps if np.log(step) <= ax.get_ylim()[1]]
-    right.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    right.minorticks_off()
+    near_one = [1 + step / 1000 for step in (1, 2, 5, 10, 20, 50, 100, 200, 500)] if ax.get_yscale() == "log" else []
+    steps = [1, *near_one, *(10**power * step for power in range(6) for step in (1, 2, 5) if 10**power * step > 1)]
+    to_height = ax.transScale + ax.transLimits  # of a loss: the share of the axis below it
+    ticks: list[float] = []
+    low, high = ax.get_ylim()
+    for step in steps:
+        if not low <= np.log(step) <= high:
+            continue
+        heights = [to_height.transform((0, np.log(one)))[1] for one in (step, *ticks[-1:])]
+        if len(heights) < 2 or heights[0] - heights[1] > _APART:
+            ticks.append(step)
+    right.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
 
 
 def _lay_out(fig: Any) -> None:

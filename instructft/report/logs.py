@@ -6,14 +6,19 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from instructft.errors import InstructftError
 from instructft.formatting import first_line
+from instructft.report.train_log import NAME, Stream, TrainLog
 from instructft.whole_file import write_whole
 
 DAMAGED = ".damaged"  # behind the name of a log: the file as it was before lines of it were left out
+_TAIL = 1 << 16  # bytes
+_printed: TrainLog | None = None  # while output is kept
 _troubles: dict[str, str] = {}  # kind -> what happened, until somebody takes it
 
 
@@ -55,6 +60,20 @@ def read_log(path: Path, *keys: str) -> list[dict[str, Any]]:
     return [record for record in found if all(key in record for key in keys)]
 
 
+def last_records(path: Path) -> list[dict[str, Any]]:
+    """The first record of a log and those of its last 64 KiB: of a long run, what is known without reading it all."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline(_TAIL)
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(end - _TAIL, len(first)))
+            rest = file.read().splitlines(keepends=True)
+    except OSError:
+        return []
+    found = (_record(line) for line in (first, *rest))
+    return [record for record in found if record is not None]
+
+
 def keep_until(step: int, path: Path, write: bool = True) -> tuple[list[dict[str, Any]], str]:
     """Cut a log back to the step that a run continues from: the records that stay, and in words what was left out.
 
@@ -88,11 +107,15 @@ def append_log(path: Path, records: Sequence[Mapping[str, Any]]) -> bool:
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """The lines of a log, each with its record where it is one."""
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
-        try:
-            record = json.loads(line.decode("utf-8"))
-            yield line, record if isinstance(record["step"], int) else None
-        except (ValueError, TypeError, KeyError, RecursionError):
-            yield line, None
+        yield line, _record(line)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode("utf-8"))
+        return record if isinstance(record["step"], int) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -102,26 +125,57 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Inside, what is printed may get lost without ending the run: a pipe that was closed, a disk that is full."""
+    """Inside, what is printed may get lost without ending the run: a pipe that was closed, a disk that is full.
+
+    It is also kept for `train.log`, which `keep_printed` begins; within such a block another one changes nothing.
+    """
+    global _printed
+    if _printed is not None:
+        yield
+        return
     before = sys.stdout, sys.stderr
-    sys.stdout = _Lasting(before[0], "standard output")
-    sys.stderr = _Lasting(before[1], "standard error")
+    log = _printed = TrainLog()
+    sys.stdout = _Lasting(before[0], "standard output", log.stream())
+    sys.stderr = _Lasting(before[1], "standard error", log.stream())
     try:
         yield
+    except BaseException as error:
+        words = list(_last_words(error))
+        attempt(NAME, NAME, lambda: log.lines(words))
+        raise
     finally:
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr, _printed = *before, None
+        attempt(NAME, NAME, log.finish)
         for stream in before:
             _empty(stream)
+
+
+def keep_printed(run: Path) -> None:
+    """Begin `train.log` in a run folder with what was printed until now; where it cannot be written, that is told."""
+    log = _printed
+    if log is not None:
+        attempt(NAME, NAME, lambda: log.begin(run / NAME))
+
+
+def _last_words(error: BaseException) -> Iterator[str]:
+    """Why a run ended, as the command line will say it; of what is not foreseen, where it happened."""
+    if isinstance(error, InstructftError):
+        yield from f"instructft: {error}".splitlines()
+    elif isinstance(error, Exception):
+        yield from "".join(traceback.format_exception(error)).splitlines()
+    elif not (isinstance(error, SystemExit) and not error.code):
+        yield f"ended by {type(error).__name__} {error}".rstrip()
 
 
 class _Lasting:
     """A stream whose failures to write are told on the other one, once, and in the run's warnings."""
 
-    def __init__(self, stream: IO[str], name: str):
-        self._stream, self._name, self._told = stream, name, False
+    def __init__(self, stream: IO[str], name: str, kept: Stream):
+        self._stream, self._name, self._told, self._kept = stream, name, False, kept
 
     def write(self, text: str) -> int:
         """Write, or lose the text."""
+        attempt(NAME, NAME, lambda: self._kept.feed(text))
         try:
             return self._stream.write(text)
         except (OSError, ValueError) as error:

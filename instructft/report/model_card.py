@@ -32,6 +32,7 @@ _METRICS = {
 }
 
 EVALUATION = "evaluation.json"  # in the run folder, as `instructft evaluate --json` writes it
+GATE = "gate.json"  # in the run folder, as `instructft gate` writes it
 
 COSTS = ("KL, nats a token", "top-1 equal", "held-out loss", "changes gone")  # of a dtype that a merge is stored in
 
@@ -167,6 +168,15 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("tuned"), dict) else None
+
+
+def read_gate(run: Path) -> dict[str, Any] | None:
+    """The contents of `gate.json` in a run folder; None where there is none that can be read."""
+    try:
+        found = json.loads((run / GATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("passed"), bool) else None
 
 
 def _head(lora: bool, base: str | None, licence: Mapping[str, str], tags: list[str]) -> dict[str, Any]:

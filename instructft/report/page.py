@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.formatting import FORMS, clock, name_of, perplexity, yaml_text
-from instructft.prompt.token_view import visible
+from instructft.formatting import perplexity, typed, yaml_text
 from instructft.redaction import bare_url, last_name, without_places, without_roots
 from instructft.report.curves import Chart, bars, chart, finite, number, read_metrics, series_of
+from instructft.report.judged import PAGES, cut_short, judged, spread, template
 from instructft.report.logs import read_log
-from instructft.report.model_card import PLAIN, read_evaluation
+from instructft.report.model_card import PLAIN
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from instructft.data.streaming import Streamed
     from instructft.recipe.schema import Recipe
 
-PAGE = Path(__file__).parent / "html" / "report.html.jinja"
+PAGE = PAGES / "report.html.jinja"
 
 _CURVES = (  # title, unit, (name, key in metrics.jsonl, marked with dots)
     ("Loss", "nats per supervised token", (("training", "loss", False), ("validation", "eval_loss", True))),
@@ -110,24 +110,10 @@ def page(
     data: Prepared | Streamed | None = None,
 ) -> str:
     """The text of `report.html`."""
-    import jinja2
-    from markupsafe import Markup
-
     records = read_metrics(run)
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # control characters, and those that turn the direction of writing around, become signs
-        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-    )
-    environment.filters["number"] = lambda value: number(value) if finite(value) else str(value)
-    environment.filters["clock"] = clock
-    environment.filters["perplexity"] = perplexity
     folders = [run, run.parent, Path(recipe.output_dir)]
     resolved = without_places(recipe.to_dict(), folders)
-    text = environment.from_string(PAGE.read_text(encoding="utf-8")).render(
+    text = template(PAGE).render(
         name=recipe.name,
         start=starting_point(recipe),
         sets=[
@@ -140,7 +126,7 @@ def page(
         facts=facts,
         charts=list(_charts(records)),
         samples=before_and_after(run),
-        evaluation=evaluation_table(read_evaluation(run)),
+        **judged(run),
         lengths=lengths(recipe, data),
         row=training_row(recipe, tokenizer, data),
         metrics={
@@ -149,6 +135,7 @@ def page(
             if not any(key.endswith(end) and key.removesuffix(end) in facts["metrics"] for end in ("_low", "_high"))
         },
         notes=notes(facts, records),
+        left_out=left_out(facts["data"]),
         load=loading(recipe, facts.get("model_class", PLAIN)),
         resolved=yaml_text(resolved).strip(),
     )
@@ -196,15 +183,22 @@ def _in_order(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 ROW_TOKENS = 600  # of the training row that is shown
 BARS = 24  # of the histogram, at most
+MUCH = 0.1  # share of the rows that were dropped: beyond it a reader is told first
 SAMPLES = 30  # prompts whose answers are shown
-EVALUATED = 12  # rows of an evaluation that are shown
-TEXT = 2_000  # characters of any text of data or models
 
 
 def notes(facts: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> list[str]:
     """What a reader should know before trusting the numbers: warnings (a divergence first), resumes, cut rows."""
     train, data, metrics = facts["train"], facts["data"], facts["metrics"]
     found = [f"Step {warning['step']:,}: {warning['text']}." for warning in facts.get("warnings") or ()]
+    start, end = metrics.get("start_loss"), metrics.get("eval_loss")
+    if finite(start) and finite(end) and end >= start:
+        found.append(
+            f"Nothing was learned: the validation loss is {end:.4f} at the end, and was {start:.4f} before step 1."
+        )
+    if left_out(data)["dropped"] > MUCH:
+        reasons = ", ".join(f"{rows:,} {reason.replace('_', ' ')}" for reason, rows in data["dropped"].items())
+        found.append(f"{left_out(data)['dropped']:.0%} of the rows were dropped: {reasons}.")
     if resumed := train.get("resumed"):
         steps = " and ".join(f"{entry['step']:,}" for entry in resumed)
         equal = "" if all(entry.get("exact", True) for entry in resumed) else ", on a GPU: equal but for rounding"
@@ -236,6 +230,14 @@ def notes(facts: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> lis
     return found
 
 
+def left_out(data: Mapping[str, Any]) -> dict[str, float]:
+    """The shares of all rows that were dropped, and of the training rows that were cut."""
+    dropped = sum(data["dropped"].values())
+    cut = data.get("cut", {}).get("rows", 0)
+    every = sum(data["rows"].values()) + dropped
+    return {"dropped": dropped / max(every, 1), "cut": cut / max(data["rows"]["train"], 1)}
+
+
 def before_and_after(run: Path) -> dict[str, Any]:
     """The answers of `samples.jsonl` at the first and at the last step that a prompt was answered.
 
@@ -245,11 +247,11 @@ def before_and_after(run: Path) -> dict[str, Any]:
     """
     by_prompt: dict[str, list[tuple[int, str, bool]]] = {}
     for record in read_log(run / "samples.jsonl", "prompt", "response"):
-        answer = (int(record["step"]), _short(record["response"]), record.get("finish_reason") == "stop")
+        answer = (int(record["step"]), cut_short(record["response"]), record.get("finish_reason") == "stop")
         by_prompt.setdefault(str(record["prompt"]), []).append(answer)
     chosen = list(by_prompt.items())[:SAMPLES]
     prompts = [
-        {"prompt": _short(prompt), "before": answers[0], "after": answers[-1], "between": _spread(answers[1:-1], 6)}
+        {"prompt": cut_short(prompt), "before": answers[0], "after": answers[-1], "between": spread(answers[1:-1], 6)}
         for prompt, answers in chosen
     ]
     steps = [answer[0] for _, answers in chosen for answer in answers]
@@ -303,30 +305,6 @@ def training_row(recipe: Recipe, tokenizer: Any, data: Prepared | Streamed | Non
     return show(example, tokenizer)
 
 
-def evaluation_table(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What `instructft evaluate --json` wrote, as a table, and some of its rows."""
-    if not found:
-        return None
-    sides = [name for name in ("base", "tuned") if isinstance(found.get(name), dict)]
-    table = []
-    for figure, form in FORMS.items():
-        values = [found[side].get(figure) for side in sides]
-        if any(finite(value) for value in values):
-            table.append((name_of(figure), [form.format(value) if finite(value) else "" for value in values]))
-    tuned = found["tuned"].get("rows") or []
-    base = (found.get("base") or {}).get("rows") or []
-    rows = [
-        {
-            "prompt": _short(tuned[i]["prompt"]),
-            "reference": _short(tuned[i]["reference"]),
-            "answers": [_short(side[i]["prediction"]) for side in (base, tuned) if len(side) == len(tuned)],
-        }
-        for i in _spread(range(len(tuned)), EVALUATED)
-    ]
-    names = [{"base": "before", "tuned": "after"}[side] if len(sides) > 1 else "answer" for side in sides]
-    return {"sides": names, "answers": names if base else names[-1:], "table": table, "rows": rows, "count": len(tuned)}
-
-
 def loading(recipe: Recipe, kind: str = PLAIN) -> dict[str, str]:
     """Title -> commands or code that load what the run left; `kind` is the Auto class that its config names."""
     output = Path(recipe.output_dir)
@@ -351,27 +329,18 @@ def loading(recipe: Recipe, kind: str = PLAIN) -> dict[str, str]:
         "answer = model.generate(**prompt, max_new_tokens=100)[0, prompt['input_ids'].shape[1] :]",
         "print(tokenizer.decode(answer, skip_special_tokens=True))",
     ]
-    serve = f"vllm serve {path}"
+    serve = f"vllm serve {typed(path)}"
     if lora:
         rank = next(size for size in (16, 32, 64, 128, 256, 320, 512, 1 << 30) if size >= recipe.adapter.r)
         serve = (
-            f"vllm serve {starting_point(recipe)} --enable-lora --max-lora-rank {rank} --lora-modules tuned={path} \\\n"
-            f"  --chat-template {path}/chat_template.jinja\n"
-            f"# or without adapters: instructft merge {path} MERGED && vllm serve MERGED"
+            f"vllm serve {typed(starting_point(recipe))} --enable-lora --max-lora-rank {rank} "
+            f"--lora-modules tuned={typed(path)} \\\n"
+            f"  --chat-template {typed(path + '/chat_template.jinja')}\n"
+            f"# or without adapters: instructft merge {typed(path)} MERGED && vllm serve MERGED"
         )
-    return {"Talk to it": f"instructft chat {path}", "Python": "\n".join(lines), "vLLM": serve}
+    return {"Talk to it": f"instructft chat {typed(path)}", "Python": "\n".join(lines), "vLLM": serve}
 
 
 def starting_point(recipe: Recipe) -> str:
     """What the run began from, without a folder of this machine: `openai-community/gpt2`, or `random weights`."""
     return last_name(recipe.model.name_or_path) if recipe.model.name_or_path else "random weights"
-
-
-def _spread(items: Any, most: int) -> list[Any]:
-    """At most `most` of them, spread over all."""
-    return [items[i * len(items) // min(most, len(items))] for i in range(min(most, len(items)))]
-
-
-def _short(text: Any) -> str:
-    text = str(text)
-    return text if len(text) <= TEXT else text[:TEXT] + "…"

@@ -27,6 +27,7 @@ from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import date_in_prompts, load_tokenizer, said_of_date
 from instructft.recipe.installed import check_against_installed
 from instructft.recipe.schema import Recipe, metric_name
+from instructft.report.logs import keep_printed, lasting_output
 from instructft.training.arguments import as_decided, refuse_what_cannot_run, reporters, training_arguments
 from instructft.training.launch.silent import silent_named, state_of
 from instructft.training.launch.workers import first_process
@@ -101,7 +102,7 @@ def train(recipe: Recipe, *, resume: str = "auto", rehearsal: bool = True, conso
     refuse_what_cannot_run(recipe, state)
     check_against_installed(recipe, quantization.device(recipe))
     # `held` by the first process, for all
-    with full_disk_explained(run), silent_named(state, patience), contextlib.ExitStack() as held:
+    with lasting_output(), full_disk_explained(run), silent_named(state, patience), contextlib.ExitStack() as held:
         if recipe.train["deterministic"]:
             from instructft.models.kernels.deterministic import COST, deterministic
 
@@ -162,6 +163,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
             for line in start.set_aside(run):
                 console.print(line, markup=False, highlight=False)
             write_whole(run / "recipe.yaml", recipe.to_yaml())
+            keep_printed(run)
         state.wait_for_everyone()
         trainer = build_trainer(recipe, tokenizer, data, model, args, origin, start, console)
         trainer.publisher = publisher

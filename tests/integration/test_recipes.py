@@ -22,8 +22,9 @@ import pytest
 from rich.console import Console
 
 from instructft.data.sources import SOURCES
-from instructft.recipe.load import load_recipe, recipe_purpose, shipped_recipes
+from instructft.recipe.load import load_recipe
 from instructft.recipe.schema import Recipe
+from instructft.recipe.shipped import recipe_purpose, shipped_recipes
 from instructft.training.launch.command import launch
 from tests.helpers.families import MODELS, published
 

@@ -424,4 +424,5 @@ def test_the_wheel_holds_all_that_the_package_reads(tmp_path: Path) -> None:
     assert "recipes/quickstart.yaml" in recipes
     assert "instructft/py.typed" in names  # so that type checkers of other projects read our annotations
     assert code | {f"instructft/{name}" for name in recipes} <= names
-    assert not any(name.startswith(("tests/", "benchmarks/", "recipes/")) for name in names)
+    assert {f"instructft/{name}" for name in files("docs") if name.endswith(".md")} <= names  # for `instructft docs`
+    assert not any(name.startswith(("tests/", "benchmarks/", "recipes/", "docs/")) for name in names)

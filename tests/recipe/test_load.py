@@ -83,7 +83,8 @@ def test_no_torch_is_imported(write):
     write(GOOD + "trian: 1\n", "bad.yaml")
     code = """
         import sys
-        from instructft.recipe.load import load_recipe, shipped_recipes
+        from instructft.recipe.load import load_recipe
+        from instructft.recipe.shipped import shipped_recipes
         from instructft.recipe.json_schema import json_schema
         from instructft.errors import RecipeError
         load_recipe("mine.yaml", ["train.max_steps=1"]).to_yaml()

@@ -50,3 +50,26 @@ def test_the_loss_is_drawn_for_papers_under_any_name(tmp_path: Path) -> None:
     plot_loss(run, "costs $5_0 and $\\frac$")
     assert pdf.read_bytes() == first
     assert plot_loss(fill(tmp_path / "none", [], []), "x") == []
+
+
+def test_values_that_span_decades_get_a_log_axis() -> None:
+    falls = [(step, 8 * 0.5**step) for step in range(12)]
+    drawn = chart("Loss", [Series("training", falls)], "nats")
+    (points,) = re.findall(r'<path d="M ([^"]+)" style="fill: none; stroke: var\(--a\)', drawn.svg)
+    heights = [float(pair.split()[1]) for pair in points.strip().split("L")]
+    assert heights[1] - heights[0] == pytest.approx(heights[-1] - heights[-2], rel=1e-3)
+    assert drawn.unit == "nats, on a log axis"
+    assert chart("Loss", [Series("training", falls[:6])], "nats").unit == "nats"
+    assert chart("Rate", [Series("rate", falls, from_zero=True)]).unit == ""
+    assert chart("Loss", [Series("training", [*falls, (12, 0.0)])]).unit == ""
+
+
+def test_the_perplexities_of_a_log_axis_can_be_read(tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": 8 * 0.5 ** (step / 8) + 0.01} for step in range(100)]
+    assert plot_loss(fill(tmp_path / "run", lines, []), "x")
+
+
+def test_a_run_keeps_its_colour_where_others_have_no_values() -> None:
+    drawn = chart("Loss", [Series("one", [], colour=0), Series("two", [(1, 2.0)], colour=1)])
+    assert drawn.colours == [1]
+    assert "var(--b)" in drawn.svg

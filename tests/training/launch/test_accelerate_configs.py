@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from instructft.recipe.load import shipped_recipes
+from instructft.recipe.shipped import shipped_recipes
 from tests.conftest import OWN_PORT
 
 REPO = Path(__file__).resolve().parents[3]

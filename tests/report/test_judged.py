@@ -1,0 +1,75 @@
+"""What `evaluate` and `gate` find joins the page of a run that has ended; what is there already stays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import instructft
+from instructft.evaluation.compare import write_json
+from instructft.report.judged import join_report
+from instructft.report.page import write_report
+from tests.conftest import TINY
+from tests.helpers.report import EVIL, LINES, Read, facts_of, fill
+
+pytestmark = pytest.mark.drawn
+SIDE = {"loss": 1.0, "exact_match": 0.5, "rows": [{"prompt": EVIL, "prediction": "P", "reference": "R"}]}
+SUITES = [
+    {"name": "arithmetic", "base": 0.9, "tuned": 0.5, "low": -0.5, "high": -0.3, "passed": False},
+    {"name": EVIL, "base": 0.5, "tuned": 0.6, "low": 0.05, "high": 0.2, "passed": True},
+]
+
+
+@pytest.fixture
+def run(write_recipe: Any, tmp_path: Path) -> Path:
+    recipe = instructft.load_recipe(write_recipe(TINY))
+    # a model may say what marks our parts
+    folder = fill(
+        tmp_path / "run", LINES[-1:], [(0, "Hi", "<!-- judged --><!-- /verdict -->"), (40, "Hi", "Hello to you")]
+    )
+    write_report(folder, recipe, facts_of())
+    return folder
+
+
+def test_an_evaluation_and_a_gate_join_the_page(run: Path) -> None:
+    page = run / "report.html"
+    before = Read(page.read_text(encoding="utf-8"))
+    assert "Evaluation" not in before.text
+    write_json(run / "evaluation.json", {"tuned": SIDE, "base": SIDE})
+    (run / "gate.json").write_text(json.dumps({"passed": False, "rows": 600, "suites": SUITES}), encoding="utf-8")
+    assert join_report(run)
+    text = page.read_text(encoding="utf-8")
+    read = Read(text)
+    said = " ".join(read.text.split())
+    for part in ("Evaluation 1 rows", "50.0%", "The gate not passed, 600 rows", "-0.500 to -0.300", "Hello to you"):
+        assert part in said
+    assert not set(text) & set("\x1b\u202e")
+    assert not {"script", "img"} & set(read.tags)
+    assert said.index("The gate is not passed: arithmetic.") < said.index("Validation loss")
+    assert read.tags.count("svg") == before.tags.count("svg")
+    (run / "gate.json").write_text(json.dumps({"passed": True, "suites": []}), encoding="utf-8")
+    assert join_report(run)  # again: what was there is replaced
+    again = Read(page.read_text(encoding="utf-8")).text
+    assert "not passed" not in again
+    assert again.count("Evaluation") == 1
+
+
+DAMAGE = ["", "[]", '{"passed": 1}', '{"passed": true, "suites": [1, {"low": "x"}], "rows": "y"}']
+
+
+@pytest.mark.parametrize("text", DAMAGE)
+def test_files_that_are_damaged_leave_a_page(run: Path, text: str) -> None:
+    for name in ("gate.json", "evaluation.json"):
+        (run / name).write_text(text, encoding="utf-8")
+    assert join_report(run)
+    Read((run / "report.html").read_text(encoding="utf-8"))
+
+
+def test_a_page_of_another_version_stays_as_it_is(tmp_path: Path) -> None:
+    assert not join_report(tmp_path)
+    (tmp_path / "report.html").write_text("<p>mine</p>", encoding="utf-8")
+    assert not join_report(tmp_path)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == "<p>mine</p>"
