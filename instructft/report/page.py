@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.formatting import perplexity, typed, yaml_text
+from instructft.formatting import name_of, perplexity, typed, yaml_text
 from instructft.redaction import bare_url, last_name, without_places, without_roots
 from instructft.report.curves import Chart, bars, chart, finite, number, read_metrics, series_of
 from instructft.report.judged import PAGES, cut_short, judged, spread, template
