@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from instructft.commands.judge import evaluate
+from instructft.commands.judge import evaluate, rows
 from instructft.commands.prepare import check, init, inspect, prepare, recipes
 from instructft.commands.share import convert, merge, push
 from instructft.commands.train import launch, train
@@ -19,7 +19,7 @@ from instructft.version import __version__
 GROUPS = {
     "Prepare": (recipes, init, check, inspect, prepare),
     "Train": (train, launch),
-    "Judge": (evaluate,),
+    "Judge": (evaluate, rows),
     "Use": (chat, ui, generate),
     "Share": (merge, convert, push),
 }

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _FREE = (
     *(
         "evaluation_budget",
+        "row_history",
         "logging_",
         "eval_",
         "save_",
@@ -186,7 +187,8 @@ def fixed_keys(recipe: Recipe) -> dict[str, Any]:
     42
     """
     values = recipe.to_dict()
-    del values["data"]["fold_turns"]  # what became of it is in the rows
+    for key in ("fold_turns", "exclude"):  # what became of them is in the rows
+        del values["data"][key]
     for entry in values["data"]["datasets"] or ():
         if entry.get("repeat") == 1:  # as it was before there was such a key
             del entry["repeat"]

@@ -155,6 +155,7 @@ def save(
     from instructft.report.curves import plot_loss
     from instructft.report.model_card import write_card
     from instructft.report.page import draw_report
+    from instructft.report.rows import write_rows
     from instructft.training.rehearsal.saved_loss import prove_saved_loss
     from instructft.weights.model_class import auto_class
     from instructft.weights.older_readers import for_older_readers
@@ -164,6 +165,7 @@ def save(
     model = trainer.accelerator.unwrap_model(trainer.model)
     fit_special_tokens(model, tokenizer)  # the trainer aligns them with the tokenizer's EOS, which may be another
     trainer.save_model(str(run / PARTIAL))
+    seen = trainer.rows_seen()
     if not trainer.is_world_process_zero():
         return
     require_whole(model, run / PARTIAL)
@@ -177,6 +179,8 @@ def save(
     (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one was resumed from there
     facts["files"] = sums(run / PARTIAL)
     _give_names(run / PARTIAL, run)
+    if trainer.history is not None and seen is not None:
+        write_rows(run, data, seen, trainer.history.since)  # type: ignore[arg-type]  # streams have no history
     plot_loss(run, recipe.name)
     write_card(run, recipe, facts)
     draw_report(run, recipe, facts, tokenizer, data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from instructft.adapters.frozen_check import AdapterProof, FrozenProof
     from instructft.checkpoints.manifest import Checkpoint
+    from instructft.data.batches.row_history import RowHistory
     from instructft.hub.background import Publisher, Status
     from instructft.models.kernels.compiled_blocks import CompiledBlocks
     from instructft.models.kernels.fp8 import Converted
@@ -370,6 +371,7 @@ def build_trainer(
         versions=library_versions(recipe),
         lora_plus_ratio=recipe.adapter.lora_plus_ratio,
         pack_width=recipe.data.max_length if recipe.data.packing else None,
+        history=row_history(recipe, data, say),
         metadata=metadata,
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -381,9 +383,26 @@ def build_trainer(
         Outlasted(callback) if type(callback).__module__.startswith("transformers.integrations") else callback
         for callback in handler.callbacks
     ]
+    if recipe.train["row_history"] and not trainer.plain_loss:
+        say("rows.parquet is not kept: the losses of single tokens are not at hand with this loss")
     warnings.stop = trainer.stop
     generator.precision = trainer.accelerator.autocast
     return trainer
+
+
+def row_history(recipe: Recipe, data: Prepared | Streamed, say: Callable[[str], Any]) -> RowHistory | None:
+    """Keeps the loss of each training row at first and last sight; None, and why, where nobody does."""
+    from instructft.data.batches.row_history import MOST, RowHistory
+
+    if not recipe.train["row_history"]:
+        return None
+    if not isinstance(data, Prepared) or data.origins is None:
+        say("rows.parquet is not kept: rows that stream have no number by which they could be known again")
+        return None
+    if len(data.origins.part) > MOST:
+        say(f"rows.parquet is not kept: {len(data.origins.part):,} rows are more than {MOST:,}")
+        return None
+    return RowHistory(data.origins)
 
 
 @contextlib.contextmanager
