@@ -237,7 +237,7 @@ class _Pieces:
         kept_of: list[tuple[Part, Dataset, dict[str, np.ndarray]]] = []  # of each part the rows of its splits
         for part in parts:
             encoded = encode_part(part, recipe, tokenizer)
-            part = self._without_excluded(part)
+            part, excluded = self._without_excluded(part)
             used = np.sort(np.concatenate(list(part.rows.values())))
             verdict, lost = verdicts(encoded)
             dropped = used[verdict[used] != ""]
@@ -249,7 +249,7 @@ class _Pieces:
             keep = {name: rows[verdict[rows] == ""] for name, rows in part.rows.items()}
             kept = np.concatenate(list(keep.values()))
             if len(kept) == 0:
-                said = drop_reasons(reasons) + examples
+                said = drop_reasons(reasons + Counter(excluded=excluded)) + examples
                 raise DataError(f"{part.key}: no row of {part.label} can be trained on: {said}")
             refuse_losses(part, reasons, len(used), recipe.check, examples)
             self.cut += int((lost[kept] > 0).sum())
@@ -274,14 +274,15 @@ class _Pieces:
                 if len(numbers):
                     self.pieces[name][label] = rows.select(ranges(first[numbers], each[numbers]))
 
-    def _without_excluded(self, part: Part) -> Part:
-        """A part without the training rows that the recipe leaves out; who is held out stays so."""
+    def _without_excluded(self, part: Part) -> tuple[Part, int]:
+        """A part without the training rows that the recipe leaves out, and how many; who is held out stays so."""
         numbers = part.rows.get("train", np.zeros(0, dtype=np.int64))
         if not self.excluded.ids or not len(numbers):
-            return part
+            return part, 0
         out = self.excluded.among(part.ids(numbers))
-        self.dropped.update({"excluded": int(out.sum())} if out.any() else {})
-        return replace(part, rows={**part.rows, "train": numbers[~out]})
+        many = int(out.sum())
+        self.dropped += Counter(excluded=many)
+        return replace(part, rows={**part.rows, "train": numbers[~out]}), many
 
     def _origins(self) -> Origins | None:
         """Where the training rows come from; takes their numbers out of them."""

@@ -211,10 +211,13 @@ class RowHistory:
         """What a checkpoint holds of it."""
         return {**self.seen()._asdict(), "since": np.array(self.since)}
 
-    def restore(self, known: Mapping[str, np.ndarray]) -> None:
-        """Go on from what a checkpoint holds."""
+    def restore(self, known: Mapping[str, np.ndarray]) -> bool:
+        """Go on from what a checkpoint holds; False where that is of other documents, as of another version."""
+        if len(known["first"]) != len(self.origins.part):
+            return False
         self._kept = [np.array(known[name]) for name in Seen._fields]
         self.since = int(known["since"])
+        return True
 
 
 def together(all_of: Sequence[Seen]) -> Seen:
