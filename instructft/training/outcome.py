@@ -155,7 +155,7 @@ def save(
     from instructft.report.curves import plot_loss
     from instructft.report.model_card import write_card
     from instructft.report.page import draw_report
-    from instructft.report.rows import write_rows
+    from instructft.report.row_file import write_rows
     from instructft.training.rehearsal.saved_loss import prove_saved_loss
     from instructft.weights.model_class import auto_class
     from instructft.weights.older_readers import for_older_readers

@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import instructft
-from instructft.report.rows import read_rows
+from instructft.report.row_file import read_rows
 from tests.conftest import OWN_PORT
 from tests.helpers.processes import launch
 

@@ -15,7 +15,7 @@ from rich.console import Console
 import instructft
 from instructft.data.batches.parts import ONCE_MORE
 from instructft.data.prepare import prepare
-from instructft.report.rows import read_rows
+from instructft.report.row_file import read_rows
 from instructft.training.run import train
 from tests.helpers import borders
 from tests.helpers.evaluation import plain_loss
