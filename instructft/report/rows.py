@@ -1,4 +1,4 @@
-"""`instructft rows`: how each training row was learned (never, at once, against others), and a list to leave some out."""
+"""`instructft rows`: how each training row was learned (never, at once, against others); a list to leave some out."""
 
 from __future__ import annotations
 
