@@ -18,9 +18,10 @@ import numpy as np
 from instructft.formatting import FORMS, clock, name_of, perplexity, yaml_text
 from instructft.prompt.token_view import visible
 from instructft.redaction import bare_url, last_name, without_places, without_roots
+from instructft.report.card_results import read_evaluation
 from instructft.report.curves import Chart, bars, chart, finite, number, read_metrics, series_of
 from instructft.report.logs import read_log
-from instructft.report.model_card import PLAIN, read_evaluation
+from instructft.report.model_card import PLAIN
 
 if TYPE_CHECKING:
     import pyarrow as pa

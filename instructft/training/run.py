@@ -36,7 +36,8 @@ from instructft.training.outcome import (
     kept_unproved,
     library_versions,
     save,
-    say_of_dtype,
+    say_of_saved,
+    template_facts,
 )
 from instructft.weights.model_class import frozen_as_named, towers, towers_in_words
 from instructft.whole_file import write_whole
@@ -149,7 +150,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
             from instructft.training.rehearsal.isolation import cost_of_rows
 
             console.print(cost_of_rows(why, packs, data, args), markup=False, highlight=False)
-    base = origin.facts()  # now, since a branch on the Hub may move while the run lasts
+    base, template = origin.facts(), template_facts(tokenizer, origin)  # now: a branch on the Hub may move meanwhile
     announce(recipe, tokenizer, data, model, args, precision, attention, console)
     for line in start.lines():
         console.print(line, markup=False, highlight=False)
@@ -180,6 +181,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
                 adapter = prove_adapter(proof, trainer, console)
                 metrics = final_metrics(trainer)
                 facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter | {"base": base}
+                facts["template"] = template
                 facts["attention"] = attention.facts()
                 facts["rehearsal"] = found.facts if found else None
                 facts["torch_compile"] = compiled.facts() if compiled else None
@@ -187,7 +189,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
 
         with kept_unproved(trainer, tokenizer, console):
             save(trainer, recipe, tokenizer, facts, data, origin)
-        say_of_dtype(facts, model, console)
+        say_of_saved(facts, model, console)
         state.wait_for_everyone()  # the others need not wait for an upload
         status = publisher.finish(final=True) if publisher else None
     return Result(run, facts, status)
