@@ -13,6 +13,7 @@ from instructft.models import base_template
 from instructft.models.base_template import TemplateWatch, at_hand, hash_of, on_the_hub, own_template
 
 OLD, NEW = "{{ messages }}", "{{ messages[0] }}"
+SEVERAL = [{"name": "tool_use", "template": NEW}, {"name": "default", "template": OLD}]
 
 
 def config(template: Any) -> str:
@@ -24,7 +25,7 @@ def config(template: Any) -> str:
     [
         ({"chat_template.jinja": OLD, "tokenizer_config.json": config(NEW)}, OLD),
         ({"tokenizer_config.json": config(OLD)}, OLD),
-        ({"tokenizer_config.json": config([{"name": n, "template": t} for n, t in (("tool", NEW), ("default", OLD))])}, OLD),
+        ({"tokenizer_config.json": config(SEVERAL)}, OLD),
         ({"tokenizer_config.json": config({"default": OLD})}, OLD),
         ({"tokenizer_config.json": "[]"}, None),
         ({"tokenizer_config.json": '{"eos'}, None),
