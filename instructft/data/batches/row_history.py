@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ROW_OF = "row_of"  # in a batch: the document of each slot
 NUMBER = "number"  # in a row on its way to a batch: its place in the training set
+_AT_ONCE = 1 << 18  # slots of batches that wait on a CPU; a few megabytes
 MOST = 4_000_000  # documents that are followed: 16 bytes each in every checkpoint of every process
 
 
@@ -152,6 +153,8 @@ class RowHistory:
         many = len(origins.part)
         self._kept: list[Any] = [np.zeros(many, np.float32), np.zeros(many, np.float32)]
         self._kept += [np.full(many, -1, np.int32), np.full(many, -1, np.int32)]
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]] = []
+        self._slots = 0  # of the batches that wait
 
     def see(self, log_probs: torch.Tensor, mask: torch.Tensor, row_of: torch.Tensor, step: int) -> None:
         """Take in a batch.
@@ -168,17 +171,31 @@ class RowHistory:
             self._see_there(log_probs.detach(), mask, row_of, step)
 
     def _see_here(self, log_probs: torch.Tensor, mask: torch.Tensor, row_of: torch.Tensor, step: int) -> None:
-        carry = mask.numpy().astype(bool, copy=False)
-        losses, of = -log_probs.detach().float().numpy()[carry], row_of[:, 1:].numpy()[carry]
+        """On a CPU: some batches at a time, since of a small one most of the cost is that of calls."""
+        self._waiting.append((log_probs.detach(), mask, row_of, step))
+        self._slots += log_probs.numel()
+        if self._slots > _AT_ONCE:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Take in the batches that wait."""
+        waiting, self._waiting, self._slots = self._waiting, [], 0
+        if not waiting:
+            return
+        carry = np.concatenate([mask.numpy().reshape(-1) for _, mask, _, _ in waiting]).astype(bool, copy=False)
+        losses = -np.concatenate([one.float().numpy().reshape(-1) for one, *_ in waiting])[carry]
+        of = np.concatenate([row_of[:, 1:].numpy().reshape(-1) for _, _, row_of, _ in waiting])[carry]
+        batch = np.repeat(np.arange(len(waiting)), [one.numel() for one, *_ in waiting])[carry]
         if not len(of):
             return
-        starts = np.flatnonzero(np.concatenate(([True], of[1:] != of[:-1])))
+        starts = np.flatnonzero(np.concatenate(([True], (of[1:] != of[:-1]) | (batch[1:] != batch[:-1]))))
         means = np.add.reduceat(losses, starts) / np.diff(np.append(starts, len(of)))
-        documents = of[starts]
+        documents, steps = of[starts], np.array([step for *_, step in waiting], dtype=np.int32)[batch[starts]]
         first, last, first_step, last_step = self._kept
         new = first_step[documents] < 0
-        first[documents[new]], first_step[documents[new]] = means[new], step
-        last[documents], last_step[documents] = means, step
+        early, at = documents[new][::-1], slice(None, None, -1)  # of a document that comes twice the last one is kept
+        first[early], first_step[early] = means[new][at], steps[new][at]
+        last[documents], last_step[documents] = means, steps
 
     def _see_there(self, log_probs: torch.Tensor, mask: torch.Tensor, row_of: torch.Tensor, step: int) -> None:
         """On a GPU: where the losses are, with a place behind all documents for what is padding."""
@@ -204,6 +221,7 @@ class RowHistory:
 
     def seen(self) -> Seen:
         """What this process has seen."""
+        self._settle()
         many = len(self.origins.part)
         return Seen(*(np.asarray(v if isinstance(v, np.ndarray) else v.cpu())[:many].copy() for v in self._kept))
 

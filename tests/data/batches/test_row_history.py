@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from instructft.data.batches import row_history
 from instructft.data.batches.flat_packs import FlatPacks
 from instructft.data.batches.row_history import NUMBER, ROW_OF, Numbered, Origins, RowHistory, SaysWhose, Seen, together
 from instructft.data.collator import CompletionOnlyCollator
@@ -61,12 +62,17 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["here", "on a device"])
-def test_first_and_last_sight(there):
+@pytest.mark.parametrize("at_once", [False, True], ids=["later", "at once"])
+def test_first_and_last_sight(there, at_once, monkeypatch):
+    if at_once:
+        monkeypatch.setattr(row_history, "_AT_ONCE", 0)
     history = RowHistory(plain(3, 1, 5, 4))
     see = history._see_there if there else history._see_here
     log_probs, mask, row_of = batch()
     see(log_probs, mask, row_of, 1)
     see(log_probs * 2, mask & torch.tensor([[True], [False]]), row_of, 7)
+    if at_once:
+        history.seen()
     see(log_probs, torch.zeros_like(mask), row_of, 8)  # nothing carries loss
     seen = history.seen()
     assert seen.first.tolist() == [6.5, 1.0, 0.0, 3.0]
@@ -100,3 +106,11 @@ def test_rows_say_their_place_and_stay_what_they_are():
     rows = Numbered([{"input_ids": [1]}, {"input_ids": [2]}])
     assert len(rows) == 2
     assert rows.__getitems__([1, 0]) == [{"input_ids": [2], NUMBER: 1}, {"input_ids": [1], NUMBER: 0}]
+
+
+def test_a_document_that_ends_one_batch_and_begins_the_next_is_seen_twice():
+    history, one = RowHistory(plain(2)), torch.zeros((1, 2), dtype=torch.int32)
+    for step, loss in ((1, 4.0), (2, 2.0), (3, 1.0)):
+        history.see(torch.tensor([[-loss]]), torch.tensor([[True]]), one, step)
+    seen = history.seen()
+    assert [float(values[0]) for values in seen] == [4.0, 1.0, 1.0, 3.0]
