@@ -80,7 +80,7 @@ def arrange(lengths: np.ndarray, capacity: int, seed: int = 0) -> tuple[np.ndarr
     """`best_fit` as two arrays: the documents in the order of their packs, and how many each pack holds.
 
     >>> [values.tolist() for values in arrange(np.array([6, 4, 5]), capacity=10)]
-    [[0, 1, 2], [2, 1]]
+    [[2, 0, 1], [1, 2]]
     """
     packs = best_fit(lengths, capacity, seed)
     order = np.fromiter((d for documents in packs for d in documents), dtype=np.int64, count=len(lengths))

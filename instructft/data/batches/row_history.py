@@ -140,6 +140,7 @@ class RowHistory:
     Nothing that is trained depends on it: no number is drawn, no device is waited for, and the losses are those of the
     training step itself, dropout included.
 
+    >>> import torch
     >>> history = RowHistory(Origins.of([(0, np.arange(2), np.arange(2))], np.array([3, 2])))
     >>> row_of = torch.tensor([[0, 0, 0], [1, 1, -1]], dtype=torch.int32)
     >>> history.see(torch.tensor([[0.0, -2.0], [-4.0, 0.0]]), torch.tensor([[False, True], [True, False]]), row_of, 1)
