@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from instructft.commands.judge import compare, evaluate, runs, verify
+from instructft.commands.judge import compare, evaluate, rows, runs, verify
 from instructft.commands.prepare import check, docs, doctor, init, inspect, prepare, recipes
 from instructft.commands.share import convert, export, merge, push
 from instructft.commands.train import launch, train
@@ -19,7 +19,7 @@ from instructft.version import __version__
 GROUPS = {
     "Prepare": (recipes, init, check, inspect, prepare, doctor, docs),
     "Train": (train, launch),
-    "Judge": (evaluate, verify, runs, compare),
+    "Judge": (evaluate, verify, rows, runs, compare),
     "Use": (chat, ui, generate),
     "Share": (merge, convert, export, push),
 }

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _FREE = (
     *(
         "evaluation_budget",
+        "row_history",
         "logging_",
         "eval_",
         "save_",
@@ -48,6 +49,7 @@ _FREE = (
 )
 # Fields that may change on purpose; a change is recorded.
 _OPEN = ("train.loss_spike_limit", "train.on_loss_spike", "train.early_stopping_patience", "train.on_divergence")
+_TEMPLATE = "data.template (its text)"
 _ORDER = "train.train_sampling_strategy (its order)"
 # Fields that older checkpoints do not hold, with what they were then unless someone set them.
 _LATER = {"train.dataloader_drop_last": False, "train.on_divergence": "stop", "model.overrides": None}
@@ -165,7 +167,7 @@ def identity(
 
     flat = fixed_keys(recipe)
     template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
-    made = {"data (its rows)": fingerprint, "data.template (its text)": template, "processes": args.world_size}
+    made = {"data (its rows)": fingerprint, _TEMPLATE: template, "processes": args.world_size}
     # left to the hardware by the recipe, and other bits on other hardware
     made |= {"precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "as the weights"}
     made |= {"device": args.device.type}
@@ -186,7 +188,8 @@ def fixed_keys(recipe: Recipe) -> dict[str, Any]:
     42
     """
     values = recipe.to_dict()
-    del values["data"]["fold_turns"]  # what became of it is in the rows
+    for key in ("fold_turns", "exclude"):  # what became of them is in the rows
+        del values["data"][key]
     for entry in values["data"]["datasets"] or ():
         if entry.get("repeat") == 1:  # as it was before there was such a key
             del entry["repeat"]
@@ -235,6 +238,8 @@ def _may_grow(key: str, checkpoint: Checkpoint, now: Mapping[str, Any]) -> bool:
 def _why(key: str) -> str:
     if key in _LENGTH:
         return "; it may only grow, and with a schedule that does not depend on it (lr_scheduler_type: constant)"
+    if key == _TEMPLATE:
+        return "; where it is the tokenizer's own, it has changed at its source since: model.revision pins a commit"
     return ""
 
 

@@ -11,6 +11,23 @@ from instructft.commands.options import ColumnsOption, ModelArgument, option, qu
 from instructft.errors import EXIT_DONE, UsageError
 
 
+def rows(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that has ended.")],
+    limit: Annotated[int, typer.Option("-n", "--rows", min=0, help="Rows of each kind to show.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    exclude: Annotated[
+        Path | None, option(help="Write the ids of --kinds to this new file, which data.exclude takes.")
+    ] = None,
+    kinds: Annotated[
+        str, typer.Option(metavar="NAME,…", help="never_learned, contradicting, at_once, hardest or longest.")
+    ] = "never_learned,contradicting",
+) -> None:
+    """Show how each training row was learned: never, at once, against others."""
+    from instructft.report.rows import tell_rows
+
+    tell_rows(run, limit, as_json, exclude, [name.strip() for name in kinds.split(",") if name.strip()])
+
+
 def evaluate(
     model: ModelArgument,
     base: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -30,8 +31,12 @@ def chat(
     quiet_libraries()
     from instructft.inference.chat import Chat
     from instructft.inference.terminal import converse
+    from instructft.models.base_template import TemplateWatch
 
+    watch = TemplateWatch(model)
     told = Chat(model, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+    if line := watch.said():
+        print(line, file=sys.stderr)
     converse(told, model, base)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from instructft.data.files.hub import fetch, hub_splits
 from instructft.data.files.locate import DataFile, Splits, located
+from instructft.data.files.row_ids import row_id
 from instructft.data.formats import AS_IT_STANDS, FORMATS, Rules, detect_format, to_conversation
 from instructft.data.readers import ROW, columns_of, read_file
 from instructft.data.sources import SOURCES
@@ -61,23 +62,29 @@ class Part:
         row = json.loads(raw[ROW]) if ROW in raw else raw  # a stream's rows come as they are
         return {**row, **{ours: row.get(theirs) for ours, theirs in self.columns.items()}}
 
+    def ids(self, numbers: np.ndarray) -> list[str]:
+        """What these rows of `raw` are known by, in this file or another (`instructft.data.files.row_ids`)."""
+        batches = self.raw.select(numbers).iter(1000)
+        return [row_id(json.loads(text)) for batch in batches for text in batch[ROW]]
+
     def conversation(self, raw: dict[str, Any]) -> Conversation:
         """One raw row as messages; raises `Unusable` and `Unread`."""
         return to_conversation(self.row(raw), self.format, self.rules)
 
     def place(self, number: int) -> str:
         """The place in the file, counted from 1, of row `number` of `raw`, and which file where there are several."""
-        name, place = self._found(number)
+        name, place = self.found(number)
         return f"{place} of {name}" if name else str(place)
 
-    def _found(self, number: int) -> tuple[str | None, int]:
+    def found(self, number: int) -> tuple[str | None, int]:
+        """The file of row `number` of `raw`, where there are several, and its place there, from 1."""
         place = number if self.drawn is None else int(self.drawn[number])
         name, start = next(((name, first) for name, first in reversed(self.files) if first <= place), (None, 0))
         return name, place - start + 1
 
     def describe(self, number: int) -> str:
         """Name row `number` of `raw` by its place in the file."""
-        name, place = self._found(number)
+        name, place = self.found(number)
         return f"{self.key}: row {place} of {name or self.label}"
 
 

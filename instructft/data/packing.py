@@ -76,22 +76,35 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int = 0) 
     return [packs[i] for i in rng.permutation(len(packs))]
 
 
-def pack(dataset: Dataset, capacity: int, seed: int = 0) -> Dataset:
+def arrange(lengths: np.ndarray, capacity: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """`best_fit` as two arrays: the documents in the order of their packs, and how many each pack holds.
+
+    >>> [values.tolist() for values in arrange(np.array([6, 4, 5]), capacity=10)]
+    [[2, 0, 1], [1, 2]]
+    """
+    packs = best_fit(lengths, capacity, seed)
+    order = np.fromiter((d for documents in packs for d in documents), dtype=np.int64, count=len(lengths))
+    return order, np.fromiter(map(len, packs), dtype=np.int64, count=len(packs))
+
+
+def pack(
+    dataset: Dataset, capacity: int, seed: int = 0, arranged: tuple[np.ndarray, np.ndarray] | None = None
+) -> Dataset:
     """Pack rows of `input_ids` and `labels` into rows of at most `capacity` tokens.
 
     Each new row also holds `seq_lengths`, the tokens of each of its documents in order. The label of a document's
     first token becomes -100, so that it is never predicted from its neighbour's last. Rows of folded turns have
     `seq_lengths` and `seq_starts` of their own (`instructft.data.batches.branches`), and so have their packs.
+
+    Args:
+        arranged: `arrange` of the rows with this capacity and seed, where it is known.
     """
     import pyarrow as pa
     from datasets import Dataset
 
     rows = tokens_of(dataset)
     parts = rows if PARTS[1] in dataset.column_names else None
-    packs = best_fit(rows.lengths, capacity, seed)
-    order = np.fromiter((d for documents in packs for d in documents), dtype=np.int64, count=len(rows))
-    per_pack = np.fromiter(map(len, packs), dtype=np.int64, count=len(packs))
-    del packs
+    order, per_pack = arranged or arrange(rows.lengths, capacity, seed)
     rows, lasts = rows.some(order), np.cumsum(per_pack)
     parts = parts.some(order) if parts else None
     schema = pa.schema({name: pa.list_(pa.int32()) for name in (*COLUMNS, *(PARTS if parts else PARTS[:1]))})

@@ -13,18 +13,20 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from instructft.data.account import Hidden, WhyNot, folding, said_of_hidden
-from instructft.data.arrow.encoded import encode_part, fold_part, has_turns, notes, trained_rows, verdicts
+from instructft.data.arrow.encoded import TRAINED, encode_part, fold_part, has_turns, notes, trained_rows, verdicts
 from instructft.data.arrow.token_rows import PARTS, FlatRows, ranges, tokens_of
+from instructft.data.batches.row_history import Origins
 from instructft.data.deduplicate import Known
+from instructft.data.files.row_ids import read_excluded
 from instructft.data.load import SPLITS, Part, load_parts
-from instructft.data.packing import best_fit, pack, padded_slots
+from instructft.data.packing import arrange, best_fit, pack, padded_slots
 from instructft.data.tokenize import drop_examples, drop_reasons, refuse_losses, refuse_unread
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX
@@ -55,6 +57,9 @@ class Prepared:
         packed: rows are packs.
         per_pack: documents in a pack, as `data.packing: auto` found it; 1 where nobody asked.
         saved: share of the slots that packs save, as `auto` found it; None where nobody asked.
+        origins: where the training rows come from; None where there are none.
+        parts: the recipe's data sets, which `origins` numbers.
+        unmatched: what to say of ids in `data.exclude` that no row has, or "".
     """
 
     splits: DatasetDict
@@ -67,6 +72,9 @@ class Prepared:
     packed: bool = False
     per_pack: float = 1.0
     saved: float | None = None
+    origins: Origins | None = None
+    parts: tuple[Part, ...] = ()
+    unmatched: str = ""
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -129,6 +137,8 @@ class Prepared:
         ]
         if self.dropped:
             lines.append(("dropped", f"{sum(self.dropped.values()):,} rows: {drop_reasons(self.dropped)}"))
+        if self.unmatched:
+            lines.append(("exclude", self.unmatched))
         if self.cut:
             lost = f"{self.cut:,} rows longer than {max_length} tokens lost {self.cut_tokens:,} tokens"
             lines.append(("cut", f"{lost}; they do not teach the end of an answer"))
@@ -221,9 +231,13 @@ class _Pieces:
         self.repeats: dict[str, float] = {}
         self.cut = self.cut_tokens = 0
         self.hidden = Hidden()
+        self.excluded = read_excluded(recipe.data.exclude)
+        self.parts: list[Part] = []
+        self.rows_of: dict[str, np.ndarray] = {}  # data set -> of each row that it is trained as, its row in the data
         kept_of: list[tuple[Part, Dataset, dict[str, np.ndarray]]] = []  # of each part the rows of its splits
         for part in parts:
             encoded = encode_part(part, recipe, tokenizer)
+            part, excluded = self._without_excluded(part)
             used = np.sort(np.concatenate(list(part.rows.values())))
             verdict, lost = verdicts(encoded)
             dropped = used[verdict[used] != ""]
@@ -235,7 +249,7 @@ class _Pieces:
             keep = {name: rows[verdict[rows] == ""] for name, rows in part.rows.items()}
             kept = np.concatenate(list(keep.values()))
             if len(kept) == 0:
-                said = drop_reasons(reasons) + examples
+                said = drop_reasons(reasons + Counter(excluded=excluded)) + examples
                 raise DataError(f"{part.key}: no row of {part.label} can be trained on: {said}")
             refuse_losses(part, reasons, len(used), recipe.check, examples)
             self.cut += int((lost[kept] > 0).sum())
@@ -254,15 +268,41 @@ class _Pieces:
             most = length if part.format == "text" else None
             rows, each = trained_rows(encoded if folded is None else folded, most, worth is not None)
             first = np.cumsum(each) - each
+            self.parts.append(part)
+            self.rows_of[label] = np.repeat(np.arange(len(each)), each)
             for name, numbers in keep.items():
                 if len(numbers):
                     self.pieces[name][label] = rows.select(ranges(first[numbers], each[numbers]))
+
+    def _without_excluded(self, part: Part) -> tuple[Part, int]:
+        """A part without the training rows that the recipe leaves out, and how many; who is held out stays so."""
+        numbers = part.rows.get("train", np.zeros(0, dtype=np.int64))
+        if not self.excluded.ids or not len(numbers):
+            return part, 0
+        out = self.excluded.among(part.ids(numbers))
+        many = int(out.sum())
+        self.dropped += Counter(excluded=many)
+        return replace(part, rows={**part.rows, "train": numbers[~out]}), many
+
+    def _origins(self) -> Origins | None:
+        """Where the training rows come from; takes their numbers out of them."""
+        found = self.pieces["train"]
+        if not found:
+            return None
+        labels, pieces = list(self.rows_of), []
+        for label, rows in found.items():
+            numbers = np.asarray(rows.with_format("numpy")[TRAINED][:], dtype=np.int64)
+            pieces.append((labels.index(label), numbers, self.rows_of[label]))
+        return Origins.of(pieces, np.concatenate([tokens_of(rows).lengths for rows in found.values()]))
 
     def together(self, recipe: Recipe) -> Prepared:
         """The splits, packed where the recipe packs; validation sets each alone, so that its own loss can be told."""
         from datasets import DatasetDict, concatenate_datasets
 
-        pieces = self.pieces
+        pieces, origins = self.pieces, self._origins()
+        for found in pieces.values():
+            for label, rows in found.items():
+                found[label] = rows.remove_columns(TRAINED)
         counts = {name: sum(map(len, found.values())) for name, found in pieces.items()}
         packing, per_pack, saved = recipe.data.packing, 1.0, None
         if packing == "auto" and pieces["train"]:
@@ -270,15 +310,18 @@ class _Pieces:
             packing = saved > SAVES
         if packing:
             length, seed = recipe.data.max_length, recipe.data.seed
-            if pieces["train"]:
-                pieces["train"] = {"train": pack(concatenate_datasets(list(pieces["train"].values())), length, seed)}
+            if origins is not None:
+                arranged = arrange(origins.lengths, length, seed)
+                rows = concatenate_datasets(list(pieces["train"].values()))
+                pieces["train"], origins = {"train": pack(rows, length, seed, arranged)}, origins.packed(*arranged)
             pieces["validation"] = {label: pack(rows, length, seed) for label, rows in pieces["validation"].items()}
         named = any(entry.label for entry in recipe.data.validation or ())
         several = len(recipe.data.validation or recipe.data.datasets) > 1
         groups = {label: len(rows) for label, rows in pieces["validation"].items()} if several or named else {}
         splits = {name: concatenate_datasets(list(found.values())) for name, found in pieces.items() if found}
         what = (self.dropped, self.cut, self.cut_tokens, groups, self.hidden, bool(packing), per_pack, saved)
-        return Prepared(DatasetDict(splits), counts, *what)
+        more = (origins, tuple(self.parts), self.excluded.unmatched())
+        return Prepared(DatasetDict(splits), counts, *what, *more)
 
 
 def _saved(pieces: list[Dataset], recipe: Recipe) -> tuple[float, float]:

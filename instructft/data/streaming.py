@@ -29,6 +29,7 @@ from instructft.data.account import Hidden, WhyNot, folding, said_of_hidden
 from instructft.data.arrow.token_rows import flat_rows, tokens_of
 from instructft.data.batches import branches
 from instructft.data.deduplicate import Known
+from instructft.data.files.row_ids import read_excluded, row_id
 from instructft.data.load import Part, hub_id, label_of, not_read, rules_of, shape, shape_of, stream_files
 from instructft.data.packing import best_fit
 from instructft.data.tokenize import Batches, drop_examples, drop_reasons, refuse_losses, refuse_unread, shaped_by
@@ -94,6 +95,7 @@ class Streamed:
         held = [tokens_of(rows) for rows in held_out.splits.values()] if held_out else []
         self._known = Known(held) if held else None
         self._streams, self._data, self._check, self._tally = streams, recipe.data, recipe.check, _Tally()
+        self._excluded = read_excluded(recipe.data.exclude)
         self._weights = [stream.part.weight for stream in streams]
         ours = [shaped_by(stream.known_by, stream.part, recipe, tokenizer) for stream in streams]
         more = [
@@ -106,6 +108,8 @@ class Streamed:
         ]
         if held_out:
             more.append(held_out.fingerprint)
+        if self._excluded.ids:
+            more.append(sorted(self._excluded.ids))
         self.fingerprint = hashlib.sha256(json.dumps(more).encode()).hexdigest()[:16]
         self._train = self._dataset(lambda: self._pass(self._train.epoch))
 
@@ -287,6 +291,12 @@ class Streamed:
         if shuffle:
             rows = shuffled(rows, random.Random(f"{self._data.seed} {i} {number}"), SHUFFLED)
         while batch := list(islice(rows, ENCODED)):
+            if self._excluded.ids:
+                out = self._excluded.among([row_id(row) for _, row in batch])
+                batch = [one for one, without in zip(batch, out, strict=True) if not without]
+                tally.dropped.update({"excluded": int(out.sum())} if out.any() else {})
+                if not batch:
+                    continue
             numbers = [number for number, _ in batch]
             ids, labels, lengths, of, lost, verdicts, notes = stream.encode([row for _, row in batch], numbers)
             refuse_unread(stream.part, verdicts, notes, numbers)

@@ -255,6 +255,7 @@ _SAID = {
     "answer_cut_away": "whose answer begins behind data.max_length",
     "no_loss": "of which no token carries loss",
     REFUSED: "that the chat template refuses",
+    "excluded": "left out by data.exclude",
     "near_duplicate_of_held_out": "nearly the same as a held-out one",
     "left_out_by_weight": "left out by weight",
     "left_out_by_repeat": "left out by a repeat below 1",

@@ -28,7 +28,7 @@ from instructft.models.load_for_inference import load_for_inference, locate
 from instructft.recipe.load import load_recipe
 from instructft.recipe.schema import DatasetEntry, Recipe
 from instructft.report.judged import join_report
-from instructft.report.model_card import EVALUATION
+from instructft.report.card_results import EVALUATION
 
 _IN_GROUPS = ("loss", "exact_match", "rougeL", "bleu", "stopped")
 Found = TypeVar("Found")

@@ -22,6 +22,7 @@ from instructft.checkpoints.as_saved import require_as_saved
 from instructft.errors import CheckpointError, ModelError, UsageError
 from instructft.hub import commit
 from instructft.hub.files import Gathered, gather, is_replaced
+from instructft.models.base_template import TemplateWatch
 from instructft.models.latest import checkpoint_name
 from instructft.redaction import of_file, without_places
 from instructft.report.model_card import bare_card, for_the_hub
@@ -115,7 +116,9 @@ def push_to_hub(
         else:
             tokens, loss = progress_of(folder)
             return push_checkpoint(folder, repo_id, place, tokens, loss, **more)
+    watch = None
     if not checked:
+        watch = TemplateWatch(folder)
         require_finished(folder)
         require_whole_folder(folder)
     made = {"README.md": _readme(folder, repo_id, place)} if not (folder / "README.md").is_symlink() else {}
@@ -129,6 +132,8 @@ def push_to_hub(
         return [path for path in tree if path.startswith(inside) and is_replaced(path[len(inside) :])
                 and path not in new]  # fmt: skip
 
+    if watch is not None and (line := watch.said(patience=3.0)):
+        say(line)
     kind = "Adapter" if is_adapter(folder) else "Model"
     return _push(gathered, repo_id, delete, f"{kind} {folder.resolve().name}", **more)
 

@@ -14,7 +14,8 @@ from instructft.hub.files import TOKENIZER
 from instructft.recipe.load import load_run_recipe
 from instructft.recipe.schema import Recipe
 from instructft.redaction import last_name
-from instructft.report.model_card import bare_card, card, read_evaluation, read_licence
+from instructft.report.card_results import read_evaluation
+from instructft.report.model_card import bare_card, card, read_licence
 from instructft.weights import remote_code
 from instructft.weights.model_class import PROCESSOR
 from instructft.weights.older_readers import add_older_names, for_older_readers

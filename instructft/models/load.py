@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +148,7 @@ def fit_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         config.pad_token_id = first
     config.eos_token_id = ends[0]
     config.bos_token_id = generation.bos_token_id = tokenizer.bos_token_id
-    _make_saveable(generation)
+    answer_plainly(generation)
 
 
 def pad_of_positions(model: PreTrainedModel) -> int | None:
@@ -166,36 +165,31 @@ def pad_of_positions(model: PreTrainedModel) -> int | None:
     return None
 
 
-def _make_saveable(generation: GenerationConfig) -> None:
-    """Some published models carry settings that transformers refuses to save, at the end of a run that it costs.
+_NO_SETTING = ("transformers_version", "_from_model_config", "use_cache")  # by which no answer changes
 
-    Sampling settings without `do_sample` are meant, and get it; `length_penalty` or `early_stopping` without beams mean
-    nothing, go back to what they are by default, and stderr says so.
+
+def answer_plainly(generation: GenerationConfig) -> dict[str, Any]:
+    """Take out of a generation configuration all that changes answers, but for the tokens that begin, pad and end them.
+
+    A published model brings the sampling that its authors like (a temperature, a penalty, a limit), by which a server
+    answers whoever asks without: vLLM samples by `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty` of
+    this file, and cuts at its `max_new_tokens`. A model that was tuned since is another one, and is to answer there as
+    it was judged here. Some of them could not be saved either (`early_stopping` without beams).
+
+    Returns what was taken out: name -> value.
     """
     from transformers import GenerationConfig
 
-    plain, sampling = GenerationConfig(), generation.do_sample
-    names = [name for name in generation.to_diff_dict() if hasattr(plain, name) and not name.endswith("_token_id")]
-    for trial in (sampling, True):
-        generation.do_sample = trial
-        if not _refused(generation):
-            return
-    generation.do_sample = sampling
-    for name in names:
-        refused = _refused(generation)
-        if f"`{name}`" in refused:
-            found = getattr(generation, name)
-            setattr(generation, name, getattr(plain, name))
-            print(f"generation_config.{name}: found {found}, with which transformers saves no model; left out of what "
-                  "is saved", file=sys.stderr)  # fmt: skip
-    if _refused(generation):
-        generation.do_sample = True
-
-
-def _refused(generation: GenerationConfig) -> str:
-    """Why transformers would not save a generation configuration; "" where it would."""
-    try:
-        generation.validate(strict=True)
-    except ValueError as error:
-        return str(error)
-    return ""
+    plain = GenerationConfig()
+    changed = {
+        name: value
+        for name, value in generation.to_diff_dict().items()
+        if hasattr(plain, name)
+        and not name.endswith("_token_id")
+        and name not in _NO_SETTING
+        and value not in (None, False)
+    }
+    for name in changed:
+        setattr(generation, name, getattr(plain, name))
+    generation.do_sample = False
+    return changed

@@ -59,6 +59,12 @@ OWN_TRAIN_FIELDS: dict[str, dict[str, Any]] = {
     },
     "torch_compile_backend": {"kinds": ["str", "null"], "default": None, "help": "compiler; null: inductor"},
     "torch_compile_mode": {"kinds": ["str", "null"], "default": None, "help": "mode of the compiler inductor"},
+    "row_history": {
+        "kinds": ["bool"],
+        "default": True,
+        "help": "keep the loss of each training row at its first and last sight, in rows.parquet; `instructft rows` "
+        "reads it",
+    },
     "evaluation_budget": {
         "kinds": ["float", "null"],
         "default": 0.1,

@@ -228,6 +228,12 @@ class DataSection(_Section):
         default=(), description="columns and message keys that are known not to matter; others unread are an error"
     )
     strip: bool = Field(default=False, description="whether outer white space of texts is taken off")
+    exclude: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a file of row ids, one a line, that are not trained on; `instructft rows RUN --exclude FILE` "
+        "writes one",
+    )
     max_length: int = Field(default=1024, gt=1, description="tokens per row")
     on_too_long: Literal["truncate", "drop", "error"] = Field(
         default="truncate", description="what happens to a row longer than max_length"

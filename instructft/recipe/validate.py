@@ -156,6 +156,8 @@ class _Check:
                 self.local_file(data, ("data", "template"))
             else:
                 self.word(data, ("data", "template"), ("auto", *TEMPLATES, "tokenizer"), "a .jinja file")
+            if isinstance(data.get("exclude"), str):
+                self.local_file(data, ("data", "exclude"))
         if isinstance(model, dict):
             for key in ("name_or_path", "tokenizer"):
                 if isinstance(model.get(key), str) and model[key].startswith((".", "~", "/")):

@@ -5,16 +5,23 @@ A card names no folder of this machine: of a base, a data file or a template tha
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.data.sources import SOURCES
-from instructft.formatting import FORMS, name_of, perplexity, yaml_text
+from instructft.formatting import perplexity, yaml_text
 from instructft.redaction import bare_url, last_name, without_places, without_roots
+from instructft.report.card_results import (
+    evaluation_section,
+    gate_section,
+    head_with_results,
+    plain,
+    read_evaluation,
+    read_gate,
+    with_results,
+)
 from instructft.version import __version__
 from instructft.weights.base_record import is_hub_id
 
@@ -31,9 +38,6 @@ _METRICS = {
     "eval_mean_token_accuracy": "validation, share of tokens guessed right",
 }
 
-EVALUATION = "evaluation.json"  # in the run folder, as `instructft evaluate --json` writes it
-GATE = "gate.json"  # in the run folder, as `instructft gate` writes it
-
 COSTS = ("KL, nats a token", "top-1 equal", "held-out loss", "changes gone")  # of a dtype that a merge is stored in
 
 TEMPLATE = Path(__file__).parent / "html" / "card.md.jinja"
@@ -44,7 +48,8 @@ PLAIN = "AutoModelForCausalLM"  # the class that loads a model of text alone
 
 def write_card(run: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
     """Write `README.md` from the recipe and the contents of `run.json`."""
-    (run / "README.md").write_text(card(recipe, facts, read_evaluation(run)), encoding="utf-8")
+    text = card(recipe, facts, read_evaluation(run), gate=read_gate(run))
+    (run / "README.md").write_text(text, encoding="utf-8")
 
 
 def card(
@@ -53,6 +58,7 @@ def card(
     evaluation: Mapping[str, Any] | None = None,
     merge: Mapping[str, Any] | None = None,
     licence: Mapping[str, str] | None = None,
+    gate: Mapping[str, Any] | None = None,
 ) -> str:
     """The model card's text: metadata for the Hub, what was trained on what, how to use it, the recipe.
 
@@ -60,19 +66,25 @@ def card(
         evaluation: what `instructft evaluate --json` wrote, of which the numbers go into a table.
         merge: how the run's adapter was merged, for the card of the merged model; `base` is what it was merged into.
         licence: of the base, where its own card is not at hand.
+        gate: the verdict of `instructft gate`.
     """
     base = recipe.model.name_or_path
     public_base = base if base and _is_public(base) else None
     lora = recipe.adapter.type == "lora"
     known = _licence_of(base) or dict(licence or {})
     names = [e.name or e.hub or last_name(e.path or bare_url(e.url or "")) for e in recipe.data.datasets]
+    warnings = [one for one in facts.get("warnings") or () if one["kind"] != "diverged"]
     return _render(
-        _metadata(recipe, facts, public_base, known, bool(merge)),
+        with_results(_metadata(recipe, facts, public_base, known, bool(merge)), evaluation, recipe.name, names),
         name=recipe.name,
         lora=lora and not merge,
         model_class=facts.get("model_class", PLAIN),
         merge=merge,
-        evaluation=_evaluation(evaluation),
+        evaluation=evaluation_section(evaluation) + gate_section(gate),
+        template_hash=(facts.get("template") or {}).get("sha256"),
+        stored="" if merge else facts.get("stored", ""),
+        generation=facts.get("generation"),
+        warnings=warnings,
         recipe=recipe,
         facts=facts,
         start=public_base or (last_name(base) if base else "random weights"),
@@ -80,7 +92,7 @@ def card(
         template=last_name(recipe.data.template),
         adapter=_adapter(recipe, facts) if lora else "",
         licence=known.get("license_name") or known.get("license"),
-        data_licences=sorted({f"{e.name}: {SOURCES[e.name].licence}" for e in recipe.data.datasets if e.name}),
+        data_licences=_data_licences(recipe),
         metrics=_figures(facts["metrics"]),
         diverged=[one["text"] for one in facts.get("warnings") or () if one["kind"] == "diverged"],
         title=" ".join(recipe.name.split()) or "recipe",
@@ -120,15 +132,6 @@ def _render(metadata: Mapping[str, Any], **values: Any) -> str:
     )
 
 
-def plain(text: str) -> str:
-    """A text from elsewhere (a name, a licence) as Markdown that shows it and does nothing.
-
-    >>> plain("# <b>bold\\n# _Trusted_ my_name")
-    '\\\\# \\\\<b\\\\>bold # \\\\_Trusted\\\\_ my_name'
-    """
-    return re.sub(r"([\\`*\[\]<>|]|(?<!\w)_|_(?!\w)|^[#+-])", r"\\\1", " ".join(text.split()))
-
-
 def cost_cells(row: Mapping[str, Any]) -> list[str]:
     """What a dtype and rounding cost a merge, as the cells of `COSTS`.
 
@@ -156,27 +159,12 @@ def for_the_hub(text: str, repo_id: str, place: str, run: Path) -> str:
     if place:  # the commands take a repository, and no folder in one
         text = text.replace("\nor `instructft chat PATH`.\n", "")
     text = text.replace("instructft chat PATH", f"instructft chat {repo_id}")
-    if "\n## Evaluation\n" not in text and "\n## Use\n" in text and (section := _evaluation(read_evaluation(run))):
-        text = text.replace("\n## Use\n", f"{section}\n## Use\n", 1)
+    evaluation = read_evaluation(run)
+    for title, section in (("Evaluation", evaluation_section(evaluation)), ("Gate", gate_section(read_gate(run)))):
+        if section and f"\n## {title}\n" not in text and "\n## Use\n" in text:
+            text = text.replace("\n## Use\n", f"{section}\n## Use\n", 1)
+    text = head_with_results(text, evaluation)
     return without_roots(text, [run, run.parent])
-
-
-def read_evaluation(run: Path) -> dict[str, Any] | None:
-    """The contents of `evaluation.json` in a run folder; None where there is none that can be read."""
-    try:
-        found = json.loads((run / EVALUATION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("tuned"), dict) else None
-
-
-def read_gate(run: Path) -> dict[str, Any] | None:
-    """The contents of `gate.json` in a run folder; None where there is none that can be read."""
-    try:
-        found = json.loads((run / GATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("passed"), bool) else None
 
 
 def _head(lora: bool, base: str | None, licence: Mapping[str, str], tags: list[str]) -> dict[str, Any]:
@@ -211,6 +199,22 @@ def _metadata(
     return metadata
 
 
+def _data_licences(recipe: Recipe) -> list[str]:
+    """Under which licence each data set stands: as known here, or as its card in the Hub's cache says."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = set()
+    for entry in recipe.data.datasets:
+        if entry.name:
+            found.add(f"{entry.name}: {SOURCES[entry.name].licence}")
+        elif entry.hub:
+            file = try_to_load_from_cache(entry.hub, "README.md", repo_type="dataset", revision=entry.revision)
+            known = read_licence(Path(file)) if isinstance(file, str) else {}
+            said = known.get("license_name") or known.get("license") or "not known here; its own terms hold"
+            found.add(f"{entry.hub}: {said}")
+    return sorted(found)
+
+
 def _is_public(base: str) -> bool:
     return is_hub_id(base) and not Path(base).exists()
 
@@ -239,21 +243,6 @@ def read_licence(file: Path) -> dict[str, str]:
         return {}
     keys = ("license", "license_name", "license_link")
     return {key: head[key] for key in keys if isinstance(head, dict) and isinstance(head.get(key), str)}
-
-
-def _evaluation(results: Mapping[str, Any] | None) -> str:
-    """A section with what `instructft evaluate` found, base and tuned side by side; "" where there is nothing."""
-    names = [name for name in ("base", "tuned") if results and isinstance(results.get(name), dict)]
-    if not results or not names:
-        return ""
-    rows = []
-    for figure, form in FORMS.items():
-        values = [results[name].get(figure) for name in names]
-        if all(isinstance(value, int | float) for value in values):
-            rows.append(f"| {name_of(figure)} | " + " | ".join(map(form.format, values)) + " |")
-    count = len(results["tuned"].get("rows") or ())
-    head = f"| {count} held-out rows | {' | '.join(names)} |" if count else f"| | {' | '.join(names)} |"
-    return "\n".join(["", "## Evaluation", "", head, "| --- |" + " ---: |" * len(names), *rows, ""])
 
 
 def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,6 +157,7 @@ def save(
     from instructft.report.curves import plot_loss
     from instructft.report.model_card import write_card
     from instructft.report.page import draw_report
+    from instructft.report.row_file import write_rows
     from instructft.training.rehearsal.saved_loss import prove_saved_loss
     from instructft.weights.model_class import auto_class
     from instructft.weights.older_readers import for_older_readers
@@ -165,11 +167,14 @@ def save(
     model = trainer.accelerator.unwrap_model(trainer.model)
     fit_special_tokens(model, tokenizer)  # the trainer aligns them with the tokenizer's EOS, which may be another
     trainer.save_model(str(run / PARTIAL))
+    seen = trainer.rows_seen()
     if not trainer.is_world_process_zero():
         return
     require_whole(model, run / PARTIAL)
     hand_on(recipe, run / PARTIAL)
     facts["like_base"] = compared_with_base(model, run / PARTIAL, recipe, origin)
+    facts["stored"] = stored_as(run / PARTIAL)
+    facts["generation"] = generation_facts(model, origin)
     facts["model_class"] = auto_class((model.get_base_model() if is_peft(model) else model).config).__name__
     for_older_readers(run / PARTIAL)
     shared = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -178,6 +183,8 @@ def save(
     (run / "run.json").unlink(missing_ok=True)  # of a shorter run, if this one was resumed from there
     facts["files"] = sums(run / PARTIAL)
     _give_names(run / PARTIAL, run)
+    if trainer.history is not None and seen is not None:
+        write_rows(run, data, seen, trainer.history.since)  # type: ignore[arg-type]  # streams have no history
     plot_loss(run, recipe.name)
     write_card(run, recipe, facts)
     draw_report(run, recipe, facts, tokenizer, data)
@@ -200,12 +207,56 @@ def compared_with_base(model: Any, folder: Path, recipe: Recipe, origin: Startin
     return save_like_base(model, folder, base, recipe.model.dtype != "auto") if base else None
 
 
-def say_of_dtype(facts: Mapping[str, Any], model: Any, console: Console) -> None:
-    """Tell where the final model is stored in a narrower type than it was trained in."""
-    stored = (facts.get("like_base") or {}).get("dtype")
-    if stored and stored != str(model.dtype).removeprefix("torch."):
+def stored_as(folder: Path) -> str:
+    """The type of most of the saved weights: `bfloat16`."""
+    from instructft.adapters.adapter_folder import WEIGHTS, is_adapter
+    from instructft.weights.weight_files import DTYPES, read_header, weight_files
+
+    sizes: Counter[str] = Counter()
+    for file in [folder / WEIGHTS] if is_adapter(folder) else weight_files(folder):
+        for tensor in read_header(file).values():
+            sizes[tensor.dtype] += tensor.end - tensor.start
+    kind = sizes.most_common(1)[0][0]
+    return DTYPES[kind][0] if kind in DTYPES else kind
+
+
+def generation_facts(model: Any, origin: StartingPoint) -> dict[str, Any]:
+    """How the saved model answers whoever asks without settings, and what of its base's settings was left out."""
+    from transformers import GenerationConfig
+
+    from instructft.models.load import answer_plainly
+
+    saved, left_out = model.generation_config, {}
+    if origin.name:
+        where = {"revision": origin.revision, "subfolder": origin.subfolder}
+        with contextlib.suppress(OSError, ValueError):  # many have none
+            left_out = answer_plainly(GenerationConfig.from_pretrained(origin.name, local_files_only=True, **where))
+    ends = {name: getattr(saved, name) for name in ("eos_token_id", "pad_token_id")}
+    return {**ends, "do_sample": False, "left_out": left_out}
+
+
+def template_facts(tokenizer: PreTrainedTokenizerBase, origin: StartingPoint) -> dict[str, str | None]:
+    """Hashes of the template that is trained, and of the one that the base has of its own (None: it has none)."""
+    from instructft.models.base_template import at_hand, hash_of
+
+    own = at_hand(origin.name, origin.revision, origin.subfolder) if origin.name else None
+    return {"sha256": hash_of(str(tokenizer.chat_template)), "of_base": own}
+
+
+def say_of_saved(facts: Mapping[str, Any], model: Any, console: Console) -> None:
+    """Tell in which type the final model is stored, and which settings of its base's answers it does not have."""
+    stored, alike = facts.get("stored"), (facts.get("like_base") or {}).get("dtype")
+    if not stored:  # another process has saved it
+        return
+    why = ""
+    if alike and alike != str(model.dtype).removeprefix("torch."):
+        why = ", as its base is (model.dtype=float32 keeps what was trained)"
+    console.print(f"the final model is stored in {stored}{why}", highlight=False)
+    if left_out := facts["generation"]["left_out"]:
+        listed = ", ".join(f"{name} {value}" for name, value in left_out.items())
         console.print(
-            f"the final model is stored in {stored}, as its base is (model.dtype=float32 keeps what was trained)",
+            f"generation_config.json does not have its base's {listed}: a server would answer by them unasked",
+            markup=False,
             highlight=False,
         )
 

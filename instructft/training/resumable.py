@@ -77,6 +77,12 @@ class Progress(TrainerCallback):
         for mode, metrics in known["metrics"].items():
             for name, values in metrics.items():
                 trainer._metrics[mode][name] = list(values)
+        if trainer.history is not None:
+            rows = self._folder / f"rows_{args.process_index}.npz"
+            trainer.history.since = state.global_step  # of an older version, or of a run that kept none
+            if rows.is_file():
+                with np.load(rows) as found:
+                    trainer.history.restore(found)
         if known["evaluation_is_due"]:  # random states are restored after this, so it changes nothing that is trained
             trainer._determine_best_metric(trainer._evaluate(None, None), None)
 
@@ -113,6 +119,9 @@ class Progress(TrainerCallback):
         }
         path = folder / f"progress_{trainer.args.process_index}.json"
         path.write_text(json.dumps(known), encoding="utf-8")
+        if trainer.history is not None:
+            kept: Any = trainer.history.state()
+            np.savez(folder / f"rows_{trainer.args.process_index}.npz", **kept)
 
 
 def renamed_on_disk(model: Any, folder: Path) -> bool:

@@ -38,7 +38,8 @@ from instructft.training.outcome import (
     kept_unproved,
     library_versions,
     save,
-    say_of_dtype,
+    say_of_saved,
+    template_facts,
 )
 from instructft.weights.model_class import frozen_as_named, towers, towers_in_words
 from instructft.whole_file import write_whole
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
     from instructft.adapters.frozen_check import AdapterProof, FrozenProof
     from instructft.checkpoints.manifest import Checkpoint
+    from instructft.data.batches.row_history import RowHistory
     from instructft.hub.background import Publisher, Status
     from instructft.inference.generator import Generator
     from instructft.models.kernels.compiled_blocks import CompiledBlocks
@@ -153,7 +155,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
             from instructft.training.rehearsal.isolation import cost_of_rows
 
             console.print(cost_of_rows(why, packs, data, args), markup=False, highlight=False)
-    base = origin.facts()  # now, since a branch on the Hub may move while the run lasts
+    base, template = origin.facts(), template_facts(tokenizer, origin)  # now: a branch on the Hub may move meanwhile
     announce(recipe, tokenizer, data, model, args, precision, attention, console)
     for line in start.lines():
         console.print(line, markup=False, highlight=False)
@@ -185,6 +187,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
                 adapter = prove_adapter(proof, trainer, console)
                 metrics = final_metrics(trainer)
                 facts = collect_facts(recipe, data, trainer, metrics, precision) | adapter | {"base": base}
+                facts["template"] = template
                 facts["attention"] = attention.facts()
                 facts["rehearsal"] = found.facts if found else None
                 facts["torch_compile"] = compiled.facts() if compiled else None
@@ -192,7 +195,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
 
         with kept_unproved(trainer, tokenizer, console):
             save(trainer, recipe, tokenizer, facts, data, origin)
-        say_of_dtype(facts, model, console)
+        say_of_saved(facts, model, console)
         state.wait_for_everyone()  # the others need not wait for an upload
         status = publisher.finish(final=True) if publisher else None
     return Result(run, facts, status)
@@ -379,6 +382,7 @@ def build_trainer(
         versions=library_versions(recipe),
         lora_plus_ratio=recipe.adapter.lora_plus_ratio,
         pack_width=recipe.data.max_length if recipe.data.packing else None,
+        history=row_history(recipe, data, say),
         metadata=metadata,
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -395,6 +399,8 @@ def build_trainer(
             raise UsageError(f"train.metric_for_best_model: held-out rows cannot be answered: {why}")
         judge.why_not = why
         say(f"held-out rows are not answered while it trains: {why}")
+    if recipe.train["row_history"] and not trainer.plain_loss:
+        say("rows.parquet is not kept: the losses of single tokens are not at hand with this loss")
     warnings.stop = trainer.stop
     generator.precision = trainer.accelerator.autocast
     return trainer
@@ -423,6 +429,21 @@ def build_judge(
         greater=args.greater_is_better is not False,
         say=say,
     )
+
+
+def row_history(recipe: Recipe, data: Prepared | Streamed, say: Callable[[str], Any]) -> RowHistory | None:
+    """Keeps the loss of each training row at first and last sight; None, and why, where nobody does."""
+    from instructft.data.batches.row_history import MOST, RowHistory
+
+    if not recipe.train["row_history"]:
+        return None
+    if not isinstance(data, Prepared) or data.origins is None:
+        say("rows.parquet is not kept: rows that stream have no number by which they could be known again")
+        return None
+    if len(data.origins.part) > MOST:
+        say(f"rows.parquet is not kept: {len(data.origins.part):,} rows are more than {MOST:,}")
+        return None
+    return RowHistory(data.origins)
 
 
 @contextlib.contextmanager

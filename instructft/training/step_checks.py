@@ -33,6 +33,7 @@ from transformers import TrainerCallback
 
 from instructft.checkpoints.manifest import NOT_FINITE, SPIKE
 from instructft.data.batches.flat_packs import rows_in, some_rows
+from instructft.data.batches.row_history import ROW_OF
 from instructft.errors import NotFiniteError
 
 WINDOW = 50  # steps whose median loss is what is usual
@@ -241,7 +242,7 @@ class StepChecks(TrainerCallback):
         for batch in batches:
             for i in range(rows_in(batch)[0]):
                 one = some_rows(batch, i, i + 1)
-                yield {name: value for name, value in one.items() if not name.startswith("supervised")}
+                yield {k: v for k, v in one.items() if not k.startswith("supervised") and k != ROW_OF}
 
     def _loss_of(self, one: dict[str, torch.Tensor]) -> float:
         trainer = self.trainer

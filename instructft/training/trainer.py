@@ -23,6 +23,7 @@ from instructft.data.arrow.token_rows import PARTS, slices_of
 from instructft.data.batches.counts import Counting, Counts, taken
 from instructft.data.batches.flat_packs import FlatPacks
 from instructft.data.batches.parts import ONCE_MORE
+from instructft.data.batches.row_history import NUMBER, ROW_OF, Numbered, RowHistory, SaysWhose, Seen, together
 from instructft.data.row_order import LengthGrouped, set_epoch
 from instructft.errors import CheckpointError, DivergedError, NotFiniteError, OutOfMemoryError, UsageError
 from instructft.formatting import first_line
@@ -78,6 +79,7 @@ class Trainer(SFTTrainer):
         identity, versions: what every checkpoint says of the run, see `resumable`.
         judge: has held-out rows answered at evaluations, see `judging`.
         lora_plus_ratio: times the learning rate, for B of an adapter.
+        history: keeps the loss of each row at its first and last sight; None: nobody does.
         pack_width: slots of a pack, where rows are packs; a collator that flattens them has them trained end to end,
             see `flat_packs`.
     """
@@ -100,6 +102,7 @@ class Trainer(SFTTrainer):
         identity: Mapping[str, Any] | None = None,
         versions: Mapping[str, str] | None = None,
         pack_width: int | None = None,
+        history: RowHistory | None = None,
         lora_plus_ratio: float | None = None,
         judge: Judge | None = None,
         **kwargs: Any,
@@ -128,6 +131,7 @@ class Trainer(SFTTrainer):
         self.counts: Counts = (0, 0, 0)
         self._pack_width = pack_width
         self._lora_plus_ratio = lora_plus_ratio
+        self.history = history if self.plain_loss else None
         self.micro_batches = MicroBatches(self, find_batch, say)
         self.step_checks = StepChecks(self, spike_limit, skip_spikes, say)
         self._flos_per_token: int | None = None
@@ -226,12 +230,16 @@ class Trainer(SFTTrainer):
         """
         if not self.model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        if not self._plain_loss:
+        if not self.plain_loss:
             return super().compute_loss(model, inputs, *args, **kwargs)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        row_of = inputs.get(ROW_OF)
+        inputs = {name: value for name, value in inputs.items() if name != ROW_OF}
         out = model(**{**inputs, **router, "use_cache": False, "fused_lm_head": True})
         items: Any = kwargs.get("num_items_in_batch")
         nll, supervised = nll_of(out), out.label_mask.sum()
+        if self.history is not None and row_of is not None:
+            self.history.see(out.log_probs, out.label_mask, row_of, self.state.global_step + 1)
         loss = nll / torch.as_tensor(supervised if items is None else items).clamp(min=1)
         if items is not None and self.args.average_tokens_across_devices:  # DDP averages gradients over processes
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -246,7 +254,7 @@ class Trainer(SFTTrainer):
         return loss
 
     @property
-    def _plain_loss(self) -> bool:
+    def plain_loss(self) -> bool:
         """Whether the loss is the mean of -log p, which is computed here; else it is upstream's."""
         return (
             hasattr(trl.trainer.utils, "add_fused_lm_head")  # trl 1.15
@@ -255,6 +263,17 @@ class Trainer(SFTTrainer):
             and self.label_smoother is None
             and getattr(self.accelerator, "parallelism_config", None) is None
         )
+
+    def rows_seen(self) -> Seen | None:
+        """What all processes have seen of the training rows. Every process must call."""
+        if self.history is None:
+            return None
+        mine = self.history.seen()
+        if self.args.world_size == 1:
+            return mine
+        every: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(every, mine)
+        return together(every)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of a batch; upstream counts all parameters anew for each micro-batch."""
@@ -269,6 +288,8 @@ class Trainer(SFTTrainer):
             width = self._pack_width + -self._pack_width % (collate.pad_to_multiple_of or 1)
             packs = self._rows_of_a_process()
             collate = FlatPacks.of(rows, collate.pad_token_id, width, packs, numbered=collate.numbered)
+        if self.history is not None:
+            rows, collate = Numbered(rows), SaysWhose(collate, self.history.origins)
         counting = self._counting(collate, self._once_more())
         with _in_place(self, train_dataset=rows, data_collator=counting):
             return super().get_train_dataloader()
@@ -278,14 +299,14 @@ class Trainer(SFTTrainer):
         if self._signature_columns is not None:
             return
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*(self._signature_columns or ()), *PARTS]
+        self._signature_columns = [*(self._signature_columns or ()), *PARTS, NUMBER]
 
     def _once_more(self) -> int | None:
         """What a part of a batch costs (`data.batches.parts`); None where batches are not to be divided.
 
         A router's loss is a mean over batches, and some other losses are; shared weights are gathered for each pass.
         """
-        whole = self.aux_loss_enabled or not self._plain_loss or self.micro_batches.find
+        whole = self.aux_loss_enabled or not self.plain_loss or self.micro_batches.find
         if whole or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return None
         return ONCE_MORE["cpu" if self.args.device.type == "cpu" else "cuda"]

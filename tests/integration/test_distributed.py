@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -18,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import instructft
+from instructft.report.row_file import read_rows
 from tests.conftest import OWN_PORT
 from tests.helpers.processes import launch
 
@@ -121,6 +123,7 @@ def test_two_processes_are_one(data: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     one = one_process(folder / "rows", 4, 2)
     losses_and_weights_are_those_of_one_process(folder / "rows", one)
+    rows_have_the_history_of_one_process(folder / "rows", one)
     the_metadata_is_written_once_and_counts_both_processes(folder / "rows", one)
     the_data_is_prepared_by_one_process_only(folder / "rows.yaml.log")
     a_stream_is_divided_among_processes(folder / "stream")
@@ -135,6 +138,16 @@ def losses_and_weights_are_those_of_one_process(two: Path, one: Path) -> None:
         others = load_file(other / "model.safetensors")
         for name, tensor in weights.items():
             torch.testing.assert_close(tensor, others[name], atol=2e-6, rtol=0)
+
+
+def rows_have_the_history_of_one_process(two: Path, one: Path) -> None:
+    """A row is seen by either process, in one epoch by this one and in the next by that one."""
+    ours, theirs = (read_rows(run).columns for run in (two, one))
+    assert (ours["step_last"] > 0).sum() > 30
+    for name in ("id", "row", "tokens", "supervised_tokens", "step_first", "step_last"):
+        assert ours[name].tolist() == theirs[name].tolist(), name
+    for name in ("loss_first", "loss_last"):
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4)
 
 
 def a_stream_is_divided_among_processes(two: Path) -> None:

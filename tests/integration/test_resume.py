@@ -176,6 +176,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     result = train(recipe, console=QUIET)
     assert weights(run) == weights(uninterrupted)
     assert logged(run) == logged(uninterrupted)
+    assert (run / "rows.parquet").read_bytes() == (uninterrupted / "rows.parquet").read_bytes()
     (resumed,) = result.facts["train"]["resumed"]
     assert resumed["step"] == {"step": step + 1, "evaluation": step, "save": step + 1}[place]
     assert result.facts["train"]["tokens"] == json.loads((uninterrupted / "run.json").read_text())["train"]["tokens"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from instructft import load_model, load_recipe, load_tokenizer
@@ -24,19 +24,28 @@ def test_random_weights_depend_on_the_seed_alone(write_recipe: Any) -> None:
     assert one.config.vocab_size == len(tokenizer)
 
 
-def test_settings_of_generation_that_cannot_be_saved_are_taken_out(
-    tiny_model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from instructft.models.load import fit_special_tokens
+def test_settings_of_generation_are_left_out_of_what_is_saved(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """A server answers by them unasked, and some of them cannot be saved at all (`early_stopping` without beams)."""
+    from transformers import GenerationConfig
+
+    from instructft.models.load import answer_plainly, fit_special_tokens
 
     generation = tiny_model.generation_config
-    generation.early_stopping, generation.length_penalty, generation.max_length = True, 0.8, 77
+    brought = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1}
+    brought |= {"early_stopping": True, "length_penalty": 0.8, "max_new_tokens": 20, "suppress_tokens": [5]}
+    for name, value in brought.items():
+        setattr(generation, name, value)
+    stop = tokenizer.eos_token_id
+    generation.eos_token_id = [stop, 7]
+    assert answer_plainly(GenerationConfig(**brought)) == brought
     fit_special_tokens(tiny_model, tokenizer)
     tiny_model.save_pretrained(tmp_path)
-    assert (generation.max_length, bool(generation.do_sample)) == (77, False)
-    said = capsys.readouterr().err
-    assert "generation_config.early_stopping: found True" in said
-    assert "generation_config.length_penalty: found 0.8" in said
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    pad, bos = tokenizer.pad_token_id, tokenizer.bos_token_id
+    assert saved.items() >= {"bos_token_id": bos, "pad_token_id": pad}.items()
+    assert saved["eos_token_id"] == [stop, 7]
+    assert not saved.get("do_sample")
+    assert not saved.keys() & (brought.keys() - {"do_sample"})
 
 
 def test_the_pad_token_that_positions_are_counted_from_stays(tokenizer: Any) -> None:

@@ -44,6 +44,7 @@ def test_defaults_are_those_of_the_contract(load):
             "fold_turns": "auto",
             "ignore": [],
             "strip": False,
+            "exclude": None,
             "max_length": 1024,
             "on_too_long": "truncate",
             "packing": False,

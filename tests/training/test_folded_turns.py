@@ -20,6 +20,7 @@ from instructft.data.prepare import prepare
 from instructft.data.streaming import prepare_stream
 from instructft.errors import ModelError, ResumeError, UsageError
 from instructft.models import branches
+from instructft.report.row_file import read_rows
 from instructft.training.run import train
 from tests.helpers.conversations import user
 
@@ -109,6 +110,7 @@ def test_a_run_is_the_same_with_fewer_tokens(recipe_of: Callable[..., Any]) -> N
     one, other = (result.facts["train"] for result in (folded, unrolled))
     assert one["supervised_tokens"] == other["supervised_tokens"]
     assert one["tokens"] < 0.7 * other["tokens"]
+    histories_are_the_same(folded.output_dir, unrolled.output_dir)
     saved = folded.facts["saved"]  # turns of the folder's model one by one, against the folded rows of the run
     assert (saved["rows"], saved["saved_loss"]) == (3, pytest.approx(saved["loss"], abs=1e-5))
 
@@ -119,6 +121,18 @@ def test_a_run_of_packs_is_the_same(recipe_of: Callable[..., Any]) -> None:
     one, other = (train(recipe, rehearsal=False, console=Console(quiet=True)) for recipe in (packed, unrolled))
     assert losses(one) == pytest.approx(losses(other), abs=1e-5)
     assert one.facts["train"]["tokens"] < 0.7 * other.facts["train"]["tokens"]
+    histories_are_the_same(one.output_dir, other.output_dir)
+
+
+def histories_are_the_same(folded: Path, unrolled: Path) -> None:
+    """A conversation is one row, whether its turns are rows of their own or share one; before a resume and after it."""
+    one, other = (read_rows(folder).columns for folder in (folded, unrolled))
+    for name in ("id", "supervised_tokens", "prompt", "answer", "step_first", "step_last"):
+        assert one[name].tolist() == other[name].tolist()
+    assert (one["tokens"] < other["tokens"]).all()
+    assert (one["step_last"] > one["step_first"]).all()
+    for name in ("loss_first", "loss_last"):
+        assert one[name] == pytest.approx(other[name], abs=1e-5)
 
 
 def test_folding_costs_little_more_than_the_conversation(recipe_of: Callable[..., Any], tmp_path: Path) -> None:

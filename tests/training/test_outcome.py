@@ -12,7 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import instructft
 from instructft.training.outcome import _give_names, _write_facts
@@ -104,14 +111,27 @@ def test_a_base_in_bfloat16_comes_back_as_one(
     """Trained in float32 all the same; and rounded so that what was learned stays."""
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).bfloat16().save_pretrained(tmp_path / "base")
+    base_model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).bfloat16()
+    base_model.generation_config.update(do_sample=True, temperature=0.6, repetition_penalty=1.3)
+    base_model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     text = (
         f"model: {{name_or_path: {tmp_path / 'base'}, dtype: {asked}}}\noutput_dir: {tmp_path / 'run'}\n"
         "data: {datasets: [{name: quickstart, rows: 40}], splits: {validation: 0.2}}\n"
         "train: {max_steps: 4, use_cpu: true, learning_rate: 1e-2, warmup_steps: 0, report_to: none, save_steps: 4}\n"
     )
-    result = instructft.train(instructft.load_recipe(write_recipe(text)), console=Console(quiet=True))
+    out = io.StringIO()
+    result = instructft.train(instructft.load_recipe(write_recipe(text)), console=Console(file=out, width=200))
+    said = "stored in bfloat16, as its base is" if asked == "auto" else "stored in float32"
+    assert f"the final model is {said}" in out.getvalue()
+    assert "does not have its base's do_sample True, temperature 0.6, repetition_penalty 1.3" in out.getvalue()
+    left_out = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.3}
+    assert result.facts["generation"]["left_out"] == left_out
+    assert not left_out.keys() & json.loads((tmp_path / "run" / "generation_config.json").read_text()).keys() - {
+        "do_sample"
+    }
+    assert result.facts["stored"] == str(stored).removeprefix("torch.")
+    as_chat_has_it(tmp_path / "run")
     final, base = load_file(tmp_path / "run" / "model.safetensors"), load_file(tmp_path / "base" / "model.safetensors")
     checkpoint = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
     assert {tensor.dtype for tensor in final.values()} == {stored}
@@ -125,3 +145,40 @@ def test_a_base_in_bfloat16_comes_back_as_one(
     assert float(kept / learned) == pytest.approx(1, abs=0.01)
     saved = result.facts["saved"]
     assert saved["saved_loss"] == pytest.approx(saved["loss"], abs=3e-2)
+
+
+def as_chat_has_it(run: Path) -> None:
+    """Plain transformers, by the card's lines: the prompt, the logits and the greedy answer of `instructft chat`."""
+    from instructft.inference.chat import Chat
+
+    chat = Chat(str(run), max_new_tokens=12)
+    model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32).to(chat.generator.model.device)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    messages = [{"role": "user", "content": "Which city does the text name?"}]
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    ours = chat.generator.rows([messages], 12)[0].prompt
+    assert prompt["input_ids"][0].tolist() == list(ours)
+    with torch.no_grad():
+        logits = [one(input_ids=prompt["input_ids"]).logits for one in (model.eval(), chat.generator.model)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+    model.generation_config = GenerationConfig.from_pretrained(run)  # of an adapter, as its card says
+    made = model.generate(**prompt, max_new_tokens=12)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(made, skip_special_tokens=True).strip() == chat.send(messages[0]["content"]).strip()
+
+
+def test_plain_transformers_has_the_logits_of_chat_for_an_adapter(
+    tmp_path: Path, tokenizer: Any, write_recipe: Any
+) -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    text = (
+        f"model: {{name_or_path: {tmp_path / 'base'}}}\noutput_dir: {tmp_path / 'run'}\nadapter: lora\n"
+        "data: {datasets: [{name: quickstart, rows: 40}], splits: {validation: 0.2}}\n"
+        "train: {max_steps: 4, use_cpu: true, learning_rate: 1e-1, report_to: none, save_strategy: 'no'}\n"
+    )
+    instructft.train(instructft.load_recipe(write_recipe(text)), console=Console(quiet=True))
+    as_chat_has_it(tmp_path / "run")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from instructft.recipe.schema import Recipe
 
+TRAINED = "trained"  # column with the number of a row among all that its data set is trained as
 _ROWS_PER_PROCESS = 1_000  # fewer rows than this are encoded sooner than another process starts
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 500, 1 << 22  # what one process encodes together
 
@@ -200,12 +201,14 @@ def trained_rows(encoded: Dataset, most: int | None = None, parts: bool = False)
 
     Args:
         parts: rows say of which parts they are (`seq_lengths`, `seq_starts`), also those that have one.
+
+    A column `TRAINED` numbers the rows; it goes with them through every selection.
     """
     import pyarrow as pa
     from datasets import Dataset
 
     none = np.zeros(0, dtype=np.int64)
-    tables, every = [], [none]
+    tables, every, known = [], [none], 0
     for batch in encoded.data.to_batches():
         turns, ids, labels = (batch.column(name) for name in ("turns", "input_ids", "labels"))
         sizes, each = turns.flatten().to_numpy(), turns.value_lengths().to_numpy().astype(np.int64)
@@ -226,9 +229,10 @@ def trained_rows(encoded: Dataset, most: int | None = None, parts: bool = False)
             one = np.ones(len(sizes), dtype=np.int64)
             values = (sizes, np.zeros_like(sizes))
             lists |= {name: _lists(v.astype(np.int32), one) for name, v in zip(PARTS, values, strict=True)}
-        tables.append(pa.table(lists))
+        tables.append(pa.table({**lists, TRAINED: pa.array(np.arange(known, known + len(sizes)))}))
+        known += len(sizes)
         every.append(each)
-    made_of = f"{encoded._fingerprint} rows {most} {parts}".encode()
+    made_of = f"{encoded._fingerprint} rows 2 {most} {parts}".encode()
     fingerprint = blake2b(made_of, digest_size=8).hexdigest()
     return Dataset(pa.concat_tables(tables), fingerprint=fingerprint), np.concatenate(every)
 
