@@ -27,8 +27,8 @@ from instructft.inference.reference_model import START, ReferenceModel, check_ba
 from instructft.models.load_for_inference import load_for_inference, locate
 from instructft.recipe.load import load_recipe
 from instructft.recipe.schema import DatasetEntry, Recipe
-from instructft.report.judged import join_report
 from instructft.report.card_results import EVALUATION
+from instructft.report.judged import join_report
 
 _IN_GROUPS = ("loss", "exact_match", "rougeL", "bleu", "stopped")
 Found = TypeVar("Found")

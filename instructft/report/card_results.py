@@ -20,7 +20,7 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
     """The contents of `evaluation.json` in a run folder; None where there is none that can be read."""
     try:
         found = json.loads((run / EVALUATION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("tuned"), dict) else None
 
@@ -29,7 +29,7 @@ def read_gate(run: Path) -> dict[str, Any] | None:
     """The contents of `gate.json` in a run folder; None where there is none that can be read."""
     try:
         found = json.loads((run / GATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("passed"), bool) else None
 

@@ -16,9 +16,9 @@ from instructft.errors import UsageError
 from instructft.formatting import FORMS, clock, name_of, nearest, plain_table, short
 from instructft.recipe.yaml_reader import read_document
 from instructft.redaction import bare_url, without_places, without_roots
+from instructft.report.card_results import read_evaluation, read_gate
 from instructft.report.curves import LINES, Chart, chart, finite, read_metrics, series_of
 from instructft.report.judged import EVALUATED, PAGES, cut_short, spread, template
-from instructft.report.card_results import read_evaluation, read_gate
 from instructft.report.page import SAMPLES, before_and_after
 from instructft.report.runs import (
     Run,

@@ -116,7 +116,7 @@ def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[floa
     return kept
 
 
-def series_of(records: Sequence[dict[str, Any]], key: str, name: str, **more: bool) -> Series:
+def series_of(records: Sequence[dict[str, Any]], key: str, name: str, **more: Any) -> Series:
     """One line of a chart, from the lines of `metrics.jsonl`, with its interval where `key_low` and `key_high` are."""
     low, high = f"{key}_low", f"{key}_high"
     band = [(r["step"], r[low], r[high]) for r in records if finite(r.get(low)) and finite(r.get(high))]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from instructft.formatting import FORMS, clock, first_line, name_of, perplexity
 from instructft.prompt.token_view import visible
 from instructft.redaction import without_roots
-from instructft.report.curves import finite, number
 from instructft.report.card_results import read_evaluation, read_gate
+from instructft.report.curves import finite, number
 from instructft.whole_file import write_whole
 
 if TYPE_CHECKING:

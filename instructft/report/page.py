@@ -17,7 +17,6 @@ import numpy as np
 
 from instructft.formatting import name_of, perplexity, typed, yaml_text
 from instructft.redaction import bare_url, last_name, without_places, without_roots
-from instructft.report.card_results import read_evaluation
 from instructft.report.curves import Chart, bars, chart, finite, number, read_metrics, series_of
 from instructft.report.judged import PAGES, cut_short, judged, spread, template
 from instructft.report.logs import read_log

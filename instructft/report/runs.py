@@ -21,8 +21,8 @@ from instructft.checkpoints.run_folder import LOCK, is_run
 from instructft.errors import UsageError
 from instructft.formatting import FORMS, closest, first_line, name_of, nearest, plain_table
 from instructft.redaction import bare_url, last_name
-from instructft.report.logs import last_records
 from instructft.report.card_results import read_evaluation, read_gate
+from instructft.report.logs import last_records
 
 if TYPE_CHECKING:
     from rich.console import Console
