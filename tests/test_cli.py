@@ -401,7 +401,7 @@ def test_an_error_in_a_recipe_waits_for_no_torch(here):
     ran = command("train", "my.yaml")
     message, loaded = ran.stderr.rsplit("\n", 2)[:2]
     assert ran.returncode == 2
-    assert message.startswith("instructft: my.yaml: 1 problem\n  line 6: data.max_lenght: ")
+    assert message.startswith("reading my.yaml …\ninstructft: my.yaml: 1 problem\n  line 6: data.max_lenght: ")
     assert set(loaded.split()[1:]) <= {"pydantic", "ruamel", "rich"}
 
 
@@ -409,9 +409,11 @@ def test_an_error_in_the_data_in_a_process_of_its_own(here):
     Path("rows.jsonl").write_text(f"{ROW}\nnonsense\n", encoding="utf-8")
     ran = command("train", "my.yaml")
     assert ran.returncode == 2
-    assert ran.stderr.startswith(
-        "instructft: data.datasets[0]: rows.jsonl, line 2, column 1: not JSON: Expecting value\n"
+    said, loaded = ran.stderr.rsplit("\n", 2)[:2]
+    assert said == (
+        "reading my.yaml …\ninstructft: data.datasets[0]: rows.jsonl, line 2, column 1: not JSON: Expecting value"
     )
+    assert not {"torch", "transformers", "datasets", "pyarrow"} & set(loaded.split())
     assert ran.stdout == ""
 
 

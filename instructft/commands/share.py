@@ -35,7 +35,7 @@ def merge(
     from instructft.checkpoints.run_folder import refuse_used
 
     refuse_used(output)
-    quiet_libraries()
+    quiet_libraries(model)
     from instructft.merging.merge import merge_adapter
 
     merge_adapter(

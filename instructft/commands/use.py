@@ -27,7 +27,7 @@ def chat(
     base: Annotated[str, typer.Option(help="What /compare asks; `start`: what the run began from.")] = "start",
 ) -> None:
     """Talk to a model in the terminal."""
-    quiet_libraries()
+    quiet_libraries(model, base)
     from instructft.inference.chat import Chat
     from instructft.inference.terminal import converse
 
@@ -46,7 +46,7 @@ def ui(
     share: Annotated[bool, typer.Option("--share", help="Also make a public link, through Gradio's servers.")] = False,
 ) -> None:
     """Talk to a model on a page in the browser, served on this machine only."""
-    quiet_libraries()
+    quiet_libraries(model, base)
     from instructft.inference.web import Settings, serve
 
     settings = Settings(system, temperature, top_p, max_new_tokens)
@@ -71,7 +71,7 @@ def generate(
     from instructft.data.formats import columns_asked
 
     mapped = columns_asked(columns or ())
+    quiet_libraries(model, base)
     from instructft.inference.generate_file import generate_file
 
-    quiet_libraries()
     generate_file(model, input, output, max_new_tokens, temperature, top_p, batch_size, base, backend, mapped)
