@@ -228,7 +228,7 @@ BAD_SETTINGS = {
     "unknown model type": (["model.config.model_type=gpt22"], ["model.config", "gpt22"]),
     "unknown Hub model": (
         ["model={name_or_path: no-such-org/no-such-model}"],
-        ["model.name_or_path: no-such-org/no-such-model could not be loaded", "check the spelling and the network"],
+        ["model.name_or_path: there is no model folder no-such-org/no-such-model", "HF_HUB_OFFLINE is set"],
     ),
     "a run folder in use": (
         ["output_dir=used"],
@@ -267,11 +267,11 @@ OTHER = {
     "chat with an empty folder": (["chat", "unfinished/empty"], ["unfinished/empty holds no model"]),
     "chat with an unfinished run": (["chat", "unfinished"], ["its run is unfinished", "checkpoint-10"]),
     "generate from a missing file": (
-        ["generate", "./nowhere", "--input", "none.jsonl", "--output", "o.jsonl"],
+        ["generate", "./model", "--input", "none.jsonl", "--output", "o.jsonl"],
         ["--input: there is no file none.jsonl"],
     ),
     "generate from bad lines": (
-        ["generate", "./nowhere", "--input", "bad.jsonl", "--output", "o.jsonl"],
+        ["generate", "./model", "--input", "bad.jsonl", "--output", "o.jsonl"],
         [
             "bad.jsonl holds no rows that can be asked",
             "line 1, column 1: not JSON",
@@ -280,7 +280,7 @@ OTHER = {
         ],
     ),
     "generate with a bad batch size": (
-        ["generate", "./nowhere", "--input", "asked.jsonl", "--output", "o.jsonl", "--batch-size", "0"],
+        ["generate", "./model", "--input", "asked.jsonl", "--output", "o.jsonl", "--batch-size", "0"],
         ["--batch-size: found 0, expected auto or a number"],
     ),
     "evaluate without a recipe": (["evaluate", "model"], ["there is no recipe.yaml beside this model", "--data"]),

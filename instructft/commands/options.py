@@ -35,11 +35,11 @@ ResumeOption = Annotated[
     ),
 ]
 
-TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", "--temp", help="0 is greedy.")]
 
-TopPOption = Annotated[float, typer.Option(help="Nucleus sampling.")]
+TopPOption = Annotated[float, typer.Option("--top-p", "--top_p", help="Nucleus sampling.")]
 
-MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens in an answer, at most.")]
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "--max", help="Tokens in an answer, at most.")]
 
 ColumnsOption = Annotated[
     list[str] | None,

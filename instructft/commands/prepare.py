@@ -129,10 +129,12 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from instructft.models.branches import why_not
     from instructft.models.starting_point import starting_point
     from instructft.models.tokenizer import date_in_prompts, load_tokenizer, said_of_date
+    from instructft.training.arguments import follow_model
 
     began = time.perf_counter()
     tokenizer = load_tokenizer(loaded)
     origin = starting_point(loaded, tokenizer)
+    loaded, _ = follow_model(loaded, origin.config)
     data = prepare_data(loaded, tokenizer, lambda: why_not(loaded, origin.config))
     seconds = time.perf_counter() - began
     day = date_in_prompts(loaded, tokenizer)

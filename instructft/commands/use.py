@@ -25,14 +25,21 @@ def chat(
     top_p: TopPOption = 1.0,
     max_new_tokens: MaxNewTokensOption = 256,
     base: Annotated[str, typer.Option(help="What /compare asks; `start`: what the run began from.")] = "start",
+    plain: Annotated[bool, typer.Option("--plain", help="Answers as they stand, their Markdown not drawn.")] = False,
 ) -> None:
-    """Talk to a model in the terminal."""
+    """Talk to a model in the terminal; what is an option here is a command there (/temp, /top-p, /max, /system)."""
     quiet_libraries(model, base)
     from instructft.inference.chat import Chat
-    from instructft.inference.terminal import converse
+    from instructft.inference.terminal import as_text, converse
 
-    told = Chat(model, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
-    converse(told, model, base)
+    told = Chat(
+        model,
+        system=as_text(system) if system else None,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+    )
+    converse(told, model, base, plain)
 
 
 def ui(

@@ -104,7 +104,7 @@ def _no_folder(name: str, path: Path) -> str:
     if missed is not None:
         text += f", nor is there {missed}"
     wanted = (missed or path).name
-    if len(path.parts) == 1 and _RUNS.is_dir():  # the bare name of a run
+    if "/" not in name and _RUNS.is_dir():  # the bare name of a run
         parent = _RUNS
     there = [folder.name for folder in _folders(parent)]
     if name.startswith("checkpoint-") or path.name.startswith("checkpoint-"):

@@ -174,11 +174,9 @@ _FLASH = {
 
 def missing_packages(recipe: Recipe) -> Iterator[str]:
     """What the recipe's keys need and is not installed; no package is imported for it."""
-    named = recipe.train.get("report_to") or []
-    for name in [named] if isinstance(named, str) else named:  # TensorBoard is attached by the run itself
-        module, package = _TRACKERS.get(name, ("", ""))
-        if module and not _is_installed(module):
-            yield f"train.report_to: {name} is not installed; pip install {package}, or take it out"
+    for name in _named(recipe):  # TensorBoard is attached by the run itself
+        if name in _TRACKERS and not _is_installed(_TRACKERS[name][0]):
+            yield _no_tracker(name)
     attention, quantization = recipe.model.attn_implementation, recipe.model.quantization
     if quantization != "none" and not _is_installed("bitsandbytes"):
         yield (
@@ -194,6 +192,31 @@ def missing_packages(recipe: Recipe) -> Iterator[str]:
         yield "train.fp8: torchao is not installed; pip install 'instructft[fp8]', or take it out"
     if recipe.train.get("use_liger_kernel") and not _is_installed("liger_kernel"):
         yield "train.use_liger_kernel: liger_kernel is not installed; pip install liger-kernel, or take it out"
+
+
+def _named(recipe: Recipe) -> list[str]:
+    named = recipe.train.get("report_to") or []
+    return [named] if isinstance(named, str) else list(named)
+
+
+def _no_tracker(name: str) -> str:
+    return f"train.report_to: {name} is not installed; pip install {_TRACKERS[name][1]}, or take it out"
+
+
+def _trackers(recipe: Recipe) -> Iterator[str]:
+    """Trackers that transformers would not use: broken, switched off, or out of their place."""
+    from transformers import integrations
+
+    parts = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}  # named otherwise there
+    for name in _named(recipe):
+        available = getattr(integrations, f"is_{parts.get(name, name)}_available", None)
+        if name == "kubeflow" and available is not None and not available():
+            yield (
+                "train.report_to: kubeflow works in a Kubeflow TrainJob alone, and KUBEFLOW_TRAINER_SERVER_URL is not "
+                "set; take it out"
+            )
+        elif name in _TRACKERS and available is not None and not available():
+            yield _no_tracker(name)
 
 
 def _is_installed(module: str) -> bool:

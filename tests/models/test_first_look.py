@@ -1,4 +1,4 @@
-"""What is not there is said at a glance: names with what is near, files with their line, packages with their pip line."""
+"""What is not there is said at a glance: names with what is near, files with their line, packages by pip."""
 
 from __future__ import annotations
 
