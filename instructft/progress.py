@@ -43,9 +43,13 @@ class Progress:
         with Progress("answering", 400) as progress:
             progress.add(3)
         # answering: 3 of 400 rows · 1 min 19 s left
+
+    Args:
+        shown: False keeps it silent.
     """
 
-    def __init__(self, what: str, total: int, unit: str = "rows"):
+    def __init__(self, what: str, total: int, unit: str = "rows", shown: bool = True):
+        self.shown = shown and is_first()
         self.what, self.total, self.unit, self.done = what, total, unit, 0
         self._moves = sys.stderr.isatty()
         self._began = time.monotonic()
@@ -63,7 +67,7 @@ class Progress:
         """So many more are done."""
         self.done += count
         now = time.monotonic()
-        if now - self._shown < (REDRAWN if self._moves else TOLD) or not is_first():
+        if now - self._shown < (REDRAWN if self._moves else TOLD) or not self.shown:
             return
         self._shown = now
         text = self._text(now - self._began)
