@@ -81,11 +81,13 @@ def quiet_libraries(*models: str | None) -> None:
     """
     named = [model for model in models if model not in (None, "start")]
     if named:
-        from instructft.models.first_look import missing
+        from instructft.models.first_look import look_for_the_hub, missing
 
         for model in named:
             if why := missing(str(model), bare=False):
                 raise UsageError(why)
+        if said := look_for_the_hub(map(str, named)):
+            say(said)
     names = ["torch", "transformers", *map(str, named[:1])]
     say(f"loading {', '.join(names[:-1])} and {names[-1]} …")
     if named:

@@ -40,7 +40,7 @@ _RECIPE = ("config", "recipe", "config-file", "config_file", "yaml")
 
 
 def command_of(word: str, commands: Collection[str]) -> str:
-    """What to say of a word that is no command; "" where nothing is near.
+    """What to say of another tool's word for a command; "" where it is none, or one of ours mistyped.
 
     >>> command_of("sft", ["train"])
     'there is no command sft; here it is: instructft train RECIPE'
@@ -50,13 +50,12 @@ def command_of(word: str, commands: Collection[str]) -> str:
         return f"{word} is a recipe, and a command stands before it: instructft train {shlex.quote(word)}"
     if plain in _NOT_HERE:
         return f"there is no command {word}: {_NOT_HERE[plain]} elsewhere, instructft trains on answers (SFT)"
-    verbs = {verb: ours for ours, names in _VERBS.items() for verb in (*names.split(), ours) if ours in commands}
+    verbs = {verb: ours for ours, names in _VERBS.items() for verb in names.split() if ours in commands}
+    if plain not in verbs and closest(plain, commands, cutoff=0.75):
+        return ""
     near = verbs.get(plain) or verbs.get(closest(plain, verbs, cutoff=0.75) or "")
-    if near is None:
-        return f"there is no command {word}; there is {', '.join(commands)}"
-    ours = f"instructft {near} {_ARGUMENTS.get(near, 'MODEL')}".strip()
-    said = "did you mean" if closest(plain, [near], cutoff=0.75) else "here it is:"
-    return f"there is no command {word}; {said} {ours}" + ("?" if said == "did you mean" else "")
+    line = f"instructft {near} {_ARGUMENTS.get(near, 'MODEL')}".strip() if near else ""
+    return f"there is no command {word}; here it is: {line}" if near else ""
 
 
 def keys_of(command: str, words: Sequence[str], options: Collection[str]) -> str:

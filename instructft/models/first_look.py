@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from instructft.errors import DataError, UsageError
 from instructft.formatting import nearest
+from instructft.progress import say
 from instructft.weights.base_record import is_hub_id
 
 if TYPE_CHECKING:
     from instructft.recipe.schema import Recipe
 
 ROWS = 1000  # of a file that are looked at
+PATIENCE = 5.0  # seconds for a connection to the Hub
 _LISTED = 8  # names in a message
 _OURS = ("instructft.json", "run.json")  # what a run or a merge leaves in its folder
 _RUNS = Path("runs")
@@ -41,6 +45,10 @@ def refuse_at_a_glance(recipe: Recipe, here: bool = False) -> None:
     if problems:
         raise UsageError("\n".join(problems))
     _look_into_files(recipe)
+    entries = [*recipe.data.datasets, *(recipe.data.validation or ()), *(recipe.data.test or ())]
+    away = all(entry.path or entry.name == "quickstart" for entry in entries) and recipe.hub.repo_id is None
+    if said := look_for_the_hub(_names(recipe).values(), may_stay_away=away):
+        say(said)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -48,20 +56,26 @@ def refuse_at_a_glance(recipe: Recipe, here: bool = False) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def _names(recipe: Recipe) -> dict[str, str]:
+    """Key of `model:` -> the model or tokenizer that it names."""
+    named = {key: getattr(recipe.model, key) for key in ("name_or_path", "tokenizer")}
+    return {key: name for key, name in named.items() if name is not None and name != "quickstart"}
+
+
 def _models(recipe: Recipe) -> Iterator[str]:
-    for key in ("name_or_path", "tokenizer"):
-        name = getattr(recipe.model, key)
-        if name is not None and name != "quickstart" and (why := missing(name, recipe.model.revision)):
+    for key, name in _names(recipe).items():
+        if why := missing(name):
             yield f"model.{key}: {why}"
 
 
-def missing(name: str, revision: str | None = None, bare: bool = True) -> str:
+def missing(name: str, bare: bool = True, cached: bool = True) -> str:
     """Why a name stands for no model, as far as this machine can tell; "" where it does, or where the Hub may know it.
 
     A name such as `runs/nope` could be one on the Hub; where `runs` holds runs of ours it is taken for a folder.
 
     Args:
         bare: whether a name without an owner, such as `gpt2`, may be one on the Hub.
+        cached: with the Hub switched off, look into its cache too.
 
     Example::
 
@@ -77,7 +91,7 @@ def missing(name: str, revision: str | None = None, bare: bool = True) -> str:
         may_be_on_hub = False
     if not may_be_on_hub:
         return _no_folder(name, path)
-    if is_offline() and not _in_cache(hub_id):
+    if cached and is_offline() and not _in_cache(hub_id):
         text = _no_folder(name, path) if path.parent.is_dir() and "/" in name else f"there is no model folder {name}"
         return f"{text}; nor is it in the Hub's cache, and HF_HUB_OFFLINE is set"
     return ""
@@ -122,6 +136,48 @@ def is_offline() -> bool:
     """Whether the Hub is switched off, as huggingface_hub reads it."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names)
+
+
+def look_for_the_hub(names: Iterable[str], may_stay_away: bool = True) -> str:
+    """Try once whether the Hub can be reached, where a model is to come from it; why it cannot, or "".
+
+    Libraries try again for every file. Where the cache has all the models, they are told to stay away instead.
+
+    Args:
+        names: of models.
+        may_stay_away: nothing else is asked of the network.
+
+    Raises:
+        UsageError: it cannot be reached, and the cache does not hold a model.
+    """
+    wanted = [name.partition("@")[0] for name in names if not Path(name).expanduser().exists()]
+    wanted = [name for name in wanted if is_hub_id(name)]
+    proxies = any(
+        name.lower() in ("https_proxy", "http_proxy", "all_proxy") and os.environ[name] for name in os.environ
+    )
+    if not wanted or is_offline() or proxies:
+        return ""
+    why = _unreachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    lacking = [name for name in wanted if not _in_cache(name)]
+    if why and lacking:
+        raise UsageError(
+            f"{lacking[0]} is no folder here and not in the Hub's cache, and the Hub cannot be reached: {why}. Check "
+            "the network and the name, or name a folder"
+        )
+    if why and may_stay_away:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+        return f"the Hub cannot be reached ({why}): going on with what its cache holds"
+    return ""
+
+
+def _unreachable(endpoint: str) -> str:
+    """Why no connection can be made to an address; "" where one can."""
+    place = urlsplit(endpoint)
+    try:
+        socket.create_connection((place.hostname or "", place.port or 443), timeout=PATIENCE).close()
+    except OSError as error:
+        return f"{place.hostname}: {error.strerror or error}"
+    return ""
 
 
 def _in_cache(hub_id: str) -> bool:

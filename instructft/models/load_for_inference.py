@@ -53,7 +53,7 @@ def _find(name: str, on_hub: bool = False) -> tuple[str, str, AdapterFolder | No
     """Folder or Hub id, revision, and the adapter that is there: read once, and from the Hub where that is asked."""
     path = Path(name).expanduser()
     if not path.exists():
-        if why := missing(name, bare=False):
+        if why := missing(name, bare=False, cached=False):
             raise UsageError(why)
         location, _, revision = name.partition("@")
         folder = adapter_on_hub(location, revision) if on_hub else None

@@ -49,11 +49,9 @@ def check_against_installed(recipe: Recipe, device: str | None = None) -> None:
         raise RecipeError(recipe.source or recipe.name, [f"train.{name}: {say}" for name in unknown])
     problems = [*_schedule(recipe), *_optimizer_arguments(recipe)]
     if device is not None:
-        problems += [
-            *missing_packages(recipe),
-            *_precision_and_kernels(recipe, device),
-            *_settings(recipe, device, problems),
-        ]
+        problems += dict.fromkeys((*missing_packages(recipe), *_trackers(recipe)))
+        problems += _precision_and_kernels(recipe, device)
+        problems += _settings(recipe, device, problems)
     if problems:
         raise UsageError("\n".join(problems))
 

@@ -59,6 +59,8 @@ def test_left_to_who_trains(finished, change):
     assert finished_at_a_glance(finished) is None
 
 
-@pytest.mark.parametrize("override", ["train.max_steps=8", "data.max_length=32", "adapter=lora", "train.seed=1"])
+@pytest.mark.parametrize(
+    "override", ["train.max_steps=8", "data.max_length=32", "data.template=chatml", "train.seed=1"]
+)
 def test_another_recipe_is_left_to_who_trains(finished, override):
     assert finished_at_a_glance(load_recipe("my.yaml", [override])) is None
