@@ -224,7 +224,9 @@ class DataSection(_Section):
         default=(), description="columns and message keys that are known not to matter; others unread are an error"
     )
     strip: bool = Field(default=False, description="whether outer white space of texts is taken off")
-    max_length: int = Field(default=1024, gt=1, description="tokens per row")
+    max_length: int = Field(
+        default=1024, gt=1, description="tokens per row; left out, no more than the model has positions"
+    )
     on_too_long: Literal["truncate", "drop", "error"] = Field(
         default="truncate", description="what happens to a row longer than max_length"
     )
