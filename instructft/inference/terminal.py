@@ -122,6 +122,7 @@ def _prompt() -> Callable[[], str]:
             buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
+    @keys.add("escape", "c-j")  # typed ahead of the prompt, while the terminal makes a line feed of Enter
     def _(event: Any) -> None:
         event.current_buffer.insert_text("\n")
 

@@ -505,6 +505,7 @@ def test_in_a_terminal(tokenizer: Any, tmp_path: Path) -> None:
         terminal.wait_for(">")
         terminal.type("/reset\r")
         terminal.wait_for("(a new conversation)")
+        terminal.wait_for(">")
         terminal.type("Hi \\\rand\x1b\rbye\r")  # three lines: two ways to begin another
         terminal.wait_for("zzz (cut off; /max allows more tokens)")
         terminal.type(f"/save {tmp_path}/said.jsonl\r")
