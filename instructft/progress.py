@@ -30,7 +30,8 @@ def say(text: str) -> None:
         say("loading torch and transformers …")
     """
     if is_first():
-        print(text, file=sys.stderr, flush=True)
+        plain = not str(getattr(sys.stderr, "encoding", None) or "utf-8").lower().startswith("utf")
+        print(text.replace("…", "...") if plain else text, file=sys.stderr, flush=True)
 
 
 class Progress:
