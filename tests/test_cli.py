@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import string
 import subprocess
 import sys
@@ -287,6 +288,7 @@ OTHER = {
     "evaluate on a missing file": (["evaluate", "model", "--data", "none.json"], ["none.json"]),
     "evaluate on a broken file": (["evaluate", "model", "--data", "asked.jsonl"], ["--data: asked.jsonl, line 2"]),
     "init of an unknown recipe": (["init", "quickstrt"], ["there is no shipped recipe quickstrt; there is"]),
+    "init below a file": (["init", "quickstart", "my.yaml/new.yaml"], ["its folder cannot be made"]),
     "init over a file": (["init", "quickstart", "my.yaml"], ["my.yaml exists already"]),
 }
 
@@ -452,3 +454,44 @@ def test_columns_may_be_typed_in_a_row():
     assert cli._each_named(words) == named
     overrides = ["train", "r.yaml", "train.max_steps=1", "data.packing=true"]
     assert cli._each_named(overrides) == overrides
+
+
+LOADING = {
+    "train": ["my.yaml"],
+    "check": ["my.yaml"],
+    "inspect": ["my.yaml"],
+    "prepare": ["my.yaml"],
+    "evaluate": ["model"],
+    "chat": ["model"],
+    "ui": ["model"],
+    "generate": ["model", "--input", "rows.jsonl", "--output", "o.jsonl"],
+    "merge": ["model", "merged"],
+    "convert": ["ckpt.pt", "converted"],
+    "push": ["model", "org/name", "--dry-run"],
+}
+
+
+@pytest.mark.parametrize("command", LOADING)
+def test_a_command_that_loads_torch_says_so_before_it_does(here, run, monkeypatch, command):
+    """And on stderr: what it prints for others to read stays as it was."""
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # the first of the libraries that take seconds
+    code, out, err = run(command, *LOADING[command])
+    *signs, end, _ = err.splitlines()
+    assert (code, out) == (1, "")
+    assert "import of datasets halted" in end
+    assert signs[0] == ("reading my.yaml …" if LOADING[command] == ["my.yaml"] else signs[-1])
+    assert re.fullmatch(r"loading torch(, transformers and model| and transformers) …", signs[-1])
+
+
+def test_every_command_that_loads_torch_is_in_the_table_above():
+    import inspect
+
+    from instructft.commands import judge, prepare, share, use
+    from instructft.commands import train as training
+
+    for module in (judge, prepare, share, use, training):
+        for name, function in vars(module).items():
+            if inspect.isfunction(function) and function.__module__ == module.__name__:
+                assert ("quiet_libraries(" in inspect.getsource(function)) == (name in LOADING), name

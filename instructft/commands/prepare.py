@@ -44,6 +44,10 @@ def init(
     target = file or Path(f"{name}.yaml")
     if target.exists():
         raise UsageError(f"{target} exists already; name another file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{target}: its folder cannot be made ({error.strerror}); name another file") from error
     target.write_text(found[name].read_text(encoding="utf-8"), encoding="utf-8")
     print(f"Wrote {target}. Train it with: instructft train {target}")
 

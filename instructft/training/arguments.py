@@ -137,6 +137,11 @@ def remarks(recipe: Recipe, args: SFTConfig, config: Any, steps: int) -> list[st
                 f"train.learning_rate: {rate:g} is {usual / rate:,.0f} times below what is usual for {name} "
                 f"({usual:g}); little is learned"
             )
+    if recipe.model.dtype == "float16" and recipe.adapter.type == "none":
+        found.append(
+            "model.dtype: all weights are trained in float16 itself, in which small updates are lost and gradients "
+            "overflow; write float32 (or auto) and train.fp16=true where the GPU has no bfloat16"
+        )
     warmup = args.warmup_steps
     if warmup >= 1 and steps and warmup >= steps:
         found.append(
