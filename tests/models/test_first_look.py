@@ -12,7 +12,7 @@ import pytest
 
 from instructft import load_recipe
 from instructft.errors import DataError, UsageError
-from instructft.models.first_look import missing, refuse_at_a_glance
+from instructft.models.first_look import look_for_the_hub, missing, refuse_at_a_glance
 
 ROW = {"instruction": "1 + 1?", "output": "2"}
 RECIPE = """
@@ -116,3 +116,41 @@ def test_nothing_heavy_is_loaded_for_it(here):
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
     assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.fixture
+def closed(here, monkeypatch):
+    """A Hub that nobody can reach, a cache that holds org/kept, and the count of tries."""
+    for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_CACHE", str(here / "hub"))
+    (here / "hub" / "models--org--kept").mkdir(parents=True)
+    tries = []
+
+    def connect(place, timeout):
+        tries.append(place)
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr("socket.create_connection", connect)
+    return tries
+
+
+def test_a_hub_that_cannot_be_reached_is_tried_once(closed):
+    with pytest.raises(UsageError) as caught:
+        look_for_the_hub(["org/kept", "org/name@v2"])
+    assert str(caught.value).startswith("org/name is no folder here and not in the Hub's cache, and the Hub cannot be")
+    assert "127.0.0.1: Connection refused" in str(caught.value)
+    assert closed == [("127.0.0.1", 9)]
+
+
+def test_what_the_cache_holds_is_taken_without_further_tries(closed):
+    assert look_for_the_hub(["org/kept"], may_stay_away=False) == ""
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
+    assert "going on with what its cache holds" in look_for_the_hub(["org/kept", "runs/tiny"])
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_folder_asks_no_hub(closed):
+    assert look_for_the_hub(["runs/tiny", "./google"]) == ""
+    assert closed == []
