@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect as inspection
 import os
 import sys
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from instructft.commands.prepare import check, docs, doctor, init, inspect, prep
 from instructft.commands.share import convert, export, merge, push
 from instructft.commands.train import launch, train
 from instructft.commands.use import chat, generate, ui
-from instructft.errors import EXIT_FAILED, InstructftError, is_panic
+from instructft.errors import EXIT_FAILED, InstructftError, UsageError, is_panic
 from instructft.version import __version__
 
 GROUPS = {
@@ -34,6 +35,33 @@ class Grouped(typer.core.TyperGroup):
             with formatter.section(title):
                 formatter.write_dl([(name, command.get_short_help_str(limit=200)) for name, command in named])
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that was typed; another tool's word for it is answered with ours."""
+        if args and args[0] not in self.commands:
+            from instructft.commands.peers import command_of
+
+            if said := command_of(args[0], sorted(self.commands)):
+                raise UsageError(said)
+        return super().resolve_command(ctx, args)
+
+
+class OfARecipe(typer.core.TyperCommand):
+    """A command that takes `KEY=VALUE`; keys that are written as options are answered with how they are written."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        given = list(args)  # the parser takes words away
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # classes that typer keeps private
+            if type(error).__name__ != "NoSuchOption":
+                raise
+            from instructft.commands.peers import keys_of
+
+            known = {name for option in self.params for name in getattr(option, "opts", ())}
+            if said := keys_of(str(self.name), given, known):
+                raise UsageError(said) from None
+            raise
+
 
 app = typer.Typer(
     name="instructft",
@@ -46,7 +74,8 @@ app = typer.Typer(
 )
 for _functions in GROUPS.values():
     for _function in _functions:
-        app.command()(_function)
+        _takes_keys = "overrides" in inspection.signature(_function).parameters
+        app.command(cls=OfARecipe if _takes_keys else None)(_function)
 
 
 def _version(value: bool) -> None:

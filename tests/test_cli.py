@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import string
 import subprocess
 import sys
@@ -228,7 +229,7 @@ BAD_SETTINGS = {
     "unknown model type": (["model.config.model_type=gpt22"], ["model.config", "gpt22"]),
     "unknown Hub model": (
         ["model={name_or_path: no-such-org/no-such-model}"],
-        ["model.name_or_path: no-such-org/no-such-model could not be loaded", "check the spelling and the network"],
+        ["model.name_or_path: there is no model folder no-such-org/no-such-model", "HF_HUB_OFFLINE is set"],
     ),
     "a run folder in use": (
         ["output_dir=used"],
@@ -267,11 +268,11 @@ OTHER = {
     "chat with an empty folder": (["chat", "unfinished/empty"], ["unfinished/empty holds no model"]),
     "chat with an unfinished run": (["chat", "unfinished"], ["its run is unfinished", "checkpoint-10"]),
     "generate from a missing file": (
-        ["generate", "./nowhere", "--input", "none.jsonl", "--output", "o.jsonl"],
+        ["generate", "./model", "--input", "none.jsonl", "--output", "o.jsonl"],
         ["--input: there is no file none.jsonl"],
     ),
     "generate from bad lines": (
-        ["generate", "./nowhere", "--input", "bad.jsonl", "--output", "o.jsonl"],
+        ["generate", "./model", "--input", "bad.jsonl", "--output", "o.jsonl"],
         [
             "bad.jsonl holds no rows that can be asked",
             "line 1, column 1: not JSON",
@@ -280,13 +281,14 @@ OTHER = {
         ],
     ),
     "generate with a bad batch size": (
-        ["generate", "./nowhere", "--input", "asked.jsonl", "--output", "o.jsonl", "--batch-size", "0"],
+        ["generate", "./model", "--input", "asked.jsonl", "--output", "o.jsonl", "--batch-size", "0"],
         ["--batch-size: found 0, expected auto or a number"],
     ),
     "evaluate without a recipe": (["evaluate", "model"], ["there is no recipe.yaml beside this model", "--data"]),
     "evaluate on a missing file": (["evaluate", "model", "--data", "none.json"], ["none.json"]),
     "evaluate on a broken file": (["evaluate", "model", "--data", "asked.jsonl"], ["--data: asked.jsonl, line 2"]),
     "init of an unknown recipe": (["init", "quickstrt"], ["there is no shipped recipe quickstrt; there is"]),
+    "init below a file": (["init", "quickstart", "my.yaml/new.yaml"], ["its folder cannot be made"]),
     "init over a file": (["init", "quickstart", "my.yaml"], ["my.yaml exists already"]),
 }
 
@@ -401,7 +403,7 @@ def test_an_error_in_a_recipe_waits_for_no_torch(here):
     ran = command("train", "my.yaml")
     message, loaded = ran.stderr.rsplit("\n", 2)[:2]
     assert ran.returncode == 2
-    assert message.startswith("instructft: my.yaml: 1 problem\n  line 6: data.max_lenght: ")
+    assert message.startswith("reading my.yaml …\ninstructft: my.yaml: 1 problem\n  line 6: data.max_lenght: ")
     assert set(loaded.split()[1:]) <= {"pydantic", "ruamel", "rich"}
 
 
@@ -409,9 +411,11 @@ def test_an_error_in_the_data_in_a_process_of_its_own(here):
     Path("rows.jsonl").write_text(f"{ROW}\nnonsense\n", encoding="utf-8")
     ran = command("train", "my.yaml")
     assert ran.returncode == 2
-    assert ran.stderr.startswith(
-        "instructft: data.datasets[0]: rows.jsonl, line 2, column 1: not JSON: Expecting value\n"
+    said, loaded = ran.stderr.rsplit("\n", 2)[:2]
+    assert said == (
+        "reading my.yaml …\ninstructft: data.datasets[0]: rows.jsonl, line 2, column 1: not JSON: Expecting value"
     )
+    assert not {"torch", "transformers", "datasets", "pyarrow"} & set(loaded.split())
     assert ran.stdout == ""
 
 
@@ -450,3 +454,44 @@ def test_columns_may_be_typed_in_a_row():
     assert cli._each_named(words) == named
     overrides = ["train", "r.yaml", "train.max_steps=1", "data.packing=true"]
     assert cli._each_named(overrides) == overrides
+
+
+LOADING = {
+    "train": ["my.yaml"],
+    "check": ["my.yaml"],
+    "inspect": ["my.yaml"],
+    "prepare": ["my.yaml"],
+    "evaluate": ["model"],
+    "chat": ["model"],
+    "ui": ["model"],
+    "generate": ["model", "--input", "rows.jsonl", "--output", "o.jsonl"],
+    "merge": ["model", "merged"],
+    "convert": ["ckpt.pt", "converted"],
+    "push": ["model", "org/name", "--dry-run"],
+}
+
+
+@pytest.mark.parametrize("command", LOADING)
+def test_a_command_that_loads_torch_says_so_before_it_does(here, run, monkeypatch, command):
+    """And on stderr: what it prints for others to read stays as it was."""
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # the first of the libraries that take seconds
+    code, out, err = run(command, *LOADING[command])
+    *signs, end, _ = err.splitlines()
+    assert (code, out) == (1, "")
+    assert "import of datasets halted" in end
+    assert signs[0] == ("reading my.yaml …" if LOADING[command] == ["my.yaml"] else signs[-1])
+    assert re.fullmatch(r"loading torch(, transformers and model| and transformers) …", signs[-1])
+
+
+def test_every_command_that_loads_torch_is_in_the_table_above():
+    import inspect
+
+    from instructft.commands import judge, prepare, share, use
+    from instructft.commands import train as training
+
+    for module in (judge, prepare, share, use, training):
+        for name, function in vars(module).items():
+            if inspect.isfunction(function) and function.__module__ == module.__name__:
+                assert ("quiet_libraries(" in inspect.getsource(function)) == (name in LOADING), name

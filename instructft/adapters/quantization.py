@@ -11,6 +11,7 @@ Packed weights lie in memory as `from_pretrained` packs them, in training and in
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import os
@@ -26,18 +27,21 @@ from instructft.formatting import first_line
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, PretrainedConfig
 
     from instructft.recipe.schema import Recipe
 
 _Model = TypeVar("_Model", bound="torch.nn.Module")
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, config: PretrainedConfig | None = None) -> None:
     """Refuse quantization where it would not work, before any weight is read.
 
+    Args:
+        config: of the model, whose layers are looked at too.
+
     Raises:
-        UsageError: bitsandbytes is not installed, or does not run on this machine's device.
+        UsageError: bitsandbytes is not installed, or does not run on this machine's device, or not with such layers.
     """
     quantization = recipe.model.quantization
     if quantization == "none":
@@ -58,6 +62,10 @@ def check(recipe: Recipe) -> None:
             f"model.quantization: {quantization} needs bitsandbytes, which {trouble}. "
             "Install it with pip install 'instructft[quant]', or train without: model.quantization=none"
         )
+    if config is not None and quantization == "4bit" and device(recipe) == "cpu":
+        for name, rows in _rows_of_layers(config):
+            if why := _rows_in_parts(name, rows):
+                raise UsageError(f"model.quantization: {why}")
 
 
 @functools.cache
@@ -160,17 +168,35 @@ def _refuse_rows_in_parts(name: str, layer: Any) -> None:
 
     Rows of real models are whole blocks of 64 with few exceptions (bitsandbytes 0.50, `dequantizeBlockwise4bitCpu`).
     """
+    if layer.weight.device.type == "cpu" and (why := _rows_in_parts(name, layer.in_features, layer.weight.blocksize)):
+        raise ModelError(why)
+
+
+def _rows_in_parts(name: str, rows: int, block: int = 64) -> str:
+    """Why a layer whose rows have so many weights cannot be computed in 4 bits on this CPU; "" where it can."""
     import torch
 
-    weight = layer.weight
-    if weight.device.type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return
-    if layer.in_features % weight.blocksize:
-        raise ModelError(
-            f"{name}: its rows of {layer.in_features} weights are no whole blocks of {weight.blocksize}, and "
-            "bitsandbytes unpacks such 4-bit weights wrongly on a CPU with AVX-512; use a GPU, "
-            "model.quantization=8bit or model.quantization=none"
-        )
+    if rows % block == 0 or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return ""
+    return (
+        f"{name}: its rows of {rows} weights are no whole blocks of {block}, and bitsandbytes unpacks such 4-bit "
+        "weights wrongly on a CPU with AVX-512; use a GPU, model.quantization=8bit or model.quantization=none"
+    )
+
+
+def _rows_of_layers(config: PretrainedConfig) -> Iterator[tuple[str, int]]:
+    """The layers that are quantized, each with the weights of one of its rows; on shapes alone."""
+    import torch
+
+    from instructft.weights import remote_code
+    from instructft.weights.model_class import auto_class
+
+    with torch.device("meta"):
+        model = auto_class(config).from_config(copy.deepcopy(config), **remote_code.flag())
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if type(module).__name__ in ("Linear", "Conv1D") and module is not head:
+            yield name, module.weight.shape[1 if type(module).__name__ == "Linear" else 0]
 
 
 def packed_for_kernel(state: Any) -> bool:

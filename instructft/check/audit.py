@@ -24,6 +24,7 @@ from instructft.data.formats import FORMATS, to_conversation
 from instructft.data.load import load_parts
 from instructft.data.tokenize import REFUSED, refuse_unread
 from instructft.formatting import quantiles
+from instructft.progress import Progress
 from instructft.prompt.conversation import Message
 from instructft.prompt.ledger import Unread, Unusable
 from instructft.prompt.loss_mask import IGNORE_INDEX
@@ -87,10 +88,12 @@ class _Texts:
         fmt = FORMATS[part.format]
         self.columns = sorted(fmt.known.difference(_NOT_TRAINED))
         number = 0
-        for table in part.raw.with_format("arrow").iter(batch_size=1000):
-            for raw in table.to_pylist():
-                self._read(number, part.row(raw))
-                number += 1
+        with Progress(f"reading {part.label}", len(part.raw)) as progress:
+            for table in part.raw.with_format("arrow").iter(batch_size=1000):
+                for raw in table.to_pylist():
+                    self._read(number, part.row(raw))
+                    number += 1
+                progress.add(len(table))
 
     def _read(self, number: int, row: dict[str, Any]) -> None:
         text = "\n".join(_strings([row.get(name) for name in self.columns]))

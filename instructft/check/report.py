@@ -70,7 +70,13 @@ def check(
     from instructft.models.starting_point import starting_point
     from instructft.models.tokenizer import date_in_prompts, load_tokenizer
     from instructft.recipe.installed import check_against_installed
-    from instructft.training.arguments import as_decided, training_arguments
+    from instructft.training.arguments import (
+        as_decided,
+        decide_checkpointing,
+        follow_model,
+        remarks,
+        training_arguments,
+    )
 
     here = device is None or device == quantization.device(recipe).partition(":")[0]
     check_against_installed(recipe, quantization.device(recipe) if here else None)
@@ -80,9 +86,12 @@ def check(
     start = starting_point(recipe, tokenizer)
     if here:
         check_attention(recipe, start.config)
+        quantization.check(recipe, start.config)
+    recipe, left_open = follow_model(recipe, start.config)
     base = resident()  # before the audit reads all rows, which training does not keep
     report: dict[str, Any] = {"schema": SCHEMA, "recipe": recipe.name, "data": audit(recipe, tokenizer)}
     report |= {"training": None, "estimate": None, "measured": None, "rehearsal": None, "limits": [], "problems": []}
+    report |= {"left_open": dict(left_open), "remarks": []}
     try:
         data = prepare(recipe, tokenizer, lambda: why_not(recipe, start.config))
     except (DataError, TemplateError) as error:  # the audit stands, and says why
@@ -93,6 +102,11 @@ def check(
             args, precision = training_arguments(recipe, data, SimpleNamespace(num_processes=processes))
         except (ValueError, TypeError) as error:
             raise UsageError(f"train: {error}") from error
+        if here and card is None and processes == 1:
+            recipe, why = decide_checkpointing(recipe, start, data, args, None)
+            if why:
+                report["left_open"]["checkpointing"] = why
+                args.gradient_checkpointing = True
         if card and not torch.cuda.is_available() and not args.fp16 and recipe.train.get("bf16") is None:
             args.bf16, precision = True, "bfloat16 autocast, as a run would take there"
         packs = len(data.splits["train"])
@@ -112,6 +126,7 @@ def check(
         asked["strategy"] = strategy
         report["estimate"] = estimate(recipe, start, data, args, base=base, **asked)
         report["estimate"]["precision"] = precision
+        report["remarks"] = remarks(recipe, args, start.config, report["estimate"]["schedule"]["steps"])
         if card:
             paper = on_paper(report["estimate"], strategy, card, element=2 if args.bf16 or args.fp16 else 4)
             report["estimate"]["paper"] = paper
@@ -192,6 +207,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         _show_needs(report, console)
     if report["rehearsal"]:
         _show_rehearsal(report["rehearsal"], console)
+    for remark in report["remarks"]:
+        console.print(f"[yellow]note[/]      {_plain(remark)}")
     for problem in report["problems"]:
         console.print(f"[bold red]unusable[/]  {_plain(problem)}")
     for limit in report["limits"]:
@@ -273,6 +290,7 @@ def _show_needs(report: dict[str, Any], console: Console) -> None:
         ("step", step),
         ("time", _time(time)),
     ]
+    lines += report["left_open"].items()
     if paper := needs.get("paper"):
         lines.append(("on paper", _on_paper(paper, schedule["processes"])))
     _grid(console, "the run", lines)

@@ -53,11 +53,14 @@ def inspect_rows(
     from instructft.models.branches import why_not
     from instructft.models.starting_point import starting_point
     from instructft.models.tokenizer import load_tokenizer
+    from instructft.training.arguments import follow_model
 
     if page is not None and (page.suffix.lower() not in (".html", ".htm") or not page.absolute().parent.is_dir()):
         raise UsageError(f"--html: {page}: expected a file name that ends in .html, in a folder that exists")
     with Console(stderr=True).status("Reading and encoding the data …"):
         tokenizer = load_tokenizer(recipe)
+        if "max_length" not in recipe.data.model_fields_set:
+            recipe, _ = follow_model(recipe, starting_point(recipe, tokenizer).config)
         data = prepare(recipe, tokenizer, lambda: why_not(recipe, starting_point(recipe, tokenizer).config))
     if split not in data.splits:
         raise UsageError(f"--split: the recipe makes no {split!r} rows; it makes {', '.join(data.splits)}")

@@ -56,7 +56,7 @@ def evaluate(
     for useless_option in useless[chosen[0]] if chosen else []:
         if given[useless_option] is not None:
             raise UsageError(f"{useless_option} has no effect with {chosen[0]}; leave it out")
-    quiet_libraries()
+    quiet_libraries(model, base)
     if tasks is not None:
         from instructft.extras.further_evaluation import run_tasks
 

@@ -15,6 +15,7 @@ from instructft.commands.options import (
     option,
     page_names,
     quiet_libraries,
+    read_recipe,
     recipe_names,
 )
 from instructft.errors import EXIT_USAGE, UsageError
@@ -57,6 +58,10 @@ def init(
     target = file or Path(f"{name}.yaml")
     if target.exists():
         raise UsageError(f"{target} exists already; name another file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{target}: its folder cannot be made ({error.strerror}); name another file") from error
     target.write_text(found[name].read_text(encoding="utf-8"), encoding="utf-8")
     print(f"Wrote {target}. Train it with: instructft train {target}")
 
@@ -81,17 +86,15 @@ def check(
     strategy: StrategyOption = "ddp",
 ) -> None:
     """Validate a recipe, audit its data, estimate memory and time; nothing is trained."""
-    from instructft.recipe.load import load_recipe
-    from instructft.training.launch.command import STRATEGIES
-
     if device not in (None, "cpu", "cuda"):
         raise UsageError(f"--device: found {device}, expected cpu or cuda")
+    here = device is None and devices is None
+    loaded = read_recipe(recipe, overrides, here=here)
+    from instructft.checkpoints.run_folder import refuse_what_is_no_run
+    from instructft.training.launch.command import STRATEGIES
+
     if strategy not in STRATEGIES:
         raise UsageError(f"--strategy: found {strategy}, expected one of {', '.join(STRATEGIES)}")
-    loaded = load_recipe(recipe, overrides or [])
-    quiet_libraries()
-    from instructft.check.report import run
-
     if measure and (device is not None or processes > 1):
         raise UsageError("--measure takes steps on this machine, in one process; leave out --device and --processes")
     if rehearse and (device is not None or processes > 1 or devices is not None):
@@ -108,6 +111,11 @@ def check(
         if measure or processes > 1 or device == "cpu":
             raise UsageError("--devices is for GPUs that are not here; leave out --measure, --processes, --device cpu")
         asked |= {"device": "cuda", "processes": devices, "card": card}
+    if here:
+        refuse_what_is_no_run(Path(loaded.output_dir))
+    quiet_libraries()
+    from instructft.check.report import run
+
     if not run(loaded, as_json, tokens_per_second=tokens_per_second, **asked):
         raise typer.Exit(EXIT_USAGE)
 
@@ -122,9 +130,7 @@ def inspect(
     html: Annotated[Path | None, option("--html", help="Write one self-contained page to this file.")] = None,
 ) -> None:
     """Show rows token by token: which carry loss, where documents begin in a pack."""
-    from instructft.recipe.load import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = read_recipe(recipe, overrides)
     quiet_libraries()
     from instructft.check.rows import inspect_rows
 
@@ -135,18 +141,18 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Tokenize, mask, split, pack and cache the data once, ahead of a run."""
     import time
 
-    from instructft.recipe.load import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = read_recipe(recipe, overrides)
     quiet_libraries()
     from instructft.data.prepare import prepare as prepare_data
     from instructft.models.branches import why_not
     from instructft.models.starting_point import starting_point
     from instructft.models.tokenizer import date_in_prompts, load_tokenizer, said_of_date
+    from instructft.training.arguments import follow_model
 
     began = time.perf_counter()
     tokenizer = load_tokenizer(loaded)
     origin = starting_point(loaded, tokenizer)
+    loaded, _ = follow_model(loaded, origin.config)
     data = prepare_data(loaded, tokenizer, lambda: why_not(loaded, origin.config))
     seconds = time.perf_counter() - began
     day = date_in_prompts(loaded, tokenizer)

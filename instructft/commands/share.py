@@ -35,7 +35,7 @@ def merge(
     from instructft.checkpoints.run_folder import refuse_used
 
     refuse_used(output)
-    quiet_libraries()
+    quiet_libraries(model)
     from instructft.merging.merge import merge_adapter
 
     merge_adapter(
@@ -92,11 +92,22 @@ def push(
         bool, typer.Option("--private/--public", help="Who may see it. Private never goes into a public repository.")
     ] = True,
     path_in_repo: Annotated[str | None, option(metavar="FOLDER", help="A folder in the repository.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would go up, with sizes; no login is needed.")
+    ] = False,
 ) -> None:
     """Upload model, tokenizer, chat template and model card to the Hub, in one commit, and read it back."""
-    quiet_libraries()
-    from instructft.hub.push import push_to_hub
+    from instructft.hub.push import check_request, push_to_hub, rehearse_push
 
+    check_request(model, repo_id, path_in_repo)
+    if not dry_run:
+        from instructft.hub.commit import require_login
+
+        require_login(repo_id)
+    quiet_libraries()
+    if dry_run:
+        print(rehearse_push(model, repo_id, path_in_repo))
+        return
     pushed = push_to_hub(model, repo_id, private=private, path_in_repo=path_in_repo)
     if pushed.left_out:
         print("left out: " + ", ".join(f"{name} ({why})" for name, why in sorted(pushed.left_out.items())))

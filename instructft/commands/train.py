@@ -9,7 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
-from instructft.commands.options import Overrides, RecipeArgument, ResumeOption, StrategyOption, option, quiet_libraries
+from instructft.commands.options import (
+    Overrides,
+    RecipeArgument,
+    ResumeOption,
+    StrategyOption,
+    option,
+    quiet_libraries,
+    read_recipe,
+)
 
 
 def train(
@@ -28,17 +36,20 @@ def train(
     import contextlib
     import signal
 
-    from instructft.checkpoints.manifest import full_disk_explained
-    from instructft.checkpoints.run_folder import own
-    from instructft.recipe.load import load_recipe
-    from instructft.report.logs import lasting_output
-    from instructft.training.launch.command import RANKS, processes_of_train
-    from instructft.training.launch.command import launch as launch_processes
+    from instructft.progress import RANKS, is_first
     from instructft.training.launch.signals import SIGNALS, listen
 
     ends = [number for number in SIGNALS if number != signal.SIGINT]  # of which Python makes KeyboardInterrupt
     listen(lambda number, _: sys.exit(128 + number), ends)  # until training listens itself
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = read_recipe(recipe, overrides, here=True)
+
+    from instructft.checkpoints.finished import finished_at_a_glance
+    from instructft.checkpoints.manifest import full_disk_explained
+    from instructft.checkpoints.run_folder import own
+    from instructft.report.logs import lasting_output
+    from instructft.training.launch.command import launch as launch_processes
+    from instructft.training.launch.command import processes_of_train
+
     count, why = processes_of_train(loaded, processes)
     if why:
         print(why, flush=True)
@@ -46,7 +57,10 @@ def train(
         raise typer.Exit(
             launch_processes(recipe, overrides or [], processes=str(count), resume=resume, rehearsal=not no_rehearsal)
         )
-    first = next((int(os.environ[name]) for name in RANKS if name in os.environ), 0) == 0
+    first = is_first()
+    if not any(name in os.environ for name in RANKS) and resume == "auto" and (steps := finished_at_a_glance(loaded)):
+        print(f"{loaded.output_dir} is finished, {steps:,} steps: there is nothing to resume")
+        return
     mine = own(loaded, resume) if first else contextlib.nullcontext()  # what can be told without torch is told at once
     with lasting_output(), full_disk_explained(Path(loaded.output_dir)), mine:
         quiet_libraries()

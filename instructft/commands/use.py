@@ -26,18 +26,25 @@ def chat(
     top_p: TopPOption = 1.0,
     max_new_tokens: MaxNewTokensOption = 256,
     base: Annotated[str, typer.Option(help="What /compare asks; `start`: what the run began from.")] = "start",
+    plain: Annotated[bool, typer.Option("--plain", help="Answers as they stand, their Markdown not drawn.")] = False,
 ) -> None:
-    """Talk to a model in the terminal."""
-    quiet_libraries()
+    """Talk to a model in the terminal; what is an option here is a command there (/temp, /top-p, /max, /system)."""
+    quiet_libraries(model, base)
     from instructft.inference.chat import Chat
-    from instructft.inference.terminal import converse
+    from instructft.inference.terminal import as_text, converse
     from instructft.models.base_template import TemplateWatch
 
     watch = TemplateWatch(model)
-    told = Chat(model, system=system, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+    told = Chat(
+        model,
+        system=as_text(system) if system else None,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+    )
     if line := watch.said():
         print(line, file=sys.stderr)
-    converse(told, model, base)
+    converse(told, model, base, plain)
 
 
 def ui(
@@ -51,7 +58,7 @@ def ui(
     share: Annotated[bool, typer.Option("--share", help="Also make a public link, through Gradio's servers.")] = False,
 ) -> None:
     """Talk to a model on a page in the browser, served on this machine only."""
-    quiet_libraries()
+    quiet_libraries(model, base)
     from instructft.inference.web import Settings, serve
 
     settings = Settings(system, temperature, top_p, max_new_tokens)
@@ -76,7 +83,7 @@ def generate(
     from instructft.data.formats import columns_asked
 
     mapped = columns_asked(columns or ())
+    quiet_libraries(model, base)
     from instructft.inference.generate_file import generate_file
 
-    quiet_libraries()
     generate_file(model, input, output, max_new_tokens, temperature, top_p, batch_size, base, backend, mapped)

@@ -304,6 +304,13 @@ def stream_files(entry: DatasetEntry, label: str, key: str) -> list[DataFile]:
     return [file for name in _names_of_splits(entry.split or "train", splits, label, key) for file in splits[name]]
 
 
+def files_on_disk(entry: DatasetEntry, key: str) -> list[DataFile]:
+    """The local files of one entry that its `split` takes rows from."""
+    label = label_of(entry, key)
+    splits = located(location_of(entry), key)
+    return [file for name in _names_of_splits(entry.split or "train", splits, label, key) for file in splits[name]]
+
+
 def label_of(entry: DatasetEntry, key: str) -> str:
     """What an entry is called in messages and in an account."""
     url = entry.url and bare_url(entry.url)

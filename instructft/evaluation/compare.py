@@ -25,6 +25,7 @@ from instructft.formatting import FORMS, name_of, plain_table, short
 from instructft.inference.generator import Generator
 from instructft.inference.reference_model import START, ReferenceModel, check_base, recipe_of
 from instructft.models.load_for_inference import load_for_inference, locate
+from instructft.prompt.token_view import visible
 from instructft.recipe.load import load_recipe
 from instructft.recipe.schema import DatasetEntry, Recipe
 from instructft.report.card_results import EVALUATION
@@ -78,7 +79,7 @@ def compare(
     def judge(generator: Generator) -> dict[str, Any]:
         tokens.append(generator.tokenizer.get_vocab())
         contexts.append(generator.context)
-        return evaluate(generator, rows, train_on=train_on)
+        return evaluate(generator, rows, train_on=train_on, progress=True)
 
     results: dict[str, Any] = ask_both(model, base, judge)
     same_tokens = tokens[0] == tokens[-1]
@@ -244,13 +245,19 @@ def _print_metrics(console: Any, results: Mapping[str, Any]) -> None:
         if base is None:
             table.add_row(name_of(figure), value, _span(form, tuned["intervals"].get(figure)))
         else:
-            found = difference.get(figure, {"interval": None, "noise": None})
+            found = difference.get(figure, {"interval": None, "noise": False})
             verdict = "noise (seed)" if "because" in found else {True: "noise", False: "", None: "?"}[found["noise"]]
             row = (form.format(base[figure]), value, _span(form.replace("{:", "{:+"), found["interval"]), verdict)
             table.add_row(name_of(figure), *row)
     console.print(table)
     if any(found["noise"] and "because" not in found for found in difference.values()):
         console.print("noise: the interval holds 0; other rows of the same kind might have turned it round.")
+    if any(found["noise"] is None for found in difference.values()):
+        count = len(tuned["rows"])
+        console.print(
+            f"?: {count} {'row is' if count == 1 else 'rows are'} too few, or too much alike, to tell a difference "
+            "from chance; evaluate on more (a larger --limit, or --data)."
+        )
     if any("because" in found for found in difference.values()):
         console.print(
             "noise (seed): beyond the choice of rows, but the two runs differ in their seed alone. This is how far "
@@ -264,13 +271,12 @@ def _span(form: str, interval: Sequence[float] | None) -> str:
 
 def _print_groups(console: Any, groups: Mapping[str, Any]) -> None:
     """Figures for each data set and each category, where there are several."""
-    from rich.text import Text
 
     for column, parts in groups.items():
         table = plain_table(column.replace("dataset", "data set"), "rows", *(name_of(figure) for figure in _IN_GROUPS))
         for name, found in parts.items():
             figures = (FORMS[figure].format(found[figure]) for figure in _IN_GROUPS)
-            table.add_row(Text(short(name, 40)), f"{found['count']:,}", *figures)  # Text: not taken for markup
+            table.add_row(_cell(name, 40), f"{found['count']:,}", *figures)  # Text: not taken for markup
         console.print()
         console.print(table)
 
@@ -292,13 +298,20 @@ def _print_rows(console: Any, results: Mapping[str, Any], show: int) -> None:
     shown = min(show, len(tuned))
     for i in (place * len(tuned) // shown for place in range(shown)):
         row = tuned[i]
-        cells = [Text(short(row["prompt"], 120)), Text(short(row["reference"], 100))]
+        cells = [_cell(row["prompt"], 120), _cell(row["reference"], 100)]
         if base:
-            cells.append(Text(short(base[i]["prediction"], min(60, console.width // 2)) or "(nothing)"))
+            cells.append(_cell(base[i]["prediction"], min(60, console.width // 2)))
         right = row["prediction"] == row["reference"]
         mark = Text("✓", style="green") if right else Text("✗", style="red")
-        table.add_row(*cells, mark, Text(short(row["prediction"], 100) or "(nothing)"))
+        table.add_row(*cells, mark, _cell(row["prediction"], 100))
     console.print(table)
+
+
+def _cell(text: str, limit: int) -> Any:
+    """What a row or a model says, on one line: shown, never obeyed, neither as markup nor by the terminal."""
+    from rich.text import Text
+
+    return Text(visible(short(text, limit)) or "(nothing)")
 
 
 FINAL = "final"

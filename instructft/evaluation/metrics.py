@@ -15,6 +15,7 @@ from instructft.evaluation.confidence import intervals, measures
 from instructft.evaluation.words import rouge_l
 from instructft.inference.chat import as_generator
 from instructft.inference.generator import MAX_NEW_TOKENS, Answer, Generator
+from instructft.progress import Progress
 from instructft.prompt.conversation import Message
 from instructft.prompt.ledger import Unread, Unusable
 from instructft.prompt.loss_mask import IGNORE_INDEX
@@ -37,6 +38,7 @@ def evaluate(
     train_on: str = "responses",
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model on conversations whose last turn is the reference answer.
 
@@ -46,6 +48,7 @@ def evaluate(
         train_on: which tokens are supervised: `responses`, `last_response` or `everything`.
         max_new_tokens: tokens at most in a prediction.
         batch_size: rows at once; None finds it.
+        progress: say on stderr how far it is.
 
     Returns:
         `loss` (mean over all supervised tokens, the end of turn included), `perplexity`, `exact_match`, `rougeL`,
@@ -70,8 +73,8 @@ def evaluate(
     if not conversations:
         raise DataError("there are no rows to evaluate on")
     generator = as_generator(model_or_path, tokenizer)
-    scored = negative_log_likelihood(generator, conversations, train_on, batch_size)
-    answers = answers_to(generator, [c[:-1] for c in conversations], max_new_tokens, batch_size)
+    scored = negative_log_likelihood(generator, conversations, train_on, batch_size, progress)
+    answers = answers_to(generator, [c[:-1] for c in conversations], max_new_tokens, batch_size, progress)
     references = [str(c[-1]["content"]).strip() for c in conversations]
     found = []
     for row, asked, answer, reference, (nll, tokens) in zip(
@@ -142,11 +145,17 @@ def _asked(conversation: Sequence[Message]) -> str:
 
 
 def answers_to(
-    generator: Generator, asked: Sequence[Sequence[Message]], max_new_tokens: int, batch_size: int | None = None
+    generator: Generator,
+    asked: Sequence[Sequence[Message]],
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    progress: bool = False,
 ) -> list[Answer]:
     """The greedy answer to each conversation; "" where the prompt fills the context."""
     fits = [i for i, ids in enumerate(generator.encoder.prompts(asked)) if len(ids) < generator.context]
-    answers = generator.answers([asked[i] for i in fits], max_new_tokens, batch_size=batch_size)
+    with Progress("answering", len(fits), shown=progress) as told:
+        wanted = [asked[i] for i in fits]
+        answers = generator.answers(wanted, max_new_tokens, batch_size=batch_size, done=lambda *_: told.add())
     given = dict(zip(fits, answers, strict=True))
     return [given.get(i, Answer("", "length")) for i in range(len(asked))]
 
@@ -165,6 +174,7 @@ def negative_log_likelihood(
     conversations: Sequence[Sequence[Message]],
     train_on: str = "responses",
     batch_size: int | None = None,
+    progress: bool = False,
 ) -> Scored:
     """Sum -log p over supervised tokens. Rows longer than the context are cut there, as in training, and counted.
 
@@ -188,7 +198,7 @@ def negative_log_likelihood(
     order.sort(key=lambda i: len(rows[i]["input_ids"]), reverse=True)
     each = [(0.0, 0)] * len(conversations)
     start = 0
-    with generator.evaluating():
+    with generator.evaluating(), Progress("scoring", len(order), shown=progress) as told:
         while start < len(order):
             size = batch_size or max(1, TOKENS_AT_ONCE // len(rows[order[start]]["input_ids"]))
             some = order[start : start + size]
@@ -203,4 +213,5 @@ def negative_log_likelihood(
                 place = int(found.conversation[i])
                 each[place] = (each[place][0] + nll, each[place][1] + tokens)
             start += size
+            told.add(len(some))
     return Scored(sum(nll for nll, _ in each), sum(tokens for _, tokens in each), len(over), each)

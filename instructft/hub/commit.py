@@ -240,19 +240,34 @@ def reason_of(error: BaseException) -> str:
     return redact(text)
 
 
+def require_login(repo_id: str = "") -> None:
+    """See that the Hub may be asked and that there is a login; no Hub is asked.
+
+    Args:
+        repo_id: whose owner, where it names none, follows from the login.
+
+    Raises:
+        HubError: there is no login, or the network is switched off.
+    """
+    from huggingface_hub import constants, get_token
+
+    if constants.is_offline_mode():
+        raise HubError("the Hub cannot be reached: HF_HUB_OFFLINE=1 is set; unset it to push")
+    if not get_token():
+        owner = f"{repo_id} names no owner: write OWNER/{repo_id}. And " if repo_id and "/" not in repo_id else ""
+        raise HubError(f"{owner}there is no access token for the Hub; {LOGIN}")
+
+
 def connect() -> HfApi:
     """The Hub, as this process is logged in to it.
 
     Raises:
         HubError: there is no login, or the network is switched off.
     """
-    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
-    if constants.is_offline_mode():
-        raise HubError("the Hub cannot be reached: HF_HUB_OFFLINE=1 is set; unset it to push")
-    if not get_token():
-        raise HubError(f"there is no access token for the Hub; {LOGIN}")
+    require_login()
     disable_progress_bars()  # they would write into the training log
     return HfApi(library_name="instructft", library_version=__version__)
 

@@ -20,9 +20,11 @@ from instructft.adapters.adapter_folder import is_adapter, read_adapter
 from instructft.checkpoints import manifest
 from instructft.checkpoints.as_saved import require_as_saved
 from instructft.errors import CheckpointError, ModelError, UsageError
+from instructft.formatting import size
 from instructft.hub import commit
 from instructft.hub.files import Gathered, gather, is_replaced
 from instructft.models.base_template import TemplateWatch
+from instructft.models.first_look import missing
 from instructft.models.latest import checkpoint_name
 from instructft.redaction import of_file, without_places
 from instructft.report.model_card import bare_card, for_the_hub
@@ -102,10 +104,7 @@ def push_to_hub(
         HubError: the Hub cannot be reached or refuses, or a file must not leave this machine. The repository is as it
             was, or holds the whole model.
     """
-    folder, place = Path(run).expanduser(), clean_place(path_in_repo)
-    _require_name(repo_id)
-    if not folder.is_dir():
-        raise UsageError(f"there is no model folder {run}; give a run folder, a merged model or an adapter folder")
+    folder, place = check_request(run, repo_id, path_in_repo)
     more: dict[str, Any] = {"private": private, "say": say, **({"pause": pause} if pause else {})}
     if manifest.NAME.fullmatch(folder.name):
         try:
@@ -120,6 +119,7 @@ def push_to_hub(
     if not checked:
         watch = TemplateWatch(folder)
         require_finished(folder)
+        say(f"reading {folder}: whether it is whole, and what of it leaves …")
         require_whole_folder(folder)
     made = {"README.md": _readme(folder, repo_id, place)} if not (folder / "README.md").is_symlink() else {}
     gathered = gather(folder, under=place, made=made)
@@ -136,6 +136,51 @@ def push_to_hub(
         say(line)
     kind = "Adapter" if is_adapter(folder) else "Model"
     return _push(gathered, repo_id, delete, f"{kind} {folder.resolve().name}", **more)
+
+
+def check_request(run: str | Path, repo_id: str, path_in_repo: str | None) -> tuple[Path, str]:
+    """The folder that is pushed and its place in the repository, as far as they can be told at a glance.
+
+    Raises:
+        UsageError: there is no such folder, or the name or the place is none on the Hub.
+    """
+    folder, place = Path(run).expanduser(), clean_place(path_in_repo)
+    _require_name(repo_id)
+    if not folder.is_dir():
+        raise UsageError(missing(str(run), bare=False) or f"there is no model folder {run}; push what lies here")
+    return folder, place
+
+
+def rehearse_push(run: str | Path, repo_id: str, path_in_repo: str | None = None) -> str:
+    """What a push would upload, with sizes, and what would stay here and why; asks no Hub and needs no login.
+
+    Example::
+
+        print(rehearse_push("runs/quickstart", "ada/quickstart"))
+        #     2.6 MB  model.safetensors
+        # …
+        # 12 files, 3.1 MB, would go to ada/quickstart; nothing was uploaded
+
+    Raises:
+        UsageError, AdapterError, ModelError, CheckpointError, HubError: as a push would, before it asks the Hub.
+    """
+    folder, place = check_request(run, repo_id, path_in_repo)
+    sealed = manifest.NAME.fullmatch(folder.name) and manifest.kind(folder) == "sealed"
+    if sealed:
+        manifest.verify(folder)
+        name = checkpoint_name(*progress_of(folder))
+        gathered = gather(folder, under=f"{place}/{name}" if place else name)
+    else:
+        require_finished(folder)
+        require_whole_folder(folder)
+        gathered = gather(folder, under=place, made={"README.md": _readme(folder, repo_id, place)})
+        require_as_saved(folder, whole=True)
+    lines = [f"{size(file.size):>10}  {file.path_in_repo}" for file in gathered.leaving]
+    lines += [f"{'stays here':>10}  {name} ({why})" for name, why in sorted(gathered.left_out.items())]
+    total = sum(file.size for file in gathered.leaving)
+    return "\n".join(
+        [*lines, f"{len(gathered.leaving)} files, {size(total)}, would go to {repo_id}; nothing was uploaded"]
+    )
 
 
 def push_checkpoint(
@@ -168,9 +213,8 @@ def push_checkpoint(
 
 def _push(gathered: Gathered, repo_id: str, delete: Any, message: str, **more: Any) -> Pushed:
     done = commit.commit(repo_id, gathered.leaving, delete, message=message, **more)
-    size = sum(file.size for file in gathered.leaving)
-    files = len(gathered.leaving)
-    return Pushed(done.repo_id, done.url, done.oid, done.made, files, size, done.deleted, gathered.left_out)
+    total, files = sum(file.size for file in gathered.leaving), len(gathered.leaving)
+    return Pushed(done.repo_id, done.url, done.oid, done.made, files, total, done.deleted, gathered.left_out)
 
 
 def clean_place(path_in_repo: str | None) -> str:

@@ -97,6 +97,7 @@ class Chat:
         self.gone: list[Message] = []  # those turns
         self._cut: list[Message] = []  # answers that are not whole
         self.finish_reason = ""  # of the last answer: stop, length (it was cut off), or stopped (by the reader)
+        self.room = max_new_tokens  # tokens that the context had for it
 
     @property
     def messages(self) -> list[Message]:
@@ -164,6 +165,8 @@ class Chat:
         pieces: list[str] = []
         settings = (self.max_new_tokens, self.temperature, self.top_p)
         self.finish_reason = "stopped"  # unless the stream comes to its end
+        prompt = self.generator.encoder.prompts([[*self.messages, question]])[0]
+        self.room = self.generator.context - len(prompt)
         try:
             stream = self.generator.stream([*self.messages, question], *settings, stopped)
             while True:

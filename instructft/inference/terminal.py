@@ -6,6 +6,8 @@ What a model writes is shown, never obeyed: its control characters are printed a
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import sys
 import threading
@@ -18,7 +20,7 @@ from typing import Any
 from instructft.errors import InstructftError, UsageError
 from instructft.formatting import short
 from instructft.inference.chat import Chat
-from instructft.inference.reference_model import ReferenceModel
+from instructft.inference.reference_model import ReferenceModel, check_base
 from instructft.prompt.token_view import visible
 
 HELP = """\
@@ -30,34 +32,38 @@ HELP = """\
 /temperature T      0 is greedy; /temp is the same
 /top_p P            of the likeliest tokens that make up this share one is drawn
 /max N              tokens in an answer, at most
+/base MODEL         what /compare asks; start: what the model was trained from
 /compare [TEXT]     what the model was trained from answers, and what this one does; no TEXT: to the last question
 /save FILE.jsonl    the conversation as a row to train on
+/plain              answers as they stand, or again with their Markdown drawn
 /quit               leave; /exit and Ctrl-D are the same
-Ctrl-C stops an answer; the up arrow brings earlier lines back."""
+Ctrl-C stops an answer; the up arrow brings earlier lines back, also those of other days. A line that ends in \\ goes
+on in the next one, as Alt-Enter does; what is pasted may have several lines."""
 
 LEAVE = object()  # what a command returns when it is time to leave
 
 Ask = Callable[[threading.Event], Iterator[str]]
 
 
-def converse(chat: Chat, name: str, base: str = "start") -> None:
+def converse(chat: Chat, name: str, base: str = "start", plain: bool = False) -> None:
     """Read turns until the end of the input, and answer each as it is generated.
 
     Args:
         name: the model as it was named: `/compare` finds there what it began from.
         base: the model that `/compare` asks; `start` is what the run began from.
+        plain: show answers as they stand, without drawing their Markdown.
     """
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         _say(f"{name} · /help lists the commands, /quit leaves")
-    commands = Commands(chat, name, base, _say, lambda ask: _answer(chat, ask, terminal))
+    commands = Commands(chat, name, base, _say, lambda ask: _answer(chat, ask, terminal, commands.plain), plain)
     for text in _turns(terminal):
         try:
             if text.startswith("/"):
                 if commands.carry_out(text) is LEAVE:
                     return
             else:
-                _answer(chat, partial(chat.stream, text), terminal)
+                _answer(chat, partial(chat.stream, text), terminal, commands.plain)
         except InstructftError as error:  # also of a base that cannot be loaded; the conversation goes on
             _say(f"({error})")
         except KeyboardInterrupt:
@@ -67,13 +73,12 @@ def converse(chat: Chat, name: str, base: str = "start") -> None:
 
 
 def _turns(terminal: bool) -> Iterator[str]:
-    """Lines that are not empty: from a prompt with history and editing, or from a pipe."""
+    """Turns that are not empty: from a prompt with history and editing, or the lines of a pipe."""
     read: Callable[[], str] = sys.stdin.readline
     if terminal:
-        from prompt_toolkit import PromptSession
-
-        session: PromptSession[str] = PromptSession()
-        read = lambda: session.prompt("> ") + "\n"  # noqa: E731
+        read = _prompt()
+    elif hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # what is no UTF-8 is asked with a sign in its place
     while True:
         try:
             line = read()
@@ -87,16 +92,76 @@ def _turns(terminal: bool) -> Iterator[str]:
         if not line:
             return
         if line.strip():
-            yield line.strip()
+            yield as_text(line.strip())
 
 
-def _answer(chat: Chat, ask: Ask, terminal: bool) -> None:
+def as_text(typed: str) -> str:
+    """What was typed, as text that can be encoded: half a character, or a byte that is none, becomes a sign for it.
+
+    >>> as_text("Caf\\udce9?")
+    'Caf\ufffd?'
+    """
+    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _prompt() -> Callable[[], str]:
+    """Reads one turn from the terminal, which may have several lines; earlier ones come back with the arrow up."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: Any) -> None:
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith("\\") and buffer.document.is_cursor_at_the_end:
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    @keys.add("escape", "c-j")  # typed ahead of the prompt, while the terminal makes a line feed of Enter
+    def _(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    place = history_file()
+    history: History = FileHistory(str(place)) if place else InMemoryHistory()
+    session: PromptSession[str] = PromptSession(
+        history=history, key_bindings=keys, multiline=True, prompt_continuation="  "
+    )
+    return lambda: session.prompt("> ") + "\n"
+
+
+def history_file() -> Path | None:
+    """Where lines that were typed are kept from one chat to the next, for this user's eyes alone; None: nowhere.
+
+    `INSTRUCTFT_HISTORY` names another file, or none where it is empty.
+    """
+    named = os.environ.get("INSTRUCTFT_HISTORY")
+    if named == "":
+        return None
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    place = Path(named or f"{state}/instructft/chat-history").expanduser()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(place, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600))
+        place.chmod(0o600)
+    except OSError:  # a home that cannot be written is no reason not to talk
+        return None
+    return place
+
+
+def _answer(chat: Chat, ask: Ask, terminal: bool, plain: bool = True) -> None:
     """Show an answer as it comes, and say where it was cut off."""
     before, stopped = chat.left, threading.Event()
     pieces: Any = ask(stopped)  # a generator, whose return value is the finish reason
     if chat.left > before:
         _say(f"(the context is full: the oldest {chat.left - before} turns have left it)")
     said, reason = False, None
+    show: Callable[[str], None] = partial(print, end="", flush=True)
+    drawn = Drawn() if terminal and not plain else None
 
     def noting() -> Iterator[str]:
         nonlocal reason
@@ -105,11 +170,88 @@ def _answer(chat: Chat, ask: Ask, terminal: bool) -> None:
     with _interrupting(stopped) if terminal else nullcontext():
         for piece in noting():
             said = True
-            print(visible(piece), end="", flush=True)
+            (drawn.add if drawn else show)(visible(piece))
+    if drawn:
+        drawn.close()
     note = "(stopped)" if stopped.is_set() else "" if said else "(no answer)"
     if terminal and said and not note and reason == "length":
-        note = "(cut off; /max allows more tokens)"
+        full = chat.room <= chat.max_new_tokens
+        context = f"the context of {chat.generator.context:,} tokens is full; /reset begins anew"
+        note = f"(cut off: {context})" if full else "(cut off; /max allows more tokens)"
     _say(f" {note}" if said and note else note)
+
+
+_MARKS = re.compile(r"^ {0,3}(#{1,6} |[-*+] |\d+[.)] |>|```|~~~|\|)|\*\*\S|__\S|`[^`]+`|\[[^\]]+\]\(", re.MULTILINE)
+
+
+class Drawn:
+    """An answer whose Markdown is drawn, block by block: each is shown as it comes, and drawn anew when it is whole.
+
+    A block that holds no Markdown stays as it came; so does one that is higher than the window.
+    """
+
+    def __init__(self, console: Any = None):
+        from rich.console import Console
+
+        self.console = console or Console(highlight=False)
+        self.block = ""  # what was shown since the last one that is whole
+
+    def add(self, text: str) -> None:
+        """Show more of the answer."""
+        self.block += text
+        self._write(text)
+        while (end := self._end()) is not None:
+            rest = self.block[end:]
+            self._draw(self.block[:end], rest)
+            self.block = rest
+
+    def close(self) -> None:
+        """Draw what is left."""
+        self._draw(self.block, "")
+        self.block = ""
+
+    def _end(self) -> int | None:
+        """Where the first whole block ends, behind its empty line; a fence holds empty lines of its own."""
+        fence, at = "", 0
+        for line in self.block.splitlines(keepends=True):
+            mark = line.strip()[:3]
+            if mark in ("```", "~~~") and (not fence or fence == mark):
+                fence = "" if fence else mark
+            at += len(line)
+            if not line.strip() and not fence and self.block[:at].strip() and line.endswith("\n"):
+                return at
+        return None
+
+    def _draw(self, block: str, rest: str) -> None:
+        from rich.cells import cell_len
+
+        shown = block + rest
+        width, height = self.console.size
+        rows = sum(max(1, -(-cell_len(line.expandtabs(8)) // width)) for line in shown.split("\n")) - 1
+        if not _MARKS.search(block) or rows >= height - 1:
+            return
+        self._write((f"\x1b[{rows}A" if rows else "") + "\r\x1b[J")
+        self.console.print(markdown(block.strip("\n")))
+        trailing = block.endswith("\n")
+        self._write("\n" + rest if trailing and rest else "\n" if trailing else "")
+
+    def _write(self, text: str) -> None:
+        self.console.file.write(text)
+        self.console.file.flush()
+
+
+def markdown(text: str) -> Any:
+    """Text as rich draws Markdown; tags stay as they were written, and so do the ends of lines."""
+    from markdown_it import MarkdownIt
+    from rich.markdown import Markdown
+
+    found = Markdown(text, hyperlinks=False)
+    found.parsed = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).parse(text)
+    for token in found.parsed:
+        for child in token.children or ():
+            if child.type == "softbreak":
+                child.type = "hardbreak"
+    return found
 
 
 @contextmanager
@@ -142,10 +284,20 @@ class Commands:
         base: the model that `/compare` asks.
         say: prints a line.
         show: prints an answer as it comes, and lets it be stopped.
+        plain: answers are shown as they stand; `/plain` changes it.
     """
 
-    def __init__(self, chat: Chat, name: str, base: str, say: Callable[[str], None], show: Callable[[Ask], None]):
+    def __init__(
+        self,
+        chat: Chat,
+        name: str,
+        base: str,
+        say: Callable[[str], None],
+        show: Callable[[Ask], None],
+        plain: bool = False,
+    ):
         self.chat, self.name, self.base, self.say, self.show = chat, name, base, say, show
+        self.plain = plain
         self._reference: ReferenceModel | None = None
         self._all: dict[str, Callable[[str], object]] = {
             "/help": lambda _: say(HELP),
@@ -158,6 +310,10 @@ class Commands:
             "/top_p": self._top_p,
             "/top-p": self._top_p,
             "/max": self._max,
+            "/max_new_tokens": self._max,
+            "/max-new-tokens": self._max,
+            "/base": self._base,
+            "/plain": self._plain,
             "/compare": self._compare,
             "/save": self._save,
             "/exit": lambda _: LEAVE,
@@ -217,6 +373,16 @@ class Commands:
             return
         self.chat.max_new_tokens = int(text)
         self.say(f"(at most {int(text)} tokens in an answer)")
+
+    def _base(self, text: str) -> None:
+        if text:
+            check_base(self.name, text)
+            self.base, self._reference = text, None
+        self.say(f"(/compare asks {self.base})")
+
+    def _plain(self, _: str) -> None:
+        self.plain = not self.plain
+        self.say("(answers as they stand)" if self.plain else "(answers with their Markdown drawn)")
 
     def _compare(self, text: str) -> None:
         """The base is asked what this model was asked: the same conversation, up to the last question."""

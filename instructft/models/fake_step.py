@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +161,7 @@ def measure_step(model: Any, config: PretrainedConfig, batch: Batch, args: SFTCo
         inputs: dict[str, Any] = {"input_ids": torch.zeros(batch.rows, batch.width, dtype=torch.long)}  # (B, T)
         if batch.packed:
             inputs["position_ids"] = torch.arange(batch.width)[None].expand(batch.rows, -1)
-        with MemoryTracker([*model.parameters(), *model.buffers()]) as tracker:
+        with MemoryTracker([*model.parameters(), *model.buffers()]) as tracker, _without_tracebacks():
             for _ in range(passes):  # the second one finds the gradients of the first
                 with torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext():
                     hidden = backbone(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
@@ -172,6 +173,18 @@ def measure_step(model: Any, config: PretrainedConfig, batch: Batch, args: SFTCo
         # routing that looks at values, or a kernel without a description of its shapes
         found = activation_bytes(config, batch, (dtype or model.dtype).itemsize, checkpointing)
         return Step(found, found + sum(p.nbytes for p in model.parameters() if p.requires_grad), traced=False)
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """What torch cannot trace it also logs as an error, with 22 lines; here that is no trouble (torch 2.13)."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def activation_bytes(config: PretrainedConfig, batch: Batch, element: int, checkpointing: bool = False) -> int:

@@ -14,6 +14,7 @@ from instructft.adapters import quantization
 from instructft.adapters.adapter_folder import AdapterFolder, is_adapter, read_adapter
 from instructft.adapters.attach import attach, check_fit, locate_base
 from instructft.errors import ModelError, UsageError
+from instructft.models.first_look import missing
 from instructft.models.kernels.activations import fuse_activations
 from instructft.models.tokenizer import adds_bos
 from instructft.prompt.templates import TEMPLATES
@@ -52,8 +53,8 @@ def _find(name: str, on_hub: bool = False) -> tuple[str, str, AdapterFolder | No
     """Folder or Hub id, revision, and the adapter that is there: read once, and from the Hub where that is asked."""
     path = Path(name).expanduser()
     if not path.exists():
-        if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-            raise UsageError(f"there is no model folder {name}; give a run folder, or a Hub id such as org/name")
+        if why := missing(name, bare=False, cached=False):
+            raise UsageError(why)
         location, _, revision = name.partition("@")
         folder = adapter_on_hub(location, revision) if on_hub else None
         return location, revision or "main", read_adapter(folder) if folder else None

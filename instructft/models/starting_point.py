@@ -149,8 +149,8 @@ def starting_point(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Starti
     refuse_what_does_not_answer(config)
     if model.overrides:
         _override(config, model.overrides, recipe.adapter.type)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-    if 0 < positions < recipe.data.max_length:  # XLNet says -1 where there is no end
+    positions = positions_of(config)
+    if 0 < positions < recipe.data.max_length and "max_length" in recipe.data.model_fields_set:
         raise UsageError(
             f"data.max_length: {recipe.data.max_length} tokens are more than the {positions} positions of "
             f"{model.name_or_path or 'model.config'}; set data.max_length to {positions} or less"
@@ -171,6 +171,11 @@ def starting_point(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Starti
         added = new_tokens(recipe, tokenizer, config.get_text_config().vocab_size)
         lora.check(recipe, config, added)
     return StartingPoint(*where, named, adapter, config, added, len(tokenizer))
+
+
+def positions_of(config: PretrainedConfig) -> int:
+    """Tokens that a model can attend to; 0 where there is no end (XLNet says -1)."""
+    return max(0, getattr(config.get_text_config(), "max_position_embeddings", None) or 0)
 
 
 def adapter_to_train_further(recipe: Recipe) -> AdapterFolder | None:

@@ -106,7 +106,10 @@ def _file_of(name: str, file: str, **where: Any) -> str | None:
     from transformers.utils.hub import cached_file
 
     quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
-    found: str | None = cached_file(name, file, **where, **quiet, _raise_exceptions_for_gated_repo=False)
+    try:
+        found: str | None = cached_file(name, file, **where, **quiet, _raise_exceptions_for_gated_repo=False)
+    except Exception:  # a connection that breaks raises whatever the library's client does
+        return None
     return found
 
 

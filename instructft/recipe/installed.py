@@ -6,6 +6,7 @@ here as the trainer will make it, so that what it says after minutes of loading 
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import os
@@ -48,7 +49,9 @@ def check_against_installed(recipe: Recipe, device: str | None = None) -> None:
         raise RecipeError(recipe.source or recipe.name, [f"train.{name}: {say}" for name in unknown])
     problems = [*_schedule(recipe), *_optimizer_arguments(recipe)]
     if device is not None:
-        problems += [*_precision_and_kernels(recipe, device), *_trackers(recipe), *_settings(recipe, device, problems)]
+        problems += dict.fromkeys((*missing_packages(recipe), *_trackers(recipe)))
+        problems += _precision_and_kernels(recipe, device)
+        problems += _settings(recipe, device, problems)
     if problems:
         raise UsageError("\n".join(problems))
 
@@ -129,18 +132,14 @@ def _precision_and_kernels(recipe: Recipe, device: str) -> Iterator[str]:
         yield f"train.tf32: {here}, and tf32 is a way of NVIDIA's GPUs to multiply; take it out"
     if recipe.train.get("activation_offloading"):
         yield f"train.activation_offloading: {here}, and there is no GPU to offload from; take it out"
-    if recipe.train.get("use_liger_kernel"):
+    if recipe.train.get("use_liger_kernel") and _is_installed("liger_kernel"):
         yield f"train.use_liger_kernel: {here}, and these kernels are for GPUs; take it out"
 
 
 def _fp8(device: str) -> Iterator[str]:
     """Why no products can be made in 8-bit floats here; a CPU emulates them."""
-    import importlib.util
-
     import torch
 
-    if importlib.util.find_spec("torchao") is None:
-        yield "train.fp8: torchao is not installed; pip install 'instructft[fp8]', or take it out"
     if device == "cuda" and (found := torch.cuda.get_device_capability()) < (8, 9):
         card = f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}"
         yield f"train.fp8: {card}, and 8-bit floats need 8.9 or more (H100, H200, B200, L40S, RTX 40); take it out"
@@ -148,20 +147,81 @@ def _fp8(device: str) -> Iterator[str]:
         yield f"train.fp8: {device} has no products of 8-bit floats; take it out"
 
 
-# Tracker -> its package on PyPI, and its part in transformers' `is_…_available`, where these are named otherwise.
-_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit"}
-_KNOWN_AS = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
+# Tracker in `train.report_to` -> the module by which transformers knows that it is there, and its package on PyPI.
+_TRACKERS = {
+    "azure_ml": ("azureml", "azureml-mlflow"),
+    "clearml": ("clearml", "clearml"),
+    "codecarbon": ("codecarbon", "codecarbon"),
+    "comet_ml": ("comet_ml", "comet-ml"),
+    "dagshub": ("dagshub", "dagshub"),
+    "dvclive": ("dvclive", "dvclive"),
+    "flyte": ("flytekit", "flytekit"),
+    "mlflow": ("mlflow", "mlflow"),
+    "neptune": ("neptune", "neptune"),
+    "swanlab": ("swanlab", "swanlab"),
+    "trackio": ("trackio", "trackio"),
+    "wandb": ("wandb", "wandb"),
+}
+# transformers takes the kernel from the Hub where `kernels` is installed
+_FLASH = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn.cute",
+}
+
+
+def missing_packages(recipe: Recipe) -> Iterator[str]:
+    """What the recipe's keys need and is not installed; no package is imported for it."""
+    for name in _named(recipe):  # TensorBoard is attached by the run itself
+        if name in _TRACKERS and not _is_installed(_TRACKERS[name][0]):
+            yield _no_tracker(name)
+    attention, quantization = recipe.model.attn_implementation, recipe.model.quantization
+    if quantization != "none" and not _is_installed("bitsandbytes"):
+        yield (
+            f"model.quantization: {quantization} needs bitsandbytes, which is not installed. Install it with "
+            "pip install 'instructft[quant]', or train without: model.quantization=none"
+        )
+    if (flash := _FLASH.get(attention)) and not _is_installed(flash) and not _is_installed("kernels"):
+        yield (
+            f"model.attn_implementation: {attention} cannot be used here: {flash} is not installed; or write "
+            "model.attn_implementation=auto, which takes what is here"
+        )
+    if recipe.train["fp8"] and not _is_installed("torchao"):
+        yield "train.fp8: torchao is not installed; pip install 'instructft[fp8]', or take it out"
+    if recipe.train.get("use_liger_kernel") and not _is_installed("liger_kernel"):
+        yield "train.use_liger_kernel: liger_kernel is not installed; pip install liger-kernel, or take it out"
+
+
+def _named(recipe: Recipe) -> list[str]:
+    named = recipe.train.get("report_to") or []
+    return [named] if isinstance(named, str) else list(named)
+
+
+def _no_tracker(name: str) -> str:
+    return f"train.report_to: {name} is not installed; pip install {_TRACKERS[name][1]}, or take it out"
 
 
 def _trackers(recipe: Recipe) -> Iterator[str]:
-    """Trackers that are named and not installed. TensorBoard is attached by the run itself."""
+    """Trackers that transformers would not use: broken, switched off, or out of their place."""
     from transformers import integrations
 
-    named = recipe.train.get("report_to") or []
-    for name in [named] if isinstance(named, str) else named:
-        available = getattr(integrations, f"is_{_KNOWN_AS.get(name, name)}_available", None)
-        if name != "tensorboard" and available is not None and not available():
-            yield (f"train.report_to: {name} is not installed; pip install {_PACKAGES.get(name, name)}, or take it out")
+    parts = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}  # named otherwise there
+    for name in _named(recipe):
+        available = getattr(integrations, f"is_{parts.get(name, name)}_available", None)
+        if name == "kubeflow" and available is not None and not available():
+            yield (
+                "train.report_to: kubeflow works in a Kubeflow TrainJob alone, and KUBEFLOW_TRAINER_SERVER_URL is not "
+                "set; take it out"
+            )
+        elif name in _TRACKERS and available is not None and not available():
+            yield _no_tracker(name)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # half of it, or a stand-in without a specification
+        return False
 
 
 def _settings(recipe: Recipe, device: str, known: list[str]) -> Iterator[str]:

@@ -234,7 +234,9 @@ class DataSection(_Section):
         description="a file of row ids, one a line, that are not trained on; `instructft rows RUN --exclude FILE` "
         "writes one",
     )
-    max_length: int = Field(default=1024, gt=1, description="tokens per row")
+    max_length: int = Field(
+        default=1024, gt=1, description="tokens per row; left out, no more than the model has positions"
+    )
     on_too_long: Literal["truncate", "drop", "error"] = Field(
         default="truncate", description="what happens to a row longer than max_length"
     )
@@ -416,6 +418,41 @@ class Recipe(_Section):
         sections = {"model": model, "data": data, "adapter": adapter, "train": self.train_resolved(), **rest}
         plain: dict[str, Any] = thaw(sections)
         return plain
+
+    def told(self) -> dict[str, Any]:
+        """What a recipe says beyond the defaults, as plain dicts and lists: enough to run it again.
+
+        >>> load_recipe("quickstart").told()["data"]["template"]
+        'instruction'
+        """
+        whole = self.to_dict()
+        usual = Recipe(data=DataSection(datasets=(DatasetEntry(name=""),))).to_dict()
+        defaults = {name: row["default"] for name, row in legal_train_fields().items()}
+        train = train_defaults({}, self.data.holds_out("validation"))
+        # a seed belongs to every record of a run, and so does the learning rate, which follows from the model
+        always = {"seed", "learning_rate", "max_length", "template", "train_on", "type"}
+        usual["train"] = {**thaw(defaults), **thaw(train)}
+        found: dict[str, Any] = {}
+        for section, values in whole.items():
+            if not isinstance(values, dict):
+                if values not in (usual.get(section), []):
+                    found[section] = values
+                continue
+            kept = {k: v for k, v in values.items() if k in always or v != usual[section].get(k)}
+            if section == "data":
+                entry = usual["data"]["datasets"][0]
+                for key in ("datasets", "validation", "test"):
+                    if kept.get(key):
+                        kept[key] = [
+                            {k: v for k, v in one.items() if v is not None and v != entry.get(k, "")}
+                            for one in kept[key]
+                        ]
+            if section == "train":  # some defaults follow from what is kept
+                follow = {**usual["train"], **thaw(train_defaults(kept, self.data.holds_out("validation")))}
+                kept |= {k: v for k, v in values.items() if v != follow.get(k)}
+            if kept and not (section == "adapter" and values["type"] == "none"):
+                found[section] = kept
+        return found
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML 1.2; read again it gives an equal Recipe."""

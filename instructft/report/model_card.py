@@ -96,7 +96,7 @@ def card(
         metrics=_figures(facts["metrics"]),
         diverged=[one["text"] for one in facts.get("warnings") or () if one["kind"] == "diverged"],
         title=" ".join(recipe.name.split()) or "recipe",
-        resolved=yaml_text(without_places(recipe.to_dict(), [Path(recipe.output_dir)])).strip(),
+        resolved=yaml_text(without_places(recipe.told(), [Path(recipe.output_dir)])).strip(),
     )
 
 

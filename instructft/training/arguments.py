@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import UsageError
+from instructft.formatting import memory_size
 from instructft.models.load import weights_dtype
+from instructft.models.starting_point import positions_of
 from instructft.recipe.conflicts import accelerator_problem
 from instructft.recipe.schema import freeze
 
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 
     from instructft.data.prepare import Prepared
     from instructft.data.streaming import Streamed
+    from instructft.models.starting_point import StartingPoint
     from instructft.recipe.schema import Recipe
 
 
@@ -56,6 +61,173 @@ def training_arguments(recipe: Recipe, data: Prepared | Streamed, state: Partial
         per_micro_batch = data.tokens_per_row * args.per_device_train_batch_size * state.num_processes
         args.gradient_accumulation_steps = max(1, round(tokens_per_step / per_micro_batch))
     return args, precision
+
+
+# The learning rate of a recipe that names none. For an adapter about ten times that for all weights (Schulman et al.,
+# "LoRA Without Regret", 2025). With Adam the best one for all weights falls with the width (Yang et al., 2022,
+# arXiv:2203.03466): what is usual for models of 1 to 8 billion parameters, and more for those that are narrower.
+LORA_RATE, FULL_RATE, FULL_WIDTH, MOST_RATE = 2e-4, 2e-5, 2048, 1e-3
+TOO_HIGH, TOO_LOW = 20, 10  # times the usual rate, from where on a rate that somebody wrote is remarked upon
+
+
+def usual_rate(recipe: Recipe, config: Any) -> tuple[float, str]:
+    """The learning rate that a run takes unless its recipe names one, and why.
+
+    Example::
+
+        usual_rate(load_recipe("gpt2-dolly"), config)
+        # (5.3e-05, 'the default for all weights of a model 768 wide: 2e-05 from a width of 2,048 on, more below')
+    """
+    if recipe.adapter.type == "lora":
+        return LORA_RATE, "the default for LoRA"
+    width = getattr(config.get_text_config(), "hidden_size", None) or FULL_WIDTH
+    rate = min(MOST_RATE, FULL_RATE * max(1.0, FULL_WIDTH / width))
+    return float(f"{rate:.1e}"), (
+        f"the default for all weights of a model {width:,} wide: {FULL_RATE:.0e} from a width of {FULL_WIDTH:,} on, "
+        "more below"
+    )
+
+
+def follow_model(
+    recipe: Recipe, config: Any, before: Mapping[str, Any] | None = None
+) -> tuple[Recipe, list[tuple[str, str]]]:
+    """A recipe with what it leaves to the model: tokens of a row, learning rate; and each with its reason, to be said.
+
+    Args:
+        config: of the model.
+        before: what the checkpoint that the run resumes from was made of (`checkpoints.resume.identity`).
+    """
+    said: list[tuple[str, str]] = []
+    update: dict[str, Any] = {}
+    positions, length = positions_of(config), recipe.data.max_length
+    if before and "max_length" not in recipe.data.model_fields_set:
+        length = before.get("data.max_length", length)
+    elif "max_length" not in recipe.data.model_fields_set and 0 < positions < length:
+        said.append(("max_length", f"{positions:,} tokens a row: the model has no more positions (data.max_length)"))
+        length = positions
+    if length != recipe.data.max_length:
+        update["data"] = recipe.data.model_copy(update={"max_length": length})
+    if "learning_rate" not in recipe.train:
+        rate, why = usual_rate(recipe, config)
+        if before and "train.learning_rate" in before:
+            rate, why = before["train.learning_rate"], "as it was when the run began"
+        update["train"] = freeze({**recipe.train, "learning_rate": rate})
+        said.append(("rate", f"{rate:g}, {why} (train.learning_rate)"))
+    return recipe.model_copy(update=update), said
+
+
+def remarks(recipe: Recipe, args: SFTConfig, config: Any, steps: int) -> list[str]:
+    """What is odd about settings that can be carried out, in a line each.
+
+    Args:
+        steps: of the whole run.
+    """
+    found = []
+    usual, _ = usual_rate(recipe, config)
+    rate = args.learning_rate
+    name = "LoRA" if recipe.adapter.type == "lora" else "all weights of a model this wide"
+    if "adamw" in str(args.optim).lower() and "learning_rate" in recipe.train_written:
+        if rate > TOO_HIGH * usual * 1.001:
+            found.append(
+                f"train.learning_rate: {rate:g} is {rate / usual:,.0f} times what is usual for {name} ({usual:g}); a "
+                "run rarely survives that"
+            )
+        elif rate * TOO_LOW <= usual * 1.001:
+            found.append(
+                f"train.learning_rate: {rate:g} is {usual / rate:,.0f} times below what is usual for {name} "
+                f"({usual:g}); little is learned"
+            )
+    if recipe.model.dtype == "float16" and recipe.adapter.type == "none":
+        found.append(
+            "model.dtype: all weights are trained in float16 itself, in which small updates are lost and gradients "
+            "overflow; write float32 (or auto) and train.fp16=true where the GPU has no bfloat16"
+        )
+    warmup = args.warmup_steps
+    if warmup >= 1 and steps and warmup >= steps:
+        found.append(
+            f"train.warmup_steps: {warmup:g} steps of warm-up in a run of {steps:,}, whose learning rate never gets to "
+            f"{rate:g}; a number below 1 is a share: train.warmup_steps=0.03"
+        )
+    return found
+
+
+def steps_of(args: SFTConfig, data: Prepared | Streamed) -> int:
+    """Optimizer steps of the whole run."""
+    from instructft.data.streaming import Streamed
+    from instructft.models.memory import steps
+
+    return args.max_steps if isinstance(data, Streamed) else int(steps(data, args, args.world_size)["steps"])
+
+
+ROUGH = 4  # times: a bound from the configuration alone is this far on the safe side
+
+
+def decide_checkpointing(
+    recipe: Recipe, start: StartingPoint, data: Prepared | Streamed, args: SFTConfig, before: Mapping[str, Any] | None
+) -> tuple[Recipe, str]:
+    """A recipe that leaves `train.gradient_checkpointing` open, with it where memory would not hold a step; and why.
+
+    It costs about a third of the speed, so it is left out where there is room.
+    """
+    if recipe.train_written & {"gradient_checkpointing", "activation_checkpointing"} or recipe.train["fp8"]:
+        return recipe, ""
+    if before is not None:  # fixed for a run's life
+        return with_checkpointing(recipe, bool(before.get("train.gradient_checkpointing"))), ""
+    if any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")):
+        return recipe, ""  # weights are divided, which the estimate of one process does not know
+    from instructft.data.streaming import Streamed
+
+    there = memory_here(args)
+    if not there or isinstance(data, Streamed) or _roughly(start.config, args, recipe) * ROUGH < there:
+        return recipe, ""
+    from instructft.models.memory import largest_batch, memory, resident
+
+    batch = largest_batch(data, args.per_device_train_batch_size, args.pad_to_multiple_of or 1)
+    accumulates, base = args.gradient_accumulation_steps > 1, resident()
+
+    def needed(checkpointing: bool) -> int:
+        asked = copy.copy(args)
+        asked.gradient_checkpointing = checkpointing
+        found = memory(recipe, start, batch, asked, args.device.type, accumulates, args.world_size, base)
+        return int(found["memory"]["total"]) - (base if args.device.type == "cpu" else 0)
+
+    whole = needed(False)
+    if whole < SPARE * there or (less := needed(True)) >= whole:
+        return recipe, ""
+    return with_checkpointing(recipe, True), (
+        f"on: without it a step is estimated at {memory_size(whole)} of the {memory_size(there)} that are free here, "
+        f"with it at {memory_size(less)} (train.gradient_checkpointing)"
+    )
+
+
+SPARE = 0.9  # of the free memory that a step may be estimated at
+
+
+def with_checkpointing(recipe: Recipe, checkpointing: bool) -> Recipe:
+    """A recipe with `train.gradient_checkpointing` as it was decided."""
+    return recipe.model_copy(update={"train": freeze({**recipe.train, "gradient_checkpointing": checkpointing})})
+
+
+def memory_here(args: SFTConfig) -> int:
+    """Bytes that are free for this process on the device where it trains; 0 where that is not known."""
+    import psutil
+    import torch
+
+    if args.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(args.device)[0])
+    return int(psutil.virtual_memory().available) // args.world_size if args.device.type == "cpu" else 0
+
+
+def _roughly(config: Any, args: SFTConfig, recipe: Recipe) -> int:
+    """Bytes of a step, from the configuration alone (Korthikanti et al., 2022, arXiv:2205.05198, in float32)."""
+    text = config.get_text_config()
+    width, layers = getattr(text, "hidden_size", 0) or 0, getattr(text, "num_hidden_layers", 0) or 0
+    inner = max(getattr(text, "intermediate_size", 0) or 0, 4 * width)
+    heads = getattr(text, "num_attention_heads", 0) or 0
+    tokens = args.per_device_train_batch_size * recipe.data.max_length
+    activations = layers * tokens * 4 * (8 * width + 4 * inner + heads * recipe.data.max_length * 3)
+    weights = layers * (4 * width * width + 3 * width * inner) + 2 * (getattr(text, "vocab_size", 0) or 0) * width
+    return int(activations + 16 * weights)
 
 
 def as_decided(recipe: Recipe, packed: bool, per_pack: float) -> Recipe:

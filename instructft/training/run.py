@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,17 @@ from instructft.models.tokenizer import date_in_prompts, load_tokenizer, said_of
 from instructft.recipe.installed import check_against_installed
 from instructft.recipe.schema import Recipe, metric_name
 from instructft.report.logs import keep_printed, lasting_output
-from instructft.training.arguments import as_decided, refuse_what_cannot_run, reporters, training_arguments
+from instructft.training.arguments import (
+    as_decided,
+    decide_checkpointing,
+    follow_model,
+    refuse_what_cannot_run,
+    remarks,
+    reporters,
+    steps_of,
+    training_arguments,
+    with_checkpointing,
+)
 from instructft.training.launch.silent import silent_named, state_of
 from instructft.training.launch.workers import first_process
 from instructft.training.out_of_memory import explained
@@ -125,7 +135,9 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
     tokenizer = load_tokenizer(recipe)
     origin = starting_point(recipe, tokenizer)  # a model that does not fit is refused before the data is read
     check_attention(recipe, origin.config)
-    quantization.check(recipe)
+    quantization.check(recipe, origin.config)
+    before = checkpoint.identity if checkpoint else None
+    recipe, left_open = follow_model(recipe, origin.config, before)
     asked = recipe
     with state.main_process_first():
         data = _prepared(asked, tokenizer, origin)
@@ -134,6 +146,11 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
         if data.packed != recipe.data.packing:
             data = _prepared(recipe, tokenizer, origin)
     args, precision = training_arguments(recipe, data, state)
+    undecided, batches = recipe, args
+    recipe, why = first_process(state, lambda: decide_checkpointing(undecided, origin, data, batches, before))
+    if recipe != undecided:
+        args, precision = training_arguments(recipe, data, state)
+    left_open += [("checkpointing", why)] if why else []
     made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, args))
     start = run_start(checkpoint, passed, made_of)
     if facts := start.finished(run):
@@ -146,7 +163,8 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
     if asked.data.packing == "auto" and recipe.data.packing and checkpoint is None:
         why = first_process(state, lambda: why_rows(model, args, recipe.data.max_length))
         if why:
-            packs, recipe = data, as_decided(asked, False, data.per_pack)
+            checkpointing = recipe.train["gradient_checkpointing"]
+            packs, recipe = data, with_checkpointing(as_decided(asked, False, data.per_pack), checkpointing)
             data = _prepared(recipe, tokenizer, origin)
             args, precision = training_arguments(recipe, data, state)
             made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, args))
@@ -156,7 +174,9 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
 
             console.print(cost_of_rows(why, packs, data, args), markup=False, highlight=False)
     base, template = origin.facts(), template_facts(tokenizer, origin)  # now: a branch on the Hub may move meanwhile
-    announce(recipe, tokenizer, data, model, args, precision, attention, console)
+    announce(recipe, tokenizer, data, model, args, precision, attention, console, left_open)
+    for line in remarks(recipe, args, origin.config, steps_of(args, data)):
+        console.print(f"note: {line}", style="yellow", markup=False, highlight=False)
     for line in start.lines():
         console.print(line, markup=False, highlight=False)
     with full_disk_explained(run), uploads(recipe, run, state.is_main_process, console) as publisher:
@@ -240,8 +260,13 @@ def announce(
     precision: str,
     attention: Attention,
     console: Console,
+    left_open: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Say what is about to be trained: model, rows, tokens, the share that carries loss, what was dropped or cut."""
+    """Say what is about to be trained: model, rows, tokens, the share that carries loss, what was dropped or cut.
+
+    Args:
+        left_open: what the recipe leaves open, as it was decided, with the reason.
+    """
     import torch
     from rich.markup import escape
     from rich.table import Table
@@ -274,6 +299,8 @@ def announce(
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     what = "packs" if recipe.data.packing else "rows"
     table.add_row("step", f"{batch} {what}, about {round(batch * data.tokens_per_row):,} tokens")
+    for what, how in left_open:
+        table.add_row(what, escape(how))
     table.add_row("run", escape(str(recipe.output_dir)))
     console.print(table)
     example = {name: values[:300] for name, values in data.example.items()}

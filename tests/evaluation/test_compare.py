@@ -286,3 +286,20 @@ def test_ways_to_evaluate_are_taken_one_at_a_time() -> None:
         outcome = CliRunner().invoke(app, ["evaluate", "runs/none", *options])
         assert isinstance(outcome.exception, UsageError), outcome.output
         assert message in str(outcome.exception)
+
+
+def test_what_rows_and_answers_hold_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"prompt": "\x1b[31mred", "reference": "\x1b]0;title\x07", "prediction": "[bold]\x07"}
+    module._print_rows(Console(width=120), {"tuned": {"rows": [row]}, "base": {"rows": [row]}}, 1)
+    out = capsys.readouterr().out
+    assert not set(out) & {"\x1b", "\x07"}
+    assert "[bold]" in out
+
+
+def test_a_question_mark_is_explained_once(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {**dict.fromkeys(module.FORMS, 0.5), "intervals": {}, "rows": [{}] * 4}
+    found = {name: {"interval": None, "noise": None} for name in module.FORMS if name != "loss"}
+    module._print_metrics(Console(width=120), {"tuned": figures, "base": figures, "difference": found})
+    out = capsys.readouterr().out
+    assert out.count("?: 4 rows are too few, or too much alike, to tell a difference from chance") == 1
+    assert "?" not in next(line for line in out.splitlines() if line.startswith("loss"))  # not compared: no verdict

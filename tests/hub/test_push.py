@@ -313,3 +313,25 @@ def test_the_command_says_what_it_did_and_fails_with_1(model: Path, hub: LocalHu
     assert caught.value.exit_code == 1
     with pytest.raises(UsageError, match="no model folder"):
         CliRunner().invoke(app, ["push", "nowhere", REPO_ID], catch_exceptions=False)
+
+
+def test_a_dry_run_lists_what_would_go_and_asks_no_hub(
+    model: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "notes.txt").write_text("mine", encoding="utf-8")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.HfApi.__init__", lambda *_, **__: pytest.fail("the Hub was asked"))
+    run = CliRunner().invoke(app, ["push", str(model), REPO_ID, "--path-in-repo", "v1", "--dry-run"])
+    assert run.exit_code == 0, run.output
+    assert re.search(r"\d+\.\d MB  v1/model-\d+-of-\d+\.safetensors\n", run.output)
+    assert "notes.txt (" in run.output
+    assert re.search(rf"\d+ files, [\d.]+ MB, would go to {REPO_ID}; nothing was uploaded\n$", run.output)
+
+
+def test_a_name_without_an_owner_is_told_with_the_login_that_is_missing(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    with pytest.raises(HubError, match=r"^support names no owner: write OWNER/support"):
+        CliRunner().invoke(app, ["push", str(model), "support"], catch_exceptions=False)

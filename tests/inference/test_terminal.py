@@ -11,15 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from instructft.errors import UsageError
 from instructft.inference.chat import Chat
-from instructft.inference.terminal import HELP, Commands, converse
+from instructft.inference.terminal import HELP, Commands, Drawn, _answer, _turns, as_text, converse, history_file
 from instructft.prompt.token_view import visible
 
 
@@ -327,17 +329,107 @@ def test_control_characters_are_shown_and_not_obeyed(
     ]
 
 
+def drawn(*pieces: str, width: int = 40, height: int = 20) -> str:
+    """What a terminal gets of an answer that comes in pieces."""
+    screen = io.StringIO()
+    shown = Drawn(Console(file=screen, width=width, height=height, force_terminal=True, color_system=None))
+    for piece in pieces:
+        shown.add(piece)
+    shown.close()
+    return screen.getvalue()
+
+
+def test_what_holds_no_markdown_stays_as_it_came() -> None:
+    assert drawn("Two ", "lines:\n", "2 * 3 * 4 < 5\n\nsnake_case_name") == (
+        "Two lines:\n2 * 3 * 4 < 5\n\nsnake_case_name"
+    )
+
+
+def test_a_block_is_drawn_anew_when_it_is_whole() -> None:
+    text = drawn("Look:\n\n- a **b**\n", "- c\n\nDone")
+    assert text.startswith("Look:\n\n- a **b**\n- c\n\nDone\x1b[3A\r\x1b[J")
+    assert text.endswith("Done")
+    assert " • a b" in text
+
+
+def test_tags_and_ends_of_lines_stay() -> None:
+    shown = drawn("# <b>One</b>\n\nroses **red**\n<think>violets\n").rpartition("\x1b[J")[2]
+    assert [line.strip() for line in shown.splitlines() if line.strip()] == ["roses red", "<think>violets"]
+    assert "<b>One</b>" in drawn("# <b>One</b>")
+
+
+def test_a_fence_holds_empty_lines_and_what_is_higher_than_the_window_stays() -> None:
+    code = "```py\na = 1\n\nb = 2\n```\n"
+    assert "```" not in drawn(code).rpartition("\x1b[J")[2]
+    assert drawn(code, height=5) == code
+
+
+def test_a_full_context_is_the_reason_that_is_named(
+    tiny_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = Chat(tiny_model, tokenizer, max_new_tokens=6)
+    context = chat.generator.context
+
+    def stream(*_: Any) -> Iterator[str]:
+        yield "tea"
+        return "length"
+
+    monkeypatch.setattr(chat.generator, "stream", stream)
+    for most, note in (
+        (6, "(cut off; /max allows more tokens)"),
+        (10_000, f"(cut off: the context of {context} tokens"),
+    ):
+        chat.max_new_tokens = most
+        _answer(chat, partial(chat.stream, "Hi"), terminal=True)
+        assert note in capsys.readouterr().out
+
+
+def test_bytes_that_are_no_utf8_are_asked_with_a_sign(
+    tmp_path: Path, talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"Caf\xe9?\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert list(_turns(terminal=False)) == ["Caf\ufffd?"]
+    assert as_text("Caf\udce9?") == "Caf\ufffd?"
+
+
+def test_where_lines_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("INSTRUCTFT_HISTORY", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    found = history_file()
+    assert found == tmp_path / "state/instructft/chat-history"
+    assert found.stat().st_mode & 0o777 == 0o600
+    assert found.parent.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("INSTRUCTFT_HISTORY", "")
+    assert history_file() is None
+    (tmp_path / "link").symlink_to(found)
+    monkeypatch.setenv("INSTRUCTFT_HISTORY", str(tmp_path / "link"))
+    assert history_file() is None  # a link leads to a file of somebody's choice
+
+
+def test_every_option_is_a_command(talk: Any) -> None:
+    """As it is written behind `instructft chat`, with `/` for the dashes."""
+    from typer.testing import CliRunner
+
+    from instructft.cli import app
+
+    options = re.findall(r"--([a-z_-]+)", CliRunner().invoke(app, ["chat", "--help"]).output)
+    assert {"temp", "temperature", "top-p", "max", "max-new-tokens", "system", "base", "plain"} <= set(options)
+    for name in {*options} - {"help", "trust-remote-code"}:
+        assert "unknown" not in talk(f"/{name}\n")[0][-1], name
+
+
 # ------------------------------------------------------------------------------------------------------ a real terminal
 
 
 class Terminal:
     """A program in a pseudo-terminal, and a person who types and waits for what appears."""
 
-    def __init__(self, *command: str):
+    def __init__(self, *command: str, **environment: str):
         import pty
 
         self.master, slave = pty.openpty()
-        env = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "OMP_NUM_THREADS": "1", **environment}
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True, preexec_fn=_own_terminal
         )
@@ -390,7 +482,9 @@ def test_in_a_terminal(tokenizer: Any, tmp_path: Path) -> None:
         model.transformer.wte.weight[tokenizer("z", add_special_tokens=False)["input_ids"][0]] = 5
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    terminal = Terminal(sys.executable, "-m", "instructft", "chat", str(tmp_path), "--max-new-tokens", "50000")
+    kept = tmp_path / "state" / "history"
+    command = ("-m", "instructft", "chat", str(tmp_path), "--max", "50000")
+    terminal = Terminal(sys.executable, *command, INSTRUCTFT_HISTORY=str(kept))
     try:
         terminal.wait_for("/help lists the commands, /quit leaves")
         terminal.wait_for(">")
@@ -411,12 +505,18 @@ def test_in_a_terminal(tokenizer: Any, tmp_path: Path) -> None:
         terminal.wait_for(">")
         terminal.type("/reset\r")
         terminal.wait_for("(a new conversation)")
-        terminal.type("Hi\r")
+        terminal.wait_for(">")
+        terminal.type("Hi \\\rand\x1b\rbye\r")  # three lines: two ways to begin another
         terminal.wait_for("zzz (cut off; /max allows more tokens)")
+        terminal.type(f"/save {tmp_path}/said.jsonl\r")
+        terminal.wait_for("(saved to")
+        assert json.loads((tmp_path / "said.jsonl").read_text())["messages"][0]["content"] == "Hi \nand\nbye"
         terminal.wait_for(">")
         terminal.type("\x04")
         assert terminal.process.wait(timeout=30) == 0
         assert "Traceback" not in terminal.screen
         assert "Error" not in terminal.screen
+        assert "Hello there" in kept.read_text(encoding="utf-8")
+        assert kept.stat().st_mode & 0o777 == 0o600
     finally:
         terminal.close()

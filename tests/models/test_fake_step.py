@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
+import pytest
 import torch
 from transformers import AutoConfig
 
-from instructft.models.fake_step import Batch, MemoryTracker, activation_bytes
+from instructft.models.fake_step import Batch, MemoryTracker, _without_tracebacks, activation_bytes
 
 
 def test_the_tracker_sees_what_lives_at_once() -> None:
@@ -25,3 +28,12 @@ def test_the_formula_of_korthikanti() -> None:
     config._attn_implementation = "eager"
     assert activation_bytes(config, Batch(8, 256, 0), 2) == 3 * (34 * 8 * 256 * 256 + 5 * 4 * 8 * 256 * 256)
     assert activation_bytes(config, Batch(8, 256, 0), 2, True) < activation_bytes(config, Batch(8, 256, 0), 2)
+
+
+def test_what_cannot_be_traced_is_no_trouble_and_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    with _without_tracebacks():
+        log.error("failed while attempting to run meta")
+    assert capfd.readouterr().err == ""
+    log.error("another trouble")
+    assert "another trouble" in capfd.readouterr().err

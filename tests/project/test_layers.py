@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "instructft"
 LAYERS = (
     ("version", "errors"),
     ("formatting", "whole_file"),
+    ("progress",),
     ("redaction",),
     ("prompt",),
     ("data", "weights"),

@@ -21,6 +21,7 @@ from instructft.prompt.loss_mask import encode_conversation
 from instructft.prompt.templates import TEMPLATES
 from instructft.prompt.token_view import coloured, documents, pieces, show, visible
 
+SIGNS = "reading my.yaml …\nloading torch and transformers …\n"  # of life
 REPO = Path(__file__).resolve().parents[2]
 EVIL = (
     "[bold red]x[/] [/nothing] :smile: <script>alert(1)</script> &amp; \"'"
@@ -376,7 +377,7 @@ def run(tmp_path, monkeypatch, capfd):
 
 def test_inspect_shows_rows_as_they_are_trained(run):
     code, out, err = run("my.yaml")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, SIGNS)
     heads = re.findall(r"row (\d+) of 36 · (\d+) tokens · (\d+) with loss \(([\d.]+)%\)", out)
     assert len(heads) == 3
     recipe = instructft.load_recipe("my.yaml")
@@ -426,7 +427,7 @@ def test_inspect_shows_packs(run):
 
 def test_inspect_writes_a_page(run):
     code, out, err = run("my.yaml", "data.packing=true", "data.max_length=96", "-n", 2, "--html", "rows.html")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, SIGNS)
     assert out.startswith("Wrote rows.html: 2 of ")
     text = Path("rows.html").read_text(encoding="utf-8")
     for part in ("my · train", "instruction", "quickstart", "responses: ", "with loss", "Document 2"):
@@ -465,7 +466,7 @@ def test_inspect_prints_where_the_encoding_knows_no_such_character(run):
         text=True,
         timeout=120,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, SIGNS.replace("…", "..."))
     assert "with loss" in done.stdout
 
 

@@ -7,10 +7,9 @@ import pickle
 
 import pytest
 
+from instructft.formatting import yaml_text
 from instructft.recipe import fields
-from instructft.recipe.load import (
-    load_recipe,
-)
+from instructft.recipe.load import load_recipe, shipped_recipes
 from tests.helpers.recipes import DATA, FULL, GOOD, MODEL
 
 
@@ -194,3 +193,13 @@ def test_to_yaml_means_the_same_to_a_reader_of_yaml_1_1(load):
     yaml = pytest.importorskip("yaml")
     recipe = load(FULL, "train.adam_epsilon=1e-9")
     assert yaml.safe_load(recipe.to_yaml()) == recipe.to_dict()
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_what_is_told_of_a_recipe_makes_the_same_one(name, tmp_path):
+    """And is short: no line of it says a default that nobody would look for."""
+    recipe = load_recipe(name)
+    (tmp_path / f"{name}.yaml").write_text(yaml_text(recipe.told()), encoding="utf-8")
+    assert load_recipe(tmp_path / f"{name}.yaml") == recipe
+    assert len(yaml_text(recipe.told()).splitlines()) < 60 < len(recipe.to_yaml().splitlines())
+    assert "null" not in yaml_text(recipe.told())

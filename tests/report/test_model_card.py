@@ -103,6 +103,7 @@ def test_what_others_wrote_stands_in_the_card_as_text(write_recipe: Any, tmp_pat
     body = card(recipe, facts_of()).split("\n---\n", 1)[1]
     assert "<img" not in body.replace(r"\<img", "")
     assert [line for line in body.splitlines() if line.startswith("# ")][1:] == [
-        f"# {recipe.name}: the recipe as it was resolved, every default spelled out"  # in a block of code
+        f"# {recipe.name}: what differs from the defaults of instructft {instructft.__version__}; recipe.yaml spells "
+        "out the rest"  # in a block of code
     ]
     assert r"x\](https://example.org) \<img" in body

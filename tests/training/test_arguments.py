@@ -6,13 +6,22 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import GPT2Config, TrainingArguments
 
 import instructft
-from instructft.training.arguments import training_arguments
+from instructft.models import memory
+from instructft.training import arguments
+from instructft.training.arguments import (
+    decide_checkpointing,
+    follow_model,
+    remarks,
+    training_arguments,
+    usual_rate,
+)
 
 
 def test_one_process_takes_one_gpu(write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +39,114 @@ def test_one_process_takes_one_gpu(write_recipe: Callable[..., Path], monkeypatc
     args, _ = training_arguments(recipe, data, SimpleNamespace(num_processes=1))  # type: ignore[arg-type]
     assert args.n_gpu == 1
     assert args.train_batch_size == recipe.train["per_device_train_batch_size"]
+
+
+def config(**fields: int) -> GPT2Config:
+    return GPT2Config(**{"n_layer": 1, "n_head": 2, "n_embd": 64, "n_positions": 128, **fields})
+
+
+@pytest.mark.parametrize(
+    ("width", "rate"), [(768, 5.3e-5), (2048, 2e-5), (8192, 2e-5), (64, 6.4e-4), (16, 1e-3)], ids=str
+)
+def test_the_default_rate_for_all_weights_follows_the_width(
+    width: int, rate: float, write_recipe: Callable[..., Path]
+) -> None:
+    assert usual_rate(instructft.load_recipe(write_recipe()), config(n_embd=width))[0] == rate
+
+
+LEFT_OPEN = """
+model: {config: {model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 64, n_positions: 128}, tokenizer: quickstart}
+data: {datasets: [{path: rows.jsonl}], template: instruction}
+train: {use_cpu: true}
+"""
+
+
+@pytest.fixture
+def left_open(write_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., instructft.Recipe]:
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "1 + 1?", "output": "2"}\n', encoding="utf-8")
+    return lambda *overrides: instructft.load_recipe(write_recipe(LEFT_OPEN), overrides)
+
+
+def test_what_a_recipe_leaves_open_follows_the_model_and_is_said(left_open: Callable[..., Any]) -> None:
+    recipe, said = follow_model(left_open(), config())
+    assert (recipe.data.max_length, recipe.train["learning_rate"]) == (128, 6.4e-4)
+    assert [key for key, _ in said] == ["max_length", "rate"]
+    assert "64 wide" in said[1][1]
+    again, said = follow_model(recipe, config())
+    assert (again, said) == (recipe, [])
+
+
+def test_what_a_recipe_says_stays(left_open: Callable[..., Any]) -> None:
+    written = left_open("data.max_length=1024", "train.learning_rate=1e-5")
+    assert follow_model(written, config()) == (written, [])
+
+
+def test_a_resumed_run_keeps_what_it_began_with(left_open: Callable[..., Any]) -> None:
+    before = {"train.learning_rate": 2e-5, "data.max_length": 100}
+    recipe, said = follow_model(left_open(), config(), before)
+    assert (recipe.data.max_length, recipe.train["learning_rate"]) == (100, 2e-5)
+    assert "when the run began" in said[0][1]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.learning_rate=30", "46,875 times what is usual"),
+        ("train.learning_rate=2e-5", "32 times below what is usual"),
+        ("train.warmup_steps=100", "100 steps of warm-up in a run of 4"),
+        ("model.dtype=float16", "trained in float16 itself"),
+        ("train.learning_rate=1e-3", ""),
+        ("train.warmup_steps=3", ""),
+        ("train.warmup_steps=0.5", ""),
+    ],
+)
+def test_remarks(override: str, said: str, left_open: Callable[..., Any]) -> None:
+    recipe, _ = follow_model(left_open(override), config())
+    args, _ = training_arguments(recipe, DATA, ONE)
+    found = remarks(recipe, args, config(), 4)
+    assert said in "".join(found)
+    assert len(found) == bool(said)
+
+
+def test_a_rate_for_all_weights_is_low_for_an_adapter(left_open: Callable[..., Any]) -> None:
+    recipe = left_open("train.learning_rate=2e-5")
+    lora = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"type": "lora"})})
+    args, _ = training_arguments(lora, DATA, ONE)
+    assert "10 times below what is usual for LoRA (0.0002)" in remarks(lora, args, config(), 4)[0]
+    assert follow_model(left_open().model_copy(update={"adapter": lora.adapter}), config())[0].train[
+        "learning_rate"
+    ] == pytest.approx(2e-4)
+
+
+DATA: Any = SimpleNamespace(splits={"validation": None}, tokens_per_row=10.0)
+ONE: Any = SimpleNamespace(num_processes=1)
+
+
+@pytest.mark.parametrize(
+    ("free", "overrides", "decided"),
+    [
+        (1 << 40, [], False),  # not even estimated
+        (1 << 20, [], True),
+        (1 << 20, ["train.gradient_checkpointing=false"], False),
+    ],
+    ids=["room enough", "too little", "as the recipe says"],
+)
+def test_checkpointing_where_memory_would_not_hold_a_step(
+    free: int, overrides: list[str], decided: bool, left_open: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, _ = follow_model(left_open(*overrides), config())
+    args, _ = training_arguments(recipe, DATA, ONE)
+    monkeypatch.setattr(arguments, "memory_here", lambda args: free)
+    monkeypatch.setattr(memory, "largest_batch", lambda *_: None)
+    monkeypatch.setattr(memory, "resident", lambda: 0)
+
+    def needed(recipe: Any, start: Any, batch: Any, args: Any, *_: Any) -> dict[str, Any]:
+        assert free < 1 << 40, "a rough look is enough here"
+        return {"memory": {"total": (1 if args.gradient_checkpointing else 2) << 20}}
+
+    monkeypatch.setattr(memory, "memory", needed)
+    found, why = decide_checkpointing(recipe, SimpleNamespace(config=config()), DATA, args, None)  # type: ignore[arg-type]
+    assert found.train["gradient_checkpointing"] is decided
+    assert ("2 MiB of the 1 MiB" in why) is decided
+    kept, _ = decide_checkpointing(recipe, None, DATA, args, {"train.gradient_checkpointing": decided})  # type: ignore[arg-type]
+    assert kept.train["gradient_checkpointing"] is decided

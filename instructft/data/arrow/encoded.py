@@ -19,6 +19,7 @@ from instructft.data.batches.branches import fold_all
 from instructft.data.load import Part
 from instructft.data.readers import ROW
 from instructft.data.tokenize import Batches, schema, shaped_by
+from instructft.progress import Progress
 from instructft.prompt.loss_mask import encoder
 
 if TYPE_CHECKING:
@@ -47,19 +48,18 @@ def encode_part(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) 
 def _encode(raw: Dataset, batches: Batches, path: Path) -> None:
     """Encode rows into a file, some at a time: in several processes, and in the order of one."""
     import pyarrow as pa
-    from datasets.utils import tqdm
 
     if batches.many:
         encoder(batches.tokenizer).make_fast()  # here, once: processes that are forked inherit it
     pieces = _pieces(raw)
     work = _Work(raw.with_format("arrow"), batches, pieces)
     processes = min(cores(), len(raw) // _ROWS_PER_PROCESS)
-    with _one_thread_each(processes), tqdm(total=len(raw), unit=" rows", desc="Encoding", leave=False) as bar:
+    with _one_thread_each(processes), Progress("tokenizing", len(raw)) as progress:
 
         def made() -> Iterator[pa.RecordBatch]:
             for found in in_order(work, len(pieces), processes):
                 yield (batch := pa.ipc.read_record_batch(found, schema()))
-                bar.update(batch.num_rows)
+                progress.add(batch.num_rows)
 
         write(path, schema(), made())
 

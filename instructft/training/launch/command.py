@@ -15,12 +15,12 @@ import psutil
 from instructft.checkpoints import pickles
 from instructft.checkpoints.run_folder import own
 from instructft.errors import InstructftError, UsageError
+from instructft.progress import RANKS
 from instructft.recipe.load import load_recipe
 from instructft.recipe.schema import Recipe
 from instructft.training.launch.workers import run
 from instructft.weights import remote_code
 
-RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 
 
