@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from instructft.commands.judge import evaluate
+from instructft.commands.judge import evaluate, gate
 from instructft.commands.prepare import check, init, inspect, prepare, recipes
 from instructft.commands.share import convert, merge, push
 from instructft.commands.train import launch, train
@@ -19,7 +19,7 @@ from instructft.version import __version__
 GROUPS = {
     "Prepare": (recipes, init, check, inspect, prepare),
     "Train": (train, launch),
-    "Judge": (evaluate,),
+    "Judge": (evaluate, gate),
     "Use": (chat, ui, generate),
     "Share": (merge, convert, push),
 }
@@ -79,15 +79,18 @@ def _root(
 
 
 def _each_named(words: list[str]) -> list[str]:
-    """`--columns a=b c=d` as the parser takes it: with the option's name before each pair.
+    """`--columns a=b c=d` and `--suite A B` as the parser takes them: with the option's name before each value.
 
     >>> _each_named(["evaluate", "run", "--columns", "a=b", "c=d", "--limit", "3"])
     ['evaluate', 'run', '--columns', 'a=b', '--columns', 'c=d', '--limit', '3']
+    >>> _each_named(["gate", "run", "--suite", "facts", "ours.jsonl"])
+    ['gate', 'run', '--suite', 'facts', '--suite', 'ours.jsonl']
     """
     named: list[str] = []
     for word in words:
-        if named[-2:-1] == ["--columns"] and "=" in word and not word.startswith("-"):
-            named.append("--columns")
+        last = named[-2] if len(named) > 1 else ""
+        if not word.startswith("-") and (last == "--suite" or (last == "--columns" and "=" in word)):
+            named.append(last)
         named.append(word)
     return named
 

@@ -142,11 +142,15 @@ def _asked(conversation: Sequence[Message]) -> str:
 
 
 def answers_to(
-    generator: Generator, asked: Sequence[Sequence[Message]], max_new_tokens: int, batch_size: int | None = None
+    generator: Generator,
+    asked: Sequence[Sequence[Message]],
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    temperature: float = 0.0,
 ) -> list[Answer]:
-    """The greedy answer to each conversation; "" where the prompt fills the context."""
+    """The answer to each conversation, greedy unless a temperature is given; "" where the prompt fills the context."""
     fits = [i for i, ids in enumerate(generator.encoder.prompts(asked)) if len(ids) < generator.context]
-    answers = generator.answers([asked[i] for i in fits], max_new_tokens, batch_size=batch_size)
+    answers = generator.answers([asked[i] for i in fits], max_new_tokens, temperature, batch_size=batch_size)
     given = dict(zip(fits, answers, strict=True))
     return [given.get(i, Answer("", "length")) for i in range(len(asked))]
 
