@@ -24,7 +24,7 @@ from instructft.evaluation.compare import (
 )
 from instructft.evaluation.metrics import answers_to, evaluate
 from instructft.evaluation.suites import Question, read_suites, shipped
-from instructft.evaluation.verdict import MARGIN, judge_rest, judge_task, verdict
+from instructft.evaluation.verdict import MARGIN, NOT_DOWN, judge_rest, judge_task, verdict
 from instructft.formatting import clock, nearest, short
 from instructft.inference.generator import Generator
 from instructft.inference.reference_model import START, own_tokenizer, recipe_of
@@ -216,7 +216,7 @@ def _print(console: Any, found: Mapping[str, Any]) -> None:
         console.print()
     if found["not_known"]:
         console.print(f"{found['not_known']} questions do not count: the model before training does not know them.")
-    if "interval" in rest and rest["before"] <= rest["margin"]:
+    if rest["state"] == NOT_DOWN and rest["before"] <= rest["margin"]:
         console.print(
             f"The model before training has {rest['before']:.1%} of these right, no more than the margin: there is "
             "nothing here that could be lost. Questions that it can answer: --suite FILE"
