@@ -12,7 +12,7 @@ from statistics import NormalDist
 import numpy as np
 
 TAIL = 0.025  # at each end of an interval of 95%
-_HALVINGS = 60  # of the range in which a limit is sought
+_HALVINGS = 40  # of the range in which a limit is sought
 
 
 def clopper_pearson(hits: int, count: int) -> list[float]:

@@ -27,7 +27,8 @@ from instructft.evaluation.proportions import TAIL as HALF
 from instructft.evaluation.proportions import tango
 
 MARGIN = 0.05  # of all questions: what a model may lose beside its task
-TAIL = 0.05  # of all samples of a model that is worse by the margin pass
+TAIL = 0.1  # of all samples of a model that is worse by the margin pass
+ALONE = 0.01  # of all samples without a difference call a suite by itself lost, all suites together
 POWER = 0.95  # of all samples of a model without a difference pass, where `needed` questions are asked
 SEEN = 0.8  # of all samples show a gain of the task that is as large as it looks, with as many rows as `needed` says
 SHORT = 5  # words: answers to a task that are no longer are right or wrong, others more or less like the reference
@@ -45,7 +46,7 @@ def interval(after: Scores, before: Scores, tail: float = TAIL) -> list[float]:
     one lost (as Agresti and Min, 2005, have it of shares), so that few equal rows are not sure of anything.
 
     >>> [round(end, 3) for end in interval([1] * 60 + [0] * 40, [1] * 60 + [0] * 40)]
-    [-0.026, 0.026]
+    [-0.016, 0.016]
     """
     ours, theirs = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
     if np.isin(ours, (0, 1)).all() and np.isin(theirs, (0, 1)).all():
@@ -60,7 +61,7 @@ def questions_needed(after: Scores, before: Scores, margin: float) -> int:
     """So many questions let a model without a difference pass in `POWER` of all samples, where answers differ as here.
 
     >>> questions_needed([1, 0] * 30 + [1] * 40, [0, 1] * 30 + [1] * 40, 0.05)
-    2632
+    2083
     """
     gains = np.concatenate([np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64), [1.0, -1.0]])
     ends = NormalDist().inv_cdf(1 - TAIL) + NormalDist().inv_cdf(POWER)
@@ -85,7 +86,7 @@ def judge_rest(suites: Mapping[str, tuple[Scores, Scores]], margin: float = MARG
     asked = {name: scores for name, scores in suites.items() if len(scores[0])}
     after = [score for ours, _ in asked.values() for score in ours]
     before = [score for _, theirs in asked.values() for score in theirs]
-    alone = {name: _figures(*scores, tail=HALF / max(1, len(asked))) for name, scores in asked.items()}
+    alone = {name: _figures(*scores, tail=ALONE / max(1, len(asked))) for name, scores in asked.items()}
     lost = [name for name, one in alone.items() if _is_down(one, margin)]
     found: dict[str, Any] = {"margin": margin, "lost": lost, "suites": alone}
     if len(after) < FEWEST:
