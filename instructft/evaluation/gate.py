@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from instructft.checkpoints.as_saved import sums
-from instructft.errors import UsageError
+from instructft.errors import TemplateError, UsageError
 from instructft.evaluation.compare import (
     ask_both,
     check_json,
@@ -138,7 +138,10 @@ def gate(
 def _as_served(reference: Generator, model: str, against: str) -> Generator:
     """The other model with its own template: asked by another one's it would know less than it does."""
     tokenizer = own_tokenizer(model, against)
-    return Generator(reference.model, tokenizer) if tokenizer is not None else reference
+    try:
+        return Generator(reference.model, tokenizer) if tokenizer is not None else reference
+    except TemplateError:  # which never ends an answer, say
+        return reference
 
 
 def _answers(generator: Generator, questions: Sequence[Question], temperature: float = 0.0) -> dict[str, str]:
@@ -167,6 +170,8 @@ def _unknown(generator: Generator, questions: Sequence[Question]) -> set[str]:
             answers = _answers(generator, left, TEMPERATURE)
             unknown |= {question.id for question in left if not question.right(answers[question.id])}
             left = [question for question in left if question.id not in unknown]
+            if not left:
+                break
     return unknown
 
 

@@ -93,7 +93,7 @@ def test_files_names_and_tasks(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UsageError, match=said):
             read_suites(names)
-    with pytest.raises(DataError, match="empty.jsonl is empty"):
+    with pytest.raises(DataError, match=r"empty\.jsonl is empty"):
         read_suites([written(tmp_path / "empty.jsonl", "\n")])
 
 
