@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from instructft.commands.judge import compare, evaluate, rows, runs, verify
+from instructft.commands.judge import compare, evaluate, gate, rows, runs, verify
 from instructft.commands.prepare import check, docs, doctor, init, inspect, prepare, recipes
 from instructft.commands.share import convert, export, merge, push
 from instructft.commands.train import launch, train
@@ -20,7 +20,7 @@ from instructft.version import __version__
 GROUPS = {
     "Prepare": (recipes, init, check, inspect, prepare, doctor, docs),
     "Train": (train, launch),
-    "Judge": (evaluate, verify, rows, runs, compare),
+    "Judge": (evaluate, gate, verify, rows, runs, compare),
     "Use": (chat, ui, generate),
     "Share": (merge, convert, export, push),
 }
@@ -107,15 +107,18 @@ def _root(
 
 
 def _each_named(words: list[str]) -> list[str]:
-    """`--columns a=b c=d` as the parser takes it: with the option's name before each pair.
+    """`--columns a=b c=d` and `--suite A B` as the parser takes them: with the option's name before each value.
 
     >>> _each_named(["evaluate", "run", "--columns", "a=b", "c=d", "--limit", "3"])
     ['evaluate', 'run', '--columns', 'a=b', '--columns', 'c=d', '--limit', '3']
+    >>> _each_named(["gate", "run", "--suite", "facts", "ours.jsonl"])
+    ['gate', 'run', '--suite', 'facts', '--suite', 'ours.jsonl']
     """
     named: list[str] = []
     for word in words:
-        if named[-2:-1] == ["--columns"] and "=" in word and not word.startswith("-"):
-            named.append("--columns")
+        last = named[-2] if len(named) > 1 else ""
+        if not word.startswith("-") and (last == "--suite" or (last == "--columns" and "=" in word)):
+            named.append(last)
         named.append(word)
     return named
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from instructft.commands.options import ColumnsOption, ModelArgument, option, quiet_libraries, run_names
-from instructft.errors import EXIT_DONE, UsageError
+from instructft.errors import EXIT_DONE, EXIT_FAILED, UsageError
 
 
 def rows(
@@ -75,6 +75,34 @@ def evaluate(
         from instructft.evaluation.compare import compare
 
         compare(model, base, data, split, limit, show, json_file, columns_asked(columns or ()))
+
+
+def gate(
+    model: ModelArgument,
+    against: Annotated[
+        str, typer.Option(help="The model to compare with; `start`: what the run began from.")
+    ] = "start",
+    suite: Annotated[
+        list[str] | None,
+        option(
+            metavar="FILE|TASK …",
+            help="Questions beside the task: names of suites that ship, files, tasks of lm-evaluation-harness (extra "
+            "`eval`); default: all that ship.",
+        ),
+    ] = None,
+    margin: Annotated[float, typer.Option(metavar="SHARE", help="What may be lost of those questions.")] = 0.05,
+    data: Annotated[str | None, option(help="Rows of the task, a file or a recipe; default: the run's own.")] = None,
+    limit: Annotated[int | None, option(help="Held-out rows at most; default: 200.")] = None,
+    json_file: Annotated[Path | None, option("--json", help="Write the verdict and all answers to this file.")] = None,
+) -> None:
+    """Decide whether the task is up and the rest not down: exit code 0, or 1."""
+    quiet_libraries()
+    from instructft.evaluation import gate as room
+    from instructft.evaluation.verdict import PASSED
+    from instructft.extras.further_evaluation import scores_of
+
+    if room.gate(model, against, suite or (), margin, data, limit, json_file, scores_of) != PASSED:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def verify(

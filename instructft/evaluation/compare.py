@@ -148,11 +148,11 @@ def by_seed(found: Mapping[str, Any]) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def check_models(model: str, base: str | None) -> None:
+def check_models(model: str, base: str | None, option: str = "--base") -> None:
     """Refuse a model that is not there, or a base that cannot be told, before weights are loaded."""
     locate(model)
     if base:
-        check_base(model, base)
+        check_base(model, base, option)
 
 
 def check_json(json_file: Path | None) -> None:

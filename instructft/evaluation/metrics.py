@@ -150,12 +150,15 @@ def answers_to(
     max_new_tokens: int,
     batch_size: int | None = None,
     progress: bool = False,
+    temperature: float = 0.0,
 ) -> list[Answer]:
-    """The greedy answer to each conversation; "" where the prompt fills the context."""
+    """The answer to each conversation, greedy unless a temperature is given; "" where the prompt fills the context."""
     fits = [i for i, ids in enumerate(generator.encoder.prompts(asked)) if len(ids) < generator.context]
     with Progress("answering", len(fits), shown=progress) as told:
         wanted = [asked[i] for i in fits]
-        answers = generator.answers(wanted, max_new_tokens, batch_size=batch_size, done=lambda *_: told.add())
+        answers = generator.answers(
+            wanted, max_new_tokens, temperature, batch_size=batch_size, done=lambda *_: told.add()
+        )
     given = dict(zip(fits, answers, strict=True))
     return [given.get(i, Answer("", "length")) for i in range(len(asked))]
 

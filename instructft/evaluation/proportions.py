@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
 
 TAIL = 0.025  # at each end of an interval of 95%
-_Z = 1.959963984540054  # of the normal distribution, for TAIL
-_HALVINGS = 60  # of the range in which a limit is sought
+_HALVINGS = 40  # of the range in which a limit is sought
 
 
 def clopper_pearson(hits: int, count: int) -> list[float]:
@@ -33,18 +33,20 @@ def clopper_pearson(hits: int, count: int) -> list[float]:
     return [low, high]
 
 
-def tango(gained: int, lost: int, count: int) -> list[float]:
+def tango(gained: int, lost: int, count: int, tail: float = TAIL) -> list[float]:
     """The interval of the difference of two shares over the same rows (Tango, 1998, doi:10.1002/sim.1998.17.8.891).
 
     Args:
         gained: rows that count for the first model alone.
         lost: rows that count for the second one alone.
+        tail: what lies beyond each end, of all samples.
 
     It inverts the score test: it holds 0 exactly where McNemar's test sees no difference.
 
     >>> [round(limit, 4) for limit in tango(1, 0, 44)]
     [-0.0594, 0.1181]
     """
+    z = NormalDist().inv_cdf(1 - tail)
 
     def score(difference: float) -> float:
         """How many standard errors the rows lie above a difference."""
@@ -57,8 +59,8 @@ def tango(gained: int, lost: int, count: int) -> list[float]:
 
     found = (gained - lost) / count
     return [
-        _crossing(lambda difference: score(difference) > _Z, -1.0, found),
-        _crossing(lambda difference: score(difference) >= -_Z, found, 1.0),
+        _crossing(lambda difference: score(difference) > z, -1.0, found),
+        _crossing(lambda difference: score(difference) >= -z, found, 1.0),
     ]
 
 

@@ -9,7 +9,7 @@ replaces reading.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,31 +50,74 @@ def run_tasks(
         raise UsageError(f"--tasks: found {tasks!r}, expected names with commas between, such as hellaswag,arc_easy")
     check_models(model, base)
     check_json(json_file)
-    harness = _harness()
-    manager = harness.tasks.TaskManager()
-    if unknown := [name for name in names if not manager.match_tasks([name])]:
-        raise UsageError(f"--tasks: lm-evaluation-harness knows no {', '.join(unknown)}; see lm_eval --tasks list")
+    harness, manager = _knows(names, "--tasks")
 
     def judge(generator: Generator) -> dict[str, Any]:
-        wrapped = harness.models.huggingface.HFLM(generator.model, tokenizer=generator.tokenizer, batch_size=8)
-        found = harness.simple_evaluate(
-            model=wrapped, tasks=names, limit=limit, task_manager=manager, apply_chat_template=True, log_samples=False
-        )  # None on all processes but the first
-        return {"tasks": found["results"] if found else {}, "harness": harness.__version__}
+        found = _ask(harness, manager, generator, names, limit)
+        return {"tasks": found.get("results", {}), "harness": harness.__version__}
 
     results = ask_both(model, base, judge)
     write_json(json_file, results)
     _print_tasks(Console(highlight=False), results)
 
 
-def _harness() -> Any:
+SCORES = ("exact_match", "acc_norm", "acc", "f1", "em")  # figures of a question that are 0 to 1, the first that it has
+
+
+def scores_of(names: Sequence[str]) -> Callable[[Generator], dict[str, dict[str, float]]]:
+    """Asks tasks of lm-evaluation-harness question by question, for `instructft.evaluation.gate`.
+
+    Returns:
+        What takes a model and returns task -> question -> score from 0 to 1. A group comes as its tasks.
+
+    Raises:
+        UsageError: the harness is not installed, or knows no such task.
+    """
+    harness, manager = _knows(names, "--suite")
+
+    def ask(generator: Generator) -> dict[str, dict[str, float]]:
+        found = _ask(harness, manager, generator, list(names), None, log_samples=True)
+        scores: dict[str, dict[str, float]] = {}
+        for task, samples in found.get("samples", {}).items():
+            figure = next((name for name in SCORES if samples and name in samples[0]), None)
+            if figure is None:
+                raise UsageError(f"--suite: {task} has no figure of a question among {', '.join(SCORES)}")
+            filters = {str(sample.get("filter", "")) for sample in samples}  # each answer comes once for each
+            scores[task] = {
+                str(one["doc_id"]): float(one[figure]) for one in samples if str(one.get("filter", "")) == min(filters)
+            }
+        return scores
+
+    return ask
+
+
+def _ask(
+    harness: Any, manager: Any, generator: Generator, names: list[str], limit: int | None, log_samples: bool = False
+) -> dict[str, Any]:
+    wrapped = harness.models.huggingface.HFLM(generator.model, tokenizer=generator.tokenizer, batch_size=8)
+    found = harness.simple_evaluate(
+        model=wrapped, tasks=names, limit=limit, task_manager=manager, apply_chat_template=True, log_samples=log_samples
+    )
+    return found or {}  # None on all processes but the first
+
+
+def _knows(names: Sequence[str], option: str) -> tuple[Any, Any]:
+    """The harness and its tasks, where it is installed and knows them all."""
+    harness = _harness(option)
+    manager = harness.tasks.TaskManager()
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise UsageError(f"{option}: lm-evaluation-harness knows no {', '.join(unknown)}; see lm_eval --tasks list")
+    return harness, manager
+
+
+def _harness(option: str) -> Any:
     try:
         import lm_eval
         import lm_eval.models.huggingface
         import lm_eval.tasks
     except ImportError as error:
         raise UsageError(
-            "--tasks needs lm-evaluation-harness, which is not installed "
+            f"{option} needs lm-evaluation-harness, which is not installed "
             f"({first_line(error)}): pip install 'instructft[eval]'"
         ) from error
     return lm_eval

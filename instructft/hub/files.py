@@ -171,6 +171,8 @@ def _why_not(name: str) -> str:
         return "it holds held-out rows; its numbers are in the card"
     if name == "train.log":
         return "it names this machine and what was typed on it"
+    if name == "gate.json":
+        return "it holds all questions with both answers; its verdict is in the card"
     if name.endswith(".py"):
         return "custom code, which is not uploaded"
     if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")):

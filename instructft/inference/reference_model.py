@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from instructft.adapters.adapter_folder import AdapterFolder, is_adapter
 from instructft.adapters.attach import leaves_base_as_it_is
 from instructft.adapters.lora import fit_embeddings
-from instructft.errors import UsageError
+from instructft.errors import ModelError, UsageError
 from instructft.inference.generator import Generator
 from instructft.models.load import load_model
-from instructft.models.load_for_inference import find_adapter, load_bare, load_base, load_for_inference, locate
+from instructft.models.load_for_inference import (
+    find_adapter,
+    load_bare,
+    load_bare_tokenizer,
+    load_base,
+    load_for_inference,
+    locate,
+    with_template,
+)
 from instructft.recipe.load import load_run_recipe
 from instructft.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 START = "start"  # the model that the run began from
 
@@ -88,7 +100,28 @@ class ReferenceModel:
         return Generator(*load_for_inference(self.base))
 
 
-def check_base(model: str, base: str) -> tuple[Recipe | None, AdapterFolder | None]:
+def own_tokenizer(model: str, base: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that the base of `check_base` was published with; None where it has no chat template of its own."""
+    name = base
+    if base == START:
+        recipe, adapter = recipe_of(model), find_adapter(model)
+        if recipe is None:
+            name = adapter.base.name_or_path if adapter else ""
+        else:
+            start = recipe.model
+            name = start.name_or_path or ""
+            if start.revision and not Path(name).expanduser().exists():
+                name += f"@{start.revision}"
+            if start.subfolder:
+                name = str(Path(name) / start.subfolder) if Path(name).expanduser().is_dir() else ""
+    try:
+        tokenizer = load_bare_tokenizer(name) if name else None
+    except (ModelError, UsageError):  # an adapter's base may lie elsewhere today, and bring no tokenizer
+        return None
+    return with_template(name, tokenizer) if tokenizer is not None and tokenizer.chat_template else None
+
+
+def check_base(model: str, base: str, option: str = "--base") -> tuple[Recipe | None, AdapterFolder | None]:
     """The recipe and the adapter of `model`, after a look at whether `base` can be compared with it; loads no weights.
 
     Raises:
@@ -99,7 +132,7 @@ def check_base(model: str, base: str) -> tuple[Recipe | None, AdapterFolder | No
         locate(base)
     elif recipe is None and adapter is None:
         raise UsageError(
-            f"--base start needs a run folder, whose recipe.yaml says what the run began from; there is none beside "
-            f"{model}. Name the base itself: --base MODEL"
+            f"{option} start needs a run folder, whose recipe.yaml says what the run began from; there is none beside "
+            f"{model}. Name the base itself: {option} MODEL"
         )
     return recipe, adapter

@@ -102,10 +102,15 @@ def load_tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     Raises:
         UsageError, AdapterError, ModelError: as there.
     """
+    return with_template(name, load_bare_tokenizer(name))
+
+
+def load_bare_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """`load_tokenizer_of` with the chat template that was saved, or none."""
     location, revision, adapter = _find(name, on_hub=True)
     if adapter is None:
-        return with_template(name, _load_tokenizer(name, location, revision=revision))
-    return with_template(name, _tokenizer_of(name, adapter, locate_base(adapter)))
+        return _load_tokenizer(name, location, revision=revision)
+    return _tokenizer_of(name, adapter, locate_base(adapter))
 
 
 def context_of(name: str) -> int | None:

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from instructft.errors import UsageError
-from instructft.extras.further_evaluation import run_tasks
+from instructft.extras.further_evaluation import run_tasks, scores_of
+from instructft.inference.generator import Generator
+from instructft.models.load_for_inference import load_for_inference
 
 
 @pytest.fixture
@@ -43,7 +45,14 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             "acc_stderr,none": 0.25,
             "acc_norm,none": 0.5,
         }
-        return {"results": {name: {**figures, "acc_norm_stderr,none": "N/A"} for name in tasks}, "versions": {}}
+        results = {name: {**figures, "acc_norm_stderr,none": "N/A"} for name in tasks}
+        if not log_samples:
+            return {"results": results, "versions": {}}
+        kinds = [("strict", 0.0), ("flexible", 1.0)] if "arc_easy" in tasks else [("none", 1.0)]
+        samples = [
+            {"doc_id": i, "filter": kind, "acc": 0.0, "acc_norm": right} for kind, right in kinds for i in range(3)
+        ]
+        return {"results": results, "samples": dict.fromkeys(tasks, samples), "versions": {}}
 
     modules = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.tasks")}
     hf: Any = types.ModuleType("lm_eval.models.huggingface")
@@ -85,3 +94,13 @@ def test_without_the_harness_the_extra_is_named(moved_run: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UsageError, match=r"not installed .*pip install 'instructft\[eval\]'"):
         run_tasks(str(moved_run), "hellaswag")
+
+
+def test_questions_of_a_task_one_by_one(moved_run: Path, harness: list[dict[str, Any]]) -> None:
+    """Normed accuracy goes first; of several ways to read an answer one is taken."""
+    generator = Generator(*load_for_inference(str(moved_run)))
+    assert scores_of(["hellaswag"])(generator) == {"hellaswag": {"0": 1.0, "1": 1.0, "2": 1.0}}
+    assert scores_of(["arc_easy"])(generator) == {"arc_easy": {"0": 1.0, "1": 1.0, "2": 1.0}}
+    assert harness[0]["chat"]
+    with pytest.raises(UsageError, match="--suite: lm-evaluation-harness knows no hellaswagg"):
+        scores_of(["hellaswagg"])

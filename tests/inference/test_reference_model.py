@@ -11,7 +11,7 @@ import torch
 from instructft.errors import UsageError
 from instructft.inference import reference_model
 from instructft.inference.generator import Generator
-from instructft.inference.reference_model import ReferenceModel, check_base, recipe_of
+from instructft.inference.reference_model import ReferenceModel, check_base, own_tokenizer, recipe_of
 from instructft.prompt.templates import TEMPLATES
 
 
@@ -65,3 +65,25 @@ def test_the_recipe_of_a_run_is_that_of_its_checkpoints(write_recipe: Any, tmp_p
         found = recipe_of(str(tmp_path / folder))
         assert found is not None
         assert found.data.template == recipe.data.template
+
+
+def test_its_own_template_is_that_which_it_was_published_with(
+    write_recipe: Any, tokenizer: Any, tiny_model: Any, tmp_path: Path
+) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    tokenizer.chat_template = TEMPLATES["alpaca"].text()
+    tokenizer.save_pretrained(base)
+    tiny_model.save_pretrained(base)
+    run.mkdir()
+    (run / "config.json").write_text("{}", encoding="utf-8")
+    recipe = write_recipe(f"model: {{name_or_path: {base}}}\ndata: {{datasets: quickstart, template: instruction}}\n")
+    (run / "recipe.yaml").write_text(recipe.read_text(encoding="utf-8"), encoding="utf-8")
+    for named in ("start", str(base)):
+        own = own_tokenizer(str(run), named)
+        assert own is not None
+        assert own.chat_template == TEMPLATES["alpaca"].text()
+    (base / "chat_template.jinja").unlink()
+    assert own_tokenizer(str(run), "start") is None  # asked as the tuned model is
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer_config.json").unlink()
+    assert own_tokenizer(str(run), "start") is None

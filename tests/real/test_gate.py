@@ -1,0 +1,55 @@
+"""The gate on a real model: one that was trained gently passes, one that forgot what its base knew does not.
+
+Every twentieth question of the suites that ship, under a margin that so few can hold; in `make battery` every one, and
+with `INSTRUCTFT_GATE=5` every fifth.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import instructft
+from instructft.evaluation import gate as module
+from instructft.evaluation.gate import gate
+from instructft.evaluation.suites import FOLDER, shipped
+from tests.conftest import BATTERY
+
+EVERY = int(os.environ.get("INSTRUCTFT_GATE", "1" if BATTERY else "20"))
+MARGIN = 0.05 if EVERY == 1 else 0.1 if EVERY <= 5 else 0.25
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every `EVERY`th question of all suites, in one file."""
+    lines = [line for name in shipped() for line in (FOLDER / f"{name}.jsonl").read_text("utf-8").splitlines()[::EVERY]]
+    path = tmp_path_factory.mktemp("gate") / "some.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(("name", "rate", "expected"), [("gentle", 2e-4, "passed"), ("harsh", 6e-3, "not passed")])
+def test_a_gentle_adapter_passes_and_one_that_forgets_does_not(
+    name: str, rate: float, expected: str, recipe_of: Any, suite: Path, note: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ANSWER_TOKENS", 32)
+    recipe = recipe_of(f"gate-{name}", f"train.learning_rate={rate}", "train.max_steps=12", "train.on_divergence=warn")
+    run = Path(instructft.train(recipe, console=QUIET).output_dir)
+    said = gate(str(run), suites=[str(suite)], margin=MARGIN, limit=20)
+    found = json.loads((run / "gate.json").read_text(encoding="utf-8"))
+    rest = found["rest"]
+    shares = f"{rest['questions']} questions, {rest['before']:.1%} to {rest['after']:.1%} right"
+    low, high = rest["interval"]
+    note("the gate", f"LoRA, learning rate {rate:g}", f"{said}: {shares} ({low:+.1%} to {high:+.1%})")
+    assert said == expected, found["reasons"]
+    if name == "harsh":
+        assert "the rest is down" in " ".join(found["reasons"])
+        assert rest["interval"][1] < 0
+    assert f"**{said.capitalize()}**" in (run / "README.md").read_text(encoding="utf-8")
