@@ -29,23 +29,49 @@ def recipes(
 
 
 def init(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe; `instructft recipes` lists them.")],
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A shipped recipe; or, with --data, FILE.", show_default=False),
+    ] = None,
     file: Annotated[
-        Path | None,
-        typer.Argument(metavar="[FILE]", help="Where to write it; NAME.yaml if left out.", show_default=False),
+        Path | None, typer.Argument(metavar="[FILE]", help="Where to write; NAME.yaml if left out.", show_default=False)
+    ] = None,
+    data: Annotated[str | None, option(metavar="FILE", help="Rows of yours: JSON, JSONL, CSV, Parquet, …")] = None,
+    model: Annotated[str | None, option(metavar="MODEL", help="What is to be trained: a folder or a Hub id.")] = None,
+    goal: Annotated[
+        str | None, option(metavar="lora|full|qlora", help="An adapter (the default), all weights, or 4-bit.")
+    ] = None,
+    columns: Annotated[
+        list[str] | None, option(metavar="OURS=THEIRS …", help="Columns, as question=Frage; default: as they look.")
     ] = None,
 ) -> None:
-    """Write a shipped recipe to a file, as a starting point."""
-    from instructft.recipe.load import shipped_recipes
+    """Write a recipe for your own rows, with the reason of each number; or a shipped one, as a starting point."""
+    from instructft.commands import asking
 
-    found = shipped_recipes()
-    if name not in found:
-        raise UsageError(f"there is no shipped recipe {name}; there is {', '.join(sorted(found))}")
-    target = file or Path(f"{name}.yaml")
-    if target.exists():
-        raise UsageError(f"{target} exists already; name another file")
-    target.write_text(found[name].read_text(encoding="utf-8"), encoding="utf-8")
-    print(f"Wrote {target}. Train it with: instructft train {target}")
+    wanted = asking.what_to_write(name, file, data, model, goal)
+    if wanted.data is None:
+        from instructft.recipe.load import write_shipped
+
+        write_shipped(wanted.name, wanted.file)
+        print(f"Wrote {wanted.file}. Train it with: instructft train {wanted.file}")
+        return
+    print(f"reading {wanted.data} …", flush=True)
+    from instructft.check.first_recipe import look, write
+    from instructft.data.formats import columns_asked
+
+    found = look(
+        wanted.data,
+        wanted.model,
+        wanted.goal,
+        wanted.file,
+        columns=columns_asked(columns or []),
+        choose=asking.which if asking.in_terminal() else None,
+    )
+    print("loading torch and transformers …", flush=True)
+    quiet_libraries()
+    write(found)
+    print(f"\nWrote {wanted.file}. From here:\n\n  instructft check {wanted.file}\n  instructft train {wanted.file}")
+    print(f"  instructft chat runs/{wanted.file.stem}")
 
 
 def check(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from instructft.errors import RecipeError
+from instructft.errors import RecipeError, UsageError
 from instructft.formatting import nearest
 from instructft.recipe import conflicts, validate
 from instructft.recipe.schema import Recipe, freeze, train_defaults
@@ -112,6 +112,17 @@ def shipped_recipes() -> dict[str, Path]:
         if folder.is_dir():
             return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
     return {}
+
+
+def write_shipped(name: str, target: Path) -> None:
+    """Write a shipped recipe to a file, which must not be there; its folder is made."""
+    found = shipped_recipes()
+    if name not in found:
+        raise UsageError(f"there is no shipped recipe {name}; there is {', '.join(sorted(found))}")
+    if target.exists():
+        raise UsageError(f"{target} exists already; name another file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(found[name].read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def recipe_purpose(path: str | os.PathLike[str]) -> str:
