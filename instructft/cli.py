@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from instructft.commands.judge import evaluate
-from instructft.commands.prepare import check, init, inspect, prepare, recipes
+from instructft.commands.prepare import check, import_, init, inspect, prepare, recipes
 from instructft.commands.share import convert, merge, push
 from instructft.commands.train import launch, train
 from instructft.commands.use import chat, generate, ui
@@ -17,7 +17,7 @@ from instructft.errors import EXIT_FAILED, InstructftError, is_panic
 from instructft.version import __version__
 
 GROUPS = {
-    "Prepare": (recipes, init, check, inspect, prepare),
+    "Prepare": (recipes, init, import_, check, inspect, prepare),
     "Train": (train, launch),
     "Judge": (evaluate,),
     "Use": (chat, ui, generate),

@@ -74,6 +74,33 @@ def init(
     print(f"  instructft chat runs/{wanted.file.stem}")
 
 
+def import_(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Of axolotl, LLaMA-Factory or `trl sft`.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Where to write; CONFIG's name with .yaml.", show_default=False),
+    ] = None,
+    prove: Annotated[
+        bool | None, option("--prove/--no-prove", help="Compare 200 rows with TRL's; default: where they are here.")
+    ] = None,
+) -> None:
+    """Make a recipe of another tool's configuration, and tell what has no counterpart."""
+    from instructft.recipe.peers.imported import read
+
+    target = file or Path(f"{config.stem}.yaml")
+    if target.exists():
+        hint = "" if file else f", as in: instructft import {config} {config.stem}-recipe.yaml"
+        raise UsageError(f"{target} exists already; name another file{hint}")
+    found = read(config, target.stem)
+    written = found.write(target)
+    print("\n".join(found.lines()))
+    train = f"launch {target} --strategy {found.config.strategy}" if found.config.strategy else f"train {target}"
+    print(f"\nWrote {' and '.join(map(str, written))}. From here:\n\n  instructft check {target}\n  instructft {train}")
+
+
+import_.__name__ = "import"  # a word of Python's own; this is what the command is called
+
+
 def check(
     recipe: RecipeArgument,
     overrides: Overrides = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -115,22 +114,13 @@ def test_what_cannot_be_done_is_said_before_torch_is_loaded_and_nothing_written(
     assert sorted(here.rglob("*")) == before
 
 
-def test_a_terminal_is_asked(here: Path) -> None:
+def test_a_terminal_is_asked(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write("two.jsonl", [])
     pairs = [{"en": row["output"], "no": row["output"][::-1]} for row in rows()[:60]]
     Path("two.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
-    leader, follower = pty.openpty()
-    os.write(leader, b"two.jsonl\ntiny\nfull\nasked.yaml\n2\n1\n")
-    ran = subprocess.run(
-        [sys.executable, "-m", "instructft", "init"],
-        stdin=follower,
-        stdout=follower,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(REPO), "TERM": "dumb"},
-        timeout=100,
-    )
-    os.close(follower)
-    assert ran.returncode == 0, ran.stderr
+    monkeypatch.setattr("instructft.commands.asking.in_terminal", lambda: True)
+    result = CliRunner().invoke(app, ["init"], input="two.jsonl\ntiny\nfull\nasked.yaml\n2\n1\n")
+    assert result.exit_code == 0, result.output
     recipe = load_recipe("asked.yaml")
     assert recipe.adapter.type == "none"
     assert recipe.data.datasets[0].columns == {"question": "no", "answer": "en"}
