@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from instructft.commands.options import Overrides, RecipeArgument, StrategyOption, option, quiet_libraries
-from instructft.errors import EXIT_USAGE, UsageError
+from instructft.errors import EXIT_FAILED, EXIT_USAGE, UsageError
 
 
 def recipes(
@@ -94,8 +94,35 @@ def import_(
     found = read(config, target.stem)
     written = found.write(target)
     print("\n".join(found.lines()))
+    proved = _prove(found, target, prove)
     train = f"launch {target} --strategy {found.config.strategy}" if found.config.strategy else f"train {target}"
     print(f"\nWrote {' and '.join(map(str, written))}. From here:\n\n  instructft check {target}\n  instructft {train}")
+    if not proved:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _prove(found: Any, recipe: Path, asked: bool | None) -> bool:
+    """Compare rows with TRL's own, where that was asked for, or rows and tokenizer are on this machine."""
+    if found.tool != "TRL":
+        if asked:
+            raise UsageError(f"--prove: rows are compared with TRL's, which is installed; this is {found.tool}'s")
+        return True
+    here = not found.problems and "path" in found.config.draft.values["data"]["datasets"][0]
+    if asked is False or (asked is None and not (here and Path(str(found.values["model_name_or_path"])).is_dir())):
+        return True
+    from instructft.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe)
+    print("\nloading torch, transformers and trl, to compare rows …", flush=True)
+    quiet_libraries()
+    from instructft.check.against_trl import compare
+
+    try:
+        equal, lines = compare(loaded, found.values)
+    except UsageError as error:
+        equal, lines = not asked, [f"not compared: {error}"]
+    print("\n".join(lines))
+    return equal
 
 
 import_.__name__ = "import"  # a word of Python's own; this is what the command is called

@@ -75,7 +75,7 @@ def test_other_goals(here: Path, goal: str, monkeypatch: pytest.MonkeyPatch) -> 
     recipe = load_recipe("tickets.yaml")
     assert recipe.adapter.type == ("none" if goal == "full" else "lora")
     assert recipe.model.quantization == ("4bit" if goal == "qlora" else "none")
-    assert recipe.train["learning_rate"] == (5e-5 if goal == "full" else 2e-4)
+    assert recipe.train["learning_rate"] == (1e-3 if goal == "full" else 2e-4)  # 32 wide
 
 
 def test_rows_longer_than_the_model_and_a_context_are_counted(here: Path) -> None:

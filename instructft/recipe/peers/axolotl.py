@@ -138,7 +138,7 @@ def _data(config: Config) -> None:
         entries.append(_entry(config, dict(entry), f"datasets.{number_}", templates, everything))
     if not entries:
         raise UsageError("datasets: found none, and a recipe needs rows")
-    config.put("data.datasets", entries)
+    config.put("data.datasets", entries, "datasets", len(entries))
     tests = [_entry(config, dict(entry), "test_datasets", set(), set()) for entry in config.take("test_datasets", [])]
     if tests:
         config.put("data.validation", tests, "test_datasets", len(tests))
@@ -229,11 +229,11 @@ def _speakers(config: Config, left: dict[str, Any], where: str, everything: set[
     from instructft.prompt.layouts.messages import CONTENT, FLAGS, ROLES, SPANS, SPEAKER
 
     mapping = dict(left.pop("message_property_mappings", {}))
-    for ours, known in (("role", SPEAKER), ("content", CONTENT)):
-        mapping.setdefault(ours, left.pop(f"message_field_{ours}", known[0]))
-        if mapping[ours] not in known:
+    for ours, names in (("role", SPEAKER), ("content", CONTENT)):
+        mapping.setdefault(ours, left.pop(f"message_field_{ours}", names[0]))
+        if mapping[ours] not in names:
             config.lose(
-                f"{where}.message_property_mappings.{ours}", f"turns are read by {', '.join(known)}", mapping[ours]
+                f"{where}.message_property_mappings.{ours}", f"turns are read by {', '.join(names)}", mapping[ours]
             )
     for role, names in (left.pop("roles", None) or {}).items():
         odd = [name for name in names if ROLES.get(str(name).lower()) != role]
@@ -245,7 +245,8 @@ def _speakers(config: Config, left: dict[str, Any], where: str, everything: set[
     ends = left.pop("train_on_eos", "turn")
     if ends not in ("turn", None):
         config.lose(f"{where}.train_on_eos", "the token that ends an answer is always trained, others never", ends)
-    for key, known in (("message_field_training", FLAGS), ("message_field_training_detail", SPANS)):
+    marks: dict[str, tuple[str, ...]] = {"message_field_training": FLAGS, "message_field_training_detail": SPANS}
+    for key, known in marks.items():
         if (value := left.pop(key, None)) in known:
             config.same.append((f"{where}.{key}", f"{value} of a turn says so here too"))
         elif value:

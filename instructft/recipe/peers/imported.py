@@ -1,4 +1,4 @@
-"""`instructft import CONFIG`: a configuration of axolotl, LLaMA-Factory or TRL becomes a recipe, and an account of it."""
+"""`instructft import CONFIG`: a configuration of axolotl, LLaMA-Factory or TRL as a recipe, with an account of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from instructft.errors import RecipeError, UsageError
-from instructft.formatting import short
+from instructft.formatting import first_line, short
 from instructft.recipe.commented import commented, flow
 from instructft.recipe.peers import axolotl, llamafactory, trl
 from instructft.recipe.peers.peer import Config, boolean
@@ -25,6 +25,7 @@ class Imported:
 
     Args:
         tool: whose it is.
+        values: what it says.
         signs: keys by which that was told.
         text: the recipe.
         taken: keys of the file that have a place in it.
@@ -32,6 +33,7 @@ class Imported:
     """
 
     tool: str
+    values: dict[str, Any]
     signs: list[str]
     text: str
     taken: int
@@ -103,6 +105,10 @@ def read(source: Path, name: str) -> Imported:
         peer.translate(config)
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from error
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # a list where a text is taken, and the like
+        raise UsageError(
+            f"{source}: a value is of another kind than {peer.NAME} takes there: {first_line(error)}"
+        ) from error
     config.rest(peer.NAME, peer.NONE, peer.FAMILIES)
     order = ("model", "data", "adapter", "train", "hub", "output_dir")
     config.draft.values = {key: config.draft.values[key] for key in order if key in config.draft.values}
@@ -110,7 +116,7 @@ def read(source: Path, name: str) -> Imported:
     gone = {key for key, _, _ in config.lost} | {key for key, _ in config.same} | set(config.empty)
     taken = sum(1 for key in values if key not in gone)
     text = commented(config.draft.values, config.draft.reasons, _head(peer.NAME, source, name, config))
-    return Imported(peer.NAME, signs, text, taken, config, problems)
+    return Imported(peer.NAME, values, signs, text, taken, config, problems)
 
 
 def _until_it_loads(config: Config, name: str) -> list[str]:

@@ -110,7 +110,7 @@ def _data(config: Config) -> None:
     if (most := config.take("max_samples")) is not None:
         for entry in entries:
             entry["rows"] = int(most)
-        config.same.append(("max_samples", f"{most}: rows of each entry"))
+        config.draft.reasons |= {f"data.datasets.{i}.rows": f"max_samples: {most}" for i in range(len(entries))}
     mixing, shares = config.take("mix_strategy", "concat"), config.take("interleave_probs")
     if mixing != "concat" and shares:
         for entry, share in zip(entries, _listed(shares), strict=False):
@@ -152,10 +152,8 @@ def _entry(config: Config, name: str, known: dict[str, Any], info: str | None, f
     about = known.get(name)
     if about is None:
         guess = config.place(f"{folder}/{name}.json") or f"{folder}/{name}.json"
-        where = f"{info} does not have it" if info else f"there is no {folder}/dataset_info.json here"
-        config.differs.append(
-            f"dataset: what {name} is, {where} to say; {guess} is a guess: put the file or hub id there"
-        )
+        where = f"{info} does not say what {name} is" if info else f"no {folder}/dataset_info.json says what {name} is"
+        config.differs.append(f"dataset: {where}; {guess} is a guess: put the file (path) or the Hub id (hub) there")
         return {"path": guess, "label": name}
     if about.get("ranking"):
         raise UsageError(
@@ -225,7 +223,7 @@ def _template(config: Config) -> None:
     elif kind:
         config.put("data.template", "tokenizer", "template", kind)
         config.differs.append(
-            f"template: {kind} is LLaMA-Factory's own text; the model's own template is taken, which a base model lacks: "
+            f"template: {kind} is LLaMA-Factory's own text; the model's own template is taken. A base model has none: "
             "then write chatml or name a .jinja file. Compare one row with `instructft inspect`"
         )
     else:

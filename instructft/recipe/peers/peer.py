@@ -1,8 +1,8 @@
 """A configuration of another tool as it is used up: each key finds its place in a recipe, or is told with a reason.
 
-A module of a peer takes what means something there and puts what means the same here. What it leaves goes through the
-tables that all peers share: fields of `trl.SFTConfig` keep their names, and what `instructft.recipe.aliases` knows to be
-unnecessary is told in its words. Nothing is dropped without a word.
+A module of a peer takes what means something there and puts what means the same here. What it leaves goes through
+tables that all of them share: fields of `trl.SFTConfig` keep their names, and what `instructft.recipe.aliases` knows to
+be unnecessary is told in its words. Nothing is dropped without a word.
 """
 
 from __future__ import annotations
@@ -53,8 +53,12 @@ class Config:
 
     def take(self, key: str, default: Any = None) -> Any:
         """The value of a key, which from now on is used; an empty one is the default."""
+        given = key in self.left
         value = self.left.pop(key, None)
-        return default if value is None or value == "" else value
+        if value is None or value == "":
+            self.empty += [key] if given else []
+            return default
+        return value
 
     def put(self, path: str, value: Any, key: str = "", said: Any = None) -> None:
         """Write a key of ours, with what the peer's file said; or, where it said nothing, with the peer's default."""

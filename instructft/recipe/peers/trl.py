@@ -132,9 +132,9 @@ def _loss(config: Config, kind: str) -> None:
         config.put("data.train_on", "responses", "assistant_only_loss", True)
         if kind == "prompt-completion":
             config.put("data.train_on", "last_response", "assistant_only_loss", True)
-    elif kind in ("prompt-completion", "plain pairs") and completion is not False:
+    elif kind in ("prompt-completion", "plain pairs") and completion is None:
         config.put(
-            "data.train_on", "responses", "completion_only_loss", "true, by its default for prompt and completion"
+            "data.train_on", "responses", "completion_only_loss", "true by its default, for prompt and completion"
         )
     elif completion:
         config.put("data.train_on", "responses", "completion_only_loss", True)
@@ -190,7 +190,7 @@ def _adapter(config: Config) -> None:
     else:
         config.put("adapter.target_modules", ["q_proj", "v_proj"], "lora_target_modules", "none")
         config.differs.append(
-            "lora_target_modules: PEFT's choice for Llama and its kin is written; all-linear, the default here, trains more"
+            "lora_target_modules: PEFT's choice for Llama and its kin is written; all-linear, ours, trains more"
         )
     for theirs, ours in (("lora_target_parameters", "target_parameters"), ("lora_modules_to_save", "modules_to_save"),
                          ("use_dora", "use_dora"), ("use_rslora", "use_rslora")):  # fmt: skip
