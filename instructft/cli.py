@@ -18,7 +18,7 @@ from instructft.errors import EXIT_FAILED, InstructftError, UsageError, is_panic
 from instructft.version import __version__
 
 GROUPS = {
-    "Prepare": (recipes, init, check, inspect, prepare, doctor, docs),
+    "Prepare": (recipes, init, import_, check, inspect, prepare, doctor, docs),
     "Train": (train, launch),
     "Judge": (evaluate, gate, verify, rows, runs, compare),
     "Use": (chat, ui, generate),

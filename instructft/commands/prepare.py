@@ -18,7 +18,7 @@ from instructft.commands.options import (
     read_recipe,
     recipe_names,
 )
-from instructft.errors import EXIT_USAGE, UsageError
+from instructft.errors import EXIT_FAILED, EXIT_USAGE, UsageError
 
 
 def recipes(
@@ -39,31 +39,107 @@ def recipes(
 
 def init(
     name: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            metavar="NAME", help="A shipped recipe; `instructft recipes` lists them.", autocompletion=recipe_names
+            metavar="[NAME]",
+            help="A shipped recipe; or, with --data, FILE.",
+            show_default=False,
+            autocompletion=recipe_names,
         ),
-    ],
+    ] = None,
     file: Annotated[
-        Path | None,
-        typer.Argument(metavar="[FILE]", help="Where to write it; NAME.yaml if left out.", show_default=False),
+        Path | None, typer.Argument(metavar="[FILE]", help="Where to write; NAME.yaml if left out.", show_default=False)
+    ] = None,
+    data: Annotated[str | None, option(metavar="FILE", help="Rows of yours: JSON, JSONL, CSV, Parquet, …")] = None,
+    model: Annotated[str | None, option(metavar="MODEL", help="What is to be trained: a folder or a Hub id.")] = None,
+    goal: Annotated[
+        str | None, option(metavar="lora|full|qlora", help="An adapter (the default), all weights, or 4-bit.")
+    ] = None,
+    columns: Annotated[
+        list[str] | None, option(metavar="OURS=THEIRS …", help="Columns, as question=Frage; default: as they look.")
     ] = None,
 ) -> None:
-    """Write a shipped recipe to a file, as a starting point."""
-    from instructft.recipe.shipped import shipped_recipes
+    """Write a recipe for your own rows, with the reason of each number; or a shipped one, as a starting point."""
+    from instructft.commands import asking
 
-    found = shipped_recipes()
-    if name not in found:
-        raise UsageError(f"there is no shipped recipe {name}; there is {', '.join(sorted(found))}")
-    target = file or Path(f"{name}.yaml")
+    wanted = asking.what_to_write(name, file, data, model, goal)
+    if wanted.data is None:
+        from instructft.recipe.shipped import write_shipped
+
+        write_shipped(wanted.name, wanted.file)
+        print(f"Wrote {wanted.file}. Train it with: instructft train {wanted.file}")
+        return
+    print(f"reading {wanted.data} …", flush=True)
+    from instructft.check.first_recipe import look, write
+    from instructft.data.formats import columns_asked
+
+    found = look(
+        wanted.data,
+        wanted.model,
+        wanted.goal,
+        wanted.file,
+        columns=columns_asked(columns or []),
+        choose=asking.which if asking.in_terminal() else None,
+    )
+    print("loading torch and transformers …", flush=True)
+    quiet_libraries()
+    write(found)
+    print(f"\nWrote {wanted.file}. From here:\n\n  instructft check {wanted.file}\n  instructft train {wanted.file}")
+    print(f"  instructft chat runs/{wanted.file.stem}")
+
+
+def import_(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Of axolotl, LLaMA-Factory or `trl sft`.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Where to write; CONFIG's name with .yaml.", show_default=False),
+    ] = None,
+    prove: Annotated[
+        bool | None, option("--prove/--no-prove", help="Compare 200 rows with TRL's; default: where they are here.")
+    ] = None,
+) -> None:
+    """Make a recipe of another tool's configuration, and tell what has no counterpart."""
+    from instructft.recipe.peers.imported import read
+
+    target = file or Path(f"{config.stem}.yaml")
     if target.exists():
-        raise UsageError(f"{target} exists already; name another file")
+        hint = "" if file else f", as in: instructft import {config} {config.stem}-recipe.yaml"
+        raise UsageError(f"{target} exists already; name another file{hint}")
+    found = read(config, target.stem)
+    written = found.write(target)
+    print("\n".join(found.lines()))
+    proved = _prove(found, target, prove)
+    train = f"launch {target} --strategy {found.config.strategy}" if found.config.strategy else f"train {target}"
+    print(f"\nWrote {' and '.join(map(str, written))}. From here:\n\n  instructft check {target}\n  instructft {train}")
+    if not proved:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _prove(found: Any, recipe: Path, asked: bool | None) -> bool:
+    """Compare rows with TRL's own, where that was asked for, or rows and tokenizer are on this machine."""
+    if found.tool != "TRL":
+        if asked:
+            raise UsageError(f"--prove: rows are compared with TRL's, which is installed; this is {found.tool}'s")
+        return True
+    here = not found.problems and "path" in found.config.draft.values["data"]["datasets"][0]
+    if asked is False or (asked is None and not (here and Path(str(found.values["model_name_or_path"])).is_dir())):
+        return True
+    from instructft.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe)
+    print("\nloading torch, transformers and trl, to compare rows …", flush=True)
+    quiet_libraries()
+    from instructft.check.against_trl import compare
+
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{target}: its folder cannot be made ({error.strerror}); name another file") from error
-    target.write_text(found[name].read_text(encoding="utf-8"), encoding="utf-8")
-    print(f"Wrote {target}. Train it with: instructft train {target}")
+        equal, lines = compare(loaded, found.values)
+    except UsageError as error:
+        equal, lines = not asked, [f"not compared: {error}"]
+    print("\n".join(lines))
+    return equal
+
+
+import_.__name__ = "import"  # a word of Python's own; this is what the command is called
 
 
 def check(

@@ -37,12 +37,12 @@ _NO_SHARE = (
     "flag out with data.ignore, or give such rows a data set of their own and train that more or less often "
     "(data.datasets[].repeat)"
 )
-_SPANS = ("train_detail", "training_detail")
+SPANS = ("train_detail", "training_detail")
 TOOLS = ("tools", "functions")
 _CALLS = ("tool_calls", "function_call")
 _OWN_SPANS = "train_spans"  # as they are in normal form
 _KNOWN = frozenset(
-    (*SPEAKER, *CONTENT, *REASONING, *FLAGS, *_SPANS, _OWN_SPANS, *TOOLS, *_CALLS, "tool_call_id", "name")
+    (*SPEAKER, *CONTENT, *REASONING, *FLAGS, *SPANS, _OWN_SPANS, *TOOLS, *_CALLS, "tool_call_id", "name")
 )
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
@@ -314,7 +314,7 @@ def _weigh(message: Message, turn: Mapping[str, Any], where: str, ledger: Ledger
             ledger.unread(place, value, _NO_SHARE)
         elif (share == 0) != (name in _INVERSE):
             message["weight"] = 0
-    for name in _SPANS:
+    for name in SPANS:
         if not absent(turn.get(name)) and not ledger.ignores(name, role):
             _spans(message, turn[name], f"key `{name}` of a message in `{where}`", ledger)
     if not absent(own := turn.get(_OWN_SPANS)) and not ledger.ignores(_OWN_SPANS, role):
