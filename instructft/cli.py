@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from instructft.commands.judge import compare, evaluate, gate, rows, runs, verify
-from instructft.commands.prepare import check, docs, doctor, init, inspect, prepare, recipes
+from instructft.commands.prepare import check, docs, doctor, import_, init, inspect, prepare, recipes
 from instructft.commands.share import convert, export, merge, push
 from instructft.commands.train import launch, train
 from instructft.commands.use import chat, generate, ui

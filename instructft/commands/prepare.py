@@ -81,7 +81,6 @@ def init(
         columns=columns_asked(columns or []),
         choose=asking.which if asking.in_terminal() else None,
     )
-    print("loading torch and transformers …", flush=True)
     quiet_libraries()
     write(found)
     print(f"\nWrote {wanted.file}. From here:\n\n  instructft check {wanted.file}\n  instructft train {wanted.file}")
@@ -127,7 +126,6 @@ def _prove(found: Any, recipe: Path, asked: bool | None) -> bool:
     from instructft.recipe.load import load_recipe
 
     loaded = load_recipe(recipe)
-    print("\nloading torch, transformers and trl, to compare rows …", flush=True)
     quiet_libraries()
     from instructft.check.against_trl import compare
 
