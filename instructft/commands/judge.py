@@ -96,7 +96,7 @@ def gate(
     json_file: Annotated[Path | None, option("--json", help="Write the verdict and all answers to this file.")] = None,
 ) -> None:
     """Decide whether the task is up and the rest not down: exit code 0, or 1."""
-    quiet_libraries()
+    quiet_libraries(model, against)
     from instructft.evaluation import gate as room
     from instructft.evaluation.verdict import PASSED
     from instructft.extras.further_evaluation import scores_of
@@ -128,7 +128,7 @@ def verify(
         f"server   {found.kind} {found.version}".rstrip() + f" at {found.client.url}: {found.model}{weights}",
         flush=True,
     )
-    quiet_libraries()
+    quiet_libraries(model)
     from instructft.extras.serving.verify import verify as verify_server
 
     code = verify_server(model, found, rows, answers, max_new_tokens, json_file).exit_code

@@ -133,7 +133,7 @@ def export(
     refuse_used(output)
     formats(quantize)
     print(f"converter  {find_converter(converter)}", flush=True)
-    quiet_libraries()
+    quiet_libraries(model)
     from instructft.extras.serving.export import export as export_model
 
     export_model(model, output, fmt, quantize, converter, rows)
