@@ -152,7 +152,7 @@ def runs(
 
 def compare(
     run: Annotated[
-        list[str], typer.Argument(metavar="RUN RUN …", help="Run folders, two or more.", autocompletion=run_names)
+        list[str], typer.Argument(metavar="RUN", help="Run folders, two or more.", autocompletion=run_names)
     ],
     html: Annotated[Path | None, option("--html", help="Also write one self-contained page to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,

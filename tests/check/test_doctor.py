@@ -70,7 +70,7 @@ def test_nothing_private_is_told(
     monkeypatch.setenv("LOGNAME", "adalovelace")
     monkeypatch.setenv("HF_ENDPOINT", "https://ada:pw@hub.example/?key=K3y")
     monkeypatch.setattr("platform.node", lambda: "box17.corp")
-    said = f"cannot open {home}/lib.so for adalovelace on box17: hf_abcdefghijklmn supersecretkey"
+    said = f"cannot open {home}/lib.so for adalovelace on box17: hf_abcdefghijklmn hf_ofanother supersecretkey"
     monkeypatch.setattr(module, "try_all", lambda names, patience: dict.fromkeys(names, said).items())
     doctor()
     text = capsys.readouterr().out
@@ -78,7 +78,17 @@ def test_nothing_private_is_told(
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     for told in (text, json.dumps(found)):
         assert "cannot open" in told
-        for private in (str(home), "adalovelace", "box17", "hf_abcdef", "supersecret", "K3y", "ada:pw", sys.prefix):
+        for private in (
+            str(home.parent),
+            "hf_ofan",
+            "adalovelace",
+            "box17",
+            "hf_abcdef",
+            "supersecret",
+            "K3y",
+            "ada:pw",
+            sys.prefix,
+        ):
             assert private not in told, private
     assert found["environment"]["HF_TOKEN"] == "set"
     assert found["environment"]["HF_ENDPOINT"] == "https://hub.example/"
