@@ -68,6 +68,7 @@ app = typer.Typer(
     cls=Grouped,
     help="A YAML recipe in, a chat model you can trust out.",
     no_args_is_help=True,
+    subcommand_metavar="COMMAND [ARGS]",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help and errors: rich would double the time that --help takes
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -107,9 +107,11 @@ def clock(seconds: float) -> str:
 def size(count: float) -> str:
     """Bytes in files, in the units by which disks are sold.
 
-    >>> size(2_638_848), size(14_483_464_192)
-    ('2.6 MB', '14.5 GB')
+    >>> size(2_638_848), size(14_483_464_192), size(1_350)
+    ('2.6 MB', '14.5 GB', '1.4 kB')
     """
+    if count < 1e5:
+        return f"{count / 1e3:.1f} kB"
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 

@@ -12,7 +12,7 @@ from instructft import formatting
 @pytest.mark.parametrize(
     ("count", "disk", "memory"),
     [
-        (0, "0.0 MB", "0 KiB"),
+        (0, "0.0 kB", "0 KiB"),
         ((1 << 20) - 1, "1.0 MB", "1,024 KiB"),
         (1 << 20, "1.0 MB", "1 MiB"),
         (10**9, "1.0 GB", "954 MiB"),

@@ -5,6 +5,8 @@ Tables only. `instructft.recipe.schema` holds the legal keys, `instructft.recipe
 
 from __future__ import annotations
 
+import re
+
 # Our key -> what other tools call the same thing, in whatever section they write it.
 _RENAMED: dict[str, str] = {
     "train": "training trainer training_args training_arguments",
@@ -201,6 +203,13 @@ ADAPTER_HOMES: dict[str, str] = {
 }
 
 # A value in place of ours -> what to write.
+# Names by which other tools call the templates of models, which these bring themselves.
+MODELS_OWN = re.compile(
+    r"(llama|qwen|mistral|mixtral|gemma|phi|zephyr|deepseek|cohere|command|falcon|granite|glm|chatglm|yi|internlm|smollm"
+    r"|olmo|exaone|jamba|hermes|openchat|baichuan|kimi|gpt)[\w.-]*$",
+    re.IGNORECASE,
+)
+
 VALUE_HINTS: dict[tuple[str, str], str] = {
     ("adapter.type", "qlora"): "write adapter.type: lora and model.quantization: 4bit",
     ("adapter.type", "full"): "write adapter.type: none",

@@ -17,7 +17,7 @@ from instructft.data.files.kinds import SUFFIXES, not_known, suffix_of
 from instructft.data.files.locate import as_pattern
 from instructft.errors import RecipeError
 from instructft.formatting import closest, nearest
-from instructft.recipe.aliases import ADAPTER_HOMES, ALIASES, TRAIN_HOMES, VALUE_HINTS
+from instructft.recipe.aliases import ADAPTER_HOMES, ALIASES, MODELS_OWN, TRAIN_HOMES, VALUE_HINTS
 from instructft.recipe.fields import (
     describe,
     field_problem,
@@ -203,6 +203,8 @@ class _Check:
         value = values.get(str(path[-1]))
         if isinstance(value, str) and value and value not in names:
             hint = VALUE_HINTS.get((dotted(path), value))
+            if path == ("data", "template") and not hint and not closest(value, names) and MODELS_OWN.match(value):
+                hint = "the template that a model brings is written tokenizer, or auto, which takes it too"
             near = f"; {hint}" if hint else nearest(value, names)
             listed = f"; expected {', '.join(names)} or {more}"
             self.problem(path, f'"{value}" is unknown{near or listed}')

@@ -185,7 +185,9 @@ class _Reader:
             if "'\\t'" in what:
                 what += "; indent with spaces, not with tabs"
             elif "mapping values are not allowed" in what:
-                what += "; a text that holds `: ` needs quotes"
+                what += _deeper(text, mark.line) if mark else ""
+            elif "escape" in what:
+                what += r"; in double quotes a backslash begins an escape: write a path in single quotes, or with /"
             self.problem(f"line {mark.line + 1}, column {mark.column + 1}" if mark else "", f"not valid YAML: {what}")
         except RecursionError:
             self.problem("", "nested too deeply to be a recipe")
@@ -281,6 +283,19 @@ class _Reader:
                 continue
             for key, value in other.items():
                 values.setdefault(key, value)
+
+
+def _deeper(text: str, number: int) -> str:
+    """What keeps a `KEY: VALUE` in line `number` (from 0) from being one: deeper than the line before, or no quotes."""
+    lines = text.splitlines()
+    line = lines[number]
+    said = [i for i in range(number) if lines[i].strip() and not lines[i].lstrip().startswith("#")]
+    before = said[-1] if said else None
+    if before is not None and not lines[before].rstrip().endswith(":"):
+        column = len(lines[before]) - len(lines[before].lstrip("- "))  # where its key stands, behind a dash too
+        if len(line) - len(line.lstrip()) > column and line.count(": ") + line.rstrip().endswith(":") == 1:
+            return f"; line {number + 1} is indented deeper than line {before + 1}, whose key has a value already"
+    return "; a text that holds `: ` needs quotes"
 
 
 class _Stop(Exception):

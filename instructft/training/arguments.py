@@ -133,10 +133,8 @@ def remarks(recipe: Recipe, args: SFTConfig, config: Any, steps: int) -> list[st
                 "run rarely survives that"
             )
         elif rate * TOO_LOW <= usual * 1.001:
-            found.append(
-                f"train.learning_rate: {rate:g} is {usual / rate:,.0f} times below what is usual for {name} "
-                f"({usual:g}); little is learned"
-            )
+            below = f"{usual / rate:,.0f} times below what is" if rate else "far from what is"
+            found.append(f"train.learning_rate: {rate:g} is {below} usual for {name} ({usual:g}); little is learned")
     if recipe.model.dtype == "float16" and recipe.adapter.type == "none":
         found.append(
             "model.dtype: all weights are trained in float16 itself, in which small updates are lost and gradients "

@@ -244,6 +244,8 @@ def test_the_json_report(make: Any, run: Any) -> None:
         "measured",
         "rehearsal",
         "limits",
+        "left_open",
+        "remarks",
         "problems",
         "ok",
     }

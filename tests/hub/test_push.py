@@ -323,9 +323,9 @@ def test_a_dry_run_lists_what_would_go_and_asks_no_hub(
     monkeypatch.setattr("huggingface_hub.HfApi.__init__", lambda *_, **__: pytest.fail("the Hub was asked"))
     run = CliRunner().invoke(app, ["push", str(model), REPO_ID, "--path-in-repo", "v1", "--dry-run"])
     assert run.exit_code == 0, run.output
-    assert re.search(r"\d+\.\d MB  v1/model-\d+-of-\d+\.safetensors\n", run.output)
+    assert re.search(r"\d+\.\d [kM]B  v1/model-\d+-of-\d+\.safetensors\n", run.output)
     assert "notes.txt (" in run.output
-    assert re.search(rf"\d+ files, [\d.]+ MB, would go to {REPO_ID}; nothing was uploaded\n$", run.output)
+    assert re.search(rf"\d+ files, [\d.]+ [kM]B, would go to {REPO_ID}; nothing was uploaded\n$", run.output)
 
 
 def test_a_name_without_an_owner_is_told_with_the_login_that_is_missing(

@@ -75,6 +75,11 @@ BAD = {
         "line 2: data.template: there is no",
         "",
     ),
+    "a template of a model": (
+        MODEL + "data:\n  datasets: alpaca\n  template: llama3\n",
+        "line 4: data.template:",
+        "is written tokenizer",
+    ),
     "no model folder": (
         "model: {name_or_path: ./nope}\n" + DATA,
         'line 1: model.name_or_path: there is no "./nope"',

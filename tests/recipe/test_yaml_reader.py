@@ -15,6 +15,12 @@ BAD = {
     "a list": ("- a\n", "line 1: found a list", "`model:`"),
     "a tab": ("model:\n\tname_or_path: a\n", "line 2, column 1: not valid YAML", "spaces, not with tabs"),
     "a colon": (GOOD + "output_dir: a: b\n", "line 3, column 14: not valid YAML", "needs quotes"),
+    "too deep": (
+        GOOD + "samples:\n  - a: b\n     c: d\n",
+        "line 5, column 7: not valid YAML",
+        "line 5 is indented deeper than line 4, whose key has a value already",
+    ),
+    "a path of Windows": (GOOD + 'output_dir: "C:\\Users"\n', "line 3, column 18: not valid YAML", "single quotes"),
     "never closed": (GOOD + "samples: [a\n", "line 4, column 1: not valid YAML", ""),
     "two documents": (GOOD + "---\na: 1\n", "line 3, column 1: not valid YAML", "another document"),
     "not UTF-8": (GOOD.encode() + b"output_dir: \xff\n", "the file is not UTF-8 text", "UTF-8"),

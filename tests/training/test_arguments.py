@@ -93,6 +93,7 @@ def test_a_resumed_run_keeps_what_it_began_with(left_open: Callable[..., Any]) -
     [
         ("train.learning_rate=30", "46,875 times what is usual"),
         ("train.learning_rate=2e-5", "32 times below what is usual"),
+        ("train.learning_rate=0", "0 is far from what is usual"),
         ("train.warmup_steps=100", "100 steps of warm-up in a run of 4"),
         ("model.dtype=float16", "trained in float16 itself"),
         ("train.learning_rate=1e-3", ""),
