@@ -30,7 +30,7 @@ data: {{datasets: [{{path: {data}{streaming}}}], template: instruction, max_leng
         splits: {{validation: {held_out}}}}}
 train:
   {{max_steps: 4, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, logging_steps: 1, use_cpu: true,
-   optim: sgd, learning_rate: 0.5}}
+   optim: sgd, learning_rate: 0.5, evaluation_budget: null}}
 output_dir: {out}
 {judged}
 """
