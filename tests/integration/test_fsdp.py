@@ -40,7 +40,6 @@ data: {{datasets: [{{path: {data}}}], template: {template}, max_length: 128, spl
 train:
   {{max_steps: 6, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, logging_steps: 1, eval_steps: 4,
    save_steps: 3, use_cpu: true, learning_rate: 1e-2, adam_epsilon: 1e-3, report_to: none}}
-evaluation: {{rows: 5, metrics: [mine.py:length]}}
 samples: [Hello]
 """
 LORA = "adapter: {type: lora, r: 4, dropout: 0.0}"
@@ -64,7 +63,6 @@ def trained(folder: Path, name: str) -> list[list[dict[str, Any]]]:
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    (folder / "mine.py").write_text("def length(prediction, reference, row): return len(prediction) / len(reference)")
     start, base = folder / "base.yaml", folder / "base"
     new = f"config: {MODELS[model]}, tokenizer: quickstart"
     start.write_text(RECIPE.format(model=new, data=data, template="instruction", adapter=""))
@@ -131,9 +129,6 @@ def losses_and_weights_are_those_of_one_process(folder: Path) -> None:
         assert len(pairs) == 6
         for a, b in pairs:
             assert a == pytest.approx(b, abs=1e-5)
-    answers = [line for line in logged(two, "eval_length", "eval_answered") if "eval_length" in line]
-    assert answers == [line for line in logged(one, "eval_length", "eval_answered") if "eval_length" in line]
-    assert [line["eval_answered"] for line in answers] == [5, 5]
     mine, others = weights(two), weights(one)
     assert set(mine) == set(others)
     for key, tensor in mine.items():

@@ -168,5 +168,5 @@ def test_an_inner_part_is_not_the_outer_ones(clock: Clock) -> None:
         clock.now = 16.0
     clock.now = 17.0
     found.on_train_end(None, None, None)
-    seconds = {"steps": 11.0, "evaluation": 3.0, "samples": 3.0, "warnings": 0.0, "checkpoints": 0.0}
+    seconds = {"steps": 11.0, "evaluation": 3.0, "answers": 0.0, "samples": 3.0, "warnings": 0.0, "checkpoints": 0.0}
     assert found.seconds == {"start": 0.0, **seconds}

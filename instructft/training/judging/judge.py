@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from instructft.errors import DataError, ModelError, UsageError
@@ -145,15 +144,12 @@ class Judge:
         return count
 
     def _answer(self, asked: Sequence[Question], trainer: Any) -> list[dict[str, float | None]]:
-        """What the answer to each question is worth, by name. Processes share the questions where each has the model.
-
-        Under FSDP2 a model can be run by all processes together only: each answers all questions.
-        """
+        """What the answer to each question is worth, by name. Processes, each with the model, share the questions."""
         args = trainer.args
-        alone = args.world_size == 1 or isinstance(self.generator.model, FSDPModule)
+        alone = args.world_size == 1
 
         def leave(row: Row) -> None:
-            if args.world_size == 1 and trainer.stop.agree(args):
+            if alone and trainer.stop.agree(args):
                 raise EvaluationLeft
 
         mine = asked if alone else asked[args.process_index :: args.world_size]
@@ -218,9 +214,11 @@ class Judge:
 
 
 def unanswerable(trainer: Any) -> str:
-    """Why the model of a trainer cannot be asked by one process while it trains, or by all of them together; or ""."""
+    """Why the model of a trainer cannot be asked by each process alone while it trains; or ""."""
     if is_deepspeed_zero3_enabled():
         return "DeepSpeed ZeRO-3 divides the weights among the processes"
-    if trainer.is_fsdp_enabled and not trainer.is_fsdp2:
-        return "FSDP of version 1 divides the weights among the processes (--strategy fsdp2 can)"
+    if trainer.is_fsdp_enabled:
+        return (
+            "FSDP divides the weights among the processes; instructft evaluate RUN --checkpoints judges them afterwards"
+        )
     return ""
