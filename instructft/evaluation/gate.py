@@ -25,9 +25,10 @@ from instructft.evaluation.compare import (
 from instructft.evaluation.metrics import answers_to, evaluate
 from instructft.evaluation.suites import Question, read_suites, shipped
 from instructft.evaluation.verdict import MARGIN, NOT_DOWN, judge_rest, judge_task, verdict
-from instructft.formatting import clock, nearest, short
+from instructft.formatting import clock, short
 from instructft.inference.generator import Generator
 from instructft.inference.reference_model import START, own_tokenizer, recipe_of
+from instructft.prompt.token_view import visible
 from instructft.redaction import last_name
 from instructft.report.gate_section import GATE, show_gate, tables
 
@@ -82,7 +83,7 @@ def gate(
     check_json(json_file)
     questions, names = read_suites(suites)
     if names and other_tasks is None:
-        raise UsageError(f"--suite: there is no suite {names[0]}{nearest(names[0], shipped())}")
+        raise UsageError(f"--suite: there is no suite {names[0]}; there are {', '.join(shipped())}")
     others = other_tasks(names) if names and other_tasks else None
     recipe = recipe_of(model)
     rows, described, made_from = rows_of(recipe, data, None, limit or ROWS)
@@ -228,9 +229,8 @@ def _print(console: Any, found: Mapping[str, Any]) -> None:
         )
     lost = [row for row in found["rows"] if row["counts"] and row["right"] == [True, False]]
     for row in lost[:: max(1, len(lost) // SHOWN)][:SHOWN]:
-        console.print(f"lost: {short(row['prompt'], 100)}", markup=False)
-        console.print(f"  before  {short(row['before'], 100)}", markup=False)
-        console.print(f"  after   {short(row['after'], 100) or '(nothing)'}", markup=False)
+        for word, text in (("lost: ", row["prompt"]), ("  before", row["before"]), ("  after ", row["after"])):
+            console.print(f"{word} {visible(short(text, 100)) or '(nothing)'}", markup=False)
     console.print(f"\n{found['verdict'].upper()} in {clock(found['seconds'])}", style="bold", markup=False)
     for reason in found["reasons"]:
         console.print(f"- {reason}", markup=False)

@@ -68,8 +68,12 @@ def read_suites(names: Sequence[str]) -> tuple[list[Question], list[str]]:
     for name in names or shipped():
         path = FOLDER / f"{name}.jsonl" if name in shipped() else Path(name).expanduser()
         if path.suffix != ".jsonl":
-            if path.exists() or "/" in name:
-                raise UsageError(f"--suite: {name} is no .jsonl file; a line is a question with its check")
+            if path.exists() or path.suffix or "/" in name:
+                raise UsageError(
+                    f"--suite: {name} is no .jsonl file; a suite has a question with its check on each line"
+                )
+            if meant := nearest(name, shipped(), cutoff=0.75):
+                raise UsageError(f"--suite: there is no suite {name}{meant}")
             others.append(name)
             continue
         if not path.is_file():

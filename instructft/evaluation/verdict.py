@@ -9,8 +9,8 @@ the difference whose lower end lies above minus a margin (non-inferiority; ICH E
         ├──┼───●─────┼──┤          too few questions: it may be either
 
 The lower end errs in `TAIL` of all samples, so a model that is worse by the margin passes at most so often. With the
-rows that ship one without a difference passes 95 times in 100, as long as its answers differ from those before
-on fewer than a sixth of the questions; `needed` says how many questions would do where more of them do.
+rows that ship one without a difference passes 95 times in 100, as long as no more than 15% of its answers are right
+where they were wrong or the other way round; `needed` says how many questions would do where more of them are.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def card_section(found: Mapping[str, Any]) -> str:
     lines += [f"- {plain(reason)}" for reason in found["reasons"]]
     for head, rows in tables(found):
         lines += ["", f"| {' | '.join(map(plain, head))} |", "| --- |" + " ---: |" * (len(head) - 1)]
-        lines += [f"| {' | '.join(map(plain, row))} |" for row in rows]
+        lines += [f"| {plain(row[0])} | {' | '.join(row[1:])} |" for row in rows]
     return "\n".join([*lines, ""])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,13 +12,16 @@ from typing import Any
 
 import pytest
 
+from instructft.commands import judge
 from instructft.errors import DataError, UsageError
 from instructft.evaluation import compare as compare_module
 from instructft.evaluation import gate as module
 from instructft.evaluation.gate import gate
 from instructft.evaluation.suites import Question
+from instructft.evaluation.verdict import MARGIN
 from instructft.inference import reference_model
 from instructft.inference.generator import Generator
+from instructft.inference.reference_model import START
 from tests.helpers.evaluation import row
 
 CARD = "# A run\n\n## Use\n\n```python\n```\n"
@@ -214,6 +218,14 @@ def test_what_is_wrong_is_said_before_weights_are_loaded(run: Path, suite: Path,
     ]:
         with pytest.raises((UsageError, DataError), match=message):
             gate(str(model), **options)
+
+
+def test_what_help_says_is_what_happens() -> None:
+    """`--help` waits for no numpy, so the defaults stand there once more."""
+    asked = inspect.signature(judge.gate).parameters
+    assert asked["margin"].default == MARGIN
+    assert asked["against"].default == START
+    assert f"default: {module.ROWS}." in asked["limit"].annotation
 
 
 def test_exit_codes(run: Path, suite: Path, scripted: Callable[..., None]) -> None:

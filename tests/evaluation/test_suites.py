@@ -90,6 +90,8 @@ def test_files_names_and_tasks(tmp_path: Path) -> None:
         ([str(tmp_path / "none.jsonl")], "there is no file"),
         ([str(tmp_path)], "is no .jsonl file"),
         (["./facts"], "is no .jsonl file"),
+        (["ours.json"], "is no .jsonl file"),
+        (["fact"], 'there is no suite fact; did you mean "facts"'),
     ]:
         with pytest.raises(UsageError, match=said):
             read_suites(names)

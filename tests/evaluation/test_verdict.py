@@ -30,8 +30,9 @@ from tests.conftest import BATTERY
 from tests.helpers.evaluation import row
 
 FEWER = 1000 if BATTERY else 150  # pairs, where others were drawn in full already
-KNOWN = 0.4  # of the questions that count only where the base knew the answer: a small model knows so many
-RIGHT = {"arithmetic": 0.5, "facts": 0.93, "format": 0.45, "json": 0.6, "memory": 0.7, "refusal": 0.4}
+# of SmolLM2-135M-Instruct: how many facts it knew, and what it had right; a gentle LoRA changed 10% of its answers
+KNOWN = 0.22
+RIGHT = {"arithmetic": 0.2, "facts": 0.82, "format": 0.3, "json": 0.45, "memory": 0.2, "refusal": 0.35}
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """The gate on a real model: one that was trained gently passes, one that forgot what its base knew does not.
 
-Every twentieth question of the suites that ship, under a margin that so few can hold; in `make battery` every one, and
+Every 25th question of the suites that ship, under a margin that so few can hold; in `make battery` every one, and
 with `INSTRUCTFT_GATE=5` every fifth.
 """
 
@@ -20,7 +20,7 @@ from instructft.evaluation.gate import gate
 from instructft.evaluation.suites import FOLDER, shipped
 from tests.conftest import BATTERY
 
-EVERY = int(os.environ.get("INSTRUCTFT_GATE", "1" if BATTERY else "20"))
+EVERY = int(os.environ.get("INSTRUCTFT_GATE", "1" if BATTERY else "25"))
 MARGIN = 0.05 if EVERY == 1 else 0.1 if EVERY <= 5 else 0.25
 QUIET = Console(quiet=True)
 
@@ -39,10 +39,10 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_gentle_adapter_passes_and_one_that_forgets_does_not(
     name: str, rate: float, expected: str, recipe_of: Any, suite: Path, note: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ANSWER_TOKENS", 32)
+    monkeypatch.setattr(module, "ANSWER_TOKENS", 16)
     recipe = recipe_of(f"gate-{name}", f"train.learning_rate={rate}", "train.max_steps=12", "train.on_divergence=warn")
     run = Path(instructft.train(recipe, console=QUIET).output_dir)
-    said = gate(str(run), suites=[str(suite)], margin=MARGIN, limit=20)
+    said = gate(str(run), suites=[str(suite)], margin=MARGIN, limit=12)
     found = json.loads((run / "gate.json").read_text(encoding="utf-8"))
     rest = found["rest"]
     shares = f"{rest['questions']} questions, {rest['before']:.1%} to {rest['after']:.1%} right"
