@@ -20,7 +20,7 @@ from instructft.prompt.ledger import Ledger, Unread, Unusable, absent, refused
 Row = Mapping[str, Any]
 Choose = Callable[[str, list[str]], str]  # what is asked, the candidates -> one of them
 
-LOOKED_AT = 300  # rows
+LOOKED_AT, GUESSED_BY = 2000, 300  # rows: that are read, and that a guess rests on
 _MARGIN = 0.9  # of two guesses nearer than this neither is taken
 
 # Parts of names, in the languages of many data sets; a short one has to be a word of its own.
@@ -79,7 +79,6 @@ def reading_of(
     Raises:
         DataError: no format fits, and no guess or more than one; with what to say.
     """
-    rows = rows[:LOOKED_AT]
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not names:
         raise DataError(f"{where}: its rows have no columns")
@@ -132,18 +131,19 @@ def _tried(rows: Sequence[Row], fmt: str, columns: dict[str, str], where: str, b
 
 def _guessed(rows: Sequence[Row], names: list[str], where: str, choose: Choose | None) -> Reading | None:
     """By the content of a single column, else by names and contents of two; None where nothing looks like either."""
+    whole, rows = rows, rows[:GUESSED_BY]
     dialogues = [name for name in names if _is_dialogue(rows, name)]
     if dialogues:
         name = (
             dialogues[0] if len(dialogues) == 1 else _chosen("holds the conversation", dialogues, rows, where, choose)
         )
-        return _tried(rows, "messages", {"messages": name}, where, [f"`{name}` holds lists of turns"])
+        return _tried(whole, "messages", {"messages": name}, where, [f"`{name}` holds lists of turns"])
     texts = [name for name in names if _texts(rows, name)]
     transcripts = [name for name in texts if all(_is_transcript(value) for value in _values(rows, name)[:20])]
     if len(transcripts) == 1 or len(texts) == 1:
         name = (transcripts or texts)[0]
         why = "is the one column of texts" if not transcripts else "holds conversations that are written out"
-        return _tried(rows, "text", {"text": name}, where, [f"`{name}` {why}"])
+        return _tried(whole, "text", {"text": name}, where, [f"`{name}` {why}"])
     if not texts:
         return None
     question, answer = _pair(rows, texts, where, choose)
@@ -155,7 +155,7 @@ def _guessed(rows: Sequence[Row], names: list[str], where: str, choose: Choose |
         if len(fits) == 1:
             columns[ours] = fits[0]
             because.append(f"`{fits[0]}` by its name")
-    return _tried(rows, "question-answer", columns, where, because)
+    return _tried(whole, "question-answer", columns, where, because)
 
 
 def _pair(rows: Sequence[Row], texts: list[str], where: str, choose: Choose | None) -> tuple[str, str]:

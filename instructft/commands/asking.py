@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,8 @@ def what_to_write(name: str | None, file: Path | None, data: str | None, model: 
     goal = goal or (
         _asked("Train a LoRA adapter (lora), all weights (full), or 4-bit (qlora)?", "lora") if asked else "lora"
     )
-    usual = Path(f"{Path(data.rstrip('/')).name.split('.')[0] or 'recipe'}.yaml")
+    stem = re.sub(r"[^\w-]+", "", Path(data.rstrip("/")).name.split(".")[0])  # of a pattern what can be a name
+    usual = Path(f"{stem or 'recipe'}.yaml")
     if file is None:
         file = Path(_asked("Write the recipe to", str(usual))) if asked else usual
     if file.exists():

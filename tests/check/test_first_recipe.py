@@ -114,6 +114,17 @@ def test_what_cannot_be_done_is_said_before_torch_is_loaded_and_nothing_written(
     assert sorted(here.rglob("*")) == before
 
 
+def test_a_pattern_gives_a_name_and_late_columns_are_seen(here: Path) -> None:
+    pairs = [(row["instruction"], row["output"]) for row in rows()[:700]]
+    write("tickets.jsonl", pairs)
+    lines = Path("tickets.jsonl").read_text(encoding="utf-8").splitlines()
+    lines[600] = lines[600].replace('"Laune"', '"Notiz"')
+    Path("tickets.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    code, said = run("init", "--data", "tick*.jsonl", "--model", "tiny")
+    assert code == 0, said
+    assert load_recipe("tick.yaml").data.ignore == ("nr", "Laune", "Notiz")
+
+
 def test_a_terminal_is_asked(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write("two.jsonl", [])
     pairs = [{"en": row["output"], "no": row["output"][::-1]} for row in rows()[:60]]
