@@ -24,13 +24,15 @@ from instructft.evaluation.compare import (
 )
 from instructft.evaluation.metrics import answers_to, evaluate
 from instructft.evaluation.suites import Question, read_suites, shipped
-from instructft.evaluation.verdict import MARGIN, NOT_DOWN, judge_rest, judge_task, verdict
+from instructft.evaluation.verdict import MARGIN, NOT_DOWN, PASSED, judge_rest, judge_task, verdict
 from instructft.formatting import clock, short
 from instructft.inference.generator import Generator
 from instructft.inference.reference_model import START, own_tokenizer, recipe_of
 from instructft.prompt.token_view import visible
 from instructft.redaction import last_name
-from instructft.report.gate_section import GATE, show_gate, tables
+from instructft.report.card_results import GATE
+from instructft.report.gate_section import tables
+from instructft.report.judged import show_gate
 
 ROWS = 200  # held-out rows of the task that are answered, unless `limit` says otherwise
 ANSWER_TOKENS = 128  # of an answer to a held-out row, at most
@@ -112,6 +114,7 @@ def gate(
     said, reasons = verdict(task, rest)
     folder = Path(model).expanduser()
     found = {
+        "passed": said == PASSED,
         "verdict": said,
         "reasons": reasons,
         "model": last_name(model),

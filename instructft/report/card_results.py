@@ -12,7 +12,7 @@ from typing import Any
 from instructft.formatting import FORMS, name_of, yaml_text
 
 EVALUATION = "evaluation.json"  # in the run folder, as `instructft evaluate --json` writes it
-GATE = "gate.json"  # the same of `instructft gate`: {"passed": bool, "rows": n, "suites": […]}
+GATE = "gate.json"  # the same of `instructft gate`
 HELD_OUT = "held-out"  # split of what `instructft evaluate` measured, in the card's head
 
 
@@ -47,25 +47,6 @@ def evaluation_section(results: Mapping[str, Any] | None) -> str:
     count = len(results["tuned"].get("rows") or ())
     head = f"| {count} held-out rows | {' | '.join(names)} |" if count else f"| | {' | '.join(names)} |"
     return "\n".join(["", "## Evaluation", "", head, "| --- |" + " ---: |" * len(names), *rows, ""])
-
-
-def gate_section(found: Mapping[str, Any] | None) -> str:
-    """A section with the verdict of `instructft gate`; "" where there is none."""
-    if not found:
-        return ""
-    verdict = "passed" if found["passed"] else "**not passed**"
-    rows = found.get("rows")
-    line = f"`instructft gate`: {verdict}" + (f", {rows:,} rows" if isinstance(rows, int) else "")
-    lines = ["", "## Gate", "", f"{line}.", ""]
-    suites = [one for one in found.get("suites") or () if isinstance(one, str | Mapping)]
-    for one in suites:
-        if isinstance(one, str):
-            lines.append(f"- {plain(one)}")
-        else:
-            passed = one.get("passed")
-            how = ": passed" if passed is True else ": not passed" if passed is False else ""
-            lines.append(f"- {plain(str(one.get('name', 'suite')))}{how}")
-    return "\n".join([*lines, ""] if suites else lines)
 
 
 def with_results(

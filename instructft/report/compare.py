@@ -345,11 +345,12 @@ def gates(sides: Sequence[Side]) -> dict[str, list[str]]:
     words = {True: "passed", False: "not passed"}
     found = {"the gate": [words.get(side.gate.get("passed"), "") for side in sides]}  # type: ignore[arg-type]
     for at, side in enumerate(sides):
-        suites = side.gate.get("suites")
-        for suite in suites if isinstance(suites, list) else ():
-            if isinstance(suite, Mapping) and finite(suite.get("tuned")):
-                cells = found.setdefault(str(suite.get("name")), [""] * len(sides))
-                cells[at] = f"{suite['tuned']:.3f}, {words.get(bool(suite.get('passed')))}"
+        rest = side.gate.get("rest")
+        suites = rest.get("suites") if isinstance(rest, Mapping) else None
+        for name, suite in suites.items() if isinstance(suites, Mapping) else ():
+            if isinstance(suite, Mapping) and finite(suite.get("after")):
+                cells = found.setdefault(str(name), [""] * len(sides))
+                cells[at] = f"{suite['after']:.1%}" + (", down" if name in rest.get("lost", ()) else "")
     return found
 
 

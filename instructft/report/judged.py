@@ -16,6 +16,7 @@ from instructft.prompt.token_view import visible
 from instructft.redaction import without_roots
 from instructft.report.card_results import read_evaluation, read_gate
 from instructft.report.curves import finite, number
+from instructft.report.gate_section import on_card, tables
 from instructft.whole_file import write_whole
 
 if TYPE_CHECKING:
@@ -77,29 +78,29 @@ def template(path: Path) -> jinja2.Template:
     return environment.from_string(path.read_text(encoding="utf-8"))
 
 
+def show_gate(run: Path) -> None:
+    """Put the contents of `gate.json` onto the card and the report of a run, in place of those of an earlier gate.
+
+    The card is not written anew, since it may have been edited. What fails is said on stderr: the verdict stands.
+    """
+    card, found = run / "README.md", read_gate(run)
+    try:
+        if found and card.is_file():
+            write_whole(card, on_card(card.read_text(encoding="utf-8"), found))
+    except (OSError, ValueError) as error:
+        print(f"{card} does not show the gate: {first_line(error)}", file=sys.stderr)
+    join_report(run)
+
+
 def gate_table(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What `instructft gate` wrote, as a verdict and a table of its suites."""
+    """What `instructft gate` wrote: verdict, reasons and tables; None where it is not of this version."""
     if not found:
         return None
-    suites = found.get("suites")
-    table = [
-        {
-            "name": str(suite.get("name")),
-            "passed": bool(suite.get("passed")),
-            "sides": [number(suite[side]) if finite(suite.get(side)) else "" for side in ("base", "tuned")],
-            "span": " to ".join(f"{suite[end]:+.3f}" for end in ("low", "high") if finite(suite.get(end))),
-        }
-        for suite in (suites if isinstance(suites, list) else ())
-        if isinstance(suite, Mapping)
-    ]
-    rows = found.get("rows")
-    failed = [suite["name"] for suite in table if not suite["passed"]]
-    return {
-        "passed": found["passed"],
-        "rows": rows if isinstance(rows, int) else None,
-        "table": table,
-        "failed": failed,
-    }
+    try:
+        shown = {name: found[name] for name in ("passed", "verdict", "against", "reasons")}
+        return {**shown, "tables": tables(found)}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
 
 
 def evaluation_table(found: Mapping[str, Any] | None) -> dict[str, Any] | None:

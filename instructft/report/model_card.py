@@ -15,13 +15,13 @@ from instructft.formatting import perplexity, yaml_text
 from instructft.redaction import bare_url, last_name, without_places, without_roots
 from instructft.report.card_results import (
     evaluation_section,
-    gate_section,
     head_with_results,
     plain,
     read_evaluation,
     read_gate,
     with_results,
 )
+from instructft.report.gate_section import gate_on_card
 from instructft.version import __version__
 from instructft.weights.base_record import is_hub_id
 
@@ -80,7 +80,7 @@ def card(
         lora=lora and not merge,
         model_class=facts.get("model_class", PLAIN),
         merge=merge,
-        evaluation=evaluation_section(evaluation) + gate_section(gate),
+        evaluation=evaluation_section(evaluation) + gate_on_card(gate),
         template_hash=(facts.get("template") or {}).get("sha256"),
         stored="" if merge else facts.get("stored", ""),
         generation=facts.get("generation"),
@@ -160,7 +160,7 @@ def for_the_hub(text: str, repo_id: str, place: str, run: Path) -> str:
         text = text.replace("\nor `instructft chat PATH`.\n", "")
     text = text.replace("instructft chat PATH", f"instructft chat {repo_id}")
     evaluation = read_evaluation(run)
-    for title, section in (("Evaluation", evaluation_section(evaluation)), ("Gate", gate_section(read_gate(run)))):
+    for title, section in (("Evaluation", evaluation_section(evaluation)), ("Gate", gate_on_card(read_gate(run)))):
         if section and f"\n## {title}\n" not in text and "\n## Use\n" in text:
             text = text.replace("\n## Use\n", f"{section}\n## Use\n", 1)
     text = head_with_results(text, evaluation)

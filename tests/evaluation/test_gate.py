@@ -25,7 +25,7 @@ from instructft.inference.reference_model import START
 from tests.helpers.evaluation import row
 
 CARD = "# A run\n\n## Use\n\n```python\n```\n"
-PAGE = "<main><!-- gate --><!-- /gate --><h2>The data</h2></main>"
+PAGE = "<main><!-- verdict --><!-- /verdict --><!-- judged --><!-- /judged --><h2>The data</h2></main>"
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_two_models_are_asked_and_the_run_says_so(
     card = (run / "README.md").read_text(encoding="utf-8")
     assert f"## Gate\n\n**{said.capitalize()}**, against start:" in card
     assert card.index("## Gate") < card.index("## Use")
-    assert "Gate" in (run / "report.html").read_text(encoding="utf-8")
+    assert "The gate" in (run / "report.html").read_text(encoding="utf-8")
     out = capsys.readouterr().out
     assert out.startswith("gate: 12 held-out rows and 80 questions")
     assert "40 questions do not count" in out

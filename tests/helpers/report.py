@@ -81,3 +81,19 @@ def fill(run: Path, lines: list[dict[str, Any]], samples: list[tuple[int, str, s
 LINES = [
     {"step": s, "loss": 4.0 - s / 20, "learning_rate": 1e-3, "tokens_per_second": 4000.0 + s} for s in range(10, 50, 10)
 ] + [{"step": 40, "eval_loss": 1.5}]
+
+
+# What `instructft gate` writes, without its rows.
+_FIGURES = {"before": 0.6, "after": 0.5, "difference": -0.1, "interval": [-0.15, -0.05]}
+GATE_FOUND: dict[str, Any] = {
+    "passed": False, "verdict": "not passed",
+    "reasons": ["the rest is down: -10.0%"],
+    "against": "start",
+    "task": {
+        "rows": 1200, "metric": "rougeL",
+        "loss": {"before": 2.0, "after": 1.5, "difference": -0.5, "interval": [-0.6, -0.4], "state": "up"},
+        "rougeL": {"before": 0.3, "after": 0.3, "difference": 0.0, "interval": None, "state": "noise"},
+    },
+    "rest": {"state": "down", "margin": 0.05, "lost": ["facts"], "questions": 300, **_FIGURES,
+             "suites": {"facts": {"questions": 100, **_FIGURES}, "json": {"questions": 200, **_FIGURES}}},
+}  # fmt: skip

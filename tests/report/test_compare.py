@@ -106,7 +106,7 @@ def test_the_page_is_one_file_and_obeys_nothing(tmp_path: Path, capsys: pytest.C
     one = evaluated(a_run(tmp_path / "secret" / "one", "1e-4", EVIL, secret), 10)
     other = evaluated(a_run(tmp_path / "secret" / "other", "2e-4", EVIL, versions={"torch": EVIL}), 35)
     (one / "gate.json").write_text(
-        json.dumps({"passed": True, "suites": [{"name": EVIL, "tuned": 0.5, "passed": True}]}), encoding="utf-8"
+        json.dumps({"passed": True, "rest": {"suites": {EVIL: {"after": 0.5}}, "lost": []}}), encoding="utf-8"
     )
     html = tmp_path / "pages" / "compare.html"
     compare_runs([str(one), str(other)], html, differences=differences)
