@@ -16,7 +16,9 @@ from instructft.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UsageError
 from instructft.evaluation.compare import check_json, write_json
 from instructft.extras.serving.asked import Asked, choose
 from instructft.extras.serving.causes import (
+    OTHER_EOS,
     QUANTIZED,
+    STOP_REMOVED,
     UNKNOWN,
     Cause,
     Place,
@@ -256,7 +258,7 @@ def _compare_answers(
             if finish == served.finish or (finish == "stop" and calls):
                 found.equal_stops += 1
             else:
-                cause = Cause("other EOS", "the server names another reason, after the same tokens")
+                cause = STOP_REMOVED if served.finish == "length" else OTHER_EOS
                 found.differences.append(_of(number, one, "stop", cause, finish, served.finish))
             continue
         difference = _answered_otherwise(generator, one, number, row, ours, theirs, place, served, server.weights)
@@ -303,7 +305,7 @@ def _answered_otherwise(
     cause = told or Cause(UNKNOWN, "the same prompt, and other weights or other arithmetic")
     shown, other = (around(ids, place.position, generator.tokenizer) for ids in (ours, theirs))
     difference = _of(number, one, "answer", cause, shown, other, place.position)
-    if cause.name == "stop token removed" and place.position < len(theirs) and theirs[place.position] in stops:
+    if cause == STOP_REMOVED and place.position < len(theirs) and theirs[place.position] in stops:
         return difference
     chosen = [token if token is not None else stops[0] for token in (place.ours, place.theirs)]
     difference.gap = _gap(generator, one.ids + ours[: place.position], *chosen)
