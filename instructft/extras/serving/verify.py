@@ -242,7 +242,7 @@ def _compare_answers(
     generator = Generator(*load_for_inference(model))
     rows = [Row(i, one.ids, min(most, generator.context - len(one.ids))) for i, one in enumerate(asked)]
     generator.complete(rows)
-    differing: list[tuple[int, list[int], Difference]] = []
+    differing: list[tuple[int, Served, list[int], Difference]] = []
     for row, one, number in zip(rows, asked, numbers, strict=True):
         served = server.answer(one.conversation, row.limit)
         found.answered += 1
@@ -264,7 +264,7 @@ def _compare_answers(
         difference = _answered_otherwise(generator, one, number, row, ours, theirs, place, served, server.weights)
         found.differences.append(difference)
         if not difference.near_tie and difference.cause in (UNKNOWN, QUANTIZED):
-            differing.append((row.index, theirs, difference))
+            differing.append((row.index, served, theirs, difference))
     _blame_base(model, generator, asked, differing, most)
 
 
@@ -330,7 +330,7 @@ def _blame_base(
     model: str,
     generator: Generator,
     asked: Sequence[Asked],
-    differing: Sequence[tuple[int, list[int], Difference]],
+    differing: Sequence[tuple[int, Served, list[int], Difference]],
     most: int,
 ) -> None:
     """Where the server's answers are those of what the run began from, say so: what was trained has no effect there."""
@@ -341,11 +341,10 @@ def _blame_base(
         with ReferenceModel.of(model, START, generator).answering() as base:
             rows = [Row(i, asked[place].ids, most) for i, (place, *_) in enumerate(differing)]
             base.complete(rows)
-            stops = base.stop_ids
-            given = [row.made[:-1] if row.made and row.made[-1] in stops else row.made for row in rows]
+            given = [_both(base, row.made, served)[0] for row, (_, served, *_) in zip(rows, differing, strict=True)]
     except Exception:  # where it cannot be had, nothing is said of it
         return
-    if served_by_base([theirs for _, theirs, _ in differing], given):
+    if served_by_base([theirs for *_, theirs, _ in differing], given):
         for *_, difference in differing:
             difference.cause = "adapter without effect"
             difference.what_to_do = (
