@@ -32,6 +32,14 @@ class Cause:
     what_to_do: str = ""
 
 
+STOP_REMOVED = Cause(
+    "stop token removed",
+    "the answer goes on behind the token that ends it; the server has to stop there (eos_token_id in "
+    "generation_config.json, tokenizer.ggml.eos_token_id, stop)",
+)
+OTHER_EOS = Cause("other EOS", "the server ends answers at another token, or names another reason for their end")
+
+
 @dataclass(frozen=True)
 class Place:
     """The first token that differs: its position, and the tokens there; None where one has ended."""
@@ -195,13 +203,9 @@ def of_answer(
     """
     behind = theirs[place.position] if place.ours is None and place.position < len(theirs) else None
     if ended and behind is not None and (behind in stops or finish == "length"):
-        return Cause(
-            "stop token removed",
-            "the answer goes on behind the token that ends it; the server has to stop there (eos_token_id in "
-            "generation_config.json, tokenizer.ggml.eos_token_id, stop)",
-        )
+        return STOP_REMOVED
     if place.theirs is None and finish == "stop":
-        return Cause("other EOS", "the server ends the answer at a token that ends nothing here")
+        return OTHER_EOS
     if weights.upper().startswith(("Q", "IQ", "TQ")):
         return Cause(QUANTIZED, f"the server holds the weights in {weights}; the export's table shows its cost")
     return None

@@ -9,6 +9,7 @@ the converter knows itself goes first.
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
@@ -26,9 +27,9 @@ def run(converter: str, pre_tokenizer: str, arguments: list[str]) -> None:
 
 
 def _tell(pre_tokenizer: str) -> None:
-    try:
-        from conversion.base import TextModel
-    except ImportError:  # a version that keeps everything in one file
+    try:  # llama.cpp's own module, which lies beside the converter and is installed nowhere
+        TextModel = importlib.import_module("conversion.base").TextModel
+    except (ImportError, AttributeError):  # a version that keeps everything in one file
         return
     known = TextModel.get_vocab_base_pre
 

@@ -223,7 +223,7 @@ def _read_back(model: Any, file: Path, texts: Sequence[Text], own: float) -> tup
     if not texts:
         return None, own, "not asked for"
     try:
-        other = weights_of(file)
+        other = weights_of(file, model.config)
     except NotReadError as error:
         return None, own, first_line(error)
     figures, own = compared(model, other, texts)

@@ -6,6 +6,7 @@ holds what the file costs, and not how a server rounds while it computes.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -84,8 +85,11 @@ def settle_tokenizer(
     return done
 
 
-def weights_of(file: Path) -> PreTrainedModel:
+def weights_of(file: Path, config: Any) -> PreTrainedModel:
     """The model of a file, in float32 on the CPU.
+
+    Args:
+        config: of the model that it was made of; what transformers makes of a file lacks fields (GPT-2's positions).
 
     Raises:
         NotReadError: transformers does not read its architecture.
@@ -93,8 +97,9 @@ def weights_of(file: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    given: dict[str, Any] = {"gguf_file": file.name, "config": copy.deepcopy(config), "dtype": torch.float32}
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), **given)
     except Exception as error:  # of many kinds, by architecture
         raise NotReadError(f"transformers does not read it: {first_line(error)}") from error
     return model.eval()

@@ -16,7 +16,9 @@ from instructft.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UsageError
 from instructft.evaluation.compare import check_json, write_json
 from instructft.extras.serving.asked import Asked, choose
 from instructft.extras.serving.causes import (
+    OTHER_EOS,
     QUANTIZED,
+    STOP_REMOVED,
     UNKNOWN,
     Cause,
     Place,
@@ -240,7 +242,7 @@ def _compare_answers(
     generator = Generator(*load_for_inference(model))
     rows = [Row(i, one.ids, min(most, generator.context - len(one.ids))) for i, one in enumerate(asked)]
     generator.complete(rows)
-    differing: list[tuple[int, list[int], Difference]] = []
+    differing: list[tuple[int, Served, list[int], Difference]] = []
     for row, one, number in zip(rows, asked, numbers, strict=True):
         served = server.answer(one.conversation, row.limit)
         found.answered += 1
@@ -256,13 +258,13 @@ def _compare_answers(
             if finish == served.finish or (finish == "stop" and calls):
                 found.equal_stops += 1
             else:
-                cause = Cause("other EOS", "the server names another reason, after the same tokens")
+                cause = STOP_REMOVED if served.finish == "length" else OTHER_EOS
                 found.differences.append(_of(number, one, "stop", cause, finish, served.finish))
             continue
         difference = _answered_otherwise(generator, one, number, row, ours, theirs, place, served, server.weights)
         found.differences.append(difference)
         if not difference.near_tie and difference.cause in (UNKNOWN, QUANTIZED):
-            differing.append((row.index, theirs, difference))
+            differing.append((row.index, served, theirs, difference))
     _blame_base(model, generator, asked, differing, most)
 
 
@@ -303,7 +305,7 @@ def _answered_otherwise(
     cause = told or Cause(UNKNOWN, "the same prompt, and other weights or other arithmetic")
     shown, other = (around(ids, place.position, generator.tokenizer) for ids in (ours, theirs))
     difference = _of(number, one, "answer", cause, shown, other, place.position)
-    if cause.name == "stop token removed" and place.position < len(theirs) and theirs[place.position] in stops:
+    if cause == STOP_REMOVED and place.position < len(theirs) and theirs[place.position] in stops:
         return difference
     chosen = [token if token is not None else stops[0] for token in (place.ours, place.theirs)]
     difference.gap = _gap(generator, one.ids + ours[: place.position], *chosen)
@@ -328,7 +330,7 @@ def _blame_base(
     model: str,
     generator: Generator,
     asked: Sequence[Asked],
-    differing: Sequence[tuple[int, list[int], Difference]],
+    differing: Sequence[tuple[int, Served, list[int], Difference]],
     most: int,
 ) -> None:
     """Where the server's answers are those of what the run began from, say so: what was trained has no effect there."""
@@ -339,11 +341,10 @@ def _blame_base(
         with ReferenceModel.of(model, START, generator).answering() as base:
             rows = [Row(i, asked[place].ids, most) for i, (place, *_) in enumerate(differing)]
             base.complete(rows)
-            stops = base.stop_ids
-            given = [row.made[:-1] if row.made and row.made[-1] in stops else row.made for row in rows]
+            given = [_both(base, row.made, served)[0] for row, (_, served, *_) in zip(rows, differing, strict=True)]
     except Exception:  # where it cannot be had, nothing is said of it
         return
-    if served_by_base([theirs for _, theirs, _ in differing], given):
+    if served_by_base([theirs for *_, theirs, _ in differing], given):
         for *_, difference in differing:
             difference.cause = "adapter without effect"
             difference.what_to_do = (

@@ -15,13 +15,13 @@ data: {{datasets: [{{name: quickstart, rows: 40}}], template: instruction, max_l
 train: {{max_steps: 1, use_cpu: true}}
 output_dir: {run}
 """
-TUNED = ("Paris.", "Red and blue.", "Yes.", "It is.")
-BASE = ("No.", "Never, no.")
+TUNED = ("Yes, it is.",)  # the same to all: no tie in it
+BASE = ("No, never.",)
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with its recipe; beside it `base`, what it began from: both know a few answers by heart."""
+    """A run folder with its recipe; beside it `base`, what it began from: each gives one answer to all."""
     import instructft
     from instructft.prompt.templates import TEMPLATES
     from tests.helpers.quickstart import tokenizer as bundled
@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(tokenizer: Any, answers: tuple[str, ...]) -> Any:
-    """A GPT-2 of 256 positions that gives one of these answers to whatever it is asked, and ends there."""
+    """A GPT-2 of 256 positions that gives these answers to whatever it is asked, and ends there."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
