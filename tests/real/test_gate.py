@@ -1,4 +1,4 @@
-"""The gate on a real model: one that was trained gently passes, one that forgot what its base knew does not.
+"""The gate on a real model: one that was trained gently passes.
 
 Every 25th question of the suites that ship, under a margin that so few can hold; in `make battery` every one, and
 with `INSTRUCTFT_GATE=5` every fifth.
@@ -35,21 +35,15 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize(("name", "rate", "expected"), [("gentle", 2e-4, "passed"), ("harsh", 6e-3, "not passed")])
-def test_a_gentle_adapter_passes_and_one_that_forgets_does_not(
-    name: str, rate: float, expected: str, recipe_of: Any, suite: Path, note: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gentle_adapter_passes(recipe_of: Any, suite: Path, note: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ANSWER_TOKENS", 16)
-    recipe = recipe_of(f"gate-{name}", f"train.learning_rate={rate}", "train.max_steps=12", "train.on_divergence=warn")
+    recipe = recipe_of("gate", "train.learning_rate=2e-4", "train.max_steps=12")
     run = Path(instructft.train(recipe, console=QUIET).output_dir)
     said = gate(str(run), suites=[str(suite)], margin=MARGIN, limit=12)
     found = json.loads((run / "gate.json").read_text(encoding="utf-8"))
     rest = found["rest"]
     shares = f"{rest['questions']} questions, {rest['before']:.1%} to {rest['after']:.1%} right"
     low, high = rest["interval"]
-    note("the gate", f"LoRA, learning rate {rate:g}", f"{said}: {shares} ({low:+.1%} to {high:+.1%})")
-    assert said == expected, found["reasons"]
-    if name == "harsh":
-        assert "the rest is down" in " ".join(found["reasons"])
-        assert rest["interval"][1] < 0
+    note("the gate", "LoRA, learning rate 2e-4", f"{said}: {shares} ({low:+.1%} to {high:+.1%})")
+    assert said == "passed", found["reasons"]
     assert f"**{said.capitalize()}**" in (run / "README.md").read_text(encoding="utf-8")
