@@ -252,7 +252,7 @@ def test_the_json_report(make: Any, run: Any) -> None:
     assert data["findings"] == dict.fromkeys(sorted(FINDINGS), finding)
     assert set(data) == {
         "name", "format", "rows", "splits", "turns", "tokens", "supervised_tokens", "supervised_share", "lengths",
-        "cut", "dropped", "findings",
+        "cut", "dropped", "findings", "excluded",
     }  # fmt: skip
     assert set(found["data"]["total"]) == set(data) - {"name", "format"}
     assert found["training"] == {
