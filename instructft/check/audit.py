@@ -20,6 +20,7 @@ from instructft.check.text_checks import ANY_CHARACTER, CHARACTERS, markers, nor
 from instructft.data.arrow.encoded import encode_part, notes, verdicts
 from instructft.data.arrow.token_rows import TokenRows, tokens_of
 from instructft.data.deduplicate import Known
+from instructft.data.files.row_ids import read_excluded
 from instructft.data.formats import FORMATS, to_conversation
 from instructft.data.load import load_parts
 from instructft.data.tokenize import REFUSED, refuse_unread
@@ -263,10 +264,13 @@ def audit(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_too_long": "truncate"})})
     marker = markers(tokenizer)
     accounts, lengths, texts, tokens = [], [], [], []
+    excluded = read_excluded(recipe.data.exclude)
     for part in load_parts(recipe):
-        text = _Texts(part, marker)
+        kept, left_out = part.without(excluded)
+        text = _Texts(kept, marker)
         text.compare()
-        account, whole, rows = _tokens(part, recipe, tokenizer, text)
+        account, whole, rows = _tokens(kept, recipe, tokenizer, text)
+        account["excluded"] = left_out
         texts.append(text)
         accounts.append(account)
         lengths.append(whole)
@@ -278,7 +282,8 @@ def audit(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "dropped": max(_dropped(account) for account in accounts),
         "refused": max(_dropped(account, (REFUSED,)) for account in accounts),
     }
-    return {"datasets": accounts, "total": _total(accounts, np.concatenate(lengths)), "worst": worst}
+    found = {"datasets": accounts, "total": _total(accounts, np.concatenate(lengths)), "worst": worst}
+    return found | ({"exclude": excluded.unmatched()} if excluded.ids else {})
 
 
 def _dropped(account: dict[str, Any], reasons: Collection[str] = ()) -> float:
@@ -304,6 +309,7 @@ def _total(accounts: list[dict[str, Any]], lengths: np.ndarray) -> dict[str, Any
     return {
         "rows": rows,
         "splits": {name: add("splits", name) for name in ("train", "validation", "test")},
+        "excluded": add("excluded"),
         "turns": add("turns"),
         "tokens": tokens,
         "supervised_tokens": supervised,

@@ -203,6 +203,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         _show_findings(account["findings"], console)
     if len(sets) > 1:
         _show_data(report["data"]["total"], f"all {len(sets)} data sets", console)
+    if unmatched := report["data"].get("exclude"):
+        console.print(f"  exclude  {_plain(unmatched)}")
     if report["estimate"]:
         _show_needs(report, console)
     if report["rehearsal"]:
@@ -241,6 +243,8 @@ def _show_data(account: dict[str, Any], title: str, console: Console) -> None:
         ("cut", f"{cut['rows']:,} rows ({cut['share']:.1%}) lose {cut['tokens']:,} tokens{_where(cut)}"),
         ("dropped", f"{dropped['rows']:,} rows ({dropped['share']:.1%})"),
     ]
+    if account["excluded"]:
+        lines.insert(1, ("excluded", f"{account['excluded']:,} rows, by data.exclude; they are in no figure here"))
     for reason, finding in dropped["reasons"].items():
         lines.append(("", f"{finding['rows']:,} {said_of(reason)}{_where(finding)}"))
     _grid(console, title, lines)

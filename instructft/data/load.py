@@ -17,7 +17,7 @@ import numpy as np
 
 from instructft.data.files.hub import fetch, hub_splits
 from instructft.data.files.locate import DataFile, Splits, located
-from instructft.data.files.row_ids import row_id
+from instructft.data.files.row_ids import Excluded, row_id
 from instructft.data.formats import AS_IT_STANDS, FORMATS, Rules, detect_format, to_conversation
 from instructft.data.readers import ROW, columns_of, read_file
 from instructft.data.sources import SOURCES
@@ -66,6 +66,19 @@ class Part:
         """What these rows of `raw` are known by, in this file or another (`instructft.data.files.row_ids`)."""
         batches = self.raw.select(numbers).iter(1000)
         return [row_id(json.loads(text)) for batch in batches for text in batch[ROW]]
+
+    def without(self, excluded: Excluded) -> tuple[Part, int]:
+        """A part whose rows are those that a recipe does not leave out of training, and how many it does."""
+        train = self.rows["train"]
+        out = excluded.among(self.ids(train)) if excluded.ids and len(train) else np.zeros(len(train), dtype=bool)
+        if not out.any():
+            return self, 0
+        keep = np.delete(np.arange(len(self.raw)), train[out])
+        place = np.full(len(self.raw), -1)
+        place[keep] = np.arange(len(keep))
+        rows = {name: place[numbers] for name, numbers in self.rows.items()} | {"train": place[train[~out]]}
+        drawn = keep if self.drawn is None else self.drawn[keep]
+        return dataclasses.replace(self, raw=self.raw.select(keep), rows=rows, drawn=drawn), int(out.sum())
 
     def conversation(self, raw: dict[str, Any]) -> Conversation:
         """One raw row as messages; raises `Unusable` and `Unread`."""

@@ -83,7 +83,7 @@ def _lines(run: Path, rows: Rows, facts: dict[str, Any]) -> Iterator[str]:
         yield "no row was seen twice, so which were never learned cannot be told; train.num_train_epochs: 2 tells"
     for kind, found in facts.items():
         ranked = kind in ("hardest", "longest")
-        count = "" if ranked else f"{found['rows']:,} "
+        count = "rows " if ranked else f"{found['rows']:,} "
         yield f"\n{count}{KINDS[kind]}"
         for one in found["examples"]:
             losses = "not seen" if one["loss_last"] is None else f"{one['loss_first']:.3f} → {one['loss_last']:.3f}"

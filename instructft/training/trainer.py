@@ -131,6 +131,7 @@ class Trainer(SFTTrainer):
         self.counts: Counts = (0, 0, 0)
         self._pack_width = pack_width
         self._lora_plus_ratio = lora_plus_ratio
+        self._row_of: torch.Tensor | None = None  # whose each slot of the batch under way is
         self.history = history if self.plain_loss else None
         self.micro_batches = MicroBatches(self, find_batch, say)
         self.step_checks = StepChecks(self, spike_limit, skip_spikes, say)
@@ -202,6 +203,8 @@ class Trainer(SFTTrainer):
     def _one_part(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Upstream's step, whose loss is told without the router's: that one is a figure of its own, `aux_loss`."""
         self._router_loss: torch.Tensor | None = None
+        self._row_of = inputs.get(ROW_OF)
+        inputs = {name: value for name, value in inputs.items() if name != ROW_OF}
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self._router_loss is None:
             return loss
@@ -233,13 +236,11 @@ class Trainer(SFTTrainer):
         if not self.plain_loss:
             return super().compute_loss(model, inputs, *args, **kwargs)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        row_of = inputs.get(ROW_OF)
-        inputs = {name: value for name, value in inputs.items() if name != ROW_OF}
         out = model(**{**inputs, **router, "use_cache": False, "fused_lm_head": True})
         items: Any = kwargs.get("num_items_in_batch")
         nll, supervised = nll_of(out), out.label_mask.sum()
-        if self.history is not None and row_of is not None:
-            self.history.see(out.log_probs, out.label_mask, row_of, self.state.global_step + 1)
+        if self.history is not None and self._row_of is not None:
+            self.history.see(out.log_probs, out.label_mask, self._row_of, self.state.global_step + 1)
         loss = nll / torch.as_tensor(supervised if items is None else items).clamp(min=1)
         if items is not None and self.args.average_tokens_across_devices:  # DDP averages gradients over processes
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())

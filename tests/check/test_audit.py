@@ -13,6 +13,7 @@ import instructft
 from instructft import cli
 from instructft.check.audit import FINDINGS, audit
 from instructft.check.report import LIMITS, check, limits
+from instructft.data.files.row_ids import row_id
 from instructft.data.load import load_parts
 from instructft.data.prepare import prepare
 from instructft.recipe.load import load_recipe
@@ -253,7 +254,7 @@ def test_the_json_report(make: Any, run: Any) -> None:
     assert data["findings"] == dict.fromkeys(sorted(FINDINGS), finding)
     assert set(data) == {
         "name", "format", "rows", "splits", "turns", "tokens", "supervised_tokens", "supervised_share", "lengths",
-        "cut", "dropped", "findings",
+        "cut", "dropped", "findings", "excluded",
     }  # fmt: skip
     assert set(found["data"]["total"]) == set(data) - {"name", "format"}
     assert found["training"] == {
@@ -360,3 +361,18 @@ def test_a_passed_limit_is_exit_2(make: Any, run: Any) -> None:
     assert code == 2
     assert "check.max_duplicate_share: found 0.02439, allowed 0.001" in " ".join(out.split())
     assert run(path, "check.max_duplicate_share=0.1")[0] == 0
+
+
+def test_rows_that_the_recipe_leaves_out_are_in_no_figure(make: Any, tmp_path: Path) -> None:
+    rows = [*CLEAN, row(CLEAN[3]["instruction"], "It is another number.")]
+    path = make(rows)
+    listed = tmp_path / "out.txt"
+    listed.write_text(f"{row_id(rows[3])}\n{'0' * 16}\n")
+    before, found = (
+        audit(asked, instructft.load_tokenizer(asked))
+        for asked in (load_recipe(path), load_recipe(path, [f"data.exclude={listed}"]))
+    )
+    assert [one["total"]["findings"]["contradictions"]["rows"] for one in (before, found)] == [2, 0]
+    assert [one["total"]["rows"] for one in (before, found)] == [41, 40]
+    assert found["datasets"][0]["excluded"] == found["total"]["excluded"] == 1
+    assert "1 of the 2 ids in out.txt match no training row" in found["exclude"]

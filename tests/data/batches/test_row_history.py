@@ -27,8 +27,8 @@ def row(number: int, *documents: int) -> dict[str, object]:
 
 def test_padded_rows_and_packs_say_whose_their_slots_are():
     collate = SaysWhose(CompletionOnlyCollator(0), plain(2, 4, 3))
-    batch = collate([row(2, 3), row(0, 2)])
-    assert batch[ROW_OF].tolist() == [[2, 2, 2], [0, 0, -1]]
+    batch = collate([row(0, 2), row(2, 3)])
+    assert batch[ROW_OF].tolist() == [[0, 0, -1], [2, 2, 2]]
     assert batch[ROW_OF].shape == batch["labels"].shape
     assert NUMBER not in batch
     packed = plain(2, 4, 3).packed(np.array([1, 0, 2]), np.array([2, 1]))  # packs: rows 1 and 0, row 2
