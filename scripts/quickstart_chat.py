@@ -1,8 +1,9 @@
 """The conversations of the quickstart: questions that lean on what was said before, beside `quickstart_data.py`'s rows.
 
+    python -m scripts.quickstart_chat    # the same file on every machine
+
 A row is one conversation of two to six questions, and no two are alike. It goes on with the subject ("And of Italy?"),
-asks for what an earlier turn told ("What is my name?"), or changes the subject, as people do. The long ones are also
-there for the places in the context that short rows do not reach: GPT-2 learns each place by itself.
+asks for what an earlier turn told ("What is my name?"), or changes the subject and comes back to what was told first.
 
 No question here is one of the single rows: facts are asked for in wordings of their own, and combinations of names,
 things and days are others. So a single row that is held out is in no conversation that is trained.
@@ -10,9 +11,11 @@ things and days are others. So a single row that is held out is in no conversati
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 from scripts import quickstart_data as single
@@ -152,3 +155,12 @@ PLAN: list[tuple[int, Callable[[random.Random], list[Turn]]]] = [  # how many co
     (60, lambda rng: _telling(rng, 3, 3)),
     (120, lambda rng: [_one(rng) for _ in range(6)]),
 ]
+
+
+def write(folder: Path) -> None:
+    """Write `chat.jsonl`."""
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(single.TARGET)
