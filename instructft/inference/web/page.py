@@ -94,7 +94,8 @@ def build(
         turns, chosen, compare = kept
         compare = compare and reference is not None
         fields = (chosen.system, chosen.temperature, chosen.top_p, chosen.max_new_tokens, compare)
-        return [all_drawn(turns), turns, base_drawn(turns), *fields]
+        shown = all_drawn(turns)
+        return [shown, shown, turns, *fields]
 
     def save(history: list[dict[str, Any]], turns: list[Turn], system: str) -> str:
         text = row(turns[: _asked(history)], system)
@@ -154,20 +155,15 @@ def build(
             with gr.Column(min_width=320, visible=False, elem_id="beside") as beside:
                 base.render()
         accordion.render()
-        compare.change(lambda on: gr.Column(visible=on), compare, beside, **alone)
+        # first the column, then what is in it: Gradio draws nothing into a part that is not there yet
+        compare.change(lambda on: gr.Column(visible=on), compare, beside, **alone).then(
+            lambda history, turns: base_drawn(turns[: _asked(history)]), [chat.chatbot, turns], base, **alone
+        )
         for shown in (chat.chatbot, base):
             shown.change(keep, [chat.chatbot, turns, *chosen], kept, **alone).then(None, kept, None, js=_KEEP % key)
         chat.chatbot.change(follow, [chat.chatbot, turns], base, **alone)
         download.click(save, [chat.chatbot, turns, system], saved, **alone).then(None, saved, None, js=_DOWNLOAD)
-        # through the queue: only from there does Gradio see that a state has changed, and draw it
-        page.load(
-            recall,
-            kept,
-            [chat.chatbot_value, turns, base, *chosen],
-            js=_RECALL % key,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        page.load(recall, kept, [chat.chatbot, chat.chatbot_state, turns, *chosen], js=_RECALL % key, **alone)
     return page
 
 
