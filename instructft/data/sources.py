@@ -89,4 +89,11 @@ SOURCES: dict[str, Source] = {
         homepage="scripts/quickstart_data.py",
         path=QUICKSTART / "rows.jsonl",
     ),
+    # 1,190 conversations of two to six questions, made by `scripts/quickstart_chat.py` from the same tables.
+    "quickstart-chat": Source(
+        format="messages",
+        licence="Apache-2.0",
+        homepage="scripts/quickstart_chat.py",
+        path=QUICKSTART / "chat.jsonl",
+    ),
 }

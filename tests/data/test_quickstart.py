@@ -13,12 +13,15 @@ import pytest
 import instructft
 from instructft.data.load import load_parts
 from instructft.data.sources import QUICKSTART
+from scripts import quickstart_chat as chat
 from scripts import quickstart_data as quickstart
 from tests.helpers import quickstart as bundled
 
 ROWS = 2822
 # Changes only with the data set itself, on purpose: it is the same on every Python version and machine.
 FINGERPRINT = "19f285f39fb78a0e98564ab961ea6629b8788f6202d924b62bc3072dd970801f"
+CONVERSATIONS = 1190
+CHAT_FINGERPRINT = "53a7390958923e2ffda23fdafd298c2bf6393d0e5050059662f5b7d13045e51a"
 KINDS = {
     "capitals",
     "opposites",
@@ -205,6 +208,7 @@ def test_no_special_token_in_the_rows_and_all_rows_fit(tokenizer):
 
 def test_the_bundled_files_are_those_that_the_script_writes(tmp_path):
     quickstart.write(tmp_path)
+    chat.write(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted(path.name for path in QUICKSTART.iterdir())
     for name in names:
@@ -213,6 +217,50 @@ def test_the_bundled_files_are_those_that_the_script_writes(tmp_path):
 
 def test_a_recipe_reads_the_bundled_rows_and_tokenizer():
     recipe = instructft.load_recipe("quickstart")
-    (part,) = load_parts(recipe)
-    assert [part.row(raw) for raw in part.raw] == quickstart.rows()
+    for part, rows in zip(load_parts(recipe), (quickstart.rows(), chat.rows()), strict=True):
+        assert [part.row(raw) for raw in part.raw] == rows
     assert instructft.load_tokenizer(recipe).get_vocab() == quickstart.tokenizer().get_vocab()
+
+
+def test_conversations_are_the_same_at_every_call_alternate_and_are_all_different():
+    rows = chat.rows()
+    assert len(rows) == CONVERSATIONS
+    assert fingerprint(rows) == fingerprint(chat.rows()) == CHAT_FINGERPRINT
+    assert len({fingerprint(row["messages"]) for row in rows}) == len(rows)
+    for row in rows:
+        roles = [message["role"] for message in row["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert row["category"] == f"turn {len(roles) // 2}"
+        assert all(m["content"] == m["content"].strip() and m["content"].isascii() for m in row["messages"])
+    count = Counter(row["category"] for row in rows)
+    assert count["turn 2"] >= 500
+    assert count["turn 3"] >= 450
+    assert set(count) == {"turn 2", "turn 3", "turn 6"}
+
+
+def test_what_a_conversation_asks_is_no_single_row_so_that_none_that_is_held_out_is_trained():
+    singles = {squeezed(row["instruction"] + " " + row["input"]) for row in quickstart.rows()}
+    asked = [m["content"] for row in chat.rows() for m in row["messages"] if m["role"] == "user"]
+    assert not singles & set(map(squeezed, asked))
+
+
+def test_later_answers_follow_from_what_was_said_before():
+    """What an answer names was said in the conversation, or is the true answer about what was asked last."""
+    said = {}
+    for row in chat.rows():
+        questions, answers = ([m["content"] for m in row["messages"][i::2]] for i in (0, 1))
+        for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+            before = " ".join([*questions[:i], *answers[:i]])
+            if question in chat.SHORTER:
+                assert answers[i - 1].removesuffix(".").split()[-1] == answer
+            elif question == "What is my name?":
+                assert answer.removeprefix("Your name is ").removesuffix(".") in before
+            elif question == "Which word comes last?":
+                assert (
+                    answer.removeprefix("The last word is ").removesuffix(".")
+                    == questions[0].removesuffix(".").removesuffix(" with dashes").split()[-1]
+                )
+            else:
+                continue
+            said[question] = said.get(question, 0) + 1
+    assert set(said) == {*chat.SHORTER, "What is my name?", "Which word comes last?"}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from instructft.inference.generator import Generator
 from instructft.prompt.loss_mask import encode_prompt
 from tests.helpers.device import on
 
@@ -102,3 +105,30 @@ ASKED: list[list[dict[str, str]]] = [
     ROWS[5]["messages"],
     [{"role": "user", "content": ROWS[6]["instruction"]}],
 ]
+
+
+EVIL = '<img src="http://evil.example/x.png"><script>alert(1)</script> ![p](http://evil.example/y.png) **b** \x1b[31m'
+
+
+class Scripted(Generator):
+    """Answers with the pieces it is given, each when `go` says so; keeps what it was asked."""
+
+    def __init__(self, model: Any, tokenizer: Any):
+        super().__init__(model, tokenizer)
+        self.pieces: list[str] = ["Hello", " there", "."]
+        self.go: threading.Semaphore | None = None
+        self.asked: list[list[Any]] = []
+        self.at_once = self.most_at_once = 0
+
+    def stream(self, messages: Any, *settings: Any) -> Iterator[str]:
+        self.asked.append(list(messages))
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            for piece in self.pieces:
+                if self.go is not None and not self.go.acquire(timeout=20):
+                    raise AssertionError("nobody let the answer go on")
+                yield piece
+        finally:
+            self.at_once -= 1
+        return "stop"

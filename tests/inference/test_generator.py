@@ -298,7 +298,7 @@ def test_the_model_is_given_the_prompt_that_was_trained(trained_with: tuple[Any,
 
 
 def test_evaluate_and_the_page_ask_what_was_trained(trained_with: tuple[Any, Any, list[Any]]) -> None:
-    from instructft.inference.web import Settings, reply
+    from instructft.inference.web.answers import Settings, reply
 
     tokenizer, model, calls = trained_with
     asked = [{"role": "system", "content": "Be brief."}, *ask("Name the capital of Cuba.")]
