@@ -65,7 +65,7 @@ def keys_of(command: str, words: Sequence[str], options: Collection[str]) -> str
         words: behind the command.
         options: that the command has.
 
-    >>> keys_of("train", ["my.yaml", "--train.learning_rate", "1e-4", "--lr_scheduler_type=cosine"], ["--resume"])[-90:]
+    >>> keys_of("train", ["my.yaml", "--train.learning_rate", "1e-4", "--lr_scheduler_type=cosine"], ["--resume"])[-87:]
     'write: instructft train my.yaml train.learning_rate=1e-4 train.lr_scheduler_type=cosine'
     """
     given, rest = list(words), []

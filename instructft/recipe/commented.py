@@ -122,8 +122,8 @@ def _holds_mappings(value: Any) -> bool:
 def flow(value: Any) -> str:
     """A value on one line.
 
-    >>> flow({"role": "no", "n": [1, 2e-5, None]})
-    '{role: "no", n: [1, 2e-5, null]}'
+    >>> flow({"role": "no", "size": [1, 2e-5, None]})
+    '{role: "no", size: [1, 2e-5, null]}'
     """
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{scalar(key)}: {flow(item)}" for key, item in value.items()) + "}"

@@ -74,7 +74,7 @@ def read_document(path: Path) -> Document:
     """Read a recipe file; everything wrong with it is in `.problems`.
 
     >>> read_document(Path("recipes/quickstart.yaml")).values["data"]["datasets"]
-    'quickstart'
+    ['quickstart', 'quickstart-chat']
     """
     document = Document()
     try:

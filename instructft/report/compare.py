@@ -346,11 +346,11 @@ def gates(sides: Sequence[Side]) -> dict[str, list[str]]:
     found = {"the gate": [words.get(side.gate.get("passed"), "") for side in sides]}  # type: ignore[arg-type]
     for at, side in enumerate(sides):
         rest = side.gate.get("rest")
-        suites = rest.get("suites") if isinstance(rest, Mapping) else None
+        suites, lost = (rest.get("suites"), rest.get("lost") or ()) if isinstance(rest, Mapping) else (None, ())
         for name, suite in suites.items() if isinstance(suites, Mapping) else ():
             if isinstance(suite, Mapping) and finite(suite.get("after")):
                 cells = found.setdefault(str(name), [""] * len(sides))
-                cells[at] = f"{suite['after']:.1%}" + (", down" if name in rest.get("lost", ()) else "")
+                cells[at] = f"{suite['after']:.1%}" + (", down" if name in lost else "")
     return found
 
 

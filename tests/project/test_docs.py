@@ -286,6 +286,7 @@ def test_examples_of_our_own_keys_load(key: str, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     for name in ("rows.jsonl", "held-out.jsonl"):
         Path(name).write_text('{"instruction": "Q", "output": "A"}\n', encoding="utf-8")
+    Path("my_metrics.py").write_text("def score(prediction, reference, row):\n    return 1.0\n", encoding="utf-8")
     Path("out.txt").write_text("0123456789abcdef\n", encoding="utf-8")
     entry = {"name": "quickstart"} if key.startswith("data.datasets.0.") else "quickstart"
     if key.startswith("data.datasets.0.") and key.rpartition(".")[2] in ("name", "hub", "path", "url"):

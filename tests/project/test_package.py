@@ -131,7 +131,7 @@ def test_nothing_is_missing_of_what_was_installed_without_its_dependencies() -> 
 
 def test_what_the_package_imports_is_declared() -> None:
     """Not only brought along by another package, which may stop to."""
-    names = {"ruamel": "ruamel-yaml"}
+    names = {"ruamel": "ruamel-yaml", "markdown_it": "markdown-it-py"}
     asked = {"vllm", "triton"}  # not on every machine: `vllm_backend` says how to get it; torch for CUDA brings triton
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
     imported: dict[str, Path] = {}

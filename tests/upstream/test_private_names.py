@@ -190,7 +190,7 @@ def trees() -> dict[str, ast.Module]:
     return {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")}
 
 
-STANDARD_LIBRARY = {"_exit"}  # `os._exit`, which is documented
+STANDARD_LIBRARY = {"_exit", "_asdict", "_fields"}  # `os._exit` and those of named tuples, which are documented
 
 
 def unlisted(texts: dict[str, ast.Module]) -> list[str]:

@@ -148,8 +148,10 @@ def _run(command: list[str], what: str, output: Path) -> None:
 def pre_tokenizer(model: Path) -> str | None:
     """llama.cpp's name for how a tokenizer cuts text before it merges pairs; None where it has none, or needs none.
 
-    >>> pre_tokenizer(QUICKSTART)
-    'smollm'
+    Example::
+
+        pre_tokenizer(Path("instructft/data/quickstart"))
+        # 'smollm'
     """
     try:
         told = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
