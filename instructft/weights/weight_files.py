@@ -116,7 +116,7 @@ def weight_files(folder: Path) -> list[Path]:
                 raise ModelFileError(f"{folder / index} names {bad[0]}, which is no file in its folder")
             files = [folder / name for name in sorted(names)]
             if missing := [file.name for file in files if not file.is_file()]:
-                raise ModelError(f"{folder} is not whole: {', '.join(missing[:3])} missing ({len(missing)} in all)")
+                raise ModelFileError(f"{folder} is not whole: {', '.join(missing[:3])} missing ({len(missing)} in all)")
             return files
     raise ModelError(f"{folder} holds no weights: found neither model.safetensors nor pytorch_model.bin, nor shards")
 

@@ -10,6 +10,7 @@ import io
 import json
 import lzma
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,8 +200,6 @@ def adapters() -> Boundary:
 
 def _checkpoint(step: int = 4) -> dict[str, bytes]:
     """The files of a sealed checkpoint."""
-    import tempfile
-
     from instructft.checkpoints.manifest import seal
 
     state = {
@@ -293,9 +292,9 @@ def runs() -> Boundary:
 
     weights = safetensors({"a": (2, 2)})
     facts = {
-        "format": 1, "train": {"steps": 4, "seconds": 2.5}, "data": {"train": {"rows": 5}}, "metrics": {"eval_loss": 1.5},
+        "format": 1, "train": {"steps": 4, "seconds": 2.5}, "data": {"train": {"rows": 5}},
         "files": {"model.safetensors": {"size": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}},
-        "versions": {"torch": "2.13"}, "samples": [], "evaluation": {"loss": 1.5},
+        "versions": {"torch": "2.13"}, "samples": [], "metrics": {"eval_loss": 1.5},
     }  # fmt: skip
     files = {
         "run.json": json.dumps(facts).encode(),
@@ -358,8 +357,6 @@ def tokenizers() -> Boundary:
 
 def templates() -> Boundary:
     """Chat templates of models and of recipes, studied for training and rendered for chat."""
-    import tempfile
-
     from transformers import AutoTokenizer
 
     from instructft.errors import TemplateError
@@ -380,7 +377,8 @@ def templates() -> Boundary:
             try:
                 use()
             except TemplateError as error:
-                assert "template" in str(error)
+                if "template" not in str(error):
+                    raise RuntimeError(f"it does not say what it is about: {error}") from error
 
     turns = "{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     longer = CHAT.replace("<{{", turns + "<{{") + "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -394,11 +392,11 @@ def models() -> Boundary:
 
     from instructft.models.load_for_inference import load_for_inference
 
-    import tempfile
-
     with tempfile.TemporaryDirectory() as place:
         torch.manual_seed(0)
-        GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=4, n_head=2, vocab_size=264, n_positions=16)).save_pretrained(place)
+        GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=4, n_head=2, vocab_size=264, n_positions=16)).save_pretrained(
+            place
+        )
         files = {path.name: path.read_bytes() for path in sorted(Path(place).iterdir())}
     return Boundary({**files, **tokenizer_files()}, lambda folder, _: load_for_inference(str(folder)))
 

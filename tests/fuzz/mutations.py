@@ -1,4 +1,4 @@
-"""Damages and forges files, by a seed: bytes of any file, values of JSON and YAML, headers of safetensors, templates."""
+"""Damages and forges files, by a seed: bytes of any file, values of JSON and YAML, headers of tensors, templates."""
 
 from __future__ import annotations
 
@@ -27,9 +27,24 @@ _TEMPLATE = (
     *("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ messages[99].content }}", "{{ 1 / 0 }}", "{{ 'a' + 1 }}"),
     *("{{ messages | map(attribute='x') | list }}", "{{ (" * 300 + "1" + ") }}" * 300, "{{ range(10 ** 12) | list }}"),
     *("{% set messages = [] %}", "{{ namespace(a=1).a.b }}", "{{ self }}", "{{ cycler() }}", "{{ lipsum(1) }}", "\0"),
-    *("{% for m in messages %}", "{% endfor %}", "{%", "}}", "{#", "\ud800", "{{ messages.append(1) }}", "{{ 2 ** 'a' }}"),
+    *(
+        "{% for m in messages %}",
+        "{% endfor %}",
+        "{%",
+        "}}",
+        "{#",
+        "\ud800",
+        "{{ messages.append(1) }}",
+        "{{ 2 ** 'a' }}",
+    ),
     *("{{ 0 | round(99999) }}", "{{ 'a' | center(99999) }}", "{{ messages | tojson(indent=9) }}", "{% break %}"),
-    *("{{ strftime_now('%Y') }}", "{{ strftime_now('%' * 9) }}", "{{ caller() }}", "{% generation %}", "{{ loop.index }}"),
+    *(
+        "{{ strftime_now('%Y') }}",
+        "{{ strftime_now('%' * 9) }}",
+        "{{ caller() }}",
+        "{% generation %}",
+        "{{ loop.index }}",
+    ),
 )
 
 
@@ -107,7 +122,15 @@ def forged_yaml(content: bytes, chance: random.Random) -> bytes:
     key, _, rest = lines[at].partition(":")
     odd = chance.choice(_YAML)
     lines[at] = chance.choice(
-        (f"{key}: {odd}", f"{key}: {odd}", f"{key}: {odd}", f"{key}x:{rest}", f"{key}: {{a:{rest or ' 1'}}}", f" {lines[at]}", odd)
+        (
+            f"{key}: {odd}",
+            f"{key}: {odd}",
+            f"{key}: {odd}",
+            f"{key}x:{rest}",
+            f"{key}: {{a:{rest or ' 1'}}}",
+            f" {lines[at]}",
+            odd,
+        )
     )
     return "\n".join(lines).encode("utf-8", "surrogatepass")
 

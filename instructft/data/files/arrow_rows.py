@@ -33,7 +33,7 @@ def parquet_rows(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], s
             read += batch.nbytes
             refuse_bomb(read, size)
             yield from _rows(batch, changes)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, SystemError) as error:
         raise DataError(f"{name} is not a whole Parquet file: {first_line(error)}") from error
 
 
@@ -54,7 +54,7 @@ def arrow_rows(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str
         for batch in batches:
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 yield from _rows(batch.slice(start, _ROWS_AT_ONCE), changes)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, SystemError) as error:
         raise DataError(f"{name} is not a whole Arrow file: {first_line(error)}") from error
 
 
