@@ -57,12 +57,15 @@ class Renderer:
         ]
         system: Message = {"role": "system", "content": "Be brief."}
         try:
-            self._ask("try", [turns[:1], turns[:2], turns[:3], [system, *turns[:2]], turns], False, SECONDS)
+            tried = [turns[:1], turns[:2], turns[:3], [system, *turns[:2]], turns]
+            found = self._ask("try", tried, False, SECONDS)
         except (TimeoutError, MemoryError) as error:
             why = f"ran for more than {SECONDS} s"
             if isinstance(error, MemoryError):
                 why = f"took more than {MIB} MiB of memory"
             raise TemplateError(f"the chat template {why} on a conversation of a few turns; it is not used") from error
+        if found:
+            raise TemplateError(f"the chat template renders no conversation at all: {found[0]}")
 
     def _ask(self, what: str, conversations: Sequence[Sequence[Message]], asks: bool, seconds: float) -> Any:
         """Have the helper do it, with the template and the special tokens that the tokenizer has now."""
@@ -136,7 +139,7 @@ class Renderer:
             what = "does not come to an end" if isinstance(error, TimeoutError) else "fills the memory"
             raise TemplateError(f"the chat template {what} on these messages") from error
         except Exception as error:  # a template's own words, or whatever Python raised inside it
-            raise TemplateError(f"the chat template does not accept these messages: {self._why(error)}") from error
+            raise TemplateError(f"the chat template does not accept these messages: {_why(error)}") from error
 
     @cached_property
     def _here(self) -> _Here:
@@ -148,14 +151,6 @@ class Renderer:
             return self.texts([messages], add_generation_prompt)[0]
         except TemplateError:
             return None
-
-    @staticmethod
-    def _why(error: Exception) -> str:
-        import jinja2
-
-        if type(error) is jinja2.TemplateError or not str(error):
-            return str(error) or type(error).__name__
-        return f"{type(error).__name__}: {error}"
 
     @cached_property
     def _shows(self) -> dict[str, bool]:
@@ -181,16 +176,19 @@ class _Here:
             conversations = [_in_parts(as_conversation(messages)) for messages in conversations]
         return self._slow(conversations, asks) if compiled is None else self._direct(compiled, conversations, asks)
 
-    def attempt(self, conversations: Sequence[Sequence[Message]]) -> None:
-        """Both ways of asking for each; a template may refuse some, by whatever it raises."""
+    def attempt(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        """Both ways of asking for each, of which a template may refuse some; why, where it refuses them all."""
+        why, rendered = [], False
         for messages in conversations:
             for asks in (True, False):
                 try:
-                    self._slow([messages], asks)
+                    self.texts([messages], asks)
+                    rendered = True
                 except MemoryError:
                     raise
-                except Exception:
-                    continue
+                except Exception as error:
+                    why.append(_why(error))
+        return [] if rendered else why
 
     @cached_property
     def _wants_parts(self) -> bool:
@@ -260,16 +258,19 @@ class _Here:
         ]
 
 
-def _in_helper(
-    here: _Here, asked: tuple[str, list[tuple[list[Message], Any, dict[str, Any]]], bool]
-) -> list[str] | None:
+def _in_helper(here: _Here, asked: tuple[str, list[tuple[list[Message], Any, dict[str, Any]]], bool]) -> list[str]:
     """What the helper does for `Renderer._ask`."""
     what, plain, asks = asked
     conversations = [Conversation(*one) for one in plain]
-    if what == "texts":
-        return here.texts(conversations, asks)
-    here.attempt(conversations)
-    return None
+    return here.texts(conversations, asks) if what == "texts" else here.attempt(conversations)
+
+
+def _why(error: Exception) -> str:
+    import jinja2
+
+    if type(error) is jinja2.TemplateError or not str(error):
+        return str(error) or type(error).__name__
+    return f"{type(error).__name__}: {error}"
 
 
 def _is_plain(message: Message) -> bool:

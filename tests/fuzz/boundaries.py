@@ -360,8 +360,10 @@ def templates() -> Boundary:
     from transformers import AutoTokenizer
 
     from instructft.errors import TemplateError
+    from instructft.models.tokenizer import load_tokenizer
     from instructft.prompt.loss_mask import Encoder
     from instructft.prompt.render import Renderer
+    from instructft.recipe.load import load_recipe
 
     with tempfile.TemporaryDirectory() as place:
         for name, content in tokenizer_files().items():
@@ -370,7 +372,9 @@ def templates() -> Boundary:
 
     def read(folder: Path, name: str) -> None:
         tokenizer.chat_template = (folder / name).read_bytes().decode("utf-8", "surrogateescape")
+        recipe = load_recipe("quickstart", [f"data.template={folder / name}"])
         for use in (
+            lambda: load_tokenizer(recipe),
             lambda: Encoder(tokenizer),
             lambda: Renderer(tokenizer).texts([DIALOGUE[:1]], True),
         ):
