@@ -23,6 +23,7 @@ from typing import Any
 SECONDS, MIB = 10, 1024  # of the processor, and above what the process holds
 _PATIENCE = 12  # times these seconds of the clock: a child that does not even use the processor is stuck
 _MOST = 1 << 28  # bytes of an answer
+_CHILDREN = 4  # of this process that wait at a time: each holds memory that its parent has changed since
 
 
 class Helper:
@@ -80,6 +81,14 @@ class Helper:
         return found
 
     def _begin(self) -> None:
+        waiting = [one for one in list(_LIVE) if one._owner == os.getpid() and one is not self]
+        for one in waiting[: max(0, len(waiting) - _CHILDREN + 1)]:
+            if one._lock.acquire(blocking=False):  # it begins anew when it is asked
+                try:
+                    if one._end is not None:
+                        one._stop(kill=True)
+                finally:
+                    one._lock.release()
         ours, theirs = Pipe()
         with warnings.catch_warnings():  # of threads, which the child does not have and does not need
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -89,6 +98,7 @@ class Helper:
         theirs.close()
         self._child, self._pipe = child, ours
         self._end = weakref.finalize(self, _end, ours, child, os.getpid())
+        _LIVE[self] = None
 
     def _stop(self, kill: bool = False) -> int:
         """End the child; how it ended."""
@@ -98,7 +108,11 @@ class Helper:
         if isinstance(self._end, weakref.finalize):
             self._end.detach()
         self._end = None
+        _LIVE.pop(self, None)
         return os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
+
+
+_LIVE: weakref.WeakKeyDictionary[Helper, None] = weakref.WeakKeyDictionary()  # those with a child, the oldest first
 
 
 def _end(pipe: Connection, child: int, owner: int) -> None:

@@ -155,6 +155,16 @@ def test_a_helper_ends_with_its_owner_and_leaves_a_fork_alone() -> None:
         os.kill(first, 0)
 
 
+def test_few_helpers_wait_at_a_time() -> None:
+    helpers = [Helper(lambda _: os.getpid()) for _ in range(7)]
+    first = [helper(None) for helper in helpers]
+    for child in first[:3]:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+    assert [helper(None) for helper in helpers[3:]] == first[3:]
+    assert helpers[0](None) not in first
+
+
 def test_time_of_the_processor_counts() -> None:
     assert Helper(lambda _: time.sleep(1.2))(None, seconds=1) is None
 
