@@ -17,6 +17,17 @@ from typing import Any, NamedTuple
 
 from instructft.recipe.shipped import shipped_recipes
 
+RECIPE = b"""model:
+  name_or_path: org/base
+data:
+  datasets:
+    - path: rows.jsonl
+  template: chatml
+adapter: {type: lora, r: 8}
+train:
+  learning_rate: 1.0e-4
+output_dir: runs/a
+"""
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
 ROWS = [{"instruction": f"Say {n}.", "input": "" if n % 2 else "twice", "output": f"{n} and é"} for n in range(1, 6)]
 DIALOGUE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -298,18 +309,20 @@ def runs() -> Boundary:
     }  # fmt: skip
     files = {
         "run.json": json.dumps(facts).encode(),
-        "recipe.yaml": shipped_recipes()["quickstart"].read_bytes(),
+        "recipe.yaml": RECIPE,
         "metrics.jsonl": lines([{"step": 1, "loss": 2.0}, {"step": 4, "loss": 1.5, "eval_loss": 1.6}]),
         "model.safetensors": weights,
     }
 
-    def read(folder: Path, _: str) -> None:
+    def read(folder: Path, name: str) -> None:
         list(find_runs(folder))
         require_as_saved(folder / "a", whole=True)
         load_run_recipe(folder / "a")
         sides = read_sides([str(folder / "a"), str(folder / "b")])
-        for part in (overview, recipe_differences, figures, notes, answers, curves):
+        for part in (overview, recipe_differences, figures, notes, answers):
             part(sides)
+        if name.endswith("metrics.jsonl"):
+            curves(sides)
 
     return Boundary({f"{run}/{name}": content for run in "ab" for name, content in files.items()}, read)
 
