@@ -133,9 +133,9 @@ def remarks(recipe: Recipe, args: SFTConfig, config: Any, steps: int) -> list[st
                 "run rarely survives that"
             )
         elif rate * TOO_LOW <= usual * 1.001:
+            below = f"{usual / rate:,.0f} times below" if rate else "below"
             found.append(
-                f"train.learning_rate: {rate:g} is {usual / rate:,.0f} times below what is usual for {name} "
-                f"({usual:g}); little is learned"
+                f"train.learning_rate: {rate:g} is {below} what is usual for {name} ({usual:g}); little is learned"
             )
     if recipe.model.dtype == "float16" and recipe.adapter.type == "none":
         found.append(
