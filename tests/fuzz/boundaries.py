@@ -101,7 +101,7 @@ def rows() -> Boundary:
     def read(folder: Path, name: str) -> Any:
         found = list(readers.rows(folder / name, suffix_of(name), str(folder / name)))
         columns = list(dict.fromkeys(key for row in found for key in row))
-        fmt = detect_format(columns, str(folder / name)) if columns else ""
+        fmt = detect_format(columns, str(folder / name))
         for row in found:
             try:
                 to_conversation(row, fmt)
