@@ -75,6 +75,7 @@ docs: venv  ## the documentation as a site in site/, from docs/; installs MkDocs
 	@$(BIN)/python -m mkdocs build --quiet --strict
 
 battery: export INSTRUCTFT_KILLS := 17
+battery: export INSTRUCTFT_FUZZ := 5000
 battery: lint types docs test test-latest quickstart families real  ## everything above, with fifty killed runs: what a release must pass
 
 families: export OMP_NUM_THREADS := 1

@@ -131,6 +131,9 @@ def main() -> None:
     # On a CPU whose cores are shared, threads that wait by spinning slow small models 10 to 50 times. It has to be
     # said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if os.environ.get("INSTRUCTFT_TRACEBACK") != "1":
+        # a panic of the tokenizers library becomes a message of ours; its 200 lines of stack would bury that
+        os.environ["RUST_BACKTRACE"] = "0"
     for stream in (sys.stdout, sys.stderr):  # a log in ASCII is no reason to end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

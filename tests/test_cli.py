@@ -389,6 +389,23 @@ def command(*arguments, **environment):
     )
 
 
+def test_a_module_beside_a_recipe_is_not_run(tmp_path):
+    """`-m` would look there first, and so would the children that train."""
+    from instructft.training.launch.workers import safe_path
+
+    for name in ("secrets", "calendar", "typer"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w'); raise SystemExit('ran')\n")
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    env.pop("PYTHONSAFEPATH", None)
+    lines = [([sys.executable, "-m", "instructft", "--version"], env)]
+    if sys.version_info >= (3, 11):
+        lines.append(([sys.executable, "-m", "secrets"], {**env, **safe_path()}))
+    for line, environment in lines:
+        ran = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+        assert ran.returncode == 0, ran.stderr
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "my.yaml", "--foo"], ["--version"]])
 def test_help_and_usage_errors_load_nothing_heavy(here, arguments):
     ran = command(*arguments)

@@ -34,6 +34,7 @@ _PARTIAL = f"{MANIFEST}.partial"
 # How files beside the checkpoints begin that hold the rows of a step: one that was not taken, one whose loss leapt.
 NOT_FINITE, SPIKE = "not-finite-", "loss-spike-"
 _NOTHING = 1 << 16  # bytes: a disk with less is full
+_MOST_PROCESSES = 1 << 20
 FORMAT = 1  # of the manifest; a newer one is not read
 NAME = re.compile(r"checkpoint-(\d+)")  # of its folder
 
@@ -253,7 +254,8 @@ def _is_one(manifest: Mapping[str, Any]) -> bool:
         return False
     if not all(isinstance(value, str) for value in manifest["versions"].values()):
         return False
-    return are_sums(manifest["files"])
+    processes = manifest["identity"].get("processes", 1)
+    return type(processes) is int and 0 < processes < _MOST_PROCESSES and are_sums(manifest["files"])
 
 
 def are_sums(files: Any) -> bool:

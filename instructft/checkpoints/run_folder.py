@@ -156,7 +156,7 @@ def is_run(folder: Path) -> bool:
         return True
     try:
         return "instructft" in json.loads((folder / "run.json").read_text(encoding="utf-8"))["versions"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

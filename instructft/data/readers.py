@@ -168,7 +168,7 @@ def rows(path: Path, suffix: str, name: str) -> Iterator[dict[str, Any]]:
 
 def rows_of(file: IO[bytes], suffix: str, name: str) -> Iterator[dict[str, Any]]:
     """The rows of an open file, which must be able to `seek` where it is Parquet or Arrow."""
-    return (row for row, _ in _READ[kind_of(suffix)](unpacked(file, suffix), name))
+    return (row for row, _ in _taken(_READ[kind_of(suffix)](unpacked(file, suffix), name), name))
 
 
 def _read(path: Path, suffix: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -178,11 +178,28 @@ def _read(path: Path, suffix: str, name: str) -> Iterator[tuple[dict[str, Any], 
 
     try:
         with path.open("rb") as file:
-            yield from _READ[kind_of(suffix)](unpacked(file, suffix), name)
+            yield from _taken(_READ[kind_of(suffix)](unpacked(file, suffix), name), name)
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: {_not_utf8(path, suffix, error)}; save the file as UTF-8") from error
     except (OSError, EOFError, zlib.error, LZMAError) as error:  # a packed file that is none, or not whole
         raise DataError(f"{name} could not be read: {first_line(error)}") from error
+
+
+def _taken(found: Iterator[tuple[dict[str, Any], str]], name: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows of a reader; what no parser takes is an error of the file, named by the rows before it."""
+    count = 0
+    try:
+        for count, one in enumerate(found, 1):  # noqa: B007
+            yield one
+    except UnicodeDecodeError:
+        raise
+    except RecursionError as error:
+        raise DataError(f"{name}: row {count + 1} is nested too deep to be read") from error
+    except ValueError as error:
+        what = (
+            "holds a number of too many digits" if "digits" in str(error) else f"is not to be read: {first_line(error)}"
+        )
+        raise DataError(f"{name}: row {count + 1} {what}") from error
 
 
 _READ: dict[str, Callable[[Any, str], Iterator[tuple[dict[str, Any], str]]]] = {

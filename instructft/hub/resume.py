@@ -122,7 +122,7 @@ def _fetch(api: HfApi, repo_id: str, head: str, tree: Tree, folder: str, run: Pa
         manifest = json.loads(path.read_text(encoding="utf-8"))["manifest"]
         step, files = int(manifest["step"]), dict(manifest["files"])
         size = sum(int(known["size"]) for known in files.values())
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST} is not what was written") from error
     if bad := [name for name in files if not stays_inside(name)]:
         raise CheckpointError(f"{bad[0]} leaves the folder")
@@ -138,6 +138,7 @@ def _fetch(api: HfApi, repo_id: str, head: str, tree: Tree, folder: str, run: Pa
     named = aside / f"checkpoint-{step}"
     (aside / folder).rename(named)
     verified = verify(named, foreign=True)
+    _state_of(named)
     target = run / named.name
     if target.exists():  # cut short, or it would have been resumed
         shutil.rmtree(target)
@@ -154,7 +155,7 @@ def _fetch_best(
     api: HfApi, repo_id: str, head: str, tree: Tree, folders: list[str], fetched: Checkpoint, run: Path
 ) -> None:
     """The best checkpoint so far, which a run that ends with it must have; where it is gone, the newest has to do."""
-    state = json.loads((fetched.folder / "trainer_state.json").read_text(encoding="utf-8"))
+    state = _state_of(fetched.folder)
     best = Path(state.get("best_model_checkpoint") or "").name
     if not best or (run / best).exists():
         return
@@ -165,20 +166,37 @@ def _fetch_best(
             if f"checkpoint-{json.loads(path.read_text(encoding='utf-8'))['manifest']['step']}" == best:
                 _fetch(api, repo_id, head, tree, folder, run)
                 return
-        except (CheckpointError, HubError, KeyError, ValueError):
+        except (CheckpointError, HubError, KeyError, ValueError, TypeError, RecursionError):
             continue
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def _state_of(folder: Path) -> dict[str, Any]:
+    """What the trainer keeps of a run, as far as it is read here; the words of a log for what is no number.
+
+    Raises:
+        CheckpointError: it is none; whoever sealed a checkpoint may have sealed anything.
+    """
+    words = {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}
+    try:
+        text = (folder / "trainer_state.json").read_text(encoding="utf-8")
+        state = json.loads(text, parse_constant=words.__getitem__)
+        history = state.get("log_history") or []
+        sound = isinstance(history, list) and all(type(entry["step"]) is int for entry in history)
+        sound = sound and isinstance(state.get("best_model_checkpoint") or "", str)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{folder.name}: trainer_state.json is not what a trainer writes")
+    return dict(state)
+
+
 def _write_metrics(run: Path, folder: Path) -> None:
     """`metrics.jsonl` up to the checkpoint, from what the trainer keeps of it: one line for each logged step."""
-    text = (folder / "trainer_state.json").read_text(encoding="utf-8")
-    words = {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}  # as the line says it
-    state: dict[str, Any] = json.loads(text, parse_constant=words.__getitem__)
     lines: dict[int, dict[str, Any]] = {}
-    for entry in state.get("log_history", ()):
-        step = int(entry["step"])
+    for entry in _state_of(folder).get("log_history") or ():
+        step = entry["step"]
         if "start_loss" in entry and step == 0:  # it stands in the first step's line
             continue
         values = {key: value for key, value in entry.items() if key != "step"}

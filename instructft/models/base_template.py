@@ -39,7 +39,7 @@ def own_template(read: Callable[[str], str | None]) -> str | None:
         return text
     try:
         held = json.loads(read(_FILES[1]) or "{}").get("chat_template")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None
     if isinstance(held, list):
         held = {one.get("name"): one.get("template") for one in held if isinstance(one, dict)}

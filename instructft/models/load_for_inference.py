@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from instructft.adapters import quantization
 from instructft.adapters.adapter_folder import AdapterFolder, is_adapter, read_adapter
 from instructft.adapters.attach import attach, check_fit, locate_base
-from instructft.errors import ModelError, UsageError
+from instructft.errors import ModelError, ModelFileError, UsageError
 from instructft.models.first_look import missing
 from instructft.models.kernels.activations import fuse_activations
 from instructft.models.tokenizer import adds_bos
@@ -218,7 +218,7 @@ def _load_weights(name: str, location: str, **options: Any) -> PreTrainedModel:
     load = auto_class(config).from_pretrained
     model, info = _whole(name, load, location, config=config, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers and goes on
-        raise ModelError(
+        raise ModelFileError(
             f"{name} is not whole: it holds no weights for {', '.join(missing[:3])} ({len(missing)} in all)"
         )
     placed = model if "device_map" in options else model.to(device)

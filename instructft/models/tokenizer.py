@@ -63,7 +63,12 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         tokenizer.pad_token = next((t for t in _SPARE_PAD_TOKENS if t in vocabulary), tokenizer.eos_token)
-    encoder(tokenizer)  # studies the template; raises when it cannot be trained
+    try:
+        encoder(tokenizer)  # studies the template; raises when it cannot be trained
+    except TemplateError as error:
+        if not recipe.data.template.endswith(".jinja"):
+            raise
+        raise TemplateError(f"data.template: {recipe.data.template}: {error}") from error
     return tokenizer
 
 
@@ -289,6 +294,8 @@ def _template_file(name: str) -> str:
         raise TemplateError(f"data.template: {name} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise TemplateError(f"data.template: {name} could not be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise TemplateError(f"data.template: {name}: not a Jinja template: it is nested too deep to be read") from error
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(f"data.template: {name}, line {error.lineno}: not a Jinja template: {error}") from error
 

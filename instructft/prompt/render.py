@@ -1,11 +1,14 @@
 """Renders conversations with a tokenizer's chat template: upstream's text, in a third less of the time where many come.
 
 A conversation is brought into the form that the template reads first (`instructft.prompt.template_traits`); contents
-stay what they are. A template that is not our own is tried first, within limits (`instructft.prompt.sandbox`).
+stay what they are. A template that is not our own is compiled and rendered in a process of its own, within limits
+(`instructft.prompt.sandbox`).
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.errors import TemplateError
 from instructft.prompt.conversation import Conversation, Message, as_conversation
-from instructft.prompt.sandbox import SECONDS, at_most, breaks
+from instructft.prompt.sandbox import MIB, SECONDS, Helper
 from instructft.prompt.template_traits import Traits
 from instructft.prompt.templates import is_built_in
 
@@ -41,23 +44,39 @@ class Renderer:
                 "the tokenizer has no chat template; set data.template to one of the built-in templates "
                 "(instruction, alpaca, human-assistant, chatml) or to a .jinja file"
             )
-        if not is_built_in(tokenizer.chat_template) and (why := breaks(self._try)):
-            raise TemplateError(f"the chat template {why} on a conversation of a few turns; it is not used")
+        self._helper: Helper | None = None
+        self._given: tuple[Any, ...] = ()
+        self._foreign = not is_built_in(tokenizer.chat_template) and hasattr(os, "fork")
+        if self._foreign:
+            self._try()
 
     def _try(self) -> None:
-        """Conversations of many kinds."""
+        """Conversations of many kinds: what does not end should say so before anything is begun."""
         turns: list[Message] = [
             {"role": role, "content": f"{role} {n} " * n} for n in range(1, 40) for role in ("user", "assistant")
         ]
         system: Message = {"role": "system", "content": "Be brief."}
-        for messages in (turns[:1], turns[:2], turns[:3], [system, *turns[:2]], turns):
-            for asks in (True, False):
-                try:
-                    self._slow([messages], asks)
-                except MemoryError:
-                    raise
-                except Exception:  # a template may refuse some, by whatever it raises
-                    continue
+        try:
+            tried = [turns[:1], turns[:2], turns[:3], [system, *turns[:2]], turns]
+            found = self._ask("try", tried, False, SECONDS)
+        except (TimeoutError, MemoryError) as error:
+            why = f"ran for more than {SECONDS} s"
+            if isinstance(error, MemoryError):
+                why = f"took more than {MIB} MiB of memory"
+            raise TemplateError(f"the chat template {why} on a conversation of a few turns; it is not used") from error
+        if found:
+            raise TemplateError(f"the chat template renders no conversation at all: {found[0]}")
+
+    def _ask(self, what: str, conversations: Sequence[Sequence[Message]], asks: bool, seconds: float) -> Any:
+        """Have the helper do it, with the template and the special tokens that the tokenizer has now."""
+        if self._helper is None or self._seen() != self._given:
+            self._given = self._seen()
+            self._helper = Helper(functools.partial(_in_helper, _Here(self.tokenizer)))
+        plain = [(list(one), one.tools, one.options) for one in map(as_conversation, conversations)]
+        return self._helper((what, plain, asks), seconds)
+
+    def _seen(self) -> tuple[Any, ...]:
+        return self.tokenizer.chat_template, self.tokenizer.special_tokens_map
 
     @cached_property
     def traits(self) -> Traits:
@@ -109,19 +128,22 @@ class Renderer:
         Raises:
             TemplateError: the template refuses one of them.
         """
-        compiled = self._compiled if len(conversations) >= MANY else None
-        if self._wants_parts:
-            conversations = [_in_parts(as_conversation(messages)) for messages in conversations]
         try:
-            with at_most(SECONDS + 0.1 * len(conversations)):
-                if compiled is not None:
-                    return self._direct(compiled, conversations, add_generation_prompt)
-                return self._slow(conversations, add_generation_prompt)
+            if not self._foreign:
+                return self._here.texts(conversations, add_generation_prompt)
+            found: list[str] = self._ask(
+                "texts", conversations, add_generation_prompt, SECONDS + 0.1 * len(conversations)
+            )
+            return found
         except (TimeoutError, MemoryError) as error:
             what = "does not come to an end" if isinstance(error, TimeoutError) else "fills the memory"
             raise TemplateError(f"the chat template {what} on these messages") from error
         except Exception as error:  # a template's own words, or whatever Python raised inside it
-            raise TemplateError(f"the chat template does not accept these messages: {self._why(error)}") from error
+            raise TemplateError(f"the chat template does not accept these messages: {_why(error)}") from error
+
+    @cached_property
+    def _here(self) -> _Here:
+        return _Here(self.tokenizer)
 
     def text_or_none(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str | None:
         """Render one normal conversation; None where the template refuses it."""
@@ -130,13 +152,43 @@ class Renderer:
         except TemplateError:
             return None
 
-    @staticmethod
-    def _why(error: Exception) -> str:
-        import jinja2
+    @cached_property
+    def _shows(self) -> dict[str, bool]:
+        """Whether the template has a place of its own for `input` and for `context`."""
+        answer = {"role": "assistant", "content": "A"}
+        shown = {}
+        for key in ("input", "context"):
+            message = {"role": "user", "content": "Q", key: "Extra-7"}
+            shown[key] = "Extra-7" in self.texts([[message, answer]])[0]
+        return shown
 
-        if type(error) is jinja2.TemplateError or not str(error):
-            return str(error) or type(error).__name__
-        return f"{type(error).__name__}: {error}"
+
+class _Here:
+    """Renders in this process."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    def texts(self, conversations: Sequence[Sequence[Message]], asks: bool) -> list[str]:
+        """Whatever the template raises, it raises."""
+        compiled = self._compiled if len(conversations) >= MANY else None
+        if self._wants_parts:
+            conversations = [_in_parts(as_conversation(messages)) for messages in conversations]
+        return self._slow(conversations, asks) if compiled is None else self._direct(compiled, conversations, asks)
+
+    def attempt(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        """Both ways of asking for each, of which a template may refuse some; why, where it refuses them all."""
+        why, rendered = [], False
+        for messages in conversations:
+            for asks in (True, False):
+                try:
+                    self.texts([messages], asks)
+                    rendered = True
+                except MemoryError:
+                    raise
+                except Exception as error:
+                    why.append(_why(error))
+        return [] if rendered else why
 
     @cached_property
     def _wants_parts(self) -> bool:
@@ -149,16 +201,6 @@ class Renderer:
             except Exception:
                 shown.append(False)
         return shown == [False, True]
-
-    @cached_property
-    def _shows(self) -> dict[str, bool]:
-        """Whether the template has a place of its own for `input` and for `context`."""
-        answer = {"role": "assistant", "content": "A"}
-        shown = {}
-        for key in ("input", "context"):
-            message = {"role": "user", "content": "Q", key: "Extra-7"}
-            shown[key] = "Extra-7" in self.texts([[message, answer]])[0]
-        return shown
 
     @cached_property
     def _compiled(self) -> Any:
@@ -214,6 +256,21 @@ class Renderer:
             render([list(one)], tools=one.tools, tokenize=False, add_generation_prompt=asks, **one.options)[0]
             for one in together
         ]
+
+
+def _in_helper(here: _Here, asked: tuple[str, list[tuple[list[Message], Any, dict[str, Any]]], bool]) -> list[str]:
+    """What the helper does for `Renderer._ask`."""
+    what, plain, asks = asked
+    conversations = [Conversation(*one) for one in plain]
+    return here.texts(conversations, asks) if what == "texts" else here.attempt(conversations)
+
+
+def _why(error: Exception) -> str:
+    import jinja2
+
+    if type(error) is jinja2.TemplateError or not str(error):
+        return str(error) or type(error).__name__
+    return f"{type(error).__name__}: {error}"
 
 
 def _is_plain(message: Message) -> bool:

@@ -1,62 +1,172 @@
 """Runs what comes from elsewhere, a chat template, within limits of time and memory.
 
 Jinja's sandbox keeps a template from the machine's files and from Python's insides; it does not keep it from a loop
-without end or from a text of a terabyte. A template is first tried in a child of this process, which the system stops;
-what it does later, on other conversations, is timed. Where the system has no `fork` (Windows) neither is done.
+without end or from a text of a terabyte. So a foreign template is compiled and rendered in a child of this process
+(`Helper`), which the system stops: in every thread, on every conversation, while it is compiled too. Where the system
+has no `fork` (Windows) nothing of this is done.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import threading
+import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
 
 SECONDS, MIB = 10, 1024  # of the processor, and above what the process holds
+_PATIENCE = 12  # times these seconds of the clock: a child that does not even use the processor is stuck
+_MOST = 1 << 28  # bytes of an answer
+_CHILDREN = 4  # of this process that wait at a time: each holds memory that its parent has changed since
 
 
-def breaks(work: Callable[[], object], seconds: int = SECONDS, mib: int = MIB) -> str:
-    """Try `work` in a child; which limit it broke, in words, or nothing. Its own errors are for the caller to meet.
+class Helper:
+    """A child that calls a function on what it is given; it is stopped where that breaks a limit, and made anew.
 
-    >>> breaks(lambda: [None for _ in iter(int, 1)], seconds=1)
-    'ran for more than 1 s'
+    >>> helper = Helper(lambda n: [None for _ in iter(int, n)])
+    >>> helper(1, seconds=1)
+    Traceback (most recent call last):
+    TimeoutError
     """
-    if not hasattr(os, "fork"):
-        return ""
-    with warnings.catch_warnings():  # of threads, which the child does not have and does not need
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        _limited(work, seconds, mib)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status == -signal.SIGXCPU:
-        return f"ran for more than {seconds} s"
-    # what else may end a child that was forked beside threads says nothing about the work
-    return f"took more than {mib} MiB of memory" if status in (1, -signal.SIGKILL) else ""
+
+    def __init__(self, work: Callable[[Any], Any], mib: int = MIB):
+        self._work, self._mib = work, mib
+        self._lock, self._owner = threading.Lock(), 0
+        self._end: Callable[[], object] | None = None
+
+    def __getstate__(self) -> tuple[Callable[[Any], Any], int]:
+        return self._work, self._mib  # a copy makes a child of its own
+
+    def __setstate__(self, state: tuple[Callable[[Any], Any], int]) -> None:
+        Helper.__init__(self, *state)
+
+    def __call__(self, given: Any, seconds: float = SECONDS) -> Any:
+        """What the function gives for it; both must be plain values.
+
+        Raises:
+            TimeoutError, MemoryError: it took more than it may.
+            Exception: of the function; or the child has ended otherwise.
+        """
+        if self._owner != os.getpid():  # a fork of its owner makes one of its own
+            self._lock, self._end = threading.Lock(), None
+            self._owner = os.getpid()
+        with self._lock:
+            if self._end is None:
+                self._begin()
+            try:
+                try:
+                    self._pipe.send((given, seconds))
+                except OSError:  # somebody ended it while it had nothing to do
+                    self._stop()
+                    self._begin()
+                    self._pipe.send((given, seconds))
+                if not self._pipe.poll(seconds * _PATIENCE):
+                    raise TimeoutError
+                failed, found = self._pipe.recv()
+            except (EOFError, OSError):
+                status = self._stop()
+                known = {-signal.SIGXCPU: TimeoutError(), -signal.SIGKILL: MemoryError(), 1: MemoryError()}
+                raise known.get(status, ChildProcessError(f"its process ended with {status}")) from None
+            except BaseException:  # a signal in between, or no answer: what comes later must not be taken for the next
+                self._stop(kill=True)
+                raise
+        if failed:
+            raise found
+        return found
+
+    def _begin(self) -> None:
+        waiting = [one for one in list(_LIVE) if one._owner == os.getpid() and one is not self]
+        for one in waiting[: max(0, len(waiting) - _CHILDREN + 1)]:
+            if one._lock.acquire(blocking=False):  # it begins anew when it is asked
+                try:
+                    if one._end is not None:
+                        one._stop(kill=True)
+                finally:
+                    one._lock.release()
+        ours, theirs = Pipe()
+        with warnings.catch_warnings():  # of threads, which the child does not have and does not need
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            _serve(theirs, self._work, self._mib)
+        theirs.close()
+        self._child, self._pipe = child, ours
+        self._end = weakref.finalize(self, _end, ours, child, os.getpid())
+        _LIVE[self] = None
+
+    def _stop(self, kill: bool = False) -> int:
+        """End the child; how it ended."""
+        if kill:
+            os.kill(self._child, signal.SIGKILL)
+        self._pipe.close()
+        if isinstance(self._end, weakref.finalize):
+            self._end.detach()
+        self._end = None
+        _LIVE.pop(self, None)
+        return os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
 
 
-def _limited(work: Callable[[], object], seconds: int, mib: int) -> None:
-    """The child: never returns."""
-    code = 1
+_LIVE: weakref.WeakKeyDictionary[Helper, None] = weakref.WeakKeyDictionary()  # those with a child, the oldest first
+
+
+def _end(pipe: Connection, child: int, owner: int) -> None:
+    """End a child that nobody needs any more."""
+    if os.getpid() == owner:
+        pipe.close()
+        with contextlib.suppress(OSError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def _serve(pipe: Connection, work: Callable[[Any], Any], mib: int) -> None:
+    """The child: never returns, and ends when the other end of its pipe is closed."""
     try:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):  # they are for its parent
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)
-        with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as pages:  # Linux
-            held = int(pages.read().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (held + (mib << 20), resource.RLIM_INFINITY))
-        work()
-        code = 0
-    except MemoryError:
-        pass
-    except BaseException:
-        code = 0
+        # of other helpers above all: they would not see their parent end
+        os.closerange(3, pipe.fileno())
+        os.closerange(pipe.fileno() + 1, pipe.fileno() + 4096)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        limit_memory(mib)
+        while True:
+            given, seconds = pipe.recv()
+            used = time.process_time()
+            most = max(int(used + seconds), int(used) + 1)  # the system counts whole seconds
+            resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
+            try:
+                answer = pickle.dumps((False, work(given)))
+            except MemoryError:
+                os._exit(1)
+            except Exception as error:
+                answer = pickle.dumps((True, error))
+                with contextlib.suppress(Exception):
+                    pickle.loads(answer)
+                    pipe.send_bytes(answer)
+                    continue
+                answer = pickle.dumps((True, ValueError(f"{type(error).__name__}: {error}")))
+            if len(answer) > _MOST:
+                os._exit(1)
+            pipe.send_bytes(answer)
     finally:
-        os._exit(code)
+        os._exit(0)
+
+
+def limit_memory(mib: int) -> None:
+    """Let this process have so much more than it holds; on Linux, which says what that is."""
+    import resource
+
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as pages:
+        held = int(pages.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + (mib << 20), resource.RLIM_INFINITY))
 
 
 @contextlib.contextmanager

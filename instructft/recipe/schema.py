@@ -410,7 +410,8 @@ class Recipe(_Section):
             for key in ("name", "hub", "path", "url"):
                 if entry[key] is None:
                     del entry[key]
-            if "url" in entry:
+        for entry in (*data["datasets"], *(data["validation"] or ()), *(data["test"] or ())):
+            if entry.get("url"):
                 entry["url"] = bare_url(entry["url"])  # what is signed stays in memory
         rest = {"evaluation": self.evaluation.model_dump(), "samples": self.samples}
         rest |= {"hub": self.hub.model_dump(), "check": self.check.model_dump()}

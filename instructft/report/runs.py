@@ -135,7 +135,8 @@ def read_facts(folder: Path) -> tuple[dict[str, Any], str]:
         return {}, ""
     except (OSError, ValueError, RecursionError) as error:
         return {}, f"run.json cannot be read: {first_line(error)}"
-    if not isinstance(found, dict) or not isinstance(found.get("train"), dict):
+    sections = [found.get("train"), found.get("data") or {}] if isinstance(found, dict) else [None]
+    if not all(isinstance(section, dict) for section in sections):
         return {}, "run.json holds no facts of a run"
     return found, ""
 

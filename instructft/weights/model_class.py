@@ -103,7 +103,8 @@ def auto_class(config: PretrainedConfig) -> Any:
     if getattr(config, "is_encoder_decoder", False):  # it answers by other means than going on with a text
         return classes[0]
     built = [(kind, _built_by(kind, config)) for kind in classes]
-    named = getattr(config, "architectures", None) or ()
+    given = getattr(config, "architectures", None)
+    named = [name for name in given if isinstance(name, str)] if isinstance(given, list | tuple) else ()
     for kind, names in built:
         if names.intersection(named):
             return kind

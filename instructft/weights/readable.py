@@ -17,7 +17,7 @@ from typing import Any
 from instructft.errors import InstructftError, ModelFileError, is_panic
 from instructft.formatting import first_line
 from instructft.weights import remote_code
-from instructft.weights.weight_files import ADAPTER_WEIGHTS, NAMES, read_header
+from instructft.weights.weight_files import ADAPTER_WEIGHTS, NAMES, read_header, weight_files
 
 _AGAIN = "copy or download it again"
 # files that hold one JSON object
@@ -57,10 +57,10 @@ def require_readable(folder: Path) -> None:
         if (folder / name).is_file():
             read_object(folder / name)
     index = folder / NAMES[0][1]
-    shards = set(map(str, dict(read_object(index).get("weight_map", {})).values())) if index.is_file() else set()
-    for name in sorted({NAMES[0][0], ADAPTER_WEIGHTS, *shards}):
-        if (folder / name).is_file():
-            read_header(folder / name)
+    has_shards = not (folder / NAMES[0][0]).is_file() and index.is_file()
+    for file in [*(weight_files(folder) if has_shards else ()), folder / NAMES[0][0], folder / ADAPTER_WEIGHTS]:
+        if file.is_file():
+            read_header(file)
 
 
 @contextlib.contextmanager

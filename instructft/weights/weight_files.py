@@ -112,11 +112,11 @@ def weight_files(folder: Path) -> list[Path]:
                 names = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ModelFileError(f"{folder / index} is no index of shards: it cannot be read") from error
-            if bad := sorted(str(n) for n in names if not isinstance(n, str) or Path(n).name != n):
+            if bad := sorted(str(n) for n in names if not isinstance(n, str) or Path(n).name != n or len(n) > 255):
                 raise ModelFileError(f"{folder / index} names {bad[0]}, which is no file in its folder")
             files = [folder / name for name in sorted(names)]
             if missing := [file.name for file in files if not file.is_file()]:
-                raise ModelError(f"{folder} is not whole: {', '.join(missing[:3])} missing ({len(missing)} in all)")
+                raise ModelFileError(f"{folder} is not whole: {', '.join(missing[:3])} missing ({len(missing)} in all)")
             return files
     raise ModelError(f"{folder} holds no weights: found neither model.safetensors nor pytorch_model.bin, nor shards")
 

@@ -152,6 +152,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         *[("step", step, signal.SIGTERM) for step in (0, 3, 7, 11)],
         ("step", 5, signal.SIGINT),
+        ("step", 6, signal.SIGHUP),
         ("evaluation", 4, signal.SIGTERM),
         ("evaluation", 12, signal.SIGTERM),
         ("save", 6, signal.SIGTERM),

@@ -396,3 +396,10 @@ def test_python_runs_and_leaves_the_run_folder_of_the_table(
 
     Path("runs/ten").rename("runs/quickstart")
     exec(compile(second, "python.md, second block", "exec"), {})
+
+
+def test_the_tests_that_security_names_are_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    gone = [test for file, test in named if f"def {test}(" not in (ROOT / file).read_text(encoding="utf-8")]
+    assert gone == []

@@ -8,7 +8,7 @@ import pytest
 
 from instructft.errors import TemplateError
 from instructft.prompt.loss_mask import Encoder, encode_conversation, render
-from instructft.prompt.render import MANY, Renderer
+from instructft.prompt.render import MANY, Renderer, _Here
 from instructft.prompt.templates import TEMPLATES
 from tests.helpers.conversations import assistant, user, with_template
 
@@ -25,7 +25,7 @@ def test_many_conversations_are_rendered_as_few_are(bare_tokenizer: Any, templat
         [{"role": "user", "content": f" {i} <b>", "input": "x" * (i % 3)}, {"role": "assistant", "content": f" a{i}\n"}]
         for i in range(MANY)
     ]
-    assert encoder.renderer._compiled is not None
+    assert encoder.renderer._here._compiled is not None
     for asks in (True, False):
         assert encoder.render(rows, asks) == [encoder.render([row], asks)[0] for row in rows]
 
@@ -38,7 +38,7 @@ def test_what_a_template_sets_is_gone_before_the_next_conversation(bare_tokenize
         "{% endfor %}{% set seen = messages[0]['content'] %}"
     )
     renderer = Renderer(tokenizer)
-    assert renderer._compiled is not None
+    assert renderer._here._compiled is not None
     texts = renderer.texts([[user(f"Q{i}"), assistant("A")] for i in range(MANY)])
     eos = tokenizer.eos_token
     assert texts == [f"Q{i}{eos}A{eos}" for i in range(MANY)]
@@ -46,8 +46,8 @@ def test_what_a_template_sets_is_gone_before_the_next_conversation(bare_tokenize
 
 def test_another_text_by_the_short_way_is_not_taken(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     renderer = Renderer(tokenizer)
-    monkeypatch.setattr(Renderer, "_direct", lambda *_: ["another text"])
-    assert renderer._compiled is None
+    monkeypatch.setattr(_Here, "_direct", lambda *_: ["another text"])
+    assert renderer._here._compiled is None
 
 
 def test_a_tokenizer_without_template_says_what_to_do(bare_tokenizer: Any) -> None:

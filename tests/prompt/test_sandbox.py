@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import resource
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
 import pytest
 
 from instructft.errors import TemplateError
-from instructft.prompt import render, sandbox
+from instructft.prompt import render
 from instructft.prompt.loss_mask import Encoder
-from instructft.prompt.sandbox import at_most, breaks
+from instructft.prompt.sandbox import Helper, at_most
 from instructft.prompt.templates import BOS, TEMPLATES, is_built_in
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
@@ -27,8 +30,7 @@ HUGE = "{% set x = 'a' * 4000000000 %}"
 @pytest.fixture
 def given(bare_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Gives a tokenizer a template, and trials a second."""
-    monkeypatch.setattr(render, "breaks", lambda work: sandbox.breaks(work, seconds=1))
-    monkeypatch.setattr(render, "SECONDS", 0.5)
+    monkeypatch.setattr(render, "SECONDS", 1)
 
     def give(template: str) -> Any:
         tokenizer = bare_tokenizer()
@@ -52,14 +54,64 @@ def test_a_bomb_is_refused(given: Any, template: str, says: str) -> None:
         Encoder(given(template))
 
 
-def test_one_that_goes_off_later_is_stopped(given: Any) -> None:
-    encoder = Encoder(given("{% if messages[0]['content'] == 'Hi' %}" + ENDLESS + "{% endif %}" + WELL))
-    before = signal.getsignal(signal.SIGVTALRM)
-    with pytest.raises(TemplateError, match="does not come to an end on these messages"):
-        encoder.render([USER], True)
-    assert signal.getsignal(signal.SIGVTALRM) == before
-    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+LATER = "{% if messages[0]['content'] == 'Hi' %}BOMB{% endif %}" + WELL
+BOMBS = {
+    ENDLESS: "does not come to an end",
+    "{{ ('a' * messages[0]['content'] | length * 1000000000) | length }}": "fills the memory",
+    "{{ ((messages | length + 9) ** (10 ** 9)) % 7 }}": "does not come to an end",  # in C, where signals wait
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "does not accept these messages: RecursionError",
+    "{% include 'x' %}": "does not accept these messages: TypeError",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_one_that_goes_off_later_is_stopped_in_any_thread(given: Any, bomb: str) -> None:
+    encoder = Encoder(given(LATER.replace("BOMB", bomb)))
+    said: list[str] = []
+
+    def ask() -> None:
+        try:
+            encoder.render([USER], True)
+        except TemplateError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=ask)  # as the page's, where no signal arrives
+    thread.start()
+    thread.join()
+    assert len(said) == 1
+    assert "the chat template " + BOMBS[bomb] in said[0]
     assert encoder.render([[{"role": "user", "content": "Ho"}]], True) == ["Ho"]
+
+
+def test_a_constant_is_not_folded_here(given: Any) -> None:
+    """Jinja computes it when it compiles, whether it is ever shown or not."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert Encoder(given("{% if false %}{{ ('x' * 700000000) | length }}{% endif %}" + WELL)).render([USER]) == ["Hi"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+def test_a_template_sees_what_the_tokenizer_has_now(given: Any) -> None:
+    tokenizer = given("{{ eos_token }}" + WELL)
+    renderer = render.Renderer(tokenizer)
+    tokenizer.eos_token = "<other>"
+    assert renderer.texts([USER]) == ["<other>Hi"]
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ 10 ** 5000 }}" + WELL, "ValueError: Exceeds the limit"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{% include '/etc/hostname' %}", "no loader"),
+        ("{{ '%d' % 'x' }}", "TypeError"),
+        ("{% for m in messages %}{{ m.content }", "unexpected '}'"),
+        ("{{ " + "(" * 600 + "1" + ")" * 600 + " }}", "RecursionError"),
+    ],
+)
+def test_what_renders_nothing_says_why(given: Any, template: str, says: str) -> None:
+    with pytest.raises(TemplateError, match="the chat template renders no conversation at all: ") as error:
+        Encoder(given(template))
+    assert says in str(error.value)
 
 
 def test_what_refuses_some_conversations_is_used(given: Any) -> None:
@@ -67,11 +119,8 @@ def test_what_refuses_some_conversations_is_used(given: Any) -> None:
     assert Encoder(given(strict)).render([USER], True) == ["Hi"]
 
 
-def test_our_own_templates_are_not_tried(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(work: Any) -> str:
-        raise AssertionError
-
-    monkeypatch.setattr(render, "breaks", never)
+def test_our_own_templates_have_no_helper(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "Helper", None)
     for template in TEMPLATES.values():
         assert is_built_in(template.text())
         assert is_built_in(BOS + template.text())
@@ -79,11 +128,45 @@ def test_our_own_templates_are_not_tried(given: Any, monkeypatch: pytest.MonkeyP
     Encoder(given(TEMPLATES["instruction"].text()))
 
 
-def test_the_child_leaves_nothing_behind() -> None:
-    assert breaks(lambda: None) == ""
-    assert breaks(lambda: 1 / 0) == ""  # its own errors are for the caller
-    assert breaks(lambda: time.sleep(1.2), seconds=1) == ""  # time of the processor counts
-    assert breaks(lambda: os.kill(os.getpid(), signal.SIGTERM)) == ""
+def test_a_helper_answers_raises_and_begins_anew() -> None:
+    helper = Helper(lambda n: os._exit(n) if n > 1 else 1 // n)
+    assert helper(1) == 1
+    with pytest.raises(ZeroDivisionError):
+        helper(0)
+    with pytest.raises(ChildProcessError, match="ended with 3"):
+        helper(3)
+    assert helper(1) == 1
+    os.kill(helper._child, signal.SIGKILL)  # while it waits
+    os.waitid(os.P_PID, helper._child, os.WEXITED | os.WNOWAIT)
+    assert helper(1) == 1
+    assert copy.deepcopy(helper)(1) == 1
+
+
+def test_a_helper_ends_with_its_owner_and_leaves_a_fork_alone() -> None:
+    helper = Helper(lambda _: os.getpid())
+    first = helper(None)
+    assert first != os.getpid()
+    if not (child := os.fork()):
+        os._exit(helper(None) in (first, os.getpid()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert helper(None) == first
+    del helper
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+
+
+def test_few_helpers_wait_at_a_time() -> None:
+    helpers = [Helper(lambda _: os.getpid()) for _ in range(7)]
+    first = [helper(None) for helper in helpers]
+    for child in first[:3]:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+    assert [helper(None) for helper in helpers[3:]] == first[3:]
+    assert helpers[0](None) not in first
+
+
+def test_time_of_the_processor_counts() -> None:
+    assert Helper(lambda _: time.sleep(1.2))(None, seconds=1) is None
 
 
 def test_a_timer_of_somebody_else_is_left_alone() -> None:

@@ -203,3 +203,13 @@ def test_what_is_told_of_a_recipe_makes_the_same_one(name, tmp_path):
     assert load_recipe(tmp_path / f"{name}.yaml") == recipe
     assert len(yaml_text(recipe.told()).splitlines()) < 60 < len(recipe.to_yaml().splitlines())
     assert "null" not in yaml_text(recipe.told())
+
+
+def test_what_is_signed_in_an_address_is_not_written() -> None:
+    """The recipe goes into run.json, manifests and cards, and up to the Hub; the run itself needs the query."""
+    url = "https://host.example/rows.jsonl?api_key=K3y&sig=S"
+    sets = [f"data.{key}=[{{url: '{url}'}}]" for key in ("datasets", "validation", "test")]
+    recipe = load_recipe("quickstart", [*sets, "data.splits={validation: 0, test: 0}"])
+    assert recipe.data.datasets[0].url == url
+    assert "K3y" not in str(recipe.to_dict())
+    assert str(recipe.to_dict()).count("https://host.example/rows.jsonl") == 3

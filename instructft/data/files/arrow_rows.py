@@ -33,7 +33,7 @@ def parquet_rows(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], s
             read += batch.nbytes
             refuse_bomb(read, size)
             yield from _rows(batch, changes)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, SystemError) as error:
         raise DataError(f"{name} is not a whole Parquet file: {first_line(error)}") from error
 
 
@@ -52,9 +52,10 @@ def arrow_rows(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         changes = _changes(reader.schema)
         for batch in batches:
+            batch.validate(full=True)  # a damaged file's offsets would be followed out of its memory
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 yield from _rows(batch.slice(start, _ROWS_AT_ONCE), changes)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, SystemError) as error:
         raise DataError(f"{name} is not a whole Arrow file: {first_line(error)}") from error
 
 

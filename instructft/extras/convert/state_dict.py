@@ -156,9 +156,9 @@ def _load(file: Path) -> Any:
 
 def _refuse_damaged_archive(file: Path) -> None:
     """What torch writes is a ZIP archive with a sum for every entry, and torch compares none of them."""
-    if not zipfile.is_zipfile(file):
-        return
     try:
+        if not zipfile.is_zipfile(file):
+            return
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, zlib.error) as error:

@@ -26,10 +26,10 @@ def parsed(value: Any) -> Any:
         return value
     try:
         found = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             found = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return value
     return found if isinstance(found, list | dict) else value
 
@@ -117,7 +117,7 @@ def _arguments(value: Any) -> Any:
         try:
             found = json.loads(value)
             found = json.loads(found) if isinstance(found, str) else found  # encoded twice
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
         return found if isinstance(found, dict) else value
     return value
