@@ -89,7 +89,7 @@ def _theirs(recipe: Recipe, values: Mapping[str, Any], raw: list[dict[str, Any]]
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(values["model_name_or_path"]))
+    tokenizer = AutoTokenizer.from_pretrained(str(values["model_name_or_path"]), trust_remote_code=False)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )

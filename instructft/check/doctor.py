@@ -274,7 +274,9 @@ def _attention(name: str, where: str) -> str:
     shape: dict[str, int] = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 32}
     config = LlamaConfig(**shape, num_hidden_layers=1, num_key_value_heads=2, max_position_embeddings=32)
     dtype = torch.bfloat16 if where == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=dtype).to(where)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=dtype, trust_remote_code=False).to(
+        where
+    )
     ids = torch.arange(16, device=where)[None]
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -208,7 +209,12 @@ def test_without_a_working_bitsandbytes_it_is_refused_before_weights(
     functional = SimpleNamespace(
         quantize_4bit=lambda x, **_: (x, None), dequantize_4bit=lambda packed, state: torch.zeros_like(packed)
     )
-    fake = SimpleNamespace(__version__="0.1", supported_torch_devices={"cpu"}, functional=functional)
+    fake = SimpleNamespace(
+        __version__="0.1",
+        __spec__=ModuleSpec("bitsandbytes", None),
+        supported_torch_devices={"cpu"},
+        functional=functional,
+    )
     if broken == "device":
         fake.supported_torch_devices = {"cuda"}
     monkeypatch.setitem(sys.modules, "bitsandbytes", None if broken == "missing" else fake)

@@ -127,6 +127,24 @@ ROWS = {
         ),
         ({"instruction": "", "input": "", "output": "late", "category": "opposites"}, "empty_prompt"),
     ],
+    "quickstart-chat": [
+        (
+            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
+            [user("Hi"), answer("Hello.")],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "A?"},
+                    {"role": "assistant", "content": "a"},
+                    {"role": "user", "content": "B?"},
+                    {"role": "assistant", "content": "b"},
+                ]
+            },
+            [user("A?"), answer("a"), user("B?"), answer("b")],
+        ),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "no_assistant_turn"),
+    ],
 }
 
 

@@ -121,10 +121,14 @@ def test_only_what_belongs_to_a_model_leaves(trained: dict[str, Path], tmp_path:
     found = gather(run)
     assert set(found.left_out) == {
         "training_args.bin", ".env", "modeling_own.py", "notes.txt", "optimizer.pt", "tensorboard", "vocab.json",
-        "checkpoint-1", "checkpoint-2", "instructft.json", "train.log",
+        "checkpoint-1", "checkpoint-2", "instructft.json", "train.log", "rows.parquet",
     }  # fmt: skip
     names = {file.path_in_repo for file in found.leaving}
-    assert names == {p.name for p in trained["full"].iterdir() if p.is_file()} - {"instructft.json", "train.log"}
+    assert names == {p.name for p in trained["full"].iterdir() if p.is_file()} - {
+        "instructft.json",
+        "train.log",
+        "rows.parquet",
+    }
     assert "this machine" in found.left_out["train.log"]
     assert "code" in found.left_out["modeling_own.py"]
     assert "link" in found.left_out["vocab.json"]

@@ -34,7 +34,7 @@ MIB = 1 << 20
 
 
 SHAPES = {
-    "gpt2": "n_layer: 2, n_head: 2, n_embd: 32, n_positions: 128",
+    "gpt2": "n_layer: 2, n_head: 2, n_embd: 32, n_positions: 256",
     "llama": "num_hidden_layers: 2, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2",
     "qwen2": "num_hidden_layers: 2, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, "
     "num_key_value_heads: 1, tie_word_embeddings: true",

@@ -67,6 +67,6 @@ def test_json_schema(load):
         validator.validate(YAML(typ="safe", pure=True).load(path))
     properties = schema["properties"]
     assert properties["data"]["properties"]["max_length"]["default"] == 1024
-    assert properties["data"]["properties"]["max_length"]["description"] == "tokens per row"
+    assert properties["data"]["properties"]["max_length"]["description"].startswith("tokens per row; ")
     assert "cosine" in properties["train"]["properties"]["lr_scheduler_type"]["enum"]
     assert "$ref" not in json.dumps(schema)

@@ -10,12 +10,8 @@ from pathlib import Path
 import pytest
 
 from instructft.errors import RecipeError
-from instructft.recipe.load import (
-    load_recipe,
-    load_run_recipe,
-    recipe_purpose,
-    shipped_recipes,
-)
+from instructft.recipe.load import load_recipe, load_run_recipe
+from instructft.recipe.shipped import recipe_purpose, shipped_recipes
 from tests.helpers.recipes import FULL, GOOD, MODEL
 
 

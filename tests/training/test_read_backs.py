@@ -125,7 +125,7 @@ def logged(folder: Path) -> list[dict[str, float]]:
 def test_what_is_logged_is_what_upstream_logs(run: Any, more: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     each = ("train.logging_steps=1", "train.gradient_accumulation_steps=1", *more)
     ours, _ = run(*each, flat=False)
-    monkeypatch.setattr(Trainer, "_plain_loss", False)
+    monkeypatch.setattr(Trainer, "plain_loss", False)
     theirs, steps = run(*each, flat=False)
     assert all(len(found) > 4 for found in steps.values()), steps  # the counter counts
     assert len(logged(ours)) == 6

@@ -99,7 +99,7 @@ def weights_of(file: Path, config: Any) -> PreTrainedModel:
 
     given: dict[str, Any] = {"gguf_file": file.name, "config": copy.deepcopy(config), "dtype": torch.float32}
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(file.parent), **given)
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), trust_remote_code=False, **given)
     except Exception as error:  # of many kinds, by architecture
         raise NotReadError(f"transformers does not read it: {first_line(error)}") from error
     return model.eval()

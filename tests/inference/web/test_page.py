@@ -50,9 +50,10 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert command(monkeypatch, "no/such/model") == 2
+    assert command(monkeypatch, str(tmp_path)) == 2
     assert "pip install 'instructft[ui]'" in capsys.readouterr().err
 
 
