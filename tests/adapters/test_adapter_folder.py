@@ -121,7 +121,8 @@ def test_broken_adapters_are_refused_by_every_command(
             cli.main()
         out, err = capfd.readouterr()
         assert ended.value.code == 2, (command, err)
-        assert err.splitlines()[0].endswith("…") and err.splitlines()[1].startswith("instructft: "), err
+        assert err.splitlines()[0].endswith("…"), err
+        assert err.splitlines()[1].startswith("instructft: "), err
         assert re.search(message, err), err
         assert "Traceback" not in out + err
         assert str(sound.parent) in err

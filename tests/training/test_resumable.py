@@ -47,7 +47,7 @@ def test_a_macs_gpu_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
         micro_batches=SimpleNamespace(rows_at_once=None),
         step_checks=SimpleNamespace(recent_losses=[], spikes=[], since_log={}),
         stop=SimpleNamespace(left_evaluation=False),
-        budget=Budget(None), judge=None, row_history=None,
+        budget=Budget(None), judge=None, history=None,
     )  # fmt: skip
     progress = Progress(trainer)
     with progress.training(None):
