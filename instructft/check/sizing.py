@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.formatting import memory_size, quantiles
 from instructft.recipe.commented import Draft
+from instructft.training.arguments import FULL_WIDTH, rate_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,7 +132,7 @@ def _steps(draft: Draft, goal: str, name: str, data: Prepared, start: StartingPo
     draft.put("train.gradient_accumulation_steps", accumulation, in_all)
     why = "layers are computed twice: without it, the estimate does not fit" if checkpointing else "it fits without"
     draft.put("train.gradient_checkpointing", checkpointing, why)
-    rate, why = learning_rate(goal, getattr(start.config.get_text_config(), "hidden_size", None) or 2048)
+    rate, why = rate_for(goal != "full", getattr(start.config.get_text_config(), "hidden_size", None) or FULL_WIDTH)
     draft.put("train.learning_rate", rate, why)
     draft.put("train.lr_scheduler_type", "cosine", "a convention")
     draft.put("train.warmup_steps", 0.05, "share of all steps, a convention")
@@ -164,21 +165,6 @@ def epochs_of(rows: int, steps: int) -> int:
     if rows >= 50_000:
         return 1
     return 2 if rows >= 10_000 else 3 if steps >= 20 else 5
-
-
-def learning_rate(goal: str, width: int) -> tuple[float, str]:
-    """The rate that is usual, and why: with Adam the best one for all weights falls with a model's width
-    (arXiv:2203.03466), and an adapter takes about ten times that of a wide model.
-
-    >>> learning_rate("lora", 576)[0], learning_rate("full", 4096)[0], learning_rate("full", 576)[0]
-    (0.0002, 2e-05, 7.1e-05)
-    """
-    if goal != "full":
-        return 2e-4, "a convention for LoRA"
-    rate = min(1e-3, 2e-5 * max(1.0, 2048 / width))
-    return float(
-        f"{rate:.1e}"
-    ), f"a convention for all weights of a model {width:,} wide: 2e-5 from 2,048 on, more below"
 
 
 def _fitting(
