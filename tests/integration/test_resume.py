@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(instructft.load_recipe(folder / "full.yaml"), console=QUIET).output_dir
 
 
+@pytest.fixture
+def hangups_heard() -> Iterator[None]:
+    """Also where these tests are run by `nohup`, which has SIGHUP ignored, and a run respects that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(
     ("place", "step", "number"),
     [
@@ -159,8 +168,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(
-    write: Any, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path, place: str, step: int, number: int
-) -> None:
+    write: Any, monkeypatch: pytest.MonkeyPatch, hangups_heard: None, uninterrupted: Path, place: str, step: int,
+    number: int,
+) -> None:  # fmt: skip
     recipe = instructft.load_recipe(write())
     run = Path(recipe.output_dir)
     before = signal.getsignal(signal.SIGTERM)
