@@ -239,8 +239,9 @@ class Samples(TrainerCallback):
         for prompt, answer in made:
             ending = "" if answer.finish_reason == "stop" else " …"
             shown = answer.text if len(answer.text) <= 200 else answer.text[:200] + "…"
-            shown = visible(shown) or "(an empty answer)"
-            self.console.print(f"  {visible(prompt)}", style="dim", markup=False, highlight=False)
+            shown = (visible(shown) or "(an empty answer)").replace("\n", "\n    ")
+            asked = visible(prompt).replace("\n", "\n  ")
+            self.console.print(f"  {asked}", style="dim", markup=False, highlight=False)
             self.console.print(f"  → {shown}{ending}", markup=False, highlight=False)
         if self.writer:
             shown_there = functools.partial(self._to_board, made, step)

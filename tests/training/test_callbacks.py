@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 
 import instructft
-from instructft.inference.generator import Generator
-from instructft.training.callbacks import TRACKERS, send
+from instructft.inference.generator import Answer, Generator
+from instructft.training.budget import Budget
+from instructft.training.callbacks import TRACKERS, Samples, send
 
 TEXTS = [("Who?", "Ada."), ("Where?", "London.")]
 
@@ -103,3 +104,11 @@ def test_a_tracker_that_fails_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> No
     said: list[str] = []
     assert send(["wandb"], 1, TEXTS, said.append) == ["wandb"]
     assert said == ["train.report_to: wandb took no sample answers: division by zero; no more are sent to it"]
+
+
+def test_answers_of_several_lines_stay_below_their_question(tmp_path: Path) -> None:
+    generator: Any = types.SimpleNamespace(answers=lambda *_, **__: [Answer("1. tea\n2. honey", "stop")])
+    said = io.StringIO()
+    samples = Samples(("A list:\ntea",), generator, tmp_path / "samples.jsonl", Console(file=said), None, Budget(None))
+    samples.answer(3)
+    assert said.getvalue() == "  A list:\n  tea\n  → 1. tea\n    2. honey\n"
