@@ -7,6 +7,7 @@ conversations ─► prompt ids of the server  ══  prompt ids of training   
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ ROWS = 50  # conversations
 MAX_NEW_TOKENS = 32  # of an answer
 NEAR = 0.1  # nats between the two tokens, up to which other arithmetic may choose the other one
 SHOWN = 5  # differences of a kind that are printed
+_BROKEN = re.compile("\ufffd+")  # bytes of no character, of which decoders make one sign or several
 
 
 @dataclass
@@ -276,7 +278,7 @@ def _both(generator: Generator, made: list[int], served: Served) -> tuple[list[i
         ended = served.ids and served.ids[-1] in stops and served.finish != "length"
         return ours, served.ids[:-1] if ended else served.ids
     text = generator.tokenizer.decode(ours, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    texts = [text.rstrip("\ufffd").strip(), served.text.rstrip("\ufffd").strip()]
+    texts = [_BROKEN.sub("\ufffd", one).rstrip("\ufffd").strip() for one in (text, served.text)]
     first, second = generator.tokenizer(texts, add_special_tokens=False)["input_ids"]
     return first, second
 
@@ -344,7 +346,8 @@ def _blame_base(
             given = [_both(base, row.made, served)[0] for row, (_, served, *_) in zip(rows, differing, strict=True)]
     except Exception:  # where it cannot be had, nothing is said of it
         return
-    if served_by_base([theirs for *_, theirs, _ in differing], given):
+    places = [difference.position or 0 for *_, difference in differing]
+    if served_by_base([theirs for *_, theirs, _ in differing], given, places):
         for *_, difference in differing:
             difference.cause = "adapter without effect"
             difference.what_to_do = (
