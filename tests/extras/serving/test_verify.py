@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from instructft.extras.serving.client import Client
-from instructft.extras.serving.servers import reach
+from instructft.extras.serving.servers import Served, reach
 from instructft.extras.serving.verify import Found, verify
 from instructft.models.load_for_inference import load_for_inference
 from tests.helpers.chat_servers import ChatServer
+from tests.helpers.quickstart import tokenizer as bundled
 
 KINDS = ("llama.cpp", "vLLM", "TGI", "Ollama", "other")
 
@@ -121,3 +123,17 @@ def test_the_command_ends_with_what_was_found(
         said: Any = capsys.readouterr()
         assert said.out.startswith("server   llama.cpp b1 at")
         assert "secret-7" not in said.out + said.err
+
+
+def test_bytes_of_no_character_are_no_difference() -> None:
+    """Of such bytes one decoder makes one sign, another one several."""
+    from instructft.extras.serving import verify as module
+
+    tokenizer = bundled()
+    made = [*tokenizer("To (").input_ids, *tokenizer("東").input_ids[:1], *tokenizer("京").input_ids[:1]]
+    made += tokenizer(").").input_ids
+    assert "\ufffd\ufffd" in tokenizer.decode(made)
+    generator: Any = SimpleNamespace(stop_ids=[0], tokenizer=tokenizer)
+    told = Served("To (\ufffd).", None, "stop", None)
+    ours, theirs = module._both(generator, made, told)
+    assert ours == theirs
