@@ -276,7 +276,9 @@ def _both(generator: Generator, made: list[int], served: Served) -> tuple[list[i
     ours = made[:-1] if made and made[-1] in stops else made
     if served.ids is not None:
         ended = served.ids and served.ids[-1] in stops and served.finish != "length"
-        return ours, served.ids[:-1] if ended else served.ids
+        told = served.ids[:-1] if ended else served.ids
+        if "\ufffd" not in generator.tokenizer.decode(told):  # llama.cpp tells not all tokens of one character
+            return ours, told
     text = generator.tokenizer.decode(ours, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     texts = [_BROKEN.sub("\ufffd", one).rstrip("\ufffd").strip() for one in (text, served.text)]
     first, second = generator.tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -137,3 +137,14 @@ def test_bytes_of_no_character_are_no_difference() -> None:
     told = Served("To (\ufffd).", None, "stop", None)
     ours, theirs = module._both(generator, made, told)
     assert ours == theirs
+
+
+def test_a_character_of_which_not_all_tokens_are_told_is_compared_as_text() -> None:
+    from instructft.extras.serving import verify as module
+
+    tokenizer = bundled()
+    made = tokenizer("To (東).").input_ids
+    generator: Any = SimpleNamespace(stop_ids=[0], tokenizer=tokenizer)
+    left_out = [*tokenizer("To (").input_ids, *tokenizer("東").input_ids[1:], *tokenizer(").").input_ids]
+    ours, theirs = module._both(generator, made, Served("To (東).", left_out, "stop", None))
+    assert ours == theirs
