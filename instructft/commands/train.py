@@ -104,6 +104,7 @@ def launch(
 
 
 def print_outcome(result: Any) -> None:
+    """The last lines of a run: how it went, where the model and its report lie, how to talk to it, what was pushed."""
     from rich.console import Console
 
     from instructft.formatting import clock, perplexity, typed

@@ -133,5 +133,6 @@ def spread(items: Any, most: int) -> list[Any]:
 
 
 def cut_short(text: Any) -> str:
+    """A text of data or models, at most `TEXT` characters of it."""
     text = str(text)
     return text if len(text) <= TEXT else text[:TEXT] + "…"
