@@ -172,6 +172,24 @@ def yaml_text(values: dict[str, Any]) -> str:
     >>> yaml_text({"run_name": "no", "learning_rate": 1e-05})
     "run_name: 'no'\\nlearning_rate: 1.0e-05\\n"
     """
+    # key by key: a run writes its sections three times, into `recipe.yaml`, its page and its card
+    return "".join(_written(key, value) for key, value in values.items()) or "{}\n"
+
+
+def _written(key: str, value: Any) -> str:
+    same = repr((key, value))
+    if same not in _WRITTEN:
+        while len(_WRITTEN) >= _KEPT:
+            del _WRITTEN[next(iter(_WRITTEN))]
+        _WRITTEN[same] = _dumped({key: value})
+    return _WRITTEN[same]
+
+
+_WRITTEN: dict[str, str] = {}  # YAML of a key and its value, by how Python writes them
+_KEPT = 64
+
+
+def _dumped(values: dict[str, Any]) -> str:
     from ruamel.yaml import YAML
     from ruamel.yaml.representer import SafeRepresenter
 

@@ -41,6 +41,16 @@ def without_places(value: Any, folders: Iterable[Path] = (), key: str = "") -> A
     return _walk(value, _roots(folders), key)
 
 
+def without_places_by_key(values: Mapping[str, Any], folders: Iterable[Path] = ()) -> dict[str, Any]:
+    """The same for values by dotted keys of a recipe, each under the last name of its key.
+
+    >>> without_places_by_key({"model.name_or_path": "/home/ada/models/base", "train.max_steps": 3})
+    {'model.name_or_path': 'base', 'train.max_steps': 3}
+    """
+    roots = _roots(folders)
+    return {key: _walk(value, roots, key.rpartition(".")[2]) for key, value in values.items()}
+
+
 def without_roots(text: str, folders: Iterable[Path] = ()) -> str:
     """A text for people (a model card, a page) without the paths of known folders.
 

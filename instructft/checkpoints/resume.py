@@ -13,7 +13,7 @@ from instructft.checkpoints.as_saved import require_as_saved
 from instructft.checkpoints.lineage import set_aside
 from instructft.checkpoints.manifest import Checkpoint, folders, kind, newest, verify
 from instructft.errors import CheckpointError, ModelFileError, ResumeError
-from instructft.redaction import without_places
+from instructft.redaction import without_places_by_key
 from instructft.weights.readable import read_object
 
 if TYPE_CHECKING:
@@ -177,8 +177,7 @@ def identity(
         made["model (its weights)"] = start.fingerprint
     plain: dict[str, Any] = json.loads(json.dumps({**flat, **made}, default=str))
     # of a path the last name: rows and weights are known by their content, and a run may be resumed on another machine
-    run = Path(recipe.output_dir)
-    return {key: without_places(value, [run], key.rpartition(".")[2]) for key, value in plain.items()}
+    return without_places_by_key(plain, [Path(recipe.output_dir)])
 
 
 def fixed_keys(recipe: Recipe) -> dict[str, Any]:

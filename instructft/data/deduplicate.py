@@ -28,7 +28,8 @@ _FEW = 8  # copies of one row in a small data set are no wording of the task
 _SAMPLE = 5_000  # rows in which common runs are looked for
 _MOST_OWNERS = 32  # held-out rows looked at for one run
 _SORTED_AT_ONCE = 1 << 22  # runs
-_FILTER = 26  # bits of a run by which most that no held-out row has are passed over
+_FILTER = 26  # bits of a run, at most, by which most that no held-out row has are passed over
+_SLOTS = 6  # bits more than it takes to number all runs: one in 64 of the others gets through
 _CACHED = 1 << 16  # runs that a processor has at hand
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -43,9 +44,10 @@ class Known:
         self._share = _SAMPLE // (1 + len(held_out))
         self._wording = [_seen(rows, self._share) for rows in held_out]
         self._runs, self._owner, self._answers, self._sizes = _index(held_out)
-        self._filter = np.zeros(1 << _FILTER, dtype=bool)
+        self._bits = min(_FILTER, len(self._runs).bit_length() + _SLOTS)  # pages of memory that few rows need not touch
+        self._filter = np.zeros(1 << self._bits, dtype=bool)
         for start in range(0, len(self._runs), BLOCK):
-            self._filter[_filtered(self._runs[start : start + BLOCK])] = True
+            self._filter[_stretch(self._runs[start : start + BLOCK], self._bits)] = True
 
     def among(self, rows: TokenRows) -> np.ndarray:
         """Which of `rows` are nearly the same as a held-out one: (rows,) bool."""
@@ -73,7 +75,7 @@ class Known:
         """Write into `found` which held-out rows some rows are nearly the same as."""
         runs, _, counts = _runs(rows)
         row_of = np.repeat(np.arange(len(counts)), counts)
-        maybe = np.flatnonzero(self._filter[_filtered(runs)])
+        maybe = np.flatnonzero(self._filter[_stretch(runs, self._bits)])
         maybe = maybe[~_is_in(runs[maybe], common)]
         maybe = maybe[_is_in(runs[maybe], self._runs)]
         if not len(maybe):
@@ -198,10 +200,6 @@ def _index(held: Sequence[TokenRows]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 def _stretch(hashes: np.ndarray, bits: int) -> np.ndarray:
     return (hashes >> np.uint64(64 - bits)).astype(np.int64) if bits else np.zeros(len(hashes), dtype=np.int64)
-
-
-def _filtered(hashes: np.ndarray) -> np.ndarray:
-    return (hashes >> np.uint64(64 - _FILTER)).astype(np.int64)
 
 
 def _runs_of(held: Sequence[TokenRows]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

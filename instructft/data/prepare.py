@@ -197,11 +197,16 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, why_not: WhyNot 
         return made.together(recipe)
 
 
+_LEFT_BY_OTHERS: list[bool] = []  # whether somebody else has told the collector to leave old objects alone
+
+
 @contextmanager
 def _old_objects_left_alone() -> Iterator[None]:
     """Keep Python's collector from what was there before: imports are a million objects, and rows in the making have
     it look for garbage among them again and again."""
-    if gc.get_freeze_count():  # somebody else has done so
+    if not _LEFT_BY_OTHERS and gc.get_freeze_count():  # which counts them one by one
+        _LEFT_BY_OTHERS.append(True)
+    if _LEFT_BY_OTHERS:
         yield
         return
     gc.freeze()

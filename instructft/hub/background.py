@@ -31,7 +31,7 @@ from instructft.errors import InstructftError
 from instructft.hub import commit
 from instructft.hub.commit import reason_of, retried
 from instructft.hub.push import Pushed, clean_place, push_checkpoint, push_to_hub
-from instructft.redaction import without_places
+from instructft.redaction import without_places_by_key
 
 if TYPE_CHECKING:
     from instructft.recipe.schema import Recipe
@@ -278,7 +278,7 @@ class Publisher:
 
 def _made_of(identity: Any, run: Path) -> dict[str, Any]:
     """What makes two checkpoints those of one run, wherever it was resumed."""
-    told = {key: without_places(value, [run], key.rpartition(".")[2]) for key, value in identity.items()}
+    told = without_places_by_key(identity, [run])
     return {key: value for key, value in told.items() if key not in _LENGTH}
 
 

@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 from instructft.adapters.adapter_folder import CONFIG, WEIGHTS, is_adapter
 from instructft.checkpoints.manifest import MANIFEST, NAME, kind, manifest_text, read_manifest
 from instructft.errors import HubError, ModelError
-from instructft.redaction import of_file, without_places
+from instructft.redaction import of_file, without_places_by_key
 from instructft.weights.base_record import stays_inside
 from instructft.weights.model_class import PROCESSOR
 from instructft.weights.weight_files import NAMES, weight_files
@@ -186,7 +186,7 @@ def _manifest(folder: Path, leaving: Mapping[str, Leaving]) -> bytes:
     """A checkpoint's manifest that fits its files as they leave."""
     manifest = read_manifest(folder)
     identity = manifest["identity"]
-    told = {key: without_places(value, [folder.parent], key.rpartition(".")[2]) for key, value in identity.items()}
+    told = without_places_by_key(identity, [folder.parent])
     files = {name: {"size": file.size, "sha256": file.sha256} for name, file in leaving.items()}
     manifest = {**manifest, "identity": told, "files": files}
     return manifest_text(manifest).encode()

@@ -6,6 +6,7 @@ the data and the tokenizer stays as it is.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,8 +59,9 @@ def judged(run: Path) -> dict[str, Any]:
     return {"evaluation": evaluation_table(read_evaluation(run)), "gate": gate_table(read_gate(run))}
 
 
+@functools.cache
 def template(path: Path) -> jinja2.Template:
-    """A page with the filters of all. What it shows is escaped, and its control characters are signs."""
+    """A page with the filters of all, compiled once. What it shows is escaped, and its control characters are signs."""
     import jinja2
     from markupsafe import Markup
 

@@ -5,6 +5,7 @@ A card names no folder of this machine: of a base, a data file or a template tha
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from instructft.version import __version__
 from instructft.weights.base_record import is_hub_id
 
 if TYPE_CHECKING:
+    import jinja2
+
     from instructft.recipe.schema import Recipe
 
 
@@ -120,16 +123,20 @@ def bare_card(
 
 
 def _render(metadata: Mapping[str, Any], **values: Any) -> str:
+    return _template().render(
+        metadata=yaml_text(dict(metadata)).strip(), version=__version__, costs=COSTS, cost_cells=cost_cells, **values
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
     import jinja2
 
     environment = jinja2.Environment(  # Markdown, in which nothing is escaped
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["plain"] = plain
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        metadata=yaml_text(dict(metadata)).strip(), version=__version__, costs=COSTS, cost_cells=cost_cells, **values
-    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def cost_cells(row: Mapping[str, Any]) -> list[str]:
