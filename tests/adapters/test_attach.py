@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -32,6 +33,7 @@ from tests.helpers.adapters import (
     record_base,
 )
 from tests.helpers.device import apart, near, on
+from tests.helpers.telling import telling
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -218,10 +220,18 @@ def test_base_and_adapter_from_the_cache_of_the_hub(
         load_for_inference("org/adapter")
 
 
-@pytest.mark.usefixtures("cpu")
-@pytest.mark.parametrize("how", ["4bit", "8bit"])
+@pytest.mark.parametrize(
+    ("cpu", "how"),
+    telling(itertools.product([True, False], ["4bit", "8bit"]), (True, "4bit"), (False, "8bit")),
+    indirect=["cpu"],
+)
 def test_a_quantized_base_comes_as_it_was_in_training(
-    how: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    cpu: bool,
+    how: str,
+    bases: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     import bitsandbytes as bnb
 

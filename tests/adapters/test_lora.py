@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -35,12 +36,17 @@ from tests.helpers.adapters import (
     reloaded,
 )
 from tests.helpers.device import DEVICE, of_the_cpu
+from tests.helpers.telling import telling
 
 VARIANTS = [*((kind, []) for kind in SHAPES), *((kind, ["adapter.use_dora=true"]) for kind in ("gpt2", "llama"))]
 VARIANTS += [(kind, ["adapter.use_rslora=true", "adapter.dropout=0.1"]) for kind in ("gpt2", "qwen2")]
 
 
-@pytest.mark.parametrize(("kind", "more"), VARIANTS, ids=str)
+# Conv1D, biases, a head with a bias, DoRA, and another scale with dropout; layers like those of llama train there too
+TELLING = [("gpt2", []), ("qwen2", []), ("phi", []), VARIANTS[-3], VARIANTS[-2]]
+
+
+@pytest.mark.parametrize(("kind", "more"), telling(VARIANTS, *TELLING), ids=str)
 def test_the_adapter_moves_the_base_does_not_and_what_is_saved_answers_alike(
     kind: str, more: list[str], base: Any, tmp_path: Path, train: Any
 ) -> None:
@@ -158,10 +164,18 @@ def test_training_goes_on_from_an_adapter_folder(base: Any, tmp_path: Path, trai
         starting_point(recipe(first.output_dir, tmp_path, "adapter=none"), tokenizer)
 
 
-@pytest.mark.usefixtures("cpu")
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_a_quantized_base_is_trained_over(kind: str, bits: str, base: Any, tmp_path: Path, train: Any) -> None:
+# each value of each once; on either kind of CPU packed weights keep their bits (`test_quantization.py`)
+@pytest.mark.parametrize(
+    ("cpu", "bits", "kind"),
+    telling(
+        itertools.product([True, False], ["4bit", "8bit"], ["gpt2", "llama"]),
+        (True, "4bit", "llama"), (False, "8bit", "gpt2"),
+    ),
+    indirect=["cpu"],
+)  # fmt: skip
+def test_a_quantized_base_is_trained_over(
+    cpu: bool, kind: str, bits: str, base: Any, tmp_path: Path, train: Any
+) -> None:
     more = [f"model.quantization={bits}", "train.max_steps=20", "train.learning_rate=1e-2"]
     asked = recipe(base(kind, wide=True), tmp_path, *more, "data.template=chatml")
     result, model, printed = train(asked)
@@ -300,8 +314,10 @@ def test_dora_over_8bit_weights_is_refused(base: Any, tmp_path: Path) -> None:
         quantization.check(recipe(base("gpt2"), tmp_path, "model.quantization=8bit", "adapter.use_dora=true"))
 
 
-@pytest.mark.usefixtures("cpu")
-def test_bfloat16_over_packed_weights_leaves_the_biases_as_they_are(base: Any, tmp_path: Path, train: Any) -> None:
+@pytest.mark.parametrize("cpu", telling([True, False], True), indirect=True)
+def test_bfloat16_over_packed_weights_leaves_the_biases_as_they_are(
+    cpu: bool, base: Any, tmp_path: Path, train: Any
+) -> None:
     asked = recipe(
         base("gpt2", wide=True), tmp_path, "model.quantization=4bit", "train.bf16=true", "adapter.use_dora=true"
     )

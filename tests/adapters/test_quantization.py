@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ from instructft.inference.generator import Generator
 from instructft.merging import comparison
 from instructft.models import load_for_inference as loading
 from tests.helpers.device import here, in_float32, of_the_cpu, on
+from tests.helpers.telling import telling
 
 QUIET = Console(quiet=True)
 pytest.importorskip("bitsandbytes")
@@ -109,10 +111,13 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, torch.Te
 # -- the layout ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("cpu")
-@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize(
+    ("cpu", "double"),
+    telling(itertools.product([True, False], [True, False]), (True, True), (False, False)),
+    indirect=["cpu"],
+)
 def test_no_bit_of_packed_weights_moves_from_training_to_the_merge(
-    double: bool, base: Path, tmp_path: Path, loads: Any, monkeypatch: pytest.MonkeyPatch
+    cpu: bool, double: bool, base: Path, tmp_path: Path, loads: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configuration = quantization.configuration
 

@@ -67,7 +67,7 @@ def test_on_a_cpu_other_programs_keep_their_memory(tries: Any, monkeypatch: pyte
     assert sizes(tries(4, 8, 99, device="cpu")) == [(4, True), (8, True)]
 
 
-def test_a_step_that_fails_for_another_reason_is_told(write_recipe: Callable[..., Path]) -> None:
+def test_a_step_that_fails_for_another_reason_is_told(write_recipe: Callable[..., Path], forked: None) -> None:
     recipe = load_recipe(write_recipe(), ["model.config.n_head=3"])  # 32 is no multiple of it
     with pytest.raises(InstructftError, match="a step of this recipe failed"):
         measure.measure(recipe, 1, "cpu", lambda line: None)

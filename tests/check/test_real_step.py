@@ -25,7 +25,7 @@ def test_every_batch_is_that_of_the_longest_rows(write_recipe: Callable[..., Pat
     assert len(_longest(more, data)[0].for_training) == 500 * STEPS  # rows come again where there are fewer
 
 
-def test_real_steps_put_the_estimate_right(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_real_steps_put_the_estimate_right(write_recipe: Callable[..., Path], tmp_path: Path, forked: None) -> None:
     recipe = load_recipe(write_recipe(), ["check.max_memory_gib=0.001"])
     said: list[str] = []
     report = check(recipe, measured=said.append)

@@ -30,7 +30,11 @@ def trained(path: Path, folder: Path, *overrides: str, resume: str = "auto") -> 
     return result, [line["loss"] for line in lines if "loss" in line], printed.getvalue()
 
 
-@pytest.mark.parametrize("adapter", [(), ("adapter.type=lora", "adapter.dropout=0.0")], ids=["full", "LoRA"])
+FULL, LORA = pytest.param((), id="full", marks=pytest.mark.battery), ("adapter.type=lora", "adapter.dropout=0.0")
+
+
+# all weights: under checkpointing below, whose losses are held against eager's too
+@pytest.mark.parametrize("adapter", [FULL, pytest.param(LORA, id="LoRA")])
 def test_the_losses_of_an_eager_run(
     write_recipe: Callable[..., Path], moved_run: Path, tmp_path: Path, adapter: tuple[str, ...]
 ) -> None:
@@ -82,7 +86,12 @@ def test_the_whole_model_is_not_compiled_too(
         trained(write_recipe(), tmp_path / "run")
 
 
-@pytest.mark.parametrize("more", [(), ("train.gradient_checkpointing=true",)], ids=["plain", "checkpointing"])
+CHECKPOINTING = ("train.gradient_checkpointing=true",)
+
+
+@pytest.mark.parametrize(
+    "more", [pytest.param((), id="plain"), pytest.param(CHECKPOINTING, id="checkpointing", marks=pytest.mark.battery)]
+)
 def test_packs_by_their_borders_make_one_graph(
     write_recipe: Callable[..., Path], tmp_path: Path, more: tuple[str, ...]
 ) -> None:

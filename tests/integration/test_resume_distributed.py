@@ -27,13 +27,13 @@ output_dir: {out}
 """
 KINDS = {
     "group_by_length": {},
-    "random": {"more": ", train_sampling_strategy: random"},
-    "sequential": {"more": ", train_sampling_strategy: sequential"},
     "packed": {"packing": "true", "rows": 1},
     "streaming": {"streaming": ", streaming: true", "held_out": 0, "more": ", eval_strategy: 'no'"},
 }
 if BATTERY:
-    KINDS |= {
+    KINDS |= {  # what orders rows at random or not at all is one process' order dealt out: tests/data/test_row_order.py
+        "random": {"more": ", train_sampling_strategy: random"},
+        "sequential": {"more": ", train_sampling_strategy: sequential"},
         "dispatched": {"more": ", accelerator_config: {dispatch_batches: true, split_batches: true}"},
         "split": {"more": ", accelerator_config: {split_batches: true}"},
         "uneven": {"more": ", dataloader_drop_last: true"},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import functools
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,10 @@ def modules(package: Path = PACKAGE) -> dict[str, Path]:
     return found
 
 
-def imports(text: str, known: set[str]) -> Iterator[tuple[str, int]]:
-    """The modules of ours that a text imports, each with its line; not what a type checker alone reads."""
+@functools.cache
+def named(text: str) -> list[tuple[str, int]]:
+    """The modules that a text imports, each with its line; not what a type checker alone reads."""
+    found = []
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -57,14 +60,20 @@ def imports(text: str, known: set[str]) -> Iterator[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"line {node.lineno}: write imports out"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            place = name.removeprefix("instructft.")
-            if place == name:
-                continue
-            while place and place not in known:
-                place = place.rpartition(".")[0]
-            if place:
-                yield place, node.lineno
+        found += [(name, node.lineno) for name in names]
+    return found
+
+
+def imports(text: str, known: Collection[str]) -> Iterator[tuple[str, int]]:
+    """The modules of ours among them."""
+    for name, line in named(text):
+        place = name.removeprefix("instructft.")
+        if place == name:
+            continue
+        while place and place not in known:
+            place = place.rpartition(".")[0]
+        if place:
+            yield place, line
 
 
 def upward(texts: dict[str, str]) -> list[str]:
@@ -72,7 +81,7 @@ def upward(texts: dict[str, str]) -> list[str]:
     wrong = []
     for name, text in texts.items():
         here = name.split(".")[0]
-        for other, line in imports(text, set(texts)):
+        for other, line in imports(text, texts):
             there = other.split(".")[0]
             if there != here and HEIGHT[there] >= HEIGHT[here]:
                 wrong.append(f"{name}:{line} imports {other}")
@@ -81,7 +90,7 @@ def upward(texts: dict[str, str]) -> list[str]:
 
 def circles(texts: dict[str, str]) -> list[str]:
     """Modules that import each other, directly or over others."""
-    graph = {name: {other for other, _ in imports(text, set(texts))} - {name} for name, text in texts.items()}
+    graph = {name: {other for other, _ in imports(text, texts)} - {name} for name, text in texts.items()}
     left = dict(graph)
     while leaves := [name for name, others in left.items() if not others & left.keys()]:
         for name in leaves:
