@@ -19,7 +19,7 @@ quickstart: export HF_HUB_OFFLINE := 1
 quickstart: venv  ## a small chat model from nothing, offline: shows that the tool works (a model that speaks: quickstart-real)
 	@rm -rf $(RUN)  # made by this target and no other: the second call trains anew
 	@$(BIN)/instructft train quickstart
-	@$(BIN)/instructft evaluate $(RUN) --base start --show 12
+	@$(BIN)/instructft evaluate $(RUN) --base start --show 12 --max-new-tokens 48  # no answer is as long; random weights never end one
 	@printf '\nTalk to it:\n  %s\n' '$(BIN)/instructft chat $(RUN)'
 
 REAL := .cache/real

@@ -38,6 +38,7 @@ def evaluate(
     limit: Annotated[int | None, option(help="Evaluate on this many rows.")] = None,
     columns: ColumnsOption = None,
     show: Annotated[int, typer.Option(help="Rows to show with question, expected answer and answers.")] = 10,
+    max_new_tokens: Annotated[int | None, option(min=1, help="Tokens in an answer, at most; default: 256.")] = None,
     json_file: Annotated[Path | None, option("--json", help="Write the results to this file.")] = None,
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="All checkpoints of a run in one table.")] = False,
     prompts: Annotated[bool, typer.Option("--prompts", help="Answer thirty built-in prompts, to be read.")] = False,
@@ -51,8 +52,12 @@ def evaluate(
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(chosen)} are different evaluations; choose one at a time")
     given = {"--base": base, "--data": data, "--split": split, "--limit": limit, "--columns": columns}
-    useless = {"--checkpoints": ["--base"], "--prompts": ["--data", "--split", "--limit", "--columns"]}
-    useless["--tasks"] = ["--data", "--split", "--columns"]
+    given["--max-new-tokens"] = max_new_tokens
+    useless = {
+        "--checkpoints": ["--base"],
+        "--prompts": ["--data", "--split", "--limit", "--columns", "--max-new-tokens"],
+    }
+    useless["--tasks"] = ["--data", "--split", "--columns", "--max-new-tokens"]
     for useless_option in useless[chosen[0]] if chosen else []:
         if given[useless_option] is not None:
             raise UsageError(f"{useless_option} has no effect with {chosen[0]}; leave it out")
@@ -65,7 +70,7 @@ def evaluate(
         from instructft.data.formats import columns_asked
         from instructft.evaluation.compare import compare_checkpoints
 
-        compare_checkpoints(model, data, split, limit, json_file, columns_asked(columns or ()))
+        compare_checkpoints(model, data, split, limit, json_file, columns_asked(columns or ()), max_new_tokens)
     elif prompts:
         from instructft.extras.further_evaluation import read_prompts
 
@@ -74,7 +79,7 @@ def evaluate(
         from instructft.data.formats import columns_asked
         from instructft.evaluation.compare import compare
 
-        compare(model, base, data, split, limit, show, json_file, columns_asked(columns or ()))
+        compare(model, base, data, split, limit, show, json_file, columns_asked(columns or ()), max_new_tokens)
 
 
 def gate(

@@ -22,7 +22,7 @@ from instructft.errors import CheckpointError, UsageError
 from instructft.evaluation.confidence import differences
 from instructft.evaluation.metrics import evaluate
 from instructft.formatting import FORMS, name_of, plain_table, short
-from instructft.inference.generator import Generator
+from instructft.inference.generator import MAX_NEW_TOKENS, Generator
 from instructft.inference.reference_model import START, ReferenceModel, check_base, recipe_of
 from instructft.models.load_for_inference import load_for_inference, locate
 from instructft.prompt.token_view import visible
@@ -44,6 +44,7 @@ def compare(
     show: int = 10,
     json_file: Path | None = None,
     columns: Mapping[str, str] | None = None,
+    max_new_tokens: int | None = None,
 ) -> None:
     """Evaluate, print a table of answers and a table of metrics, write `json_file`.
 
@@ -79,7 +80,9 @@ def compare(
     def judge(generator: Generator) -> dict[str, Any]:
         tokens.append(generator.tokenizer.get_vocab())
         contexts.append(generator.context)
-        return evaluate(generator, rows, train_on=train_on, progress=True)
+        return evaluate(
+            generator, rows, train_on=train_on, progress=True, max_new_tokens=max_new_tokens or MAX_NEW_TOKENS
+        )
 
     results: dict[str, Any] = ask_both(model, base, judge)
     same_tokens = tokens[0] == tokens[-1]
@@ -325,6 +328,7 @@ def compare_checkpoints(
     limit: int | None = None,
     json_file: Path | None = None,
     columns: Mapping[str, str] | None = None,
+    max_new_tokens: int | None = None,
 ) -> None:
     """Evaluate every checkpoint that verifies and the final model; print a table, write `json_file`.
 
@@ -358,7 +362,7 @@ def compare_checkpoints(
     found: dict[str, Any] = {}
     for name, place in models.items():
         generator = Generator(*load_for_inference(str(place)))
-        found[name] = evaluate(generator, rows, train_on=train_on)
+        found[name] = evaluate(generator, rows, train_on=train_on, max_new_tokens=max_new_tokens or MAX_NEW_TOKENS)
         console.print(f"{name}: loss {found[name]['loss']:.4f}", markup=False)
         del generator  # one model in memory at a time
     best = min(found, key=lambda name: found[name]["loss"])

@@ -23,7 +23,6 @@ from instructft.adapters.adapter_folder import is_adapter, read_adapter
 from instructft.adapters.attach import attach, leaves_base_as_it_is, locate_base
 from instructft.adapters.lora import fit_embeddings
 from instructft.errors import AdapterError, ModelError, UsageError
-from instructft.evaluation import compare as compare_module
 from instructft.inference.chat import generate
 from instructft.models import load_for_inference as loading
 from instructft.models.load_for_inference import load_bare, load_base, load_for_inference, locate
@@ -261,11 +260,20 @@ def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     rows, results = tmp_path / "rows.jsonl", tmp_path / "results.json"
     found = [{"instruction": f"What is {i} + 1?", "output": f"{i + 1}."} for i in range(3)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
-    original = compare_module.evaluate
-    monkeypatch.setattr(compare_module, "evaluate", lambda *a, **k: original(*a, **k, max_new_tokens=8))
 
     def run(folder: Path, *options: Any) -> dict[str, Any]:
-        arguments = ["instructft", "evaluate", folder, "--data", rows, "--json", results, *options]
+        arguments = [
+            "instructft",
+            "evaluate",
+            folder,
+            "--data",
+            rows,
+            "--json",
+            results,
+            "--max-new-tokens",
+            8,
+            *options,
+        ]
         monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
         with pytest.raises(SystemExit) as ended:
             cli.main()

@@ -17,7 +17,6 @@ import instructft
 from instructft.errors import UsageError
 from instructft.evaluation import compare as module
 from instructft.evaluation.compare import compare
-from instructft.evaluation.metrics import evaluate
 from instructft.inference import reference_model
 from instructft.inference.generator import Generator
 from instructft.inference.reference_model import ReferenceModel
@@ -41,7 +40,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "evaluate", lambda *a, **k: evaluate(*a, **k, max_new_tokens=12))
+    monkeypatch.setattr(module, "MAX_NEW_TOKENS", 12)
 
 
 def test_base_start_is_the_untrained_model(moved_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,6 @@ import instructft
 from instructft.errors import UsageError
 from instructft.evaluation import compare as checkpoints
 from instructft.evaluation.compare import compare_checkpoints
-from instructft.evaluation.metrics import evaluate
 from instructft.models.load_for_inference import load_for_inference
 from instructft.prompt.loss_mask import encode_conversation
 from tests.helpers.device import near
@@ -32,7 +31,7 @@ def run(write_recipe: Callable[..., Path]) -> Path:
 def test_checkpoints_in_one_table(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "evaluate", lambda *a, **k: evaluate(*a, **k, max_new_tokens=12))
+    monkeypatch.setattr(checkpoints, "MAX_NEW_TOKENS", 12)
     compare_checkpoints(str(run), json_file=tmp_path / "c.json")
     results = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
     found = results["checkpoints"]
