@@ -41,7 +41,6 @@ def long_merged(recipe_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return output
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("which", "what"),
     [

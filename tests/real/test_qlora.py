@@ -20,7 +20,6 @@ def run(recipe_of: Any) -> Path:
     return Path(instructft.train(recipe_of("qlora", "model.quantization=4bit", *TUNED), console=QUIET).output_dir)
 
 
-@pytest.mark.timeout(600)
 def test_qlora_learns_what_lora_learns(run: Path, tuned: Path, note: Any) -> None:
     """Each against where it starts: four bits cost this small model a tenth of its loss before the first step, and no
     training of an adapter on it can be blamed for that, nor is it undone by one.
@@ -44,7 +43,6 @@ def test_qlora_learns_what_lora_learns(run: Path, tuned: Path, note: Any) -> Non
     assert after_4bit / after - 1 < bits + 0.02
 
 
-@pytest.mark.timeout(600)
 def test_it_merges_and_the_nearer_base_is_measured(run: Path, tmp_path: Path, note: Any) -> None:
     facts = instructft.merge_adapter(run, tmp_path / "merged", measure_quantized=True, console=QUIET).facts
     assert facts["proof"]["exact"] <= facts["proof"]["tolerance"]
