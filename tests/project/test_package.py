@@ -191,20 +191,28 @@ def test_ci_runs_everything_and_swallows_no_failure() -> None:
     assert text.startswith("#!/usr/bin/env bash\n")
     assert "set -euo pipefail" in text
     assert not re.search(r"\|\|\s*(true|:)", text)
-    for target in ["lint", "types", "test"]:
-        assert f"make {target}" in text
+    for target in ["lint", "types", "test", "real-assets", "real"]:
+        assert re.search(rf"make {target}\b", text)
 
 
 MAKE = """#!/bin/sh
 echo "$@: $(pwd -P): $(ls -A ..): $(ls -A): $(git log --format=%s)" >>"$CALLS"
+[ "$1" != test ] && [ "$1" != real-assets ] || echo "$TESTED"
 [ "$1" != "$BREAKS" ] || exit 2
-[ "$1" != test ] || echo "$TESTED"
 """
 
 
 @pytest.mark.parametrize(
     ("breaks", "tested", "code"),
-    [("", "12 passed", 0), ("", "3 skipped", 1), ("lint", "12 passed", 2), ("test", "12 passed", 2)],
+    [
+        ("", "12 passed", 0),
+        ("", "3 skipped", 1),
+        ("lint", "12 passed", 2),
+        ("test", "12 passed", 2),
+        ("real-assets", "12 passed\nnot to be had: a model", 0),  # no network: said, and no failure
+        ("real-assets", "12 passed\nTraceback", 1),
+        ("real", "12 passed", 2),
+    ],
 )
 def test_ci_works_in_a_clone_that_lies_alone(tmp_path: Path, breaks: str, tested: str, code: int) -> None:
     """With a stand-in for make, in a repository of which one file is committed."""
@@ -230,8 +238,10 @@ def test_ci_works_in_a_clone_that_lies_alone(tmp_path: Path, breaks: str, tested
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     lines = calls.read_text().replace("\n", " ").split("first")[:-1]
-    targets = ["venv", "lint", "types", "test"]
-    assert [line.split(":")[0].strip() for line in lines] == targets[: targets.index(breaks) + 1 if breaks else 4]
+    targets = ["venv", "lint", "types", "test", "real-assets", "real"]
+    last = "test" if "skipped" in tested else breaks
+    assert [line.split(":")[0].strip() for line in lines] == targets[: targets.index(last) + 1 if last else None]
+    assert ("make real was not run" in done.stdout) == ("not to be had" in tested)
     for line in lines:
         _, place, beside, inside, _ = line.split(": ")
         assert place.startswith(str((tmp_path / "temporary").resolve()))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from instructft.errors import TemplateError
-from instructft.prompt import render
+from instructft.prompt import render, sandbox
 from instructft.prompt.loss_mask import Encoder
 from instructft.prompt.sandbox import Helper, at_most
 from instructft.prompt.templates import BOS, TEMPLATES, is_built_in
@@ -26,6 +26,12 @@ USER = [{"role": "user", "content": "Hi"}]
 WELL = "{% for m in messages %}{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' }}{% endfor %}"
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 HUGE = "{% set x = 'a' * 4000000000 %}"
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child waits as long as a busy machine takes."""
+    monkeypatch.setattr(sandbox, "_IDLE", 600)
 
 
 @pytest.fixture
@@ -170,6 +176,24 @@ def test_few_helpers_wait_at_a_time() -> None:
             os.kill(child, 0)
     assert [helper(None) for helper in helpers[3:]] == first[3:]
     assert helpers[0](None) not in first
+
+
+def test_a_helper_that_is_asked_nothing_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds what its parent has changed since, which may be a whole model; the next question finds another one."""
+    monkeypatch.setattr(sandbox, "_IDLE", 0.01)
+    helper = Helper(lambda _: os.getpid())
+    first = helper(None)
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    assert helper(None) not in (first, os.getpid())
+
+
+def test_a_helper_that_is_stuck_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_PATIENCE", 0.1)
+    helper = Helper(lambda n: time.sleep(n) or n)
+    with pytest.raises(TimeoutError):
+        helper(600, seconds=1)
+    monkeypatch.undo()
+    assert helper(0) == 0
 
 
 def test_time_of_the_processor_counts() -> None:

@@ -1,19 +1,48 @@
-"""What `make real` shares: the model, the rows, and the file that figures are noted in."""
+"""What `make real` shares: the model, the rows, one tuned and merged model, and the file that figures are noted in."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
+from rich.console import Console
 
 import instructft
+from instructft.merging import comparison
 
+HERE = Path(__file__).parent
 REAL = os.environ.get("INSTRUCTFT_REAL")
 collect_ignore_glob = [] if REAL else ["test_*.py"]  # only `make real` has fetched what they need
+
+# The LoRA run that most tests look at, and what `held_out` reads of it.
+TUNED = (
+    "train.max_steps=8", "train.learning_rate=5e-4", "train.train_sampling_strategy=random",
+    "train.eval_strategy=steps", "train.eval_steps=8", "train.eval_on_start=true",
+)  # fmt: skip
+
+
+# The order of the files, those that take longest first, so that no worker ends long before the other.
+LONG = ("served", "batches", "qlora", "adapter", "full_model", "gate", "before_training", "trl", "vocabularies")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort files by `LONG`; what other folders hold stays where it is, behind them."""
+    place = {f"test_{name}": at for at, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)) if item.path.parent == HERE else len(place))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_answers() -> Iterator[None]:
+    """Answers that a merge is proved with: a few tokens, since each is a pass over all weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "ANSWER", 8)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +97,48 @@ def recipe_of(smollm: Path, rows: Any, tmp_path_factory: pytest.TempPathFactory)
         return instructft.load_recipe(path, list(overrides))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder that the workers of a session have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if hasattr(request.config, "workerinput") else own
+
+
+def once(folder: Path, make: Callable[[], object]) -> Path:
+    """What the first worker that wants it makes in a folder, while the others wait."""
+    made = folder.with_name(f"{folder.name}.made")
+    with FileLock(f"{folder}.lock"):
+        if not made.exists():
+            make()
+            made.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tuned(recipe_of: Any, shared: Path) -> Path:
+    """A LoRA run on the short rows, of 8 steps; not to be written into, since other tests read it."""
+    recipe = recipe_of("tuned", *TUNED, f"output_dir={shared / 'tuned'}")
+    return once(shared / "tuned", lambda: instructft.train(recipe, console=Console(quiet=True)))
+
+
+@pytest.fixture(scope="session")
+def merged(tuned: Path, shared: Path) -> Path:
+    """The same merged into its base, with the recipe that says which rows were held out."""
+
+    def make() -> None:
+        instructft.merge_adapter(tuned, shared / "merged", console=Console(quiet=True))
+        shutil.copy(tuned / "recipe.yaml", shared / "merged")
+
+    return once(shared / "merged", make)
+
+
+def held_out(run: Path) -> tuple[float, float]:
+    """The validation loss before the first step and after the last."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    return losses[0], losses[-1]
 
 
 def noted_costs(proof: Any, what: str, note: Any) -> dict[tuple[str, str], Any]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import instructft
 from tests.conftest import BATTERY
-from tests.real.conftest import differs_in_plain_transformers, noted_costs
+from tests.real.conftest import differs_in_plain_transformers, held_out, noted_costs
 
 QUIET = Console(quiet=True)
 KNOWN = {
@@ -22,50 +22,41 @@ KNOWN = {
 }
 
 
-@pytest.fixture(scope="module")
-def run(recipe_of: Any) -> Path:
-    recipe = recipe_of("adapter", "train.max_steps=12", "train.eval_strategy=steps", "train.eval_steps=12")
-    return Path(instructft.train(recipe, console=QUIET).output_dir)
-
-
-def test_held_out_loss_falls_and_the_base_keeps_what_it_knew(run: Path, smollm: Path, note: Any) -> None:
-    recipe = instructft.load_recipe(run / "recipe.yaml")
-    from instructft.data.load import conversations
-
-    held = conversations(recipe, "validation")
-    before = instructft.evaluate(str(smollm), held, max_new_tokens=24)
-    after = instructft.evaluate(str(run), held, max_new_tokens=24)
-    assert after["loss"] < before["loss"]
-    answers = instructft.generate(str(run), list(KNOWN), max_new_tokens=24)
+def test_held_out_loss_falls_and_the_base_keeps_what_it_knew(tuned: Path, note: Any) -> None:
+    before, after = held_out(tuned)
+    assert after < before
+    answers = instructft.generate(str(tuned), list(KNOWN), max_new_tokens=24)
     kept = [any(word in answer for word in KNOWN[q].split("|")) for q, answer in zip(KNOWN, answers, strict=True)]
     assert sum(kept) >= len(KNOWN) - 1, answers
-    note("it learns", "LoRA, 12 steps of 4 rows", f"held-out loss {before['loss']:.3f} to {after['loss']:.3f}")
+    note("it learns", "LoRA, 8 steps of 4 rows", f"held-out loss {before:.3f} to {after:.3f}")
     note("it keeps what it knew", "general questions", f"{sum(kept)} of {len(KNOWN)} right")
 
 
 @pytest.fixture(scope="module")
-def long_run(recipe_of: Any) -> Path:
-    """Ten times as many steps, of a row each: a change that is ten times as far from the base."""
+def long_merged(recipe_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """More than ten times as many steps, of a row each: a change that is ten times as far from the base."""
     recipe = recipe_of("long", "train.max_steps=120", "train.per_device_train_batch_size=1", "data.max_length=64")
-    return Path(instructft.train(recipe, console=QUIET).output_dir)
+    output = tmp_path_factory.mktemp("long") / "merged"
+    instructft.merge_adapter(instructft.train(recipe, console=QUIET).output_dir, output, console=QUIET)
+    return output
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("which", "what"),
     [
-        ("run", "merged"),
+        ("merged", "merged"),
         pytest.param(
-            "long_run",
+            "long_merged",
             "merged, 120 steps",
             marks=pytest.mark.skipif(not BATTERY, reason="four minutes: INSTRUCTFT_KILLS=17, as in make battery"),
         ),
     ],
 )
 def test_the_merge_is_proved_and_keeps_what_was_learned(
-    which: str, what: str, tmp_path: Path, note: Any, request: pytest.FixtureRequest
+    which: str, what: str, note: Any, request: pytest.FixtureRequest
 ) -> None:
-    facts = instructft.merge_adapter(request.getfixturevalue(which), tmp_path / "merged", console=QUIET).facts
+    folder = request.getfixturevalue(which)
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))["merge"]
     proof = facts["proof"]
     assert facts["dtype"] == "bfloat16"
     assert facts["rounding"] == "stochastic"
@@ -74,19 +65,17 @@ def test_the_merge_is_proved_and_keeps_what_was_learned(
     assert proof["exact"] <= proof["tolerance"]
     note(what, "what the adapter does to its base", f"KL {proof['effect_kl']:.1e}")
     costs = noted_costs(proof, what, note)
-    most = costs["bfloat16", "nearest"]["kl"] / (
-        3 if which == "run" else 1
-    )  # the longer it trained, the less rounds away
+    # the longer it trained, the less rounds away
+    most = costs["bfloat16", "nearest"]["kl"] / (3 if which == "merged" else 1)
     assert costs["bfloat16", "stochastic"]["kl"] < most
-    off = differs_in_plain_transformers(tmp_path / "merged")
+    off = differs_in_plain_transformers(folder)
     note(what, "in plain transformers: logits of 64 tokens", f"largest difference {off:.1g}")
     assert off == 0
-    assert json.loads((tmp_path / "merged" / "run.json").read_text())["merge"]["proof"]["kl"] == proof["kl"]
 
 
-def test_a_chat_of_three_turns(run: Path, note: Any) -> None:
+def test_a_chat_of_three_turns(tuned: Path, note: Any) -> None:
     """Each answer is made with the turns before it, and is what `generate` makes of the whole conversation."""
-    chat = instructft.Chat(str(run), max_new_tokens=24)
+    chat = instructft.Chat(str(tuned), max_new_tokens=24)
     asked = ["What is the capital of France?", "And what is the capital of Italy?", "Name both cities again."]
     answers = [chat.send(question) for question in asked]
     for turn, (question, answer) in enumerate(zip(asked, answers, strict=True), 1):

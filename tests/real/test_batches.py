@@ -79,7 +79,12 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(recipe_of: Any, tmp_path:
 
     from safetensors.torch import load_file
 
-    asked = ("train.max_steps=4", "train.save_strategy=steps", "train.save_steps=2")
+    asked = (
+        "train.max_steps=3",
+        "train.save_strategy=steps",
+        "train.save_steps=2",
+        "train.per_device_train_batch_size=2",
+    )
     through = recipe_of("through", *asked)
     instructft.train(through, console=Console(quiet=True))
     killed = recipe_of("killed", *asked)
@@ -94,7 +99,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(recipe_of: Any, tmp_path:
     instructft.train(killed, console=Console(quiet=True))
     one, other = (load_file(Path(r.output_dir) / "adapter_model.safetensors") for r in (through, killed))
     assert all(bool((one[name] == other[name]).all()) for name in one)
-    note("resume after kill -9", "LoRA, 4 steps, killed behind the second", "every weight equal to the bit")
+    note("resume after kill -9", "LoRA, 3 steps, killed behind the second", "every weight equal to the bit")
 
 
 def test_two_processes_learn_what_one_does(recipe_of: Any, tmp_path: Path, note: Any) -> None:
@@ -103,7 +108,7 @@ def test_two_processes_learn_what_one_does(recipe_of: Any, tmp_path: Path, note:
 
     from tests.helpers.processes import launch
 
-    asked = ("train.max_steps=2", "train.eval_strategy=steps", "train.eval_steps=2")
+    asked = ("train.max_steps=2", "train.eval_strategy=steps", "train.eval_steps=2", "data.splits={validation: 0.03}")
     one = recipe_of("one", *asked)
     two = recipe_of("two", *asked, "train.per_device_train_batch_size=2")
     for recipe in (one, two):

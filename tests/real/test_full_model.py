@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 from rich.console import Console
 
 import instructft
@@ -14,7 +13,6 @@ from tests.real.conftest import differs_in_plain_transformers, noted_costs
 QUIET = Console(quiet=True)
 
 
-@pytest.mark.timeout(900)
 def test_a_model_trained_whole_is_stored_in_less_with_what_it_learned(
     recipe_of: Any, tmp_path: Path, note: Any
 ) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-import instructft
 from instructft.errors import UsageError
 from instructft.extras.serving.asked import own
 from instructft.extras.serving.client import Client
@@ -24,11 +23,13 @@ from instructft.extras.serving.servers import reach
 from instructft.extras.serving.verify import Found, verify
 from instructft.prompt.loss_mask import encoder
 from instructft.prompt.templates import TEMPLATES
+from tests.conftest import BATTERY
 from tests.helpers.go import go, rendered
 from tests.helpers.llama_server import llama_server
 from tests.helpers.quickstart import tokenizer as bundled
 
-PROMPTS, ANSWERS, TOKENS = 200, 100, 32
+PROMPTS, ANSWERS, TOKENS = 200, 100 if BATTERY else 40, 32
+ROWS = 24 if BATTERY else 12  # of a table
 
 
 def asked(model: Path, url: str, rows: int = 12, answers: int = 6, tokens: int = TOKENS) -> Found:
@@ -37,21 +38,6 @@ def asked(model: Path, url: str, rows: int = 12, answers: int = 6, tokens: int =
 
 def causes(found: Found) -> set[str]:
     return {one.cause for one in found.differences if not one.near_tie}
-
-
-@pytest.fixture(scope="module")
-def tuned(recipe_of: Callable[..., Any]) -> Path:
-    """A LoRA run on the real rows; its adapter changes answers."""
-    result = instructft.train(recipe_of("served", "train.max_steps=12", "train.learning_rate=5e-4"))
-    return Path(result.output_dir)
-
-
-@pytest.fixture(scope="module")
-def merged(tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("merged") / "merged"
-    instructft.merge_adapter(str(tuned), output)
-    shutil.copy(tuned / "recipe.yaml", output)  # the rows that were held out
-    return output
 
 
 def names() -> str:
@@ -68,7 +54,7 @@ def names() -> str:
 @pytest.fixture(scope="module")
 def exported(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("exported") / "tuned"
-    export(str(merged), output, "ollama", names(), rows=24)
+    export(str(merged), output, "ollama", names(), rows=ROWS)
     return output
 
 
@@ -82,11 +68,15 @@ def note_table(folder: Path, which: str, note: Callable[[str, str, str], None]) 
     return files
 
 
-def test_tables_of_base_and_tuned(
-    exported: Path, smollm: Path, tmp_path: Path, note: Callable[[str, str, str], None]
-) -> None:
-    export(str(smollm), tmp_path / "base", quantized=names(), rows=24)
-    for folder, which in ((tmp_path / "base", "base"), (exported, "tuned")):
+@pytest.fixture(scope="module")
+def base(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("exported") / "base"
+    export(str(smollm), output, quantized=names(), rows=ROWS)
+    return output
+
+
+def test_tables_of_base_and_tuned(exported: Path, base: Path, note: Callable[[str, str, str], None]) -> None:
+    for folder, which in ((base, "base"), (exported, "tuned")):
         f16, q8, *fewer = note_table(folder, which, note)
         assert f16["kl"] < 1e-3
         assert f16["top1"] > 0.995
@@ -117,9 +107,8 @@ def test_a_doctored_template_is_found_by_name(merged: Path, exported: Path) -> N
         assert causes(asked(merged, url, answers=0)) == {"template not picked up"}
 
 
-def test_a_dropped_adapter_is_found_by_name(tuned: Path, smollm: Path, tmp_path: Path) -> None:
-    export(str(smollm), tmp_path / "base", rows=2)
-    with llama_server(tmp_path / "base" / f"{smollm.name}-f16.gguf") as url:
+def test_a_dropped_adapter_is_found_by_name(tuned: Path, smollm: Path, base: Path) -> None:
+    with llama_server(base / f"{smollm.name}-f16.gguf") as url:
         assert causes(asked(tuned, url)) == {"adapter without effect"}
 
 
