@@ -86,7 +86,7 @@ def evaluate(
     scored = negative_log_likelihood(generator, conversations, train_on, batch_size, progress)
     answers = answers_to(generator, [c[:-1] for c in conversations], max_new_tokens, batch_size, progress)
     references = [str(c[-1]["content"]).strip() for c in conversations]
-    found = []
+    found: list[dict[str, Any]] = []
     for row, asked, answer, reference, (nll, tokens) in zip(
         rows, conversations, answers, references, scored.rows, strict=True
     ):
@@ -104,7 +104,8 @@ def evaluate(
         for row, asked, one in zip(rows, conversations, found, strict=True):
             stopped = one["finish_reason"] == "stop"
             answered = Answered(one["prediction"], _expected(generator, asked), stopped, calls_of(asked))
-            one["metrics"] = judge.worth(answered, {**row.get("_row", row), "messages": asked})
+            told = {**row.get("_row", row), "messages": asked, "dataset": row.get("dataset")}
+            one["metrics"] = judge.worth(answered, told)
         further = judge.over([one["metrics"] for one in found])
     return {**_figures(found), "metrics": further, "cut": scored.cut, "groups": _groups(found), "rows": found}
 

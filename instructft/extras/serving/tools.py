@@ -83,4 +83,5 @@ if __name__ == "__main__":
     if asked == "convert":
         convert(tool, rest[0], rest[1:])
     else:
-        sys.exit(quantize(tool, *rest[:2], int(rest[2])) if rest else quantize(tool))
+        source, output, number = rest or ("", "", "0")
+        sys.exit(quantize(tool, source, output, int(number)))
