@@ -4,8 +4,9 @@
     python tools.py quantize LIBRARY [SOURCE OUTPUT NUMBER]
 
 The converter knows published vocabularies by a checksum and refuses every other one, such as one that was trained for a
-run, although llama.cpp needs no more of it than the name of its pattern (`instructft.extras.serving.llama_cpp`). What
-the converter knows itself goes first.
+run, although llama.cpp needs no more of it than the name of its pattern (`instructft.extras.serving.llama_cpp`). A name
+that the converter knows itself goes first, unless it stands for another pattern than the one in tokenizer.json: the
+checksum is of one text, and two patterns may cut that text alike.
 
 `llama-quantize` is a command line around one function of llama.cpp's library, which packages bring where they do not
 bring the program.
@@ -20,6 +21,8 @@ import runpy
 import sys
 from pathlib import Path
 from typing import Any
+
+PATTERNS = ("gpt-2", "smollm", "llama-bpe", "qwen2")  # that are told from tokenizer.json for sure
 
 
 def convert(converter: str, pre_tokenizer: str, arguments: list[str]) -> None:
@@ -42,9 +45,9 @@ def _tell(pre_tokenizer: str) -> None:
     def named(self: Any, tokenizer: Any) -> str:
         try:
             found: str = known(self, tokenizer)
-            return found
         except NotImplementedError:
             return pre_tokenizer
+        return pre_tokenizer if found in PATTERNS else found
 
     TextModel.get_vocab_base_pre = named
 

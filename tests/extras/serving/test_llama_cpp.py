@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,26 @@ def test_names_of_patterns() -> None:
 def test_a_pattern_that_llama_cpp_does_not_have_has_no_name(tmp_path: Path, parts: dict[str, Any]) -> None:
     assert pre_tokenizer(changed(tmp_path, **parts)) is None
     assert pre_tokenizer(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("known", "told"), [("smollm", "gpt-2"), ("gpt-2", "gpt-2"), ("command-r", "command-r"), (None, "gpt-2")]
+)
+def test_the_converter_is_told_the_pattern_in_place_of_another_one(
+    known: str | None, told: str, tmp_path: Path
+) -> None:
+    """Its checksum is of one text: SmolLM without its splitting of digits cuts that text alike, and other texts not."""
+    (tmp_path / "conversion").mkdir()
+    knows = f"return {known!r}" if known else "raise NotImplementedError"
+    (tmp_path / "conversion" / "base.py").write_text(
+        f"class TextModel:\n    def get_vocab_base_pre(self, tokenizer): {knows}\n", encoding="utf-8"
+    )
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text(
+        "from conversion.base import TextModel\nprint(TextModel().get_vocab_base_pre(None))\n", encoding="utf-8"
+    )
+    command = [sys.executable, str(llama_cpp.TOOLS), "convert", str(script), "gpt-2"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == told
 
 
 def test_where_the_tools_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
