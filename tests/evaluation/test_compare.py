@@ -216,7 +216,7 @@ def test_the_table_on_a_narrow_terminal(
     ]
     before = [{**row, "prediction": "text\n" * 200} for row in rows]
     numbers = {"loss": 1.0, "perplexity": 2.7, "exact_match": 0.5, "rougeL": 0.5, "bleu": 12.3, "cut": 1}
-    numbers |= {"answer_tokens": 1.0, "stopped": 1.0, "repeated": 0.0, "intervals": {}, "groups": {}}
+    numbers |= {"answer_tokens": 1.0, "stopped": 1.0, "repeated": 0.0, "intervals": {}, "groups": {}, "metrics": {}}
     answers = iter([{**numbers, "rows": rows}, {**numbers, "rows": before}])
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: next(answers))
     monkeypatch.setattr("rich.console.Console._environ", {"COLUMNS": "80"})  # what it reads its width from
