@@ -3,7 +3,8 @@
     python scripts/gate_suites.py    # the same files on every machine
 
 Written by this project, licence Apache-2.0 like the rest of it; no text comes from elsewhere and nothing is downloaded.
-The tables of facts and of what must be refused are by hand; the other suites fill wordings with names and numbers.
+The tables of facts and of what must be refused are by hand; the other suites fill wordings with names and numbers, and
+`further/` holds more of the same, for where those are too few.
 Answers are short, so that a small model on a CPU is through in minutes.
 """
 
@@ -20,6 +21,10 @@ SEED = 2026  # of the names and numbers; a change makes another suite
 NAMES = "Anna Ben Clara David Emma Felix Grace Hugo Ida Jonas Leo Mia Noah Olga Paul Rosa Simon Tara Victor Zoe"
 CITIES = "Oslo Rome Paris Lima Cairo Tokyo Berlin Madrid Lisbon Dublin"
 WORDS = "river stone garden window candle silver forest bridge pencil summer yellow market"
+MORE_WORDS = (
+    "table chair lamp shirt shoe bottle basket ladder blanket carpet mirror pillow kettle spoon hammer bucket broom "
+    "brush drum flute guitar boat bicycle wagon tent rope fence roof door wall coat belt scarf ring coin stamp"
+)
 THINGS = "the sea, a cat, the moon, winter, a train, bread, a garden, music, the sun, a horse, tea, rain"
 # what is told: the question, and the values
 TOLD = {
@@ -197,25 +202,26 @@ def refusal() -> Iterator[dict[str, Any]]:
         yield _asks(question, {"refuses": False, "contains": words.split("|")}, 32)
 
 
-def arithmetic(rng: random.Random) -> Iterator[dict[str, Any]]:
+def arithmetic(rng: random.Random, times: int = 1) -> Iterator[dict[str, Any]]:
     """Sums, differences, products, halves, word problems."""
 
     def asks(question: str, result: int) -> dict[str, Any]:
         return _asks(question, {"number": result}, 24)
 
-    for _ in range(26):
+    for _ in range(26 * times):
         a, b = rng.randint(2, 40), rng.randint(2, 20)
         yield asks(f"What is {a} + {b}?", a + b)
-    for _ in range(26):
+    for _ in range(26 * times):
         a, b = rng.randint(10, 40), rng.randint(2, 9)
-        yield asks(f"What is {a} - {b}?", a - b)
-    for _ in range(26):
+        if a != 2 * b:  # else the question's own last number is right
+            yield asks(f"What is {a} - {b}?", a - b)
+    for _ in range(26 * times):
         a, b = rng.randint(2, 10), rng.randint(2, 10)
         yield asks(f"What is {a} times {b}?", a * b)
-    for _ in range(16):
+    for _ in range(16 * times):
         a = rng.randint(2, 30)
         yield asks(f"What is half of {2 * a}?", a)
-    for _ in range(26):
+    for _ in range(26 * times):
         name, a, b = rng.choice(NAMES.split()), rng.randint(2, 12), rng.randint(2, 9)
         thing = rng.choice(["apples", "books", "coins", "pens"])
         question = f"{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have now?"
@@ -247,32 +253,49 @@ def formats(rng: random.Random) -> Iterator[dict[str, Any]]:
         yield _asks(f"Write a list of {kind}, each line beginning with a dash.", {"regex": bullets}, 40)
 
 
-def json_answers(rng: random.Random) -> Iterator[dict[str, Any]]:
+def further_formats(rng: random.Random) -> Iterator[dict[str, Any]]:
+    """More answers whose form is asked for, of other words."""
+    for word in MORE_WORDS.split():
+        said = rng.choice(["The {} is here.", "I like my {}.", "Where is the {}?"]).format(word)
+        yield _asks(f"Repeat this sentence exactly, and say nothing else: {said}", {"equals": said}, 16)
+        capital = rf"^\W*{word.upper()}\W*$"
+        yield _asks(f"Write the word {word} in capital letters. Write that word only.", {"regex": capital}, 16)
+        yes = r"^\W*([Yy]es|[Nn]o|YES|NO)\W*$"
+        yield _asks(f"Can one buy a {word}? Answer with yes or no only.", {"regex": yes}, 16)
+        times = rng.randint(3, 5)
+        again = rf"(?i)^\W*({word}\W+){{{times - 1}}}{word}\W*$"
+        yield _asks(f"Write the word {word} {times} times, with spaces between.", {"regex": again}, 24)
+        yield _asks(f'Say something about a {word}. Begin your answer with "Well,".', {"regex": r"^\W*Well,"}, 24)
+        one = {"regex": rf"(?i)^(?!\W*{word}\W*$)\W*[a-z'-]+\W*$"}
+        yield _asks(f"What is a {word} made of? Answer in one word.", one, 16)
+
+
+def json_answers(rng: random.Random, times: int = 1) -> Iterator[dict[str, Any]]:
     """Answers that must be JSON, with these keys and values."""
 
     def holds(**values: Any) -> dict[str, Any]:
         properties = {key: {"const": value} for key, value in values.items()}
         return {"json_schema": {"type": "object", "required": list(values), "properties": properties}}
 
-    for _ in range(30):
+    for _ in range(30 * times):
         name, age = rng.choice(NAMES.split()), rng.randint(18, 80)
         text = f'Write a JSON object with "name" set to "{name}" and "age" set to {age}. Write only the JSON.'
         yield _asks(text, holds(name=name, age=age), 40)
-    for _ in range(30):
+    for _ in range(30 * times):
         three = rng.sample(WORDS.split(), 3)
         schema = {"type": "array", "items": {"enum": three}, "minItems": 3, "maxItems": 3}
         text = f"Write the words {three[0]}, {three[1]} and {three[2]} as a JSON array of strings. Write only the JSON."
         yield _asks(text, {"json_schema": schema}, 40)
-    for _ in range(30):
+    for _ in range(30 * times):
         name, city = rng.choice(NAMES.split()), rng.choice(CITIES.split())
         text = f'Turn this into a JSON object with the keys "name" and "city": {name} lives in {city}.'
         yield _asks(text, holds(name=name, city=city), 40)
 
 
-def memory(rng: random.Random) -> Iterator[dict[str, Any]]:
+def memory(rng: random.Random, times: int = 1) -> Iterator[dict[str, Any]]:
     """What was said some turns ago."""
     for said, (question, values) in TOLD.items():
-        for i in range(14):
+        for i in range(14 * times):
             value = rng.choice(values.split())
             turns = [(said.format(value), "Thank you for telling me. How can I help you?")]
             turns += rng.sample(FILLERS, i % 3)
@@ -300,20 +323,36 @@ def suites() -> dict[str, list[dict[str, Any]]]:
         "memory": memory(rng),
         "refusal": refusal(),
     }
-    found = {}
-    for name, rows in made.items():
-        once = {json.dumps(row["messages"]): row for row in rows}
-        found[name] = [{"id": f"{name}-{i}", "suite": name, **row} for i, row in enumerate(once.values(), 1)]
-    return found
+    return {name: _once(name, rows, set()) for name, rows in made.items()}
+
+
+def further() -> dict[str, list[dict[str, Any]]]:
+    """Name -> more rows of a suite, none of which stands in it."""
+    rng = random.Random(SEED + 1)
+    made = {
+        "arithmetic": arithmetic(rng, 6),
+        "format": further_formats(rng),
+        "json": json_answers(rng, 4),
+        "memory": memory(rng, 6),
+    }
+    first = suites()
+    asked = {name: {json.dumps(row["messages"]) for row in first[name]} for name in made}
+    return {name: _once(f"{name}-further", rows, asked[name], name) for name, rows in made.items()}
+
+
+def _once(ids: str, rows: Iterator[dict[str, Any]], asked: set[str], suite: str = "") -> list[dict[str, Any]]:
+    once = {text: row for row in rows if (text := json.dumps(row["messages"])) not in asked}
+    return [{"id": f"{ids}-{i}", "suite": suite or ids, **row} for i, row in enumerate(once.values(), 1)]
 
 
 def main() -> None:
     """Write a file a suite."""
-    TARGET.mkdir(exist_ok=True)
-    for name, rows in suites().items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (TARGET / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{name}: {len(rows)} rows")
+    for folder, made in ((TARGET, suites()), (TARGET / "further", further())):
+        folder.mkdir(exist_ok=True)
+        for name, rows in made.items():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+            print(f"{folder.name}/{name}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

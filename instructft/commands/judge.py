@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -135,8 +136,12 @@ def verify(
     )
     quiet_libraries(model)
     from instructft.extras.serving.verify import verify as verify_server
+    from instructft.models.base_template import TemplateWatch
 
+    watch = TemplateWatch(model)
     code = verify_server(model, found, rows, answers, max_new_tokens, json_file).exit_code
+    if line := watch.said(patience=2):
+        print(line, file=sys.stderr)
     if code != EXIT_DONE:
         raise typer.Exit(code)
 

@@ -376,7 +376,9 @@ def _what_to_try(error: BaseException | None) -> str:
 
 
 def conversations(recipe: Recipe, split: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """The usable rows of one split as text, for evaluation: `messages`, `dataset`, `category` (or None).
+    """The usable rows of one split as text, for evaluation: `messages`, `dataset`, `category` (or None), `_row`.
+
+    `_row` is the row as it stands in its file, for metrics of the user's own.
 
     >>> conversations(load_recipe("quickstart"), "test")[0]["messages"][-1]["role"]
     'assistant'
@@ -463,8 +465,8 @@ def _usable(part: Part, rows: Dataset) -> list[dict[str, Any]]:
     found = []
     for raw in rows:
         try:
-            messages = part.conversation(raw)
-            found.append({"messages": messages, "dataset": part.label, "category": part.row(raw).get("category")})
+            messages, row = part.conversation(raw), part.row(raw)
+            found.append({"messages": messages, "dataset": part.label, "category": row.get("category"), "_row": row})
         except Unusable:  # counted by `prepare`
             continue
         except Unread as unread:

@@ -12,11 +12,12 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from instructft.errors import UsageError
+from instructft.evaluation.confidence import FEWEST, mean_of
 from instructft.evaluation.words import characters, rouge_l, words
 from instructft.formatting import first_line
 
@@ -209,6 +210,55 @@ class Own:
 
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+def calls_of(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, Any], ...]:
+    """Name and arguments of the calls of the last message.
+
+    >>> calls_of([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}])
+    (('f', {'a': 1}),)
+    """
+    functions = [call.get("function") or call for call in messages[-1].get("tool_calls") or ()]
+    return tuple((str(function.get("name")), function.get("arguments")) for function in functions)
+
+
+class FurtherFigures:
+    """Figures of a recipe that are judged answer by answer, beside those that every evaluation has.
+
+    Args:
+        figures: names of ours.
+        own: the user's.
+    """
+
+    def __init__(self, figures: Sequence[str], own: Mapping[str, Own]):
+        self.figures, self.own = figures, own
+        self.failed: dict[str, str] = {}  # figure of the user's -> why it had no answer for some row
+
+    def worth(self, answered: Answered, row: Mapping[str, Any]) -> dict[str, float | None]:
+        """What one answer is worth, by name; None where a figure does not apply, or fails."""
+        found = {name: FIGURES[name](answered) for name in self.figures}
+        for name, own in self.own.items():
+            try:
+                found[name] = own(answered.prediction, answered.reference, row)
+            except ValueError as error:
+                found[name] = None
+                self.failed.setdefault(name, str(error))
+        return found
+
+    def over(self, rows: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
+        """Of each figure that applies to some row `value`, `interval`, `rows`, and `failed` where it did."""
+        found: dict[str, Any] = {}
+        for name in (*self.figures, *self.own):
+            scores = [score for row in rows if (score := row[name]) is not None]
+            if scores:
+                measure = mean_of(scores)
+                interval = measure.interval() if len(scores) >= FEWEST else None
+                found[name] = {"value": measure.whole(), "interval": interval, "rows": len(scores)}
+            elif name in self.failed:
+                found[name] = {"value": None, "interval": None, "rows": 0}
+            if name in self.failed:
+                found[name]["failed"] = self.failed[name]
+        return found
 
 
 def own_figures(functions: Mapping[str, tuple[str, str]]) -> Iterator[tuple[str, Own]]:

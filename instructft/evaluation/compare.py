@@ -19,9 +19,10 @@ from instructft.data.files.locate import as_pattern
 from instructft.data.load import Shape, conversations, file_conversations, shape_of
 from instructft.data.prepare import SPLITS
 from instructft.errors import CheckpointError, UsageError
-from instructft.evaluation.confidence import differences
+from instructft.evaluation.answers import Own, own_figures
+from instructft.evaluation.confidence import FEWEST, differences, mean_of
 from instructft.evaluation.metrics import evaluate
-from instructft.formatting import FORMS, name_of, plain_table, short
+from instructft.formatting import FORMS, SHARES, name_of, plain_table, short
 from instructft.inference.generator import MAX_NEW_TOKENS, Generator
 from instructft.inference.reference_model import START, ReferenceModel, check_base, recipe_of
 from instructft.models.load_for_inference import load_for_inference, locate
@@ -30,7 +31,9 @@ from instructft.recipe.load import load_recipe
 from instructft.recipe.schema import DatasetEntry, Recipe
 from instructft.report.card_results import EVALUATION
 from instructft.report.judged import join_report
+from instructft.weights import remote_code
 
+EVERYWHERE = ("exact_match", "rougeL", "stops")  # figures of answers that every evaluation has
 _IN_GROUPS = ("loss", "exact_match", "rougeL", "bleu", "stopped")
 Found = TypeVar("Found")
 
@@ -73,6 +76,7 @@ def compare(
     check_json(json_file)
     rows, described, recipe = rows_of(run_recipe, data, split, limit, columns)
     train_on = train_on_of(run_recipe or recipe)
+    figures, own, left_out = further_figures(run_recipe, recipe if data else None)
 
     tokens: list[dict[str, int]] = []  # each model's vocabulary
     contexts: list[int] = []
@@ -81,13 +85,20 @@ def compare(
         tokens.append(generator.tokenizer.get_vocab())
         contexts.append(generator.context)
         return evaluate(
-            generator, rows, train_on=train_on, progress=True, max_new_tokens=max_new_tokens or MAX_NEW_TOKENS
+            generator,
+            rows,
+            train_on=train_on,
+            progress=True,
+            max_new_tokens=max_new_tokens or MAX_NEW_TOKENS,
+            figures=figures,
+            own=own,
         )
 
     results: dict[str, Any] = ask_both(model, base, judge)
     same_tokens = tokens[0] == tokens[-1]
     if base:
         difference = differences(results["tuned"]["rows"], results["base"]["rows"])
+        difference |= further_differences(results["tuned"], results["base"])
         per_token = () if same_tokens else ("loss", "perplexity", "answer_tokens")
         results["difference"] = {name: found for name, found in difference.items() if name not in per_token}
         if seeds_alone:
@@ -98,6 +109,9 @@ def compare(
     if show > 0:
         _print_rows(console, results, show)
     _print_metrics(console, results)
+    for line in (left_out, *(one["failed"] for one in results["tuned"]["metrics"].values() if "failed" in one)):
+        if line:
+            console.print(line, markup=False)
     if base_recipe and not seeds_alone:
         console.print(
             "The intervals cover the choice of rows, not the seed of training: how far that goes, a second run with "
@@ -211,6 +225,40 @@ def rows_of(
     return rows, f"the {split} split of {recipe.name}", recipe
 
 
+def further_figures(run: Recipe | None, given: Recipe | None) -> tuple[list[str], dict[str, Own], str]:
+    """The figures of a recipe that not every evaluation has, those of the user's own, and what is said of any left out.
+
+    A function of the user's is code. The recipe that was given on the command line says which may be run; the one in a
+    run folder, which may have come with it from elsewhere, does not.
+    """
+    recipe = given or run
+    if recipe is None:
+        return [], {}, ""
+    section = recipe.evaluation
+    ours = [name for name in section.figures() if name not in EVERYWHERE]
+    functions = section.functions()
+    if functions and given is None and not remote_code.allowed():
+        named = ", ".join(f"{file}:{name}" for file, name in functions.values())
+        asked = f"read it, then add {remote_code.FLAG}, or give the recipe: --data RECIPE"
+        return ours, {}, f"not judged: {named}, code that the run's own recipe names. To run it, {asked}"
+    return ours, dict(own_figures(functions)), ""
+
+
+def further_differences(tuned: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Tuned less base in each further figure, over the rows that both have it of."""
+    found = {}
+    for name in tuned["metrics"]:
+        both = [(a["metrics"][name], b["metrics"][name]) for a, b in zip(tuned["rows"], base["rows"], strict=True)]
+        pairs = [(a, b) for a, b in both if a is not None and b is not None]
+        if not pairs or name in FORMS:
+            continue
+        ours, theirs = (mean_of(scores) for scores in zip(*pairs, strict=True))
+        interval = ours.interval_over(theirs) if len(pairs) >= FEWEST else None
+        noise = None if interval is None else interval[0] <= 0 <= interval[1]
+        found[name] = {"value": ours.whole() - theirs.whole(), "interval": interval, "noise": noise}
+    return found
+
+
 def _shapes(recipe: Recipe | None, data: str) -> list[Shape]:
     """How a recipe has its rows read, the entry of this very file first."""
 
@@ -243,15 +291,26 @@ def _print_metrics(console: Any, results: Mapping[str, Any]) -> None:
         table = plain_table("", "tuned", "95% interval")
     else:
         table = plain_table("", "before", "after", "difference, 95% interval", "")
-    for figure, form in FORMS.items():
-        value = form.format(tuned[figure])
+    further = {name: one for name, one in tuned["metrics"].items() if one["rows"] and name not in FORMS}
+    for figure in (*FORMS, *further):
+        form = FORMS.get(figure) or ("{:.1%}" if figure in SHARES else "{:.3f}")
+        if figure in further:
+            value, interval = form.format(further[figure]["value"]), further[figure]["interval"]
+        else:
+            value, interval = form.format(tuned[figure]), tuned["intervals"].get(figure)
         if base is None:
-            table.add_row(name_of(figure), value, _span(form, tuned["intervals"].get(figure)))
+            table.add_row(_cell(name_of(figure), 40), value, _span(form, interval))
         else:
             found = difference.get(figure, {"interval": None, "noise": False})
             verdict = "noise (seed)" if "because" in found else {True: "noise", False: "", None: "?"}[found["noise"]]
-            row = (form.format(base[figure]), value, _span(form.replace("{:", "{:+"), found["interval"]), verdict)
-            table.add_row(name_of(figure), *row)
+            theirs = base["metrics"].get(figure, {}).get("value") if figure in further else base[figure]
+            row = (
+                "" if theirs is None else form.format(theirs),
+                value,
+                _span(form.replace("{:", "{:+"), found["interval"]),
+                verdict,
+            )
+            table.add_row(_cell(name_of(figure), 40), *row)
     console.print(table)
     if any(found["noise"] and "because" not in found for found in difference.values()):
         console.print("noise: the interval holds 0; other rows of the same kind might have turned it round.")

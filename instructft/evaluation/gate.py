@@ -2,7 +2,7 @@
 
 The task is judged on the run's held-out rows (`instructft.evaluation.verdict.judge_task`), the rest on suites of short
 questions whose answers rules judge (`instructft.evaluation.suites`). Both models answer both, each rest question as a
-server would ask them: by their own chat template.
+server would ask them: by their own chat template. Where these cannot tell, further ones are asked, once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from instructft.evaluation.compare import (
     write_json,
 )
 from instructft.evaluation.metrics import answers_to, evaluate
-from instructft.evaluation.suites import Question, read_suites, shipped
-from instructft.evaluation.verdict import MARGIN, NOT_DOWN, PASSED, judge_rest, judge_task, verdict
+from instructft.evaluation.suites import Question, further, read_suites, shipped
+from instructft.evaluation.verdict import MARGIN, NOT_DOWN, PASSED, TOO_FEW, UP, judge_rest, judge_task, verdict
 from instructft.formatting import clock, short
 from instructft.inference.generator import Generator
 from instructft.inference.reference_model import START, own_tokenizer, recipe_of
@@ -109,8 +109,13 @@ def gate(
     after, before = both["tuned"], both["base"]
     unknown = before["unknown"]
     answered = [_row(q, after["answers"][q.id], before["answers"][q.id], q.id not in unknown) for q in questions]
-    rest = judge_rest(_scores(answered, after["others"], before["others"]), margin)
+    more = further(suites)
+    rest = judge_rest(_scores(answered, after["others"], before["others"]), margin, first_look=bool(more))
     task = judge_task(after["task"], before["task"], vocabularies[0] == vocabularies[1])
+    if more and rest["state"] == TOO_FEW and task["state"] == UP:  # else the verdict stands
+        console.print(f"gate: {rest['questions']} questions cannot tell; {len(more):,} further ones are asked …")
+        answered += _asked_again(model, against, more)
+        rest = judge_rest(_scores(answered, after["others"], before["others"]), margin)
     said, reasons = verdict(task, rest)
     folder = Path(model).expanduser()
     found = {
@@ -146,6 +151,18 @@ def _as_served(reference: Generator, model: str, against: str) -> Generator:
         return Generator(reference.model, tokenizer) if tokenizer is not None else reference
     except TemplateError:  # which never ends an answer, say
         return reference
+
+
+def _asked_again(model: str, against: str, questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """Both models' answers to further questions; the models are loaded once more, for they do not fit side by side."""
+    turns: list[Generator] = []
+
+    def ask(generator: Generator) -> dict[str, str]:
+        turns.append(generator)
+        return _answers(generator if len(turns) == 1 else _as_served(generator, model, against), questions)
+
+    both = ask_both(model, against, ask)
+    return [_row(q, both["tuned"][q.id], both["base"][q.id], True) for q in questions]
 
 
 def _answers(generator: Generator, questions: Sequence[Question], temperature: float = 0.0) -> dict[str, str]:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from instructft.data.formats import detect_format, to_conversation
-from instructft.errors import DataError
+from instructft.errors import DataError, TemplateError
+from instructft.evaluation.answers import Answered, FurtherFigures, Own, calls_of
 from instructft.evaluation.confidence import intervals, measures
 from instructft.evaluation.words import rouge_l
 from instructft.inference.chat import as_generator
@@ -39,6 +40,8 @@ def evaluate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int | None = None,
     progress: bool = False,
+    figures: Sequence[str] = (),
+    own: Mapping[str, Own] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on conversations whose last turn is the reference answer.
 
@@ -49,17 +52,22 @@ def evaluate(
         max_new_tokens: tokens at most in a prediction.
         batch_size: rows at once; None finds it.
         progress: say on stderr how far it is.
+        figures: more of `instructft.evaluation.answers.FIGURES`, such as `token_f1`.
+        own: figures of the user's, by name.
 
     Returns:
         `loss` (mean over all supervised tokens, the end of turn included), `perplexity`, `exact_match`, `rougeL`,
         `bleu`; of the answers `answer_tokens` (mean length), `stopped` (share that ended by themselves) and `repeated`
         (mean share of runs of four tokens that an answer has said before: Welleck et al., 2020, arXiv:1908.04319);
-        `reference_tokens`, `cut`, `intervals` (name -> [low, high], 95%), `groups` and `rows`.
+        `reference_tokens`, `cut`, `intervals` (name -> [low, high], 95%), `groups` and `rows`; `metrics` holds of each
+        further figure that applies to a row `value`, `interval`, `rows` (how many), and `failed` where one could not
+        be judged.
 
         `cut` counts rows that are longer than the model's context: their loss is that of what fits, and a prompt that
         fills the context gets the prediction "". `groups` holds the same figures under `dataset` and `category`, where
         rows name more than one. A row holds `prompt` (the last user turn), `prediction`, `reference`, its own `nll`
-        (summed over `supervised_tokens`), `rougeL`, `finish_reason`, `answer_tokens` and `repeated`.
+        (summed over `supervised_tokens`), `rougeL`, `finish_reason`, `answer_tokens` and `repeated`, and `metrics` by
+        name where further figures are asked for.
 
     Example::
 
@@ -69,14 +77,16 @@ def evaluate(
     Raises:
         DataError: no rows, one without an answer, or none whose answer lies within the context.
     """
-    conversations = [_conversation(i, row) for i, row in enumerate(rows, 1)]
+    conversations = [
+        _conversation(i, {key: value for key, value in row.items() if key != "_row"}) for i, row in enumerate(rows, 1)
+    ]
     if not conversations:
         raise DataError("there are no rows to evaluate on")
     generator = as_generator(model_or_path, tokenizer)
     scored = negative_log_likelihood(generator, conversations, train_on, batch_size, progress)
     answers = answers_to(generator, [c[:-1] for c in conversations], max_new_tokens, batch_size, progress)
     references = [str(c[-1]["content"]).strip() for c in conversations]
-    found = []
+    found: list[dict[str, Any]] = []
     for row, asked, answer, reference, (nll, tokens) in zip(
         rows, conversations, answers, references, scored.rows, strict=True
     ):
@@ -88,7 +98,16 @@ def evaluate(
             | {"reference_tokens": len(_ids(generator, reference)), "nll": nll, "supervised_tokens": tokens}
             | {"rougeL": rouge_l(answer.text, reference)}
         )
-    return {**_figures(found), "cut": scored.cut, "groups": _groups(found), "rows": found}
+    further: dict[str, Any] = {}
+    if figures or own:
+        judge = FurtherFigures(figures, own or {})
+        for row, asked, one in zip(rows, conversations, found, strict=True):
+            stopped = one["finish_reason"] == "stop"
+            answered = Answered(one["prediction"], _expected(generator, asked), stopped, calls_of(asked))
+            told = {**row.get("_row", row), "messages": asked, "dataset": row.get("dataset")}
+            one["metrics"] = judge.worth(answered, told)
+        further = judge.over([one["metrics"] for one in found])
+    return {**_figures(found), "metrics": further, "cut": scored.cut, "groups": _groups(found), "rows": found}
 
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -136,6 +155,19 @@ def _conversation(number: int, row: Mapping[str, Any]) -> list[Message]:
         raise DataError(f"row {number} cannot be evaluated: {unusable}") from unusable
     except Unread as unread:
         raise DataError(f"row {number} cannot be evaluated: {unread}") from unread
+
+
+def _expected(generator: Generator, conversation: Sequence[Message]) -> str:
+    """The last answer as text; where it calls tools, as its template writes it."""
+    said = str(conversation[-1]["content"] or "").strip()
+    if not conversation[-1].get("tool_calls"):
+        return said
+    try:
+        prompt = generator.encoder.render([conversation[:-1]], True)[0]
+        whole = generator.encoder.render([conversation], False)[0]
+    except TemplateError:
+        return said
+    return whole.removeprefix(prompt) if whole.startswith(prompt) else said
 
 
 def _asked(conversation: Sequence[Message]) -> str:

@@ -6,7 +6,8 @@ A line of a suite is a question that says itself how it is judged::
      "check": {"contains": ["Paris"]}, "max_new_tokens": 24, "known": true}
 
 `check` is one of `instructft.evaluation.answer_checks`. Of a row that says `known` only that counts which the model
-before training knew: several answers that it draws are all right.
+before training knew: several answers that it draws are all right. `suites/further/` holds more questions of some, which
+are asked where those before them cannot tell.
 """
 
 from __future__ import annotations
@@ -51,6 +52,16 @@ def shipped() -> list[str]:
     ['arithmetic', 'facts', 'format', 'json', 'memory', 'refusal']
     """
     return sorted(path.stem for path in FOLDER.glob("*.jsonl"))
+
+
+def further(names: Sequence[str]) -> list[Question]:
+    """More questions of the suites that ship among these names; none: of all that ship.
+
+    >>> len(further(["facts"])), len(further(["json"])) > 200
+    (0, True)
+    """
+    paths = [FOLDER / "further" / f"{name}.jsonl" for name in names or shipped() if name in shipped()]
+    return [question for path in paths if path.is_file() for question in _rows(path)]
 
 
 def read_suites(names: Sequence[str]) -> tuple[list[Question], list[str]]:

@@ -8,9 +8,12 @@ the difference whose lower end lies above minus a margin (non-inferiority; ICH E
       ├────●────┤    │             down: below 0 for sure, and perhaps beyond the margin
         ├──┼───●─────┼──┤          too few questions: it may be either
 
-The lower end errs in `TAIL` of all samples, so a model that is worse by the margin passes at most so often. With the
-rows that ship one without a difference passes 95 times in 100, as long as no more than 15% of its answers are right
-where they were wrong or the other way round; `needed` says how many questions would do where more of them are.
+The lower end errs in `TAIL` of all samples, so a model that is worse by the margin passes at most so often. That one
+without a difference passes asks for enough questions, and for the more of them the more answers turn from right to
+wrong and back: with a share f of such answers, no test of n questions tells zero from the margin better than
+margin / sqrt(f / n) standard errors. So there are two looks. Where the first cannot tell, further questions are asked,
+and all of them are judged together: a model that is worse by the margin passes either look in `TAIL` of all samples,
+both together in less than twice that, and one that only looks bad by chance is not called so after the first.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from instructft.evaluation.proportions import tango
 
 MARGIN = 0.05  # of all questions: what a model may lose beside its task
 TAIL = 0.1  # of all samples of a model that is worse by the margin pass
+SURE = 0.02  # of all samples without a difference are called down at a first look
 ALONE = 0.01  # of all samples without a difference call a suite by itself lost, all suites together
 POWER = 0.95  # of all samples of a model without a difference pass, where `needed` questions are asked
 SEEN = 0.8  # of all samples show a gain of the task that is as large as it looks, with as many rows as `needed` says
@@ -68,12 +72,15 @@ def questions_needed(after: Scores, before: Scores, margin: float) -> int:
     return math.ceil(float((gains**2).mean()) * (ends / margin) ** 2)
 
 
-def judge_rest(suites: Mapping[str, tuple[Scores, Scores]], margin: float = MARGIN) -> dict[str, Any]:
+def judge_rest(
+    suites: Mapping[str, tuple[Scores, Scores]], margin: float = MARGIN, first_look: bool = False
+) -> dict[str, Any]:
     """Whether a model is not down on questions beside its task: all of them together, and no suite by itself.
 
     Args:
         suites: name -> the score of each question after and before training.
         margin: what may be lost of all questions, as a share.
+        first_look: further questions can be asked where these are too few.
 
     A suite by itself is down where it lost more than the margin and its interval lies below 0, at a level that counts
     how many suites are looked at.
@@ -93,6 +100,8 @@ def judge_rest(suites: Mapping[str, tuple[Scores, Scores]], margin: float = MARG
         return {**found, "state": TOO_FEW, "questions": len(after), "needed": FEWEST}
     found |= _figures(after, before, TAIL)
     low, high = found["interval"]
+    if first_look:
+        high = interval(after, before, SURE)[1]
     if lost or (low <= -margin and high < 0):
         return {**found, "state": DOWN}
     if low > -margin:

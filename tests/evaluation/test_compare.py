@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,48 @@ def test_base_folder(moved_run: Path, tmp_path: Path) -> None:
     results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert results["tuned"] == results["base"]
     assert len(results["tuned"]["rows"]) == 4
+
+
+def test_the_recipes_own_metrics_are_judged_where_their_code_may_run(
+    moved_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe that was given says so, or the flag: the one in a run folder may have come with it from elsewhere."""
+    code = (
+        "def score(prediction, reference, row):\n"
+        "    assert row['messages'] and row['dataset']\n"
+        "    return len(row['instruction'])\n"
+        "def broken(prediction, reference, row): return row['nothing']\n"
+        "print('the code ran')\n"
+    )
+    (moved_run / "mine.py").write_text(code, encoding="utf-8")
+    recipe = moved_run / "recipe.yaml"
+    names = f"[token_f1, {moved_run / 'mine.py'}:score, {moved_run / 'mine.py'}:broken]"
+    written = re.sub(r"(?m)^evaluation:\n( .*\n)*", "", recipe.read_text(encoding="utf-8"))
+    recipe.write_text(f"{written}evaluation: {{metrics: {names}}}\n", encoding="utf-8")
+
+    def judged(**asked: Any) -> tuple[dict[str, Any], str]:
+        compare(str(moved_run), limit=12, show=0, json_file=tmp_path / "r.json", **asked)
+        return json.loads((tmp_path / "r.json").read_text(encoding="utf-8")), capsys.readouterr().out
+
+    found, out = judged()
+    assert set(found["tuned"]["metrics"]) == {"token_f1"}
+    assert "the code ran" not in out
+    assert f"not judged: {moved_run / 'mine.py'}:score" in out.replace("\n", "")
+    rows = instructft.data.load.conversations(instructft.load_recipe(recipe), "test", 12)
+    lengths = [len(row["_row"]["instruction"]) for row in rows]
+    for given in (True, False):
+        monkeypatch.setattr(module.remote_code, "allowed", lambda given=given: not given)
+        found, out = judged(base="start", **({"data": str(recipe)} if given else {}))
+        score, f1 = (found["tuned"]["metrics"][name] for name in ("score", "token_f1"))
+        assert score["value"] == pytest.approx(sum(lengths) / 12)
+        assert score["interval"][0] < score["value"] < score["interval"][1]
+        assert f1["rows"] == 12
+        assert [row["metrics"]["score"] for row in found["base"]["rows"]] == lengths
+        assert found["difference"]["score"]["value"] == 0
+        assert found["tuned"]["metrics"]["broken"]["value"] is None
+        assert "mine.py:broken fails: KeyError: 'nothing'" in out.replace("\n", "")
+        assert re.search(r"(?m)^score +\d", out)
+        assert re.search(r"(?m)^token F1 +0\.", out)
 
 
 def test_a_base_without_the_tokens_that_training_added(
@@ -172,7 +215,7 @@ def test_the_table_on_a_narrow_terminal(
     ]
     before = [{**row, "prediction": "text\n" * 200} for row in rows]
     numbers = {"loss": 1.0, "perplexity": 2.7, "exact_match": 0.5, "rougeL": 0.5, "bleu": 12.3, "cut": 1}
-    numbers |= {"answer_tokens": 1.0, "stopped": 1.0, "repeated": 0.0, "intervals": {}, "groups": {}}
+    numbers |= {"answer_tokens": 1.0, "stopped": 1.0, "repeated": 0.0, "intervals": {}, "groups": {}, "metrics": {}}
     answers = iter([{**numbers, "rows": rows}, {**numbers, "rows": before}])
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: next(answers))
     monkeypatch.setattr("rich.console.Console._environ", {"COLUMNS": "80"})  # what it reads its width from

@@ -55,19 +55,16 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Two models whose losses and answers are given; neither is loaded."""
 
     def script(after: Callable[[int], bool], before: Callable[[int], bool], loss: Sequence[float] = (1.0, 2.0)) -> None:
-        turn: list[Any] = []
-
-        known = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=dict))
+        ours, theirs = (SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=dict), loss=one) for one in loss)
 
         def ask_both(model: str, base: str, ask: Any) -> dict[str, Any]:
-            return {"tuned": ask(known), "base": ask(known)}
+            return {"tuned": ask(ours), "base": ask(theirs)}
 
         def evaluate(generator: Any, rows: Any, **_: Any) -> dict[str, Any]:
-            turn.append(generator)
-            return {"rows": [row(nll=loss[len(turn) - 1] + i % 3 / 10) for i in range(30)]}
+            return {"rows": [row(nll=generator.loss + i % 3 / 10) for i in range(30)]}
 
         def answers(generator: Any, questions: Sequence[Question], temperature: float = 0.0) -> dict[str, str]:
-            right = (after, before)[len(turn) - 1]
+            right = after if generator is ours else before
             return {q.id: str(q.check["number"]) if right(int(q.check["number"]) - 1) else "no idea" for q in questions}
 
         for name, function in (("ask_both", ask_both), ("evaluate", evaluate), ("_answers", answers)):
@@ -134,6 +131,28 @@ def test_verdicts(
     assert reason in out
     if "down" in reason and "rest" in reason:
         assert "lost: What is" in out
+
+
+@pytest.mark.parametrize(("later", "expected"), [(True, "passed"), (False, "not passed")])
+def test_where_the_first_questions_cannot_tell_further_ones_are_asked_once(
+    later: bool, expected: str, run: Path, suite: Path, scripted: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    asked: list[str] = []
+
+    def more(names: Sequence[str]) -> list[Question]:
+        asked.append(names[0])
+        messages = [{"role": "user", "content": "?"}]
+        return [Question(f"more-{i}", "sums", messages, {"number": i + 1001}, 2, False) for i in range(600)]
+
+    monkeypatch.setattr(module, "further", more)
+    scripted(lambda i: i % 20 != 3 if i < 900 else later, lambda i: i % 20 != 7)
+    assert gate(str(run), suites=[str(suite)], margin=0.03) == expected
+    assert asked == [str(suite)]
+    found = json.loads((run / "gate.json").read_text(encoding="utf-8"))
+    assert found["rest"]["questions"] == len(found["rows"]) - found["not_known"] > 670
+    assert found["rest"]["suites"]["sums"]["questions"] == 640
+    assert "questions cannot tell; 600 further ones are asked" in " ".join(capsys.readouterr().out.split())
 
 
 def test_of_what_a_model_knew_only_that_counts(run: Path, suite: Path, scripted: Callable[..., None]) -> None:

@@ -9,24 +9,36 @@ from typing import Any
 import pytest
 
 from instructft.errors import DataError, UsageError
-from instructft.evaluation.suites import FOLDER, read_suites, shipped
+from instructft.evaluation.suites import FOLDER, Question, further, read_suites, shipped
 from scripts import gate_suites
 
 ROW = {"messages": [{"role": "user", "content": "What is 1 + 1?"}], "check": {"number": 2}}
 
 
+def every_question() -> list[Question]:
+    return read_suites([])[0] + further([])
+
+
 def test_the_files_are_what_the_generator_writes() -> None:
-    made = gate_suites.suites()
-    assert sorted(made) == shipped()
-    for name, rows in made.items():
-        written = [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        assert written == json.loads(json.dumps(rows)), name
+    assert sorted(gate_suites.suites()) == shipped()
+    for folder, made in ((FOLDER, gate_suites.suites()), (FOLDER / "further", gate_suites.further())):
+        assert sorted(made) == sorted(path.stem for path in folder.glob("*.jsonl"))
+        for name, rows in made.items():
+            written = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+            assert written == json.loads(json.dumps(rows)), name
+
+
+def test_further_questions_are_of_suites_that_ship_and_others_than_those() -> None:
+    assert len(further([])) > 1200
+    assert {question.suite for question in further(["json", "ours.jsonl", "arc_easy"])} == {"json"}
+    assert further(["facts"]) == further(["ours.jsonl"]) == []
+    assert not any(question.known for question in further([]))
 
 
 def test_all_that_ships_can_be_read() -> None:
-    questions, others = read_suites([])
+    questions, others = every_question(), read_suites([])[1]
     assert others == []
-    assert len(questions) > 700
+    assert len(questions) > 1900
     assert len({question.id for question in questions}) == len(questions)
     assert len({json.dumps(question.messages) for question in questions}) == len(questions)
     assert {question.suite for question in questions if question.known} == {"facts"}
@@ -36,7 +48,7 @@ def test_all_that_ships_can_be_read() -> None:
 
 def test_a_question_is_not_answered_by_nothing_or_by_itself() -> None:
     """A model that says nothing, the question again, or the same word to all has none of them right."""
-    questions, _ = read_suites([])
+    questions = every_question()
     for question in questions:
         asked = question.messages[-1]["content"]
         assert not question.right(""), question.id

@@ -16,7 +16,7 @@ ROWS: list[dict[str, Any]] = [
     {"messages": [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["a", "b c", "d", "e f"])]},  # noqa: B905
 ]
 FIGURES = {"loss", "perplexity", "exact_match", "rougeL", "bleu", "cut", "rows", "answer_tokens", "reference_tokens"}
-FIGURES |= {"stopped", "repeated", "intervals", "groups"}
+FIGURES |= {"stopped", "repeated", "intervals", "groups", "metrics"}
 
 
 def conversations() -> list[list[dict[str, Any]]]:

@@ -1,12 +1,14 @@
 """The real model as others serve it: merged, exported by llama.cpp's converter, served by llama.cpp, verified.
 
-Needs what `scripts/real_assets.py` brings for it: llama.cpp's converter, the package xllamacpp, and Go.
+Needs llama.cpp's converter, the package xllamacpp, and Go, as `make real-assets` brings them; of q4_k_m, llama.cpp's
+`llama-quantize` or its library too.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from instructft.errors import UsageError
-from instructft.extras.serving.asked import own
+from instructft.extras.serving.asked import choose, own
 from instructft.extras.serving.client import Client
 from instructft.extras.serving.export import export
 from instructft.extras.serving.llama_cpp import find_quantizer
@@ -41,7 +43,7 @@ def causes(found: Found) -> set[str]:
 
 
 def names() -> str:
-    """What can be made here: q4_k_m needs llama.cpp's own program."""
+    """What can be made here: q4_k_m needs llama.cpp's own program, or its library."""
     from instructft.extras.serving.llama_cpp import find_converter
 
     try:
@@ -100,6 +102,31 @@ def test_served_as_trained(merged: Path, exported: Path, note: Callable[[str, st
     assert found.equal_answers >= 0.95 * ANSWERS
     assert not causes(found)
     assert found.exit_code == 0
+
+
+def test_tools_and_thoughts_are_read_as_in_training(
+    smollm: Path, tmp_path: Path, note: Callable[[str, str, str], None]
+) -> None:
+    """By the vocabulary of the real model, with our template that takes both; what the weights are does not matter."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    tokenizer.chat_template = TEMPLATES["chatml"].text()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, max_position_embeddings=2048,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export(str(tmp_path / "model"), tmp_path / "gguf", rows=0)
+    with llama_server(tmp_path / "gguf" / "model-f16.gguf") as url:
+        found = verify(str(tmp_path / "model"), reach(Client(url)), PROMPTS, 0, json_file=tmp_path / "found.json")
+    kinds = Counter(one.kind for one in choose(None, encoder(tokenizer), PROMPTS, 2048)[0])
+    assert kinds["tools"] > 30
+    assert kinds["thinking"] > 30
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    note("read by llama.cpp as trained", f"ChatML with tools and thoughts: {listed}", f"{found.equal_prompts} equal")
+    assert found.equal_prompts == found.asked == PROMPTS, [one.cause for one in found.differences]
 
 
 def test_a_doctored_template_is_found_by_name(merged: Path, exported: Path) -> None:

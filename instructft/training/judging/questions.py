@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from instructft.evaluation.answers import calls_of
 from instructft.inference.generator import Generator
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
@@ -51,11 +52,5 @@ def questions(generator: Generator, rows: Sequence[Mapping[str, Any]]) -> list[Q
         limit = min(limit, generator.context - start)
         if limit >= wanted:
             reference = generator.decoded(answer)
-            found.append(Question(list(ids[:start]), limit, reference, tuple(_calls(row["messages"])), row))
+            found.append(Question(list(ids[:start]), limit, reference, calls_of(row["messages"]), row))
     return found
-
-
-def _calls(messages: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, Any]]:
-    for call in messages[-1].get("tool_calls") or ():
-        function = call.get("function") or call
-        yield str(function.get("name")), function.get("arguments")

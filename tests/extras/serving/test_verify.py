@@ -123,6 +123,27 @@ def test_the_command_ends_with_what_was_found(
         said: Any = capsys.readouterr()
         assert said.out.startswith("server   llama.cpp b1 at")
         assert "secret-7" not in said.out + said.err
+        assert "has changed since" not in said.err
+
+
+def test_the_command_says_that_the_template_on_the_hub_is_another_one_now(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from instructft import cli
+    from instructft.models import base_template
+
+    then, now = "0" * 16, "1" * 16
+    monkeypatch.setattr(base_template, "_recorded", lambda folder: ({"name_or_path": "org/base"}, then))
+    monkeypatch.setattr(base_template, "at_hand", lambda *_: now)
+    with ChatServer("llama.cpp", *load_for_inference(str(run))) as server:
+        words = ["verify", str(run), "--server", server.url, "--rows", "2", "--answers", "0"]
+        monkeypatch.setattr("sys.argv", ["instructft", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert (ended.value.code or 0) == 0
+    assert f"org/base on the Hub has changed since this run began (sha256 {then} then, {now} now)" in (
+        capsys.readouterr().err
+    )
 
 
 def test_bytes_of_no_character_are_no_difference() -> None:
