@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.data.sources import QUICKSTART
-from instructft.errors import TemplateError, UsageError, is_panic
+from instructft.errors import ModelFileError, TemplateError, UsageError, is_panic
 from instructft.formatting import first_line
 from instructft.models.latest import resolve_latest
 from instructft.prompt.templates import BOS, TEMPLATES
 from instructft.weights import remote_code
 from instructft.weights.model_class import PROCESSOR
-from instructft.weights.readable import unreadable_tokenizer
+from instructft.weights.readable import require_patterns_end, unreadable_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,9 +84,12 @@ def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     revision = (recipe.model.revision if own else None) or "main"
     trust = remote_code.pinned(str(name), revision) if own else {"trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, revision=revision, subfolder=(recipe.model.subfolder if own else None) or "", **trust
         )
+        require_patterns_end(tokenizer, str(name))
+    except ModelFileError as error:
+        raise UsageError(f"{key}: {error}") from error
     except BaseException as error:  # tokenizers raise anything, and panic
         if not isinstance(error, Exception) and not is_panic(error):
             raise
@@ -94,6 +97,7 @@ def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         if _only_sentencepiece(str(name), revision, (recipe.model.subfolder if own else None) or ""):
             hint = "its tokenizer.model is SentencePiece's, which is not installed here: pip install sentencepiece"
         raise UsageError(not_loaded(key, str(name), "a tokenizer", error, hint)) from error
+    return tokenizer
 
 
 def _only_sentencepiece(name: str, revision: str, subfolder: str) -> bool:

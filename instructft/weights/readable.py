@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from instructft.errors import InstructftError, ModelFileError, is_panic
-from instructft.formatting import first_line
+from instructft.formatting import first_line, short
 from instructft.weights import remote_code
 from instructft.weights.weight_files import ADAPTER_WEIGHTS, NAMES, read_header, weight_files
 
@@ -119,3 +119,42 @@ def unreadable_tokenizer(folder: Path) -> str:
             raise
         return f"{path} is no tokenizer that can be read: {first_line(error)}; {_AGAIN}"
     return ""
+
+
+def require_patterns_end(tokenizer: Any, name: str) -> None:
+    """Try the regular expressions of a tokenizer on texts over which one of exponential time gives up.
+
+    The library bounds each match and panics; it is better known before a run begins, or a question is asked.
+
+    Raises:
+        ModelFileError: with the pattern.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [part for part in (getattr(core, key, None) for key in ("normalizer", "pre_tokenizer")) if part]
+    patterns = [pattern for part in parts for pattern in _patterns(json.loads(part.__getstate__()))]
+    letters = sorted({sign for pattern in patterns for sign in pattern})[:64]
+    after = "".join(letters)  # a match is not even tried where a character that it needs is nowhere
+    for unit in {*_UNITS, *letters} if patterns else ():
+        for end in ("", "!", f" {after}", f"\n{after}"):
+            try:
+                core.encode(unit * 40 + end, add_special_tokens=False)
+            except BaseException as error:
+                if not is_panic(error):
+                    raise
+                which = ", ".join(short(pattern, 80) for pattern in patterns)
+                raise ModelFileError(
+                    f"the tokenizer of {name} (tokenizer.json) does not come to an end on some texts: {error}; "
+                    f"of its patterns: {which}"
+                ) from error
+
+
+_UNITS = ("a", "A", "1", " ", "\n", "\t", "_", ".", "-", "'", "é", "中", "aA", "a ", "a1", "ab", "1,", ". ")
+
+
+def _patterns(found: Any) -> Iterator[str]:
+    """Every regular expression in the description of a part of a tokenizer."""
+    for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+        if key == "Regex" and isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            yield from _patterns(value)
