@@ -16,6 +16,7 @@ from instructft.errors import AdapterError, ModelError
 from instructft.prompt.sandbox import SECONDS, at_most
 from instructft.weights.base_record import BASE, BaseModelRecord, stays_inside
 from instructft.weights.weight_files import ADAPTER_WEIGHTS, read_header
+from instructft.whole_file import read_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -104,7 +105,7 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_whole(path))
     except FileNotFoundError as error:
         raise AdapterError(f"{path.parent} holds no {path.name}: it is no adapter folder") from error
     except (OSError, ValueError, RecursionError) as error:

@@ -142,6 +142,23 @@ def commit(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def limit_waits() -> None:
+    """From now on no request to the Hub waits for ever on a connection on which nothing comes.
+
+    Nor those of other libraries: the client has no limit, and some calls name `None` (`repo_info`, huggingface_hub 2.4).
+    """
+    from huggingface_hub import get_session
+
+    hooks = get_session().event_hooks["request"]
+    if _limit not in hooks:
+        hooks.append(_limit)
+
+
+def _limit(request: Any) -> None:
+    limits = {name: STALLED if value is None else value for name, value in request.extensions["timeout"].items()}
+    request.extensions = {**request.extensions, "timeout": limits}
+
+
 def retried(
     what: str, call: Callable[[], Result], pause: Pause = time.sleep, also: type[Exception] | tuple[()] = ()
 ) -> Result:
@@ -155,7 +172,6 @@ def retried(
     Raises:
         HubError: it was refused, or failed `TRIES` times; nothing secret is in the message.
     """
-    from huggingface_hub import get_session
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
     growing = wait_exponential_jitter(initial=WAIT, max=LONGEST, jitter=WAIT)
@@ -164,8 +180,7 @@ def retried(
         stop=stop_after_attempt(TRIES),
         wait=lambda state: _retry_after(cast(Any, state.outcome).exception()) or growing(state),
         sleep=pause,
-        # the library's client waits for ever on a connection on which nothing comes
-        before=lambda state: setattr(get_session(), "timeout", STALLED),
+        before=lambda state: limit_waits(),
         reraise=True,
     )
     try:

@@ -18,7 +18,8 @@ from instructft.models.latest import resolve_latest
 from instructft.prompt.templates import BOS, TEMPLATES
 from instructft.weights import remote_code
 from instructft.weights.model_class import PROCESSOR
-from instructft.weights.readable import require_patterns_end, unreadable_tokenizer
+from instructft.weights.readable import require_patterns_end, require_readable, unreadable_tokenizer
+from instructft.whole_file import read_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +84,9 @@ def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     own = recipe.model.tokenizer is None
     revision = (recipe.model.revision if own else None) or "main"
     trust = remote_code.pinned(str(name), revision) if own else {"trust_remote_code": False}
+    folder = Path(str(name)).expanduser() / ((recipe.model.subfolder if own else None) or "")
     try:
+        require_readable(folder)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, revision=revision, subfolder=(recipe.model.subfolder if own else None) or "", **trust
         )
@@ -93,7 +96,7 @@ def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     except BaseException as error:  # tokenizers raise anything, and panic
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        hint = unreadable_tokenizer(Path(str(name)).expanduser() / ((recipe.model.subfolder if own else None) or ""))
+        hint = unreadable_tokenizer(folder)
         if _only_sentencepiece(str(name), revision, (recipe.model.subfolder if own else None) or ""):
             hint = "its tokenizer.model is SentencePiece's, which is not installed here: pip install sentencepiece"
         raise UsageError(not_loaded(key, str(name), "a tokenizer", error, hint)) from error
@@ -289,7 +292,7 @@ def _template_file(name: str) -> str:
     import jinja2
 
     try:
-        text = Path(name).expanduser().read_text(encoding="utf-8")
+        text = read_whole(Path(name).expanduser())
         # {% generation %} is an extension of transformers; its tags stand alone, so they can be left out here
         plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)

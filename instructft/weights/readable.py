@@ -18,6 +18,7 @@ from instructft.errors import InstructftError, ModelFileError, is_panic
 from instructft.formatting import first_line, short
 from instructft.weights import remote_code
 from instructft.weights.weight_files import ADAPTER_WEIGHTS, NAMES, read_header, weight_files
+from instructft.whole_file import read_whole, require_file
 
 _AGAIN = "copy or download it again"
 # files that hold one JSON object
@@ -25,6 +26,8 @@ _OBJECTS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "run.json"),
     *("adapter_config.json", *(index for _, index in NAMES)),
 )
+# files of a tokenizer, which libraries read whole
+_TABLES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model", "chat_template.jinja")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -34,7 +37,7 @@ def read_object(path: Path) -> dict[str, Any]:
         ModelFileError: it is none, or cannot be read.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_whole(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path} cannot be read as JSON ({first_line(error)}); {_AGAIN}") from error
     if not isinstance(found, dict):
@@ -56,6 +59,12 @@ def require_readable(folder: Path) -> None:
     for name in _OBJECTS:
         if (folder / name).is_file():
             read_object(folder / name)
+    for name in _TABLES:
+        if (folder / name).is_file():
+            try:
+                require_file(folder / name)
+            except OSError as error:
+                raise ModelFileError(f"{folder / name} cannot be a tokenizer's: {error.strerror}") from error
     index = folder / NAMES[0][1]
     has_shards = not (folder / NAMES[0][0]).is_file() and index.is_file()
     for file in [*(weight_files(folder) if has_shards else ()), folder / NAMES[0][0], folder / ADAPTER_WEIGHTS]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,3 +173,15 @@ def test_waits_grow_are_spread_and_as_long_as_the_hub_asks(monkeypatch: pytest.M
         waits, said = waits_of(Refused(status))
         assert waits == []
         assert "hf_a1" not in said
+
+
+def test_a_hub_that_is_silent_is_not_waited_for(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by calls that name a limit of their own, which is none: `repo_info`."""
+    monkeypatch.setattr(commit, "STALLED", 0.2)
+    held = threading.Event()
+    hub.before = lambda request: held.wait(20)
+    try:
+        with pytest.raises(HubError, match=r"reading tester/model failed 6 times, last with: .*time"):
+            commit.open_repository(commit.connect(), REPO_ID, True, lambda seconds: None)
+    finally:
+        held.set()

@@ -137,6 +137,15 @@ def test_and_one_that_is_refused_before_any_text_comes(folder: Path, pattern: st
         load_tokenizer(recipe)
 
 
+def test_a_tokenizer_of_gigabytes_is_not_opened(folder: Path) -> None:
+    with (folder / "tokenizer.json").open("r+b") as file:
+        file.truncate(1 << 34)
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json cannot be a tokenizer's: it has 17,179,869,184 bytes"):
+        load_for_inference(str(folder))
+    with pytest.raises(UsageError, match=r"model\.tokenizer: .*tokenizer\.json cannot be a tokenizer's"):
+        load_tokenizer(load_recipe("quickstart", [f"model.tokenizer={folder}"]))
+
+
 def test_adapters_too(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
     (tmp_path / "adapter_model.safetensors").write_bytes(struct.pack("<Q", 9000) + b"[" * 9000)
