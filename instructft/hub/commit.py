@@ -145,7 +145,7 @@ def commit(
 def limit_waits() -> None:
     """From now on no request to the Hub waits for ever on a connection on which nothing comes.
 
-    Nor those of other libraries: the client has no limit, and some calls name `None` (`repo_info`, huggingface_hub 2.4).
+    Nor those of other libraries: the client has no limit, and some calls name none (`repo_info`, huggingface_hub 2.4).
     """
     from huggingface_hub import get_session
 

@@ -82,7 +82,7 @@ def keep_until(
     A last line that a kill cut short is nobody's loss. A file with damaged lines is kept beside, as `NAME.damaged`.
 
     Args:
-        logged: step -> what was logged there, as the checkpoint has it: the log is made to say that, in one line a step.
+        logged: step -> what was logged there, as the checkpoint has it: the log is made to say so, in one line a step.
     """
     lines = [(line, record) for line, record in _lines(path) if line.endswith(b"\n")]
     damaged = [number for number, (_, record) in enumerate(lines, 1) if record is None]
@@ -109,7 +109,8 @@ def keep_until(
         if write:
             path.replace(aside)
     if made:
-        said.append(f"{made:,} lines are written again, as the checkpoint has them")
+        lines, them = ("line is", "it") if made == 1 else ("lines are", "them")
+        said.append(f"{made:,} {lines} written again, as the checkpoint has {them}")
     if write and (said or path.exists()):
         write_whole(path, b"".join(line for line, _ in kept).decode("utf-8"))
     return [record for _, record in kept if record is not None], f"{path}: {'; '.join(said)}" if said else ""

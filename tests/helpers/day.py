@@ -34,7 +34,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-from tests.helpers.crash import FILLER, fill_up, own_mounts, sealed
+from tests.helpers.crash import FILLER, fill_up, own_mounts, sealed  # noqa: E402
 
 WELL, SILENT, BROKEN = 0.0, 1.0, 2.0
 ENDS = ("kill", "hang up", "damage")  # faults that end the process

@@ -75,13 +75,16 @@ SOUND = "".join(f'{{"step": {step}, "loss": {1 / step}, "tokens_per_second": 9.5
     [
         (lambda text: text.replace('"loss": 0.5', '"loss": 0.8'), "line 2: damaged"),
         (lambda text: text.replace('"step": 2', '"step": 3'), "line 2: damaged"),
-        (lambda text: text.replace('"step": 2', '"step": 7'), "1 lines are written again"),
+        (lambda text: text.replace('"step": 2', '"step": 7'), "1 line is written again, as the checkpoint has it"),
         (lambda text: text.replace('"loss": 0.5, ', ""), "line 2: damaged"),
         (lambda text: text.replace('{"step": 2', "{"), "line 2: damaged"),
         (lambda text: text + text.splitlines(keepends=True)[1], "line 2: damaged"),
-        (lambda text: "".join(text.splitlines(keepends=True)[::2]), "1 lines are written again"),
+        (
+            lambda text: "".join(text.splitlines(keepends=True)[::2]),
+            "1 line is written again, as the checkpoint has it",
+        ),
         (lambda text: "", "3 lines are written again"),
-        (lambda text: text[:-9], "1 lines are written again"),
+        (lambda text: text[:-9], "1 line is written again, as the checkpoint has it"),
     ],
 )
 def test_what_a_checkpoint_has_of_a_log_is_written_again(tmp_path: Path, damage: Any, line: str) -> None:

@@ -133,7 +133,7 @@ def test_and_one_that_is_refused_before_any_text_comes(folder: Path, pattern: st
         load_for_inference(str(folder))
     assert pattern in str(no.value)
     recipe = load_recipe("quickstart", [f"model.tokenizer={folder}"])
-    with pytest.raises(UsageError, match="model.tokenizer: the tokenizer of"):
+    with pytest.raises(UsageError, match=r"model\.tokenizer: the tokenizer of"):
         load_tokenizer(recipe)
 
 
