@@ -117,7 +117,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _require_finite(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse NaN and Infinity, which JSON as Python reads it has, where they scale the change: each answer would be one."""
+    """Refuse NaN and Infinity, which JSON as Python reads it has, as scales of the change: each answer would be one."""
     patterns = config.get("alpha_pattern") or {}
     scales = {"lora_alpha": config.get("lora_alpha"), "lora_dropout": config.get("lora_dropout")}
     scales |= {f"alpha_pattern.{name}": value for name, value in patterns.items()} if isinstance(patterns, dict) else {}

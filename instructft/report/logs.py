@@ -109,8 +109,8 @@ def keep_until(
         if write:
             path.replace(aside)
     if made:
-        lines, them = ("line is", "it") if made == 1 else ("lines are", "them")
-        said.append(f"{made:,} {lines} written again, as the checkpoint has {them}")
+        which, them = ("line is", "it") if made == 1 else ("lines are", "them")
+        said.append(f"{made:,} {which} written again, as the checkpoint has {them}")
     if write and (said or path.exists()):
         write_whole(path, b"".join(line for line, _ in kept).decode("utf-8"))
     return [record for _, record in kept if record is not None], f"{path}: {'; '.join(said)}" if said else ""

@@ -138,7 +138,7 @@ def require_patterns_end(tokenizer: Any, name: str) -> None:
     Raises:
         ModelFileError: with the pattern.
     """
-    core = getattr(tokenizer, "backend_tokenizer", None)
+    core: Any = getattr(tokenizer, "backend_tokenizer", None)
     parts = [part for part in (getattr(core, key, None) for key in ("normalizer", "pre_tokenizer")) if part]
     patterns = [pattern for part in parts for pattern in _patterns(json.loads(part.__getstate__()))]
     letters = sorted({sign for pattern in patterns for sign in pattern})[:64]
