@@ -111,7 +111,7 @@ def test_a_run_folder_with_links_is_refused(recipe: Callable, tmp_path: Path, na
 
 
 @pytest.mark.skipif(os.name == "nt", reason="files have one name there")
-@pytest.mark.parametrize("name", ["README.md", "train.log", ".lock"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "train.log", ".lock"])
 def test_what_has_another_name_elsewhere_is_not_written_to(recipe: Callable, tmp_path: Path, name: str) -> None:
     """A hard link, as an archive can bring one; or a copy that somebody made by `cp -al`."""
     run = Path(recipe().output_dir)
