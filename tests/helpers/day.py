@@ -47,7 +47,7 @@ _TIMES = ("runtime", "per_second")  # in the names of what is measured by a cloc
 class Shared:
     """Numbers that the processes of a day share, in a file that each of them has mapped."""
 
-    names = ("clock", "deadline", "steps", "hub", "silent", "refused")
+    names = ("clock", "deadline", "steps", "hub", "silent", "refused", "asked")
 
     def __init__(self, path: Path):
         if not path.exists():
@@ -119,10 +119,11 @@ def serve_hub(shared: Shared, told: int) -> None:
         json.dump(hub.environment(Path(os.environ["HF_HOME"])), pipe)
     while os.getppid() == parent:
         time.sleep(0.2)
-        Path(os.environ[SHARED]).with_name("pushed.json").write_text(
-            json.dumps({f"{repo_id}/{name}": hashlib.sha256(content).hexdigest()
-                        for (kind, repo_id) in list(hub.repos) for name, content in hub.files(repo_id).items()})
-        )  # fmt: skip
+        if shared["asked"]:
+            sums = {f"{repo_id}/{name}": hashlib.sha256(content).hexdigest()
+                    for _, repo_id in list(hub.repos) for name, content in hub.files(repo_id).items()}  # fmt: skip
+            Path(os.environ[SHARED]).with_name("pushed.json").write_text(json.dumps(sums))
+            shared["asked"] = 0
 
 
 def fork(do: Any, *args: Any) -> int:
@@ -357,7 +358,9 @@ def day(recipe: str, out: Path, seconds: float, seed: int, fresh: bool) -> dict[
                 "silent": shared["silent"], "refused": shared["refused"], "clock moved": moves,
                 "said": said_of(out, len(ended)), "sealed": len(sealed(run))}  # fmt: skip
         told["whole"], told["run"] = ending(whole), ending(run)
-        time.sleep(0.5)  # what the Hub holds is told a few times a second
+        shared["asked"] = 1
+        while shared["asked"]:
+            time.sleep(0.1)
         told["pushed"] = json.loads((out / "pushed.json").read_text()).get("tester/day/model.safetensors")
         return told
     finally:

@@ -28,7 +28,7 @@ data:
   max_length: 64
   splits: {{validation: 0.1}}
 train:
-  max_steps: {1200 if LONG else 40}
+  max_steps: {min(1200, int(SECONDS)) if LONG else 40}
   per_device_train_batch_size: 4
   gradient_accumulation_steps: 2
   logging_steps: {2 if LONG else 1}
