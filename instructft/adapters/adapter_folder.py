@@ -16,6 +16,7 @@ from instructft.errors import AdapterError, ModelError
 from instructft.prompt.sandbox import SECONDS, at_most
 from instructft.weights.base_record import BASE, BaseModelRecord, stays_inside
 from instructft.weights.weight_files import ADAPTER_WEIGHTS, read_header
+from instructft.whole_file import read_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -76,6 +77,7 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
         raise AdapterError(f"{folder / CONFIG}: peft_type: found {config.get('peft_type')!r}, expected 'LORA'")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise AdapterError(f"{folder / CONFIG}: task_type: found {config['task_type']!r}, expected 'CAUSAL_LM'")
+    _require_finite(folder / CONFIG, config)
     if not (folder / WEIGHTS).is_file():
         if (folder / "adapter_model.bin").is_file():
             raise AdapterError(
@@ -104,7 +106,7 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_whole(path))
     except FileNotFoundError as error:
         raise AdapterError(f"{path.parent} holds no {path.name}: it is no adapter folder") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -112,6 +114,21 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise AdapterError(f"{path}: found {type(found).__name__}, expected a JSON object")
     return found
+
+
+def _require_finite(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse NaN and Infinity, which JSON as Python reads it has, as scales of the change: each answer would be one."""
+    patterns = config.get("alpha_pattern") or {}
+    scales = {"lora_alpha": config.get("lora_alpha"), "lora_dropout": config.get("lora_dropout")}
+    scales |= {f"alpha_pattern.{name}": value for name, value in patterns.items()} if isinstance(patterns, dict) else {}
+    for key, value in scales.items():
+        known = value is None or (isinstance(value, int | float) and abs(value) < _LARGEST)
+        if not known or (key == "lora_dropout" and not 0 <= (value or 0) <= 1):
+            what = "a share" if key == "lora_dropout" else "a number"
+            raise AdapterError(f"{path}: {key}: found {value!r}, expected {what}; copy or download it again")
+
+
+_LARGEST = 1e9  # of a scale: what is above is none, and no number is below NaN
 
 
 def first_three(problems: list[str]) -> str:

@@ -16,9 +16,10 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,8 +64,10 @@ def own(recipe: Recipe, resume: str = "auto") -> Iterator[None]:
         undo.callback(_remove_unmarked_lock, run)
         try:
             run.mkdir(parents=True, exist_ok=True)
+            _part_from_other_names(run.glob(LOCK))
             undo.enter_context(only_one(run / LOCK, f"output_dir: {run}: a run", "choose another output_dir"))
             refuse_what_is_no_run(run)
+            _part_from_other_names(run.iterdir())
             if not (run / MARK).exists():
                 begun = {"instructft": __version__, "begun": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
                 write_whole(run / MARK, json.dumps(begun) + "\n")
@@ -174,6 +177,17 @@ def _content(names: list[str]) -> str:
 def _links(folder: Path) -> Iterator[Path]:
     for parent, inner, files in os.walk(folder):
         yield from (Path(parent, name) for name in (*inner, *files) if os.path.islink(os.path.join(parent, name)))
+
+
+def _part_from_other_names(paths: Iterable[Path]) -> None:
+    """Give a run files of its own where they have another name elsewhere too (hard links), which it would write to."""
+    for path in list(paths):
+        found = path.lstat()
+        if stat.S_ISREG(found.st_mode) and found.st_nlink > 1 and path.suffix != ".safetensors":  # those are replaced
+            copy = path.with_name(f".{path.name}.part")
+            copy.unlink(missing_ok=True)
+            shutil.copy2(path, copy)
+            copy.replace(path)
 
 
 def make_folder(run: Path, fresh: bool) -> None:

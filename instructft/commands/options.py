@@ -159,6 +159,9 @@ def quiet_libraries(*models: str | None) -> None:
     import datasets
     import transformers
 
+    from instructft.hub.commit import limit_waits
+
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    limit_waits()

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.checkpoints import manifest
 from instructft.errors import InstructftError
+from instructft.formatting import clock
 from instructft.hub import commit
 from instructft.hub.commit import reason_of, retried
 from instructft.hub.push import Pushed, clean_place, push_checkpoint, push_to_hub
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 UPLOADS = ".upload"  # in the run folder: links to the files of checkpoints that wait or are on their way
 STOP_LIMIT = 20.0  # seconds that a run which was told to stop waits for an upload
+# Seconds that a run which has reached its end waits for all that is left, and bytes a second that it may take beyond.
+FINAL_LIMIT, SLOWEST = 900.0, 1 << 20
 _LENGTH = ("train.max_steps", "train.num_train_epochs")  # of a run these may grow
 
 
@@ -143,17 +146,11 @@ class Publisher:
                 held for `STOP_LIMIT` seconds at most.
         """
         try:
-            late = not self._join(None if final else STOP_LIMIT)
             if not final:
-                return self._stopped(late)
+                return self._stopped(late=not self._join(STOP_LIMIT))
             if self._hub.push == "never":
                 return Status(False, reason="hub.push is never", command=self._command(self._run))
-            pushed = push_to_hub(
-                self._run, str(self._hub.repo_id), private=self._hub.private, path_in_repo=self._hub.path_in_repo,
-                say=self._say, checked=True,
-            )  # fmt: skip
-            missing = f"{self._failed[0].name}: {self._failed[1]}" if self._failed else None
-            return Status(True, pushed.url, missing, self._command(self._failed[0]) if self._failed else None)
+            return self._finished()
         except Exception as error:
             return Status(False, self._last.url if self._last else None, _reason(error), self._command(self._run))
         finally:
@@ -254,6 +251,40 @@ class Publisher:
             self._changed.notify_all()
         self._thread.join(None if done else 1.0)
         return done
+
+    def _finished(self) -> Status:
+        """Push the final model, in a thread that is left behind where that takes too long."""
+        size = sum(path.stat().st_size for path in self._run.iterdir() if path.is_file())
+        limit = FINAL_LIMIT + size / SLOWEST
+        until = time.monotonic() + limit
+        ended: list[Pushed | Exception] = []
+
+        def push() -> None:
+            try:
+                ended.append(push_to_hub(
+                    self._run, str(self._hub.repo_id), private=self._hub.private,
+                    path_in_repo=self._hub.path_in_repo, say=self._say, checked=True,
+                    pause=self._pause,
+                ))  # fmt: skip
+            except _Stopped:
+                return
+            except Exception as error:
+                ended.append(error)
+
+        if self._join(limit):
+            last = threading.Thread(target=push, name="instructft-push", daemon=True)
+            last.start()
+            last.join(max(until - time.monotonic(), 0.0))
+        url = self._last.url if self._last else None
+        if not ended:
+            with self._changed:
+                self._stop = True
+                self._changed.notify_all()
+            return Status(False, url, f"the Hub did not take it in {clock(limit)}", self._command(self._run))
+        if isinstance(ended[0], Exception):
+            raise ended[0]
+        missing = f"{self._failed[0].name}: {self._failed[1]}" if self._failed else None
+        return Status(True, ended[0].url, missing, self._command(self._failed[0]) if self._failed else None)
 
     def _stopped(self, late: bool) -> Status:
         if self._hub.push != "checkpoints":

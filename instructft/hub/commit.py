@@ -12,6 +12,7 @@ that are there already, byte for byte, are not sent.
 
 from __future__ import annotations
 
+import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -142,6 +143,23 @@ def commit(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def limit_waits() -> None:
+    """From now on no request to the Hub waits for ever on a connection on which nothing comes.
+
+    Nor those of other libraries: the client has no limit, and some calls name none (`repo_info`, huggingface_hub 2.4).
+    """
+    from huggingface_hub import get_session
+
+    hooks = get_session().event_hooks["request"]
+    if _limit not in hooks:
+        hooks.append(_limit)
+
+
+def _limit(request: Any) -> None:
+    limits = {name: STALLED if value is None else value for name, value in request.extensions["timeout"].items()}
+    request.extensions = {**request.extensions, "timeout": limits}
+
+
 def retried(
     what: str, call: Callable[[], Result], pause: Pause = time.sleep, also: type[Exception] | tuple[()] = ()
 ) -> Result:
@@ -155,17 +173,14 @@ def retried(
     Raises:
         HubError: it was refused, or failed `TRIES` times; nothing secret is in the message.
     """
-    from huggingface_hub import get_session
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
-    growing = wait_exponential_jitter(initial=WAIT, max=LONGEST, jitter=WAIT)
     retrying = Retrying(
         retry=retry_if_exception(_is_transient),
         stop=stop_after_attempt(TRIES),
-        wait=lambda state: _retry_after(cast(Any, state.outcome).exception()) or growing(state),
+        wait=lambda state: _retry_after(cast(Any, state.outcome).exception()) or _spread(state.attempt_number),
         sleep=pause,
-        # the library's client waits for ever on a connection on which nothing comes
-        before=lambda state: setattr(get_session(), "timeout", STALLED),
+        before=lambda state: limit_waits(),
         reraise=True,
     )
     try:
@@ -178,6 +193,15 @@ def retried(
         if _is_transient(error):
             raise HubError(f"{what} failed {TRIES} times, last with: {reason_of(error)}; try again later") from error
         raise HubError(refusal(error, what)) from error
+
+
+# not the process's own numbers, as `tenacity` would: a run draws from those, and its checkpoints hold where they stand
+_CHANCE = random.Random()
+
+
+def _spread(tried: int) -> float:
+    """Seconds to wait after so many tries; two that fail together do not come back together."""
+    return min(WAIT * 2.0 ** (tried - 1) + _CHANCE.uniform(0.0, WAIT), LONGEST)
 
 
 def _is_transient(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from instructft.errors import InstructftError, UsageError
+from instructft.errors import InstructftError, ModelFileError, UsageError
 from instructft.formatting import short
 from instructft.inference.chat import Chat
 from instructft.inference.reference_model import ReferenceModel, check_base
@@ -65,6 +65,8 @@ def converse(chat: Chat, name: str, base: str = "start", plain: bool = False) ->
             else:
                 _answer(chat, partial(chat.stream, text), terminal, commands.plain)
         except InstructftError as error:  # also of a base that cannot be loaded; the conversation goes on
+            if isinstance(error, ModelFileError) and not terminal and not text.startswith("/"):
+                raise  # nobody is there to ask something else
             _say(f"({error})")
         except KeyboardInterrupt:
             if not terminal:

@@ -21,7 +21,7 @@ from instructft.prompt.templates import TEMPLATES
 from instructft.weights import remote_code
 from instructft.weights.base_record import adapter_on_hub, commit_of
 from instructft.weights.model_class import auto_class
-from instructft.weights.readable import reading
+from instructft.weights.readable import reading, require_patterns_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -184,6 +184,7 @@ def _load_tokenizer(name: str, location: str, **where: str) -> PreTrainedTokeniz
     tokenizer = _whole(name, AutoTokenizer.from_pretrained, location, **where, **trust)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of a folder with none
         raise ModelError(f"{name} has no tokenizer: there is none in {location}; save one there")
+    require_patterns_end(tokenizer, name)
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 

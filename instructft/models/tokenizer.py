@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.data.sources import QUICKSTART
-from instructft.errors import TemplateError, UsageError, is_panic
+from instructft.errors import ModelFileError, TemplateError, UsageError, is_panic
 from instructft.formatting import first_line
 from instructft.models.latest import resolve_latest
 from instructft.prompt.templates import BOS, TEMPLATES
 from instructft.weights import remote_code
 from instructft.weights.model_class import PROCESSOR
-from instructft.weights.readable import unreadable_tokenizer
+from instructft.weights.readable import require_patterns_end, require_readable, unreadable_tokenizer
+from instructft.whole_file import read_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,17 +84,23 @@ def _bare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     own = recipe.model.tokenizer is None
     revision = (recipe.model.revision if own else None) or "main"
     trust = remote_code.pinned(str(name), revision) if own else {"trust_remote_code": False}
+    folder = Path(str(name)).expanduser() / ((recipe.model.subfolder if own else None) or "")
     try:
-        return AutoTokenizer.from_pretrained(
+        require_readable(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, revision=revision, subfolder=(recipe.model.subfolder if own else None) or "", **trust
         )
+        require_patterns_end(tokenizer, str(name))
+    except ModelFileError as error:
+        raise UsageError(f"{key}: {error}") from error
     except BaseException as error:  # tokenizers raise anything, and panic
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        hint = unreadable_tokenizer(Path(str(name)).expanduser() / ((recipe.model.subfolder if own else None) or ""))
+        hint = unreadable_tokenizer(folder)
         if _only_sentencepiece(str(name), revision, (recipe.model.subfolder if own else None) or ""):
             hint = "its tokenizer.model is SentencePiece's, which is not installed here: pip install sentencepiece"
         raise UsageError(not_loaded(key, str(name), "a tokenizer", error, hint)) from error
+    return tokenizer
 
 
 def _only_sentencepiece(name: str, revision: str, subfolder: str) -> bool:
@@ -285,7 +292,7 @@ def _template_file(name: str) -> str:
     import jinja2
 
     try:
-        text = Path(name).expanduser().read_text(encoding="utf-8")
+        text = read_whole(Path(name).expanduser())
         # {% generation %} is an extension of transformers; its tags stand alone, so they can be left out here
         plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)

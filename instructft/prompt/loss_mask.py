@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instructft.errors import DataError, TemplateError, is_panic
+from instructft.errors import DataError, ModelFileError, TemplateError, is_panic
 from instructft.prompt.borders import IGNORE_INDEX, Borders, Row
 from instructft.prompt.conversation import Conversation, Message
 from instructft.prompt.fast_bpe import FastBPE, fast_bpe
@@ -227,7 +227,7 @@ class Encoder:
             if not is_panic(error):
                 raise
             name = self.tokenizer.name_or_path
-            raise TemplateError(f"the tokenizer of {name} (tokenizer.json) fails on a text: {error}") from error
+            raise ModelFileError(f"the tokenizer of {name} (tokenizer.json) fails on a text: {error}") from error
 
     @cached_property
     def _core(self) -> Any:

@@ -74,24 +74,56 @@ def last_records(path: Path) -> list[dict[str, Any]]:
     return [record for record in found if record is not None]
 
 
-def keep_until(step: int, path: Path, write: bool = True) -> tuple[list[dict[str, Any]], str]:
+def keep_until(
+    step: int, path: Path, write: bool = True, logged: Mapping[int, Mapping[str, Any]] | None = None
+) -> tuple[list[dict[str, Any]], str]:
     """Cut a log back to the step that a run continues from: the records that stay, and in words what was left out.
 
     A last line that a kill cut short is nobody's loss. A file with damaged lines is kept beside, as `NAME.damaged`.
+
+    Args:
+        logged: step -> what was logged there, as the checkpoint has it: the log is made to say so, in one line a step.
     """
     lines = [(line, record) for line, record in _lines(path) if line.endswith(b"\n")]
+    damaged = [number for number, (_, record) in enumerate(lines, 1) if record is None]
     kept = [(line, record) for line, record in lines if record is not None and record["step"] <= step]
-    damaged = [str(number) for number, (_, record) in enumerate(lines, 1) if record is None]
-    said = ""
+    made = 0
+    if logged:
+        there = {record["step"]: (line, record) for line, record in kept}  # the last of several
+        damaged += [
+            number for number, (_, record) in enumerate(lines, 1) if record is not None and record["step"] <= step
+            and (there[record["step"]][1] is not record or not _says(record, logged, step))
+        ]  # fmt: skip
+        at_its_end = {step} & set(there)  # a checkpoint is saved before all of its step is logged
+        steps = sorted(at_its_end.union(at for at in logged if at <= step))
+        kept = [
+            there[at] if at in there and _says(there[at][1], logged, step) else _line({**logged[at]}) for at in steps
+        ]
+        made = sum(at not in there or kept[i] is not there[at] for i, at in enumerate(steps))
+    said = []
     if damaged:
-        numbers = ", ".join(damaged[:10]) + (f" and {len(damaged) - 10} more" if len(damaged) > 10 else "")
+        told = [str(number) for number in sorted(damaged)]
+        which = ", ".join(told[:10]) + (f" and {len(told) - 10} more" if len(told) > 10 else "")
         aside = path.with_name(path.name + DAMAGED)
-        said = f"{path}: line {numbers}: damaged, and left out; the file as it was is kept in {aside.name}"
+        said.append(f"line {which}: damaged, and left out; the file as it was is kept in {aside.name}")
         if write:
             path.replace(aside)
-    if write and (damaged or path.exists()):
+    if made:
+        which, them = ("line is", "it") if made == 1 else ("lines are", "them")
+        said.append(f"{made:,} {which} written again, as the checkpoint has {them}")
+    if write and (said or path.exists()):
         write_whole(path, b"".join(line for line, _ in kept).decode("utf-8"))
-    return [record for _, record in kept if record is not None], said
+    return [record for _, record in kept if record is not None], f"{path}: {'; '.join(said)}" if said else ""
+
+
+def _says(record: Mapping[str, Any], logged: Mapping[int, Mapping[str, Any]], last: int) -> bool:
+    """Whether a record says what was logged at its step, whatever else."""
+    known = logged.get(record["step"], {"step": last})
+    return all(key in record and record[key] == value for key, value in known.items())
+
+
+def _line(record: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    return json.dumps(record).encode() + b"\n", record
 
 
 def append_log(path: Path, records: Sequence[Mapping[str, Any]]) -> bool:

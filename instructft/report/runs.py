@@ -165,11 +165,10 @@ def _made_from(folder: Path) -> tuple[str | None, str | None]:
     sections = dict(re.findall(r"^(model|data|adapter):\n((?: .*\n|\n)*)", text, re.M))
     keys = dict(re.findall(r"^ +(name_or_path|model_type|subfolder): (.+)$", sections.get("model", ""), re.M))
     adapter = dict(re.findall(r"^  (type|r): (.+)$", sections.get("adapter", ""), re.M))
-    model = None
-    if "model_type" in keys or "name_or_path" in keys:
-        start = _plain(keys.get("name_or_path", "null"))
-        model = f"{_plain(keys['model_type'])}, random" if start == "null" else _told(start)
-        model += f" + LoRA r={adapter.get('r')}" if adapter.get("type") == "lora" else ""
+    start, made = (_plain(keys.get(key, "null")) for key in ("name_or_path", "model_type"))
+    model = _told(start) if start != "null" else f"{made}, random" if made != "null" else None
+    if model and adapter.get("type") == "lora":
+        model += f" + LoRA r={adapter.get('r')}"
     entries = re.search(r"^  datasets:\n((?:  [- ].*\n)*)", sections.get("data", ""), re.M)
     found = re.findall(r"^ +(?:- )?(name|hub|path|url): (.+)$", entries[1], re.M) if entries else []
     sets = [bare_url(_plain(text)) if key == "url" else _told(_plain(text)) for key, text in found]

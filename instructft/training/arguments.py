@@ -297,7 +297,10 @@ def refuse_what_cannot_run(recipe: Recipe, state: PartialState) -> None:
             f"a launcher started {os.environ['WORLD_SIZE']} processes, and accelerate counts one in each: all would "
             "write into one run folder. Without a GPU write train.use_cpu=true, and launch with instructft launch"
         )
-    if isinstance(file := recipe.train.get("accelerator_config"), str) and Path(file).is_file():
+    file = recipe.train.get("accelerator_config")
+    if isinstance(file, str) and Path(file).exists() and not Path(file).is_file():
+        raise UsageError(f"train.accelerator_config: {file} is a folder, a device or a pipe, expected a JSON file")
+    if isinstance(file, str) and Path(file).is_file():
         config = json.loads(Path(file).read_text(encoding="utf-8"))
         if found := accelerator_problem(config):
             raise UsageError(f"train.accelerator_config: {file}: {found[0]}: {found[1]}")

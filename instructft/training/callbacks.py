@@ -56,7 +56,7 @@ class MetricsFile(TrainerCallback):
         """Keep the lines up to the step that the run continues from; a fresh run starts an empty file."""
         if not state.is_world_process_zero:
             return
-        kept, said = keep_until(state.global_step, self.path)
+        kept, said = keep_until(state.global_step, self.path, logged=_logged(state.log_history))
         if said:
             self._say(said)
         if kept:  # what is still to come of this step belongs into its line
@@ -106,6 +106,20 @@ class MetricsFile(TrainerCallback):
             file.truncate()
         self._start = at + sum(map(len, content[:-1]))
         self._behind.clear()
+
+
+def _logged(history: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """What a trainer's history says was logged: step -> the values of its line.
+
+    >>> _logged([{"start_loss": 7.3, "step": 0}, {"loss": 7.1, "step": 1}, {"eval_loss": 7.2, "step": 1}])
+    {1: {'step': 1, 'loss': 7.1, 'eval_loss': 7.2}}
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for entry in history:
+        if "start_loss" not in entry or "loss" in entry:  # else it is logged with the first step
+            line = found.setdefault(entry["step"], {"step": entry["step"]})
+            line.update({key: _strict(value) for key, value in entry.items()})
+    return found
 
 
 def _strict(value: Any) -> Any:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from instructft.errors import InstructftError, ModelFileError, is_panic
-from instructft.formatting import first_line
+from instructft.formatting import first_line, short
 from instructft.weights import remote_code
 from instructft.weights.weight_files import ADAPTER_WEIGHTS, NAMES, read_header, weight_files
+from instructft.whole_file import read_whole, require_file
 
 _AGAIN = "copy or download it again"
 # files that hold one JSON object
@@ -25,6 +26,8 @@ _OBJECTS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "run.json"),
     *("adapter_config.json", *(index for _, index in NAMES)),
 )
+# files of a tokenizer, which libraries read whole
+_TABLES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model", "chat_template.jinja")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -34,7 +37,7 @@ def read_object(path: Path) -> dict[str, Any]:
         ModelFileError: it is none, or cannot be read.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_whole(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path} cannot be read as JSON ({first_line(error)}); {_AGAIN}") from error
     if not isinstance(found, dict):
@@ -56,6 +59,12 @@ def require_readable(folder: Path) -> None:
     for name in _OBJECTS:
         if (folder / name).is_file():
             read_object(folder / name)
+    for name in _TABLES:
+        if (folder / name).is_file():
+            try:
+                require_file(folder / name)
+            except OSError as error:
+                raise ModelFileError(f"{folder / name} cannot be a tokenizer's: {error.strerror}") from error
     index = folder / NAMES[0][1]
     has_shards = not (folder / NAMES[0][0]).is_file() and index.is_file()
     for file in [*(weight_files(folder) if has_shards else ()), folder / NAMES[0][0], folder / ADAPTER_WEIGHTS]:
@@ -119,3 +128,42 @@ def unreadable_tokenizer(folder: Path) -> str:
             raise
         return f"{path} is no tokenizer that can be read: {first_line(error)}; {_AGAIN}"
     return ""
+
+
+def require_patterns_end(tokenizer: Any, name: str) -> None:
+    """Try the regular expressions of a tokenizer on texts over which one of exponential time gives up.
+
+    The library bounds each match and panics; it is better known before a run begins, or a question is asked.
+
+    Raises:
+        ModelFileError: with the pattern.
+    """
+    core: Any = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [part for part in (getattr(core, key, None) for key in ("normalizer", "pre_tokenizer")) if part]
+    patterns = [pattern for part in parts for pattern in _patterns(json.loads(part.__getstate__()))]
+    letters = sorted({sign for pattern in patterns for sign in pattern})[:64]
+    after = "".join(letters)  # a match is not even tried where a character that it needs is nowhere
+    for unit in {*_UNITS, *letters} if patterns else ():
+        for end in ("", "!", f" {after}", f"\n{after}"):
+            try:
+                core.encode(unit * 40 + end, add_special_tokens=False)
+            except BaseException as error:
+                if not is_panic(error):
+                    raise
+                which = ", ".join(short(pattern, 80) for pattern in patterns)
+                raise ModelFileError(
+                    f"the tokenizer of {name} (tokenizer.json) does not come to an end on some texts: {error}; "
+                    f"of its patterns: {which}"
+                ) from error
+
+
+_UNITS = ("a", "A", "1", " ", "\n", "\t", "_", ".", "-", "'", "é", "中", "aA", "a ", "a1", "ab", "1,", ". ")
+
+
+def _patterns(found: Any) -> Iterator[str]:
+    """Every regular expression in the description of a part of a tokenizer."""
+    for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+        if key == "Regex" and isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            yield from _patterns(value)

@@ -245,3 +245,18 @@ def test_a_pattern_without_end_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"a regular expression in it .* takes over 0\.2 s"):
         read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora_alpha", float("nan")), ("lora_alpha", float("inf")), ("lora_alpha", -1e308), ("lora_alpha", "16"),
+        ("lora_dropout", float("nan")), ("lora_dropout", 1.5), ("alpha_pattern", {"q_proj": float("nan")}),
+    ],
+)  # fmt: skip
+def test_a_scale_that_is_no_number_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    """JSON as Python reads it has NaN; every answer would be made of it, and nobody told."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, key: value, "base_model_name_or_path": "org/name"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=rf"adapter_config\.json: {key}.*: found .*, expected a "):
+        read_adapter(tmp_path)

@@ -110,6 +110,23 @@ def test_a_run_folder_with_links_is_refused(recipe: Callable, tmp_path: Path, na
     assert everything(run) == before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="files have one name there")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "train.log", ".lock"])
+def test_what_has_another_name_elsewhere_is_not_written_to(recipe: Callable, tmp_path: Path, name: str) -> None:
+    """A hard link, as an archive can bring one; or a copy that somebody made by `cp -al`."""
+    run = Path(recipe().output_dir)
+    with own(recipe()):
+        (run / "checkpoint-5").mkdir()
+    (tmp_path / "theirs").write_text("precious")
+    (run / name).hardlink_to(tmp_path / "theirs")
+    with own(recipe()):
+        if name != ".lock":
+            assert (run / name).read_text() == "precious"
+        with (run / name).open("a") as file:
+            file.write("ours")
+    assert (tmp_path / "theirs").read_text() == "precious"
+
+
 def test_rows_that_the_run_would_replace_are_named(recipe: Callable) -> None:
     run = Path(recipe().output_dir)
     with own(recipe()):

@@ -113,6 +113,22 @@ def test_a_stopped_run_is_not_held(begin: Any, hub: LocalHub, monkeypatch: pytes
     assert ("model", REPO_ID) not in hub.repos or len(hub.commits(REPO_ID)) == 1
 
 
+def test_a_finished_run_is_not_held(begin: Any, hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a Hub that is silent, whatever each of its requests may take."""
+    monkeypatch.setattr(background, "FINAL_LIMIT", 0.3)
+    monkeypatch.setattr(background, "SLOWEST", 1 << 30)
+    held = threading.Event()
+    for push_of in ("end", "checkpoints"):
+        one, run, _ = begin(push=push_of)
+        hub.before = lambda request: held.wait(10)
+        one.checkpoint_sealed(run / "checkpoint-2", 2, 1000, 2.0, ["checkpoint-2"])
+        status = one.finish(final=True)
+        assert not held.is_set()
+        assert str(status) == f"not pushed: the Hub did not take it in 0 s\n  instructft push {run} {REPO_ID}"
+        shutil.rmtree(run)
+    held.set()
+
+
 def test_never_and_end_push_no_checkpoints(begin: Any, hub: LocalHub) -> None:
     publisher, run, _ = begin(push="end")
     publisher.checkpoint_sealed(run / "checkpoint-1", 1, 1000, 2.0, ["checkpoint-1"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,3 +174,28 @@ def test_waits_grow_are_spread_and_as_long_as_the_hub_asks(monkeypatch: pytest.M
         waits, said = waits_of(Refused(status))
         assert waits == []
         assert "hf_a1" not in said
+
+
+def test_waiting_takes_no_chance_from_the_run() -> None:
+    """Uploads run beside the training, and where its random numbers stand is part of a checkpoint."""
+    import numpy as np
+    import torch
+
+    def states() -> tuple[Any, ...]:
+        return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+
+    before = states()
+    assert len(waits_of(*[Refused(503)] * 9)[0]) == commit.TRIES - 1
+    assert states() == before
+
+
+def test_a_hub_that_is_silent_is_not_waited_for(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by calls that name a limit of their own, which is none: `repo_info`."""
+    monkeypatch.setattr(commit, "STALLED", 0.2)
+    held = threading.Event()
+    hub.before = lambda request: held.wait(20)
+    try:
+        with pytest.raises(HubError, match=r"reading tester/model failed 6 times, last with: .*time"):
+            commit.open_repository(commit.connect(), REPO_ID, True, lambda seconds: None)
+    finally:
+        held.set()

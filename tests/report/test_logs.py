@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,3 +64,43 @@ def test_a_library_that_closes_what_stood_for_stderr_closes_nothing(monkeypatch:
         found = sys.stderr
     found.close()
     assert not stream.closed
+
+
+LOGGED = {step: {"step": step, "loss": 1.0 / step} for step in (1, 2, 3)}
+SOUND = "".join(f'{{"step": {step}, "loss": {1 / step}, "tokens_per_second": 9.5}}\n' for step in (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda text: text.replace('"loss": 0.5', '"loss": 0.8'), "line 2: damaged"),
+        (lambda text: text.replace('"step": 2', '"step": 3'), "line 2: damaged"),
+        (lambda text: text.replace('"step": 2', '"step": 7'), "1 line is written again, as the checkpoint has it"),
+        (lambda text: text.replace('"loss": 0.5, ', ""), "line 2: damaged"),
+        (lambda text: text.replace('{"step": 2', "{"), "line 2: damaged"),
+        (lambda text: text + text.splitlines(keepends=True)[1], "line 2: damaged"),
+        (
+            lambda text: "".join(text.splitlines(keepends=True)[::2]),
+            "1 line is written again, as the checkpoint has it",
+        ),
+        (lambda text: "", "3 lines are written again"),
+        (lambda text: text[:-9], "1 line is written again, as the checkpoint has it"),
+    ],
+)
+def test_what_a_checkpoint_has_of_a_log_is_written_again(tmp_path: Path, damage: Any, line: str) -> None:
+    """Also where a line is JSON still, and says something else than was logged."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(damage(SOUND) + '{"step": 4, "loss": 0.25}\n')
+    kept, said = keep_until(3, path, logged=LOGGED)
+    assert [{key: record[key] for key in ("step", "loss")} for record in kept] == list(LOGGED.values())
+    assert read_log(path) == kept
+    assert line in said
+    assert keep_until(3, path, logged=LOGGED) == (kept, "")
+
+
+def test_what_a_log_has_beside_the_checkpoint_stays(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    more = '{"step": 4, "train_loss": 2.0}\n'  # logged after the last checkpoint was saved
+    path.write_text(SOUND + more)
+    assert keep_until(4, path, logged=LOGGED)[1] == ""
+    assert path.read_text() == SOUND + more

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from instructft.errors import UsageError
-from instructft.report.runs import find_runs, show_runs
+from instructft.report.runs import _made_from, find_runs, show_runs
 from tests.helpers.report import LINES, facts_of, fill
 
 RECIPE = """# a: the recipe as it was resolved
@@ -146,3 +146,9 @@ def test_no_library_of_training_is_loaded(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
+
+
+def test_a_recipe_that_names_no_model_is_listed(tmp_path: Path) -> None:
+    """As somebody has edited it, or a disk has damaged it."""
+    (tmp_path / "recipe.yaml").write_text("model:\n  name_or_path: null\ndata:\n  datasets:\n    - name: quickstart\n")
+    assert _made_from(tmp_path) == (None, "quickstart")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from transformers import GPT2Config, TrainingArguments
 
 import instructft
+from instructft.errors import UsageError
 from instructft.models import memory
 from instructft.training import arguments
 from instructft.training.arguments import (
@@ -151,3 +153,11 @@ def test_checkpointing_where_memory_would_not_hold_a_step(
     assert ("2 MiB of the 1 MiB" in why) is decided
     kept, _ = decide_checkpointing(recipe, None, DATA, args, {"train.gradient_checkpointing": decided})  # type: ignore[arg-type]
     assert kept.train["gradient_checkpointing"] is decided
+
+
+def test_a_pipe_is_no_configuration(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """A library would open it, and wait for ever."""
+    os.mkfifo(tmp_path / "pipe.json")
+    recipe = instructft.load_recipe(write_recipe(), [f"train.accelerator_config={tmp_path / 'pipe.json'}"])
+    with pytest.raises(UsageError, match=r"accelerator_config: .*pipe\.json is a folder, a device or a pipe"):
+        arguments.refuse_what_cannot_run(recipe, SimpleNamespace(num_processes=1))  # type: ignore[arg-type]

@@ -15,9 +15,11 @@ from safetensors import safe_open
 from tokenizers import Regex, pre_tokenizers
 
 from instructft.adapters.adapter_folder import read_adapter
-from instructft.errors import InstructftError, ModelFileError, TemplateError
+from instructft.errors import InstructftError, ModelFileError, UsageError
 from instructft.models.load_for_inference import load_for_inference
+from instructft.models.tokenizer import load_tokenizer
 from instructft.prompt.loss_mask import Encoder
+from instructft.recipe.load import load_recipe
 from instructft.weights.readable import reading, require_readable
 
 
@@ -111,8 +113,37 @@ def test_a_pattern_of_exponential_time_is_an_error_that_names_the_file(folder: P
     _, tokenizer = load_for_inference(str(folder))
     endless = pre_tokenizers.Split(Regex(r"(\w+)+#"), "isolated")
     tokenizer.backend_tokenizer.pre_tokenizer = endless
-    with pytest.raises(TemplateError, match=r"base \(tokenizer\.json\) fails on a text: .*retry-limit-in-match"):
+    with pytest.raises(ModelFileError, match=r"base \(tokenizer\.json\) fails on a text: .*retry-limit-in-match"):
         Encoder(tokenizer).tokenize(["a" * 60 + " #"])
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(\w+)+#", "(x+x+)+y", "(a|aa)+$", "^(([a-z])+.)+[A-Z]([a-z])+$", r"([a-z]+)*\d\?"]
+)
+@pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
+def test_and_one_that_is_refused_before_any_text_comes(folder: Path, pattern: str, part: str) -> None:
+    path = folder / "tokenizer.json"
+    found = json.loads(path.read_text())
+    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    change = {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": pattern}, "content": ""}]}
+    path.write_text(json.dumps({**found, part: cut if part == "pre_tokenizer" else change}))
+    with pytest.raises(
+        ModelFileError, match=r"base.* does not come to an end on some texts.*retry-limit-in-match"
+    ) as no:
+        load_for_inference(str(folder))
+    assert pattern in str(no.value)
+    recipe = load_recipe("quickstart", [f"model.tokenizer={folder}"])
+    with pytest.raises(UsageError, match=r"model\.tokenizer: the tokenizer of"):
+        load_tokenizer(recipe)
+
+
+def test_a_tokenizer_of_gigabytes_is_not_opened(folder: Path) -> None:
+    with (folder / "tokenizer.json").open("r+b") as file:
+        file.truncate(1 << 34)
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json cannot be a tokenizer's: it has 17,179,869,184 bytes"):
+        load_for_inference(str(folder))
+    with pytest.raises(UsageError, match=r"model\.tokenizer: .*tokenizer\.json cannot be a tokenizer's"):
+        load_tokenizer(load_recipe("quickstart", [f"model.tokenizer={folder}"]))
 
 
 def test_adapters_too(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from instructft.errors import DataError
 from instructft.formatting import first_line
 
 _ROWS_AT_ONCE = 1000
+MOST_COLUMNS = 10_000  # each is looked at by name, in every row
 
 Change = Callable[[Any], Any]  # a value that is not null, to the value that JSON has
 
@@ -27,7 +28,7 @@ def parquet_rows(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], s
 
     try:
         whole = parquet.ParquetFile(file)
-        changes = _changes(whole.schema_arrow)
+        changes = _changes(whole.schema_arrow, name)
         read, size = 0, file.seek(0, io.SEEK_END)
         for batch in whole.iter_batches(batch_size=_ROWS_AT_ONCE):
             read += batch.nbytes
@@ -50,7 +51,7 @@ def arrow_rows(file: IO[bytes], name: str) -> Iterator[tuple[dict[str, Any], str
             file.seek(0)
             reader = pa.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        changes = _changes(reader.schema)
+        changes = _changes(reader.schema, name)
         for batch in batches:
             batch.validate(full=True)  # a damaged file's offsets would be followed out of its memory
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
@@ -67,8 +68,10 @@ def _rows(batch: Any, changes: Mapping[str, Change]) -> Iterator[tuple[dict[str,
         yield row, ""
 
 
-def _changes(schema: Any) -> dict[str, Change]:
+def _changes(schema: Any, name: str) -> dict[str, Change]:
     """What is to be done to the values of each column; a column that needs nothing is not named."""
+    if len(schema.names) > MOST_COLUMNS:
+        raise DataError(f"{name} has {len(schema.names):,} columns, expected at most {MOST_COLUMNS:,}")
     features: Any = {}
     if b"huggingface" in (schema.metadata or {}):
         try:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import IO, Any
 
+from instructft.data.files.json_rows import bounded_lines
 from instructft.errors import DataError
 
 _SEPARATORS = (",", ";", "\t", "|")  # in a tie the first
@@ -23,7 +24,7 @@ def csv_rows(file: IO[bytes], name: str, separator: str | None = None) -> Iterat
         DataError: with the line of a row that has other cells than the header, or is not CSV.
     """
     csv.field_size_limit(1 << 30)  # characters in a cell; Python's own limit is shorter than a long conversation
-    lines = iter(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+    lines = bounded_lines(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), name)
     skipped = 0
     first = next(lines, "")
     if told := _TOLD.match(first):

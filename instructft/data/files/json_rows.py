@@ -17,6 +17,7 @@ WRAPPERS = ("data", "rows", "train", "examples", "records", "items", "instances"
 
 
 _AT_ONCE = 1 << 16  # characters
+MOST = 1 << 28  # characters of a row, or of a line: no honest one has as many, and all of it would be in memory
 
 
 def json_rows(file: IO[bytes], name: str, one_object_is_a_row: bool) -> Found:
@@ -34,7 +35,8 @@ def json_rows(file: IO[bytes], name: str, one_object_is_a_row: bool) -> Found:
     if head.lstrip().startswith("["):  # before a line is read, which may be all of the file
         yield from _list(head, text, name)
         return
-    lines = enumerate(chain(io.StringIO(head + text.readline(), newline="\n"), text), 1)
+    rest = bounded_lines(text, name)
+    lines = enumerate(chain(io.StringIO(head + next(rest, ""), newline="\n"), rest), 1)
     number, line = next(((n, text) for n, text in lines if text.strip()), (0, ""))
     if not line:
         return
@@ -55,6 +57,14 @@ def json_rows(file: IO[bytes], name: str, one_object_is_a_row: bool) -> Found:
     yield first, line
     yield from _line_by_line([second], name)
     yield from _line_by_line(lines, name)
+
+
+def bounded_lines(text: IO[str], name: str) -> Iterator[str]:
+    """The lines of a file, none of which has no end."""
+    while line := text.readline(MOST):
+        if len(line) == MOST:
+            raise DataError(f"{name}: a line has more than {MOST:,} characters, expected a row on each")
+        yield line
 
 
 def _line_by_line(lines: Iterable[tuple[int, str]], name: str) -> Found:
@@ -148,6 +158,8 @@ class _Window:
     def more(self) -> bool:
         """Read on, as much again as there is already; whether there was more."""
         self._let_go()
+        if len(self.text) >= MOST:
+            raise ValueError(f"it has more than {MOST:,} characters")
         new = self._rest.read(max(_AT_ONCE, len(self.text)))
         self.text += new
         return bool(new)

@@ -18,6 +18,7 @@ from typing import Any
 from instructft.data import readers
 from instructft.data.files.kinds import ARROW_KINDS, SUFFIXES, not_known, suffix_of
 from instructft.errors import DataError
+from instructft.whole_file import read_whole
 
 Splits = dict[str, list["DataFile"]]  # the files of each split, in order
 
@@ -173,7 +174,7 @@ def _saved(folder: Path, key: str) -> list[DataFile]:
 
 def _json_of(path: Path, key: str) -> Mapping[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_whole(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{key}: {path} could not be read: {error}") from error
     if not isinstance(found, dict):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from instructft.errors import DataError
+from instructft.whole_file import read_whole
 
 _ID = re.compile(r"[0-9a-f]{16}")
 
@@ -65,7 +66,7 @@ def read_excluded(path: str | None) -> Excluded:
         return Excluded()
     file = Path(path).expanduser()
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_whole(file, "utf-8-sig", most=1 << 30).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.exclude: {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     found = set()

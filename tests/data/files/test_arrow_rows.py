@@ -11,6 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from instructft.data.readers import rows
+from instructft.errors import DataError
 
 DAY = datetime.date(2024, 5, 1)
 CASES = {
@@ -66,3 +67,17 @@ def test_json_deep_in_the_types_of_datasets(tmp_path: Path) -> None:
     texts = [{"role": "user", "more": '{"a":1}'}, {"role": "tool", "more": '"text"'}]
     parquet.write_table(pa.table({"messages": [texts], "plain": ['"q"']}, schema=schema), tmp_path / "b.parquet")
     assert list(rows(tmp_path / "b.parquet", ".parquet", "b.parquet")) == content
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_columns_by_the_ten_thousand_are_refused(tmp_path: Path, suffix: str) -> None:
+    """A few bytes each, and each is looked at by name in every row."""
+    table = pa.Table.from_arrays([pa.array(["1"])] * 10_001, names=[str(i) for i in range(10_001)])
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(table, path, use_dictionary=False, write_statistics=False)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match="rows has 10,001 columns, expected at most 10,000"):
+        next(iter(rows(path, suffix, "rows")))

@@ -91,3 +91,24 @@ def test_the_first_row_of_a_long_list_needs_little_of_it() -> None:
     row, text = next(found)
     assert row == json.loads(text)
     assert file.tell() < 300_000 < len(file.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "said"),
+    [
+        (".jsonl", '{"a": "', "a line has more than 200,000 characters"),
+        (".jsonl", '{"a": 1}\n{"a": "', "a line has more than 200,000 characters"),
+        (".json", '[{"a": 1}, {"a": "', "row 2 is not to be read: it has more than 200,000 characters"),
+        (".csv", "a,b\n1,", "a line has more than 200,000 characters"),
+    ],
+)
+def test_a_row_without_end_is_not_taken_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, content: str, said: str
+) -> None:
+    monkeypatch.setattr(json_rows, "MOST", 200_000)
+    path = tmp_path / f"rows{suffix}"
+    with path.open("wb") as file:
+        file.write(content.encode())
+        file.truncate(1 << 34)  # that nobody reads
+    with pytest.raises(DataError, match=said):
+        list(rows(path, suffix, "rows"))
