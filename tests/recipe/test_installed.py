@@ -13,7 +13,7 @@ from rich.console import Console
 import instructft
 from instructft.errors import RecipeError, UsageError
 from instructft.recipe.fields import legal_lora_fields, legal_train_fields
-from instructft.recipe.installed import _precision_and_kernels, check_against_installed, missing_packages
+from instructft.recipe.installed import check_against_installed, missing_packages, precision_and_kernels
 from tests.helpers.recipes import GOOD
 
 TINY = """
@@ -196,7 +196,7 @@ def test_where_fp8_cannot_be(
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: capability)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "A100")
     recipe = instructft.load_recipe(write_recipe(TINY), ["train.fp8=true"])
-    found = "".join([*missing_packages(recipe), *_precision_and_kernels(recipe, device)])
+    found = "".join([*missing_packages(recipe), *precision_and_kernels(recipe, device)])
     assert says in found
     assert bool(found) is bool(says)
 
