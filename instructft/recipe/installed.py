@@ -161,7 +161,7 @@ def _fp8(device: str) -> Iterator[str]:
 # How GPUs show themselves under /dev: NVIDIA's, also in a Jetson and under WSL, AMD's, and whatever draws.
 _GPUS = ("nvidia*", "nvhost*", "nvgpu*", "nvmap", "dxg", "kfd", "dri")
 
-# Tracker in `train.report_to` -> the module by which transformers knows that it is there, and its package on PyPI.
+# Tracker in `train.report_to` -> the module by which transformers knows that it is there, and what pip is to install.
 _TRACKERS = {
     "azure_ml": ("azureml", "azureml-mlflow"),
     "clearml": ("clearml", "clearml"),
@@ -173,8 +173,8 @@ _TRACKERS = {
     "mlflow": ("mlflow", "mlflow"),
     "neptune": ("neptune", "neptune"),
     "swanlab": ("swanlab", "swanlab"),
-    "trackio": ("trackio", "trackio"),
-    "wandb": ("wandb", "wandb"),
+    "trackio": ("trackio", "'instructft[trackio]'"),
+    "wandb": ("wandb", "'instructft[wandb]'"),
 }
 # transformers takes the kernel from the Hub where `kernels` is installed
 _FLASH = {
@@ -203,7 +203,7 @@ def missing_packages(recipe: Recipe) -> Iterator[str]:
     if recipe.train["fp8"] and not _is_installed("torchao"):
         yield "train.fp8: torchao is not installed; pip install 'instructft[fp8]', or take it out"
     if recipe.train.get("use_liger_kernel") and not _is_installed("liger_kernel"):
-        yield "train.use_liger_kernel: liger_kernel is not installed; pip install liger-kernel, or take it out"
+        yield "train.use_liger_kernel: liger_kernel is not installed; pip install 'instructft[liger]', or take it out"
 
 
 def _named(recipe: Recipe) -> list[str]:

@@ -79,7 +79,7 @@ def test_offline_what_the_cache_does_not_hold_is_told_at_once(here, monkeypatch)
     [
         (["train.report_to=[swanlab, clearml]"], ["swanlab is not installed; pip install swanlab", "clearml"]),
         (["model.attn_implementation=flash_attention_3"], ["flash_attn_interface is not installed", "=auto"]),
-        (["train.use_liger_kernel=true"], ["train.use_liger_kernel", "pip install liger-kernel"]),
+        (["train.use_liger_kernel=true"], ["train.use_liger_kernel", "pip install 'instructft[liger]'"]),
     ],
 )
 def test_packages_count_where_training_takes_place(here, monkeypatch, overrides, parts):

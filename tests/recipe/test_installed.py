@@ -154,7 +154,7 @@ def test_each_value_of_adapter_is_refused_in_time_or_trains(lora: str, write_rec
         ("train.optim=galore_adamw", "pip install git+https://github.com/jiaweizzhao/GaLore"),
         ("train.optim=grokadamw", "train.optim: grokadamw cannot be used here: Please install grokadamw"),
         ('train.optim_args="betas=(0.9,0.95)"', "betas are train.adam_beta1 and train.adam_beta2"),
-        ("train.report_to=[wandb]", "pip install wandb"),
+        ("train.report_to=[wandb]", "pip install 'instructft[wandb]'"),
         ("train.torch_compile_backend=inducter", 'did you mean "inductor"?'),
         ("train.torch_compile_mode=fast", 'train.torch_compile_mode: found "fast" (text), which cannot be used here'),
         ("train.fp16=true", "train.fp16: this run is on the CPU (train.use_cpu)"),
