@@ -240,7 +240,8 @@ def test_ci_works_in_a_clone_that_lies_alone(tmp_path: Path, breaks: str, tested
     for folder in (checkout / ".ci", checkout / "scripts", bin, tmp_path / "temporary"):
         folder.mkdir(parents=True)
     shutil.copy(ROOT / ".ci" / "run", checkout / ".ci" / "run")
-    (checkout / "scripts" / "browser.sh").write_text("exit 0\n")
+    for name in ("browser.sh", "axe.sh"):  # one that cannot be had is said, and nothing more
+        (checkout / "scripts" / name).write_text("exit 1\n")
     (bin / "make").write_text(MAKE)
     (bin / "make").chmod(0o755)
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
@@ -254,6 +255,8 @@ def test_ci_works_in_a_clone_that_lies_alone(tmp_path: Path, breaks: str, tested
              "CALLS": str(calls), "BREAKS": breaks, "TESTED": tested},
     )  # fmt: skip
     assert done.returncode == code, done.stderr
+    if breaks != "lint":
+        assert [line.split(":")[0] for line in done.stdout.splitlines()[:2]] == ["No browser", "No axe-core"]
     lines = calls.read_text().replace("\n", " ").split("first")[:-1]
     targets = ["venv", "lint", "types", "test"]
     assert [line.split(":")[0].strip() for line in lines] == targets[: targets.index(breaks) + 1 if breaks else 4]
