@@ -15,6 +15,7 @@ WORKDIR /opt/instructft
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY instructft instructft
 COPY recipes recipes
+COPY docs docs
 RUN pip install --no-cache-dir --constraint constraints.txt '.[ui,quant]' \
     && useradd --create-home --uid 1000 user \
     && mkdir /work && chown user:user /work

@@ -16,9 +16,10 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -178,10 +179,39 @@ def _rows_in_parts(name: str, rows: int, block: int = 64) -> str:
 
     if rows % block == 0 or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return ""
+    return _in_parts(name, rows, block)
+
+
+def _in_parts(name: str, rows: int, block: int = 64) -> str:
     return (
         f"{name}: its rows of {rows} weights are no whole blocks of {block}, and bitsandbytes unpacks such 4-bit "
         "weights wrongly on a CPU with AVX-512; use a GPU, model.quantization=8bit or model.quantization=none"
     )
+
+
+def told_by_width(config: Mapping[str, Any]) -> str:
+    """What `check` will find on a CPU in 4 bits, as far as the width in a `config.json` tells it, without torch; or "".
+
+    Example::
+
+        told_by_width({"n_embd": 32})
+        # 'n_embd: its rows of 32 weights are no whole blocks of 64, …'
+    """
+    for key in ("hidden_size", "n_embd", "d_model"):  # each block has layers that read a token's whole vector
+        width = config.get(key)
+        if isinstance(width, int) and width % 64 and _torch_takes_avx512():
+            return _in_parts(key, width)
+    return ""
+
+
+def _torch_takes_avx512() -> bool:
+    """What torch finds by the same flags; not where a variable tells it otherwise, or where there is no such file."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return False
+    needed = {"avx512f", "avx512vl", "avx512bw", "avx512dq", "fma"}
+    return needed <= flags and "ATEN_CPU_CAPABILITY" not in os.environ
 
 
 def _rows_of_layers(config: PretrainedConfig) -> Iterator[tuple[str, int]]:

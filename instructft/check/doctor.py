@@ -31,8 +31,8 @@ LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "
 OPTIONAL = {
     "bitsandbytes": "instructft[quant]", "torchao": "instructft[fp8]", "gradio": "instructft[ui]",
     "lm_eval": "instructft[eval]", "gguf": "instructft[gguf]", "flash_attn": "flash-attn --no-build-isolation",
-    "liger_kernel": "liger-kernel", "deepspeed": "deepspeed", "vllm": "vllm", "wandb": "wandb", "trackio": "trackio",
-    "mlflow": "mlflow",
+    "liger_kernel": "instructft[liger]", "deepspeed": "deepspeed", "vllm": "instructft[vllm]",
+    "wandb": "instructft[wandb]", "trackio": "instructft[trackio]", "mlflow": "mlflow",
 }  # fmt: skip
 # Of the environment, what changes a run; of any other variable nothing is told.
 VARIABLES = (

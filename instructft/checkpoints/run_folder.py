@@ -146,7 +146,9 @@ def refuse_used_folder(run: Path) -> None:
     begun = {folder.name for folder in folders(run) if kind(folder) == "cut short"}
     begun |= {path.name for path in _rows_of_steps(run)}
     if {path.name for path in run.iterdir()} - _LOGS - begun - {MARK, LOCK}:
-        raise UsageError(f"output_dir: {run} already holds a run; choose another folder (output_dir=…)")
+        copied = (run / "config.json").is_file() and not (run / "run.json").exists() and not folders(run)
+        what = "a model" if copied else "a run"  # the mark of a run goes along where its model is copied
+        raise UsageError(f"output_dir: {run} already holds {what}; choose another folder (output_dir=…)")
 
 
 def is_run(folder: Path) -> bool:

@@ -35,8 +35,8 @@ class VllmGenerator(Generator):
             import vllm
         except ImportError as error:
             raise UsageError(
-                "--backend vllm: vLLM is not installed here. Install it with `pip install vllm` (Linux, in an "
-                "environment of its own: it pins its own torch), or leave --backend out"
+                "--backend vllm: vLLM is not installed here. Install it with pip install 'instructft[vllm]' (Linux, "
+                "in an environment of its own: it pins its own torch), or leave --backend out"
             ) from error
         from transformers import AutoConfig, GenerationConfig
 

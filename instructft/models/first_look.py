@@ -6,6 +6,7 @@ Whatever needs more is left to those who load: nothing is refused here that they
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import socket
 from collections.abc import Iterable, Iterator
@@ -39,9 +40,11 @@ def refuse_at_a_glance(recipe: Recipe, here: bool = False) -> None:
     """
     problems = list(_models(recipe))
     if here:
-        from instructft.recipe.installed import missing_packages
+        from instructft.recipe.installed import missing_packages, precision_and_kernels, surely_on_the_cpu
 
         problems += missing_packages(recipe)
+        if surely_on_the_cpu(recipe):
+            problems += [*precision_and_kernels(recipe, "cpu"), *_in_4_bits(recipe)]
     if problems:
         raise UsageError("\n".join(problems))
     _look_into_files(recipe)
@@ -54,6 +57,21 @@ def refuse_at_a_glance(recipe: Recipe, here: bool = False) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # Models
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def _in_4_bits(recipe: Recipe) -> Iterator[str]:
+    """Why the model cannot be computed in 4 bits on the CPU, by its config; loading looks at every layer."""
+    from instructft.adapters.quantization import told_by_width
+
+    if recipe.model.quantization != "4bit":
+        return
+    try:
+        folder = Path(recipe.model.name_or_path or "", recipe.model.subfolder or "")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(config, dict) and (why := told_by_width(config)):
+        yield f"model.quantization: {why}"
 
 
 def _names(recipe: Recipe) -> dict[str, str]:

@@ -10,8 +10,10 @@ import importlib.util
 import inspect
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.errors import RecipeError, UsageError
@@ -50,7 +52,7 @@ def check_against_installed(recipe: Recipe, device: str | None = None) -> None:
     problems = [*_schedule(recipe), *_optimizer_arguments(recipe)]
     if device is not None:
         problems += dict.fromkeys((*missing_packages(recipe), *_trackers(recipe)))
-        problems += _precision_and_kernels(recipe, device)
+        problems += precision_and_kernels(recipe, device)
         problems += _settings(recipe, device, problems)
     if problems:
         raise UsageError("\n".join(problems))
@@ -117,7 +119,15 @@ def _optimizer_arguments(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _precision_and_kernels(recipe: Recipe, device: str) -> Iterator[str]:
+def surely_on_the_cpu(recipe: Recipe) -> bool:
+    """Whether a run here is on the CPU, as far as that can be told without torch; False where it cannot."""
+    if recipe.train.get("use_cpu"):
+        return True
+    devices = Path("/dev")
+    return sys.platform == "linux" and not any(any(devices.glob(name)) for name in _GPUS)
+
+
+def precision_and_kernels(recipe: Recipe, device: str) -> Iterator[str]:
     """What this GPU, or a CPU, does not have."""
     if recipe.train["fp8"]:
         yield from _fp8(device)
@@ -138,16 +148,20 @@ def _precision_and_kernels(recipe: Recipe, device: str) -> Iterator[str]:
 
 def _fp8(device: str) -> Iterator[str]:
     """Why no products can be made in 8-bit floats here; a CPU emulates them."""
-    import torch
+    if device == "cuda":
+        import torch
 
-    if device == "cuda" and (found := torch.cuda.get_device_capability()) < (8, 9):
-        card = f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}"
-        yield f"train.fp8: {card}, and 8-bit floats need 8.9 or more (H100, H200, B200, L40S, RTX 40); take it out"
-    elif device not in ("cuda", "cpu"):
+        if (found := torch.cuda.get_device_capability()) < (8, 9):
+            card = f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}"
+            yield f"train.fp8: {card}, and 8-bit floats need 8.9 or more (H100, H200, B200, L40S, RTX 40); take it out"
+    elif device != "cpu":
         yield f"train.fp8: {device} has no products of 8-bit floats; take it out"
 
 
-# Tracker in `train.report_to` -> the module by which transformers knows that it is there, and its package on PyPI.
+# How GPUs show themselves under /dev: NVIDIA's, also in a Jetson and under WSL, AMD's, and whatever draws.
+_GPUS = ("nvidia*", "nvhost*", "nvgpu*", "nvmap", "dxg", "kfd", "dri")
+
+# Tracker in `train.report_to` -> the module by which transformers knows that it is there, and what pip is to install.
 _TRACKERS = {
     "azure_ml": ("azureml", "azureml-mlflow"),
     "clearml": ("clearml", "clearml"),
@@ -159,8 +173,8 @@ _TRACKERS = {
     "mlflow": ("mlflow", "mlflow"),
     "neptune": ("neptune", "neptune"),
     "swanlab": ("swanlab", "swanlab"),
-    "trackio": ("trackio", "trackio"),
-    "wandb": ("wandb", "wandb"),
+    "trackio": ("trackio", "'instructft[trackio]'"),
+    "wandb": ("wandb", "'instructft[wandb]'"),
 }
 # transformers takes the kernel from the Hub where `kernels` is installed
 _FLASH = {
@@ -189,7 +203,7 @@ def missing_packages(recipe: Recipe) -> Iterator[str]:
     if recipe.train["fp8"] and not _is_installed("torchao"):
         yield "train.fp8: torchao is not installed; pip install 'instructft[fp8]', or take it out"
     if recipe.train.get("use_liger_kernel") and not _is_installed("liger_kernel"):
-        yield "train.use_liger_kernel: liger_kernel is not installed; pip install liger-kernel, or take it out"
+        yield "train.use_liger_kernel: liger_kernel is not installed; pip install 'instructft[liger]', or take it out"
 
 
 def _named(recipe: Recipe) -> list[str]:

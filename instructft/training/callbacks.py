@@ -272,13 +272,21 @@ class Samples(TrainerCallback):
 class Outlasted(TrainerCallback):
     """Another library's callback that only watches; its first failure is told and its last, and the run goes on.
 
-    What it does when training begins may fail as it likes: nothing is lost yet.
+    What it does when training begins may fail as it likes: nothing is lost yet. That training ends it hears only at
+    `end`: most trackers close there, and what is evaluated after the last step would open a second run.
     """
 
     def __init__(self, callback: TrainerCallback):
         self.callback = callback
         self.name = type(callback).__name__.removesuffix("Callback").lower()
         self.works = True
+        self._last: Callable[[], Any] | None = None
+
+    def end(self) -> None:
+        """Let it close what it has open, once, after the last figure."""
+        last, self._last = self._last, None
+        if self.works and last is not None:
+            self.works = attempt(self.name, f"train.report_to: {self.name}", last)
 
     def _call(self, event: str, *args: Any, **kwargs: Any) -> Any:
         if not self.works:
@@ -286,6 +294,9 @@ class Outlasted(TrainerCallback):
         do = functools.partial(getattr(self.callback, event), *args, **kwargs)
         if event in ("on_init_end", "on_train_begin"):
             return do()
+        if event == "on_train_end":
+            self._last = do
+            return None
         # what it returns is the control it was given; one that only watches changes nothing there
         self.works = attempt(self.name, f"train.report_to: {self.name}", do)
         return None

@@ -199,6 +199,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
 
         with (
             explained(recipe, trainer),
+            trackers_closed(trainer),
             fp8_layers(recipe, trainer, console) as fp8,
             compiled_blocks(recipe, trainer, data, console) as compiled,
         ):
@@ -582,6 +583,19 @@ def uploads(recipe: Recipe, run: Path, first: bool, console: Console) -> Iterato
     except BaseException:
         say(str(publisher.finish(final=False)))
         raise
+
+
+@contextlib.contextmanager
+def trackers_closed(trainer: Trainer) -> Iterator[None]:
+    """Trackers close after the last evaluation, which may come after the training."""
+    from instructft.training.callbacks import Outlasted
+
+    try:
+        yield
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Outlasted):
+                callback.end()
 
 
 def _run(trainer: Trainer, start: RunStart, console: Console) -> None:

@@ -99,7 +99,7 @@ def test_a_missing_package_comes_with_its_pip_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "_version", lambda name: "")
     found = pip_lines()
     assert found["bitsandbytes"] == "'instructft[quant]'"
-    assert found["wandb"] == "wandb"
+    assert found["wandb"] == "'instructft[wandb]'"
     extras = {name.partition("[")[2].rstrip("]'") for name in found.values() if "[" in name}
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert all(f"\n{extra} = [" in text for extra in extras)

@@ -57,6 +57,18 @@ def test_a_folder_that_no_run_has_made_is_refused_as_it_is(case: str, recipe: Ca
     assert everything(run) == THEIRS[case]
 
 
+def test_a_model_that_was_copied_out_of_a_run_is_called_a_model(recipe: Callable) -> None:
+    run = Path(recipe().output_dir)
+    with own(recipe()):
+        (run / "config.json").write_text("{}")
+        (run / "model.safetensors").write_text("weights")
+    with pytest.raises(UsageError, match="already holds a model; choose another folder"), own(recipe()):
+        pytest.fail("taken for a run")
+    (run / "run.json").write_text("{}")
+    with pytest.raises(UsageError, match="already holds a run; choose another folder"), own(recipe()):
+        pytest.fail("written into")
+
+
 def test_a_run_marks_its_folder_first_and_finds_the_mark_again(recipe: Callable) -> None:
     run = Path(recipe().output_dir)
     with own(recipe()):

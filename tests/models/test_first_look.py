@@ -79,7 +79,7 @@ def test_offline_what_the_cache_does_not_hold_is_told_at_once(here, monkeypatch)
     [
         (["train.report_to=[swanlab, clearml]"], ["swanlab is not installed; pip install swanlab", "clearml"]),
         (["model.attn_implementation=flash_attention_3"], ["flash_attn_interface is not installed", "=auto"]),
-        (["train.use_liger_kernel=true"], ["train.use_liger_kernel", "pip install liger-kernel"]),
+        (["train.use_liger_kernel=true"], ["train.use_liger_kernel", "pip install 'instructft[liger]'"]),
     ],
 )
 def test_packages_count_where_training_takes_place(here, monkeypatch, overrides, parts):
@@ -90,6 +90,46 @@ def test_packages_count_where_training_takes_place(here, monkeypatch, overrides,
         refuse_at_a_glance(recipe, here=True)
     for part in parts:
         assert part in str(caught.value)
+
+
+IN_4_BITS = ["model={}", "model.quantization=4bit", "adapter=lora"]
+
+
+def model_folder(name, width):
+    Path(name).mkdir()
+    Path(name, "config.json").write_text(json.dumps({"hidden_size": width}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.fp16=true"], "train.fp16: this run is on the CPU (train.use_cpu), where float16 would be left out"),
+        (["train.use_cpu=false", "train.tf32=true"], "train.tf32: this run is on the CPU, and tf32"),
+        ([*IN_4_BITS, "model.name_or_path=narrow"], "model.quantization: hidden_size: its rows of 96 weights"),
+    ],
+)
+def test_what_a_cpu_has_not_is_told_where_it_is_certain(here, monkeypatch, overrides, said):
+    monkeypatch.setattr("instructft.recipe.installed._is_installed", lambda module: True)
+    monkeypatch.setattr("instructft.adapters.quantization._torch_takes_avx512", lambda: True)
+    monkeypatch.setattr("instructft.recipe.installed._GPUS", ())
+    model_folder("narrow", 96)
+    recipe = load_recipe("my.yaml", overrides)
+    refuse_at_a_glance(recipe)
+    with pytest.raises(UsageError) as caught:
+        refuse_at_a_glance(recipe, here=True)
+    assert said in str(caught.value)
+
+
+def test_where_there_may_be_a_gpu_nothing_is_refused_at_a_glance(here, monkeypatch):
+    monkeypatch.setattr("instructft.recipe.installed._is_installed", lambda module: True)
+    monkeypatch.setattr("instructft.adapters.quantization._torch_takes_avx512", lambda: True)
+    monkeypatch.setattr("instructft.recipe.installed._GPUS", ("null",))  # a device that every machine has
+    model_folder("narrow", 96)
+    model_folder("wide", 128)
+    of_a_gpu = ["train.use_cpu=false", "train.fp16=true", *IN_4_BITS, "model.name_or_path=narrow"]
+    refuse_at_a_glance(load_recipe("my.yaml", of_a_gpu), here=True)
+    monkeypatch.setattr("instructft.recipe.installed._GPUS", ())
+    refuse_at_a_glance(load_recipe("my.yaml", [*IN_4_BITS, "model.name_or_path=wide"]), here=True)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +151,9 @@ def test_nothing_heavy_is_loaded_for_it(here):
     code = (
         "import sys; from instructft import load_recipe; from instructft.models.first_look import refuse_at_a_glance\n"
         "refuse_at_a_glance(load_recipe('my.yaml'), here=True)\n"
+        "try:\n"
+        "    refuse_at_a_glance(load_recipe('my.yaml', ['train.fp16=true']), here=True)\n"
+        "except Exception: pass\n"
         "print({'torch', 'transformers', 'datasets', 'pyarrow', 'pandas'} & set(sys.modules))"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

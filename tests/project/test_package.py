@@ -70,8 +70,33 @@ def pins(python: str) -> dict[str, Version]:
 
 def requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"dev", "docs", "eval", "fp8", "gguf", "quant", "ui"}
-    return [Requirement(line) for group in [PROJECT["dependencies"], *extras.values()] for line in group]
+    groups = [group for name, group in extras.items() if name != "vllm"]  # in an environment of its own
+    return [Requirement(line) for group in [PROJECT["dependencies"], *groups] for line in group]
+
+
+def test_extras_that_are_named_exist_and_are_named_where_users_look() -> None:
+    """In messages and pages, as `instructft[ui]`; the README lists them all."""
+    extras = set(PROJECT["optional-dependencies"])
+    assert {"eval", "fp8", "gguf", "liger", "quant", "trackio", "ui", "vllm", "wandb"} <= extras
+    pages = [*(ROOT / "instructft").rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    for page in pages:
+        for named in re.findall(r"instructft\[([a-z0-9,]+)\]", page.read_text(encoding="utf-8")):
+            assert set(named.split(",")) <= extras, page
+    (listed,) = re.findall(r"^Extras: .*?\n\n", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`\[(\w+)\]`", listed)) == extras - {"dev", "docs"}
+
+
+def test_what_the_code_says_to_install_brings_what_the_code_looks_for() -> None:
+    """`instructft[wandb]` for `wandb`, `instructft[liger]` for `liger_kernel`."""
+    from instructft.check.doctor import OPTIONAL
+    from instructft.recipe.installed import _TRACKERS
+
+    asked = {**OPTIONAL, **{module: source.strip("'") for module, source in _TRACKERS.values()}}
+    named = {name: source.split("[")[1].rstrip("]") for name, source in asked.items() if "[" in source}
+    assert {"wandb", "trackio", "liger_kernel", "vllm", "gguf"} <= set(named)
+    for module, extra in named.items():
+        first = Requirement(PROJECT["optional-dependencies"][extra][0]).name
+        assert canonicalize_name(first) == canonicalize_name(module), extra
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -223,7 +248,8 @@ def test_ci_works_in_a_clone_that_lies_alone(tmp_path: Path, breaks: str, tested
     for folder in (checkout / ".ci", checkout / "scripts", bin, tmp_path / "temporary"):
         folder.mkdir(parents=True)
     shutil.copy(ROOT / ".ci" / "run", checkout / ".ci" / "run")
-    (checkout / "scripts" / "browser.sh").write_text("exit 0\n")
+    for name in ("browser.sh", "axe.sh"):  # one that cannot be had is said, and nothing more
+        (checkout / "scripts" / name).write_text("exit 1\n")
     (bin / "make").write_text(MAKE)
     (bin / "make").chmod(0o755)
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
@@ -237,6 +263,8 @@ def test_ci_works_in_a_clone_that_lies_alone(tmp_path: Path, breaks: str, tested
              "CALLS": str(calls), "BREAKS": breaks, "TESTED": tested},
     )  # fmt: skip
     assert done.returncode == code, done.stderr
+    if breaks != "lint":
+        assert [line.split(":")[0] for line in done.stdout.splitlines()[:2]] == ["No browser", "No axe-core"]
     lines = calls.read_text().replace("\n", " ").split("first")[:-1]
     targets = ["venv", "lint", "types", "test", "real-assets", "real"]
     last = "test" if "skipped" in tested else breaks

@@ -13,7 +13,7 @@ from rich.console import Console
 import instructft
 from instructft.errors import RecipeError, UsageError
 from instructft.recipe.fields import legal_lora_fields, legal_train_fields
-from instructft.recipe.installed import _precision_and_kernels, check_against_installed, missing_packages
+from instructft.recipe.installed import check_against_installed, missing_packages, precision_and_kernels
 from tests.helpers.recipes import GOOD
 
 TINY = """
@@ -154,7 +154,7 @@ def test_each_value_of_adapter_is_refused_in_time_or_trains(lora: str, write_rec
         ("train.optim=galore_adamw", "pip install git+https://github.com/jiaweizzhao/GaLore"),
         ("train.optim=grokadamw", "train.optim: grokadamw cannot be used here: Please install grokadamw"),
         ('train.optim_args="betas=(0.9,0.95)"', "betas are train.adam_beta1 and train.adam_beta2"),
-        ("train.report_to=[wandb]", "pip install wandb"),
+        ("train.report_to=[wandb]", "pip install 'instructft[wandb]'"),
         ("train.torch_compile_backend=inducter", 'did you mean "inductor"?'),
         ("train.torch_compile_mode=fast", 'train.torch_compile_mode: found "fast" (text), which cannot be used here'),
         ("train.fp16=true", "train.fp16: this run is on the CPU (train.use_cpu)"),
@@ -196,7 +196,7 @@ def test_where_fp8_cannot_be(
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: capability)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "A100")
     recipe = instructft.load_recipe(write_recipe(TINY), ["train.fp8=true"])
-    found = "".join([*missing_packages(recipe), *_precision_and_kernels(recipe, device)])
+    found = "".join([*missing_packages(recipe), *precision_and_kernels(recipe, device)])
     assert says in found
     assert bool(found) is bool(says)
 

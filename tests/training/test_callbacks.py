@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import TrainerCallback
 
 import instructft
 from instructft.inference.generator import Answer, Generator
 from instructft.training.budget import Budget
-from instructft.training.callbacks import TRACKERS, Samples, send
+from instructft.training.callbacks import TRACKERS, Outlasted, Samples, send
 
 TEXTS = [("Who?", "Ada."), ("Where?", "London.")]
 
@@ -35,6 +36,41 @@ def test_texts_reach_tensorboard(write_recipe: Callable[..., Path]) -> None:
     events = [(event.step, event.tensor_proto.string_val[0].decode()) for event in read.Tensors(tag)]
     assert events == [(line["step"], line["response"]) for line in lines]
     assert [step for step, _ in events] == [0, 2, 4]
+
+
+def test_what_is_evaluated_after_the_last_step_stays_in_the_run_that_the_tracker_has_open(
+    write_recipe: Callable[..., Path],
+) -> None:
+    """Trackers close when training ends, and open a second run for whatever comes later."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    overrides = ["train.eval_strategy='no'", "train.max_steps=2", "train.report_to=tensorboard"]
+    result = instructft.train(
+        instructft.load_recipe(write_recipe(), overrides), console=Console(file=io.StringIO()), rehearsal=False
+    )
+    (written,) = result.output_dir.rglob("events.out.*")
+    assert written.parent == result.output_dir / "tensorboard"
+    read = EventAccumulator(str(written))
+    read.Reload()
+    assert [event.step for event in read.Scalars("eval/loss")] == [2]
+
+
+def test_a_tracker_closes_once_and_after_the_last_figure() -> None:
+    told: list[str] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            told.append("log")
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            told.append("end")
+
+    watching = Outlasted(Tracker())
+    watching.on_train_end(None, None, None)
+    watching.on_log(None, None, None)
+    watching.end()
+    watching.end()
+    assert told == ["log", "end"]
 
 
 def test_samples_are_answered_in_the_precision_of_the_run(

@@ -147,6 +147,10 @@ def _data(config: Config) -> None:
         everything.add("train_on_inputs: true")
     if everything:
         config.put("data.train_on", "everything", *next(iter(everything)).split(": ", 1))
+        if any(entry.get("format") == "messages" for entry in entries):
+            config.differs.append(
+                "train_on_inputs: of a conversation the text of every turn carries loss there, here its markers do too"
+            )
     else:
         config.put("data.train_on", "responses", "train_on_inputs", False)
     config.move("sequence_len", "data.max_length", 512)

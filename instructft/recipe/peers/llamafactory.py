@@ -173,6 +173,10 @@ def _entry(config: Config, name: str, known: dict[str, Any], info: str | None, f
     turns = about.get("formatting", "alpaca") in ("sharegpt", "openai")
     entry["format"] = "sharegpt" if turns else "alpaca"
     columns = _columns(config, name, about, turns)
+    if not turns and (not about.get("columns") or "query" in about["columns"]):
+        config.differs.append(
+            f"{name}: a query stands under its prompt on the next line there, here after an empty line"
+        )
     if turns and columns.get("conversations") == "messages":
         entry["format"] = "messages"
         del columns["conversations"]
@@ -228,6 +232,11 @@ def _template(config: Config) -> None:
         )
     else:
         config.put("data.template", "auto", "template", "none")
+    if kind and kind != "default":
+        config.differs.append(
+            "template: what it writes behind the token that ends an answer, a line break in most, carries loss there "
+            "and none here"
+        )
 
 
 def _method(config: Config) -> None:
