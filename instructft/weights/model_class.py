@@ -225,6 +225,13 @@ def inside(name: str, towers: Collection[str]) -> bool:
     return any(name == tower or name.startswith(f"{tower}.") for tower in towers)
 
 
+def shortest_names(model: Any, whole: set[str]) -> list[str]:
+    """Names by which an adapter finds just these modules: last parts where these say it all, else whole names."""
+    last = {name.rpartition(".")[2] for name in whole}
+    reached = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    return sorted(last if reached == whole else whole)
+
+
 def towers_in_words(found: Collection[Tower]) -> str:
     """A line for the terminal.
 
