@@ -65,7 +65,7 @@ def test_an_adapter_on_an_adapter(kind: str, base: Any, tmp_path: Path, train: A
     start = logits(plain(folder, first))
     torch.testing.assert_close(logits(model), start, atol=1e-5, rtol=0)  # it begins as the first one
 
-    result, model, printed = train(asked)
+    result, model, _ = train(asked)
     assert result.facts["adapter"]["moved"] is result.facts["adapter"]["base_unchanged"] is True
     assert result.facts["base"]["stacked_on"] == str(first)
     assert bits_of_base(model, folder)
@@ -150,7 +150,8 @@ def test_pairs_that_begin_as_factors_of_the_base(kind: str, how: str, base: Any,
     layer = next(m for name, m in model.named_modules() if name.endswith(("q_proj", "c_attn")))
     weight = layer.get_base_layer().weight.T if layer.fan_in_fan_out else layer.get_base_layer().weight
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    assert torch.equal(layer.lora_A[BENEATH].weight, a) and torch.equal(layer.lora_B[BENEATH].weight, -b)
+    assert torch.equal(layer.lora_A[BENEATH].weight, a)
+    assert torch.equal(layer.lora_B[BENEATH].weight, -b)
     if how == "pissa":  # the nearest weight of this rank
         nearest = torch.linalg.svdvals(weight)[4:].square().sum().sqrt()
         torch.testing.assert_close((weight - 2 * b @ a).norm(), nearest, rtol=1e-4, atol=0)
