@@ -126,7 +126,7 @@ def sweep(families: list[str], results: Path, limit: int) -> None:
             if child.is_alive():
                 child.kill()
                 child.join()
-                _add(results, {"family": family, "unbuilt": f"not done in {limit} s"})
+                _add(results, {"family": family, "unbuilt": f"not done in {limit} s", "commit": commit})
             elif child.exitcode:
                 last = Path(folder, "said").read_text().strip().splitlines()[-1:]
                 _add(results, {"family": family, "unbuilt": f"its process ended with {child.exitcode}: {last}"})
@@ -212,14 +212,15 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     cells = [found[column]["verdict"] for found in built.values() for column in HEADS]
     counts = ", ".join(f"{cells.count(v)} {v}" for v in ("right", "refused", "wrong", "crash"))
     there = len(cells) - cells.count("none")
-    of = f" All rows are of commit {commits[0]}." if len(commits) == 1 else ""
+    commits = sorted({found.get("commit", "") for found in results.values()})
+    of = f" All rows are of commit {commits[0]}." if len(commits) == 1 and commits[0] else ""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "peft")
     )
     return (
         f"{len(results)} families, of which {len(built)} are asked below, {len(no)} are refused by their config, and "
-        f"{len(unbuilt) - len(no)} could not be asked; on a CPU in float32 with {versions}. Of {there} cells: {counts}.{of}"
-        "\n\n"
+        f"{len(unbuilt) - len(no)} could not be asked; on a CPU in float32 with {versions}. Of {there} cells: {counts}."
+        f"{of}\n\n"
         f"{first}\n\n{towers}\n\n{others}\n\nNotes:\n\n{said}\n\n"
         f"Refused by their config, since they cannot be trained to answer:\n\n{refused}\n\n"
         f"Not asked, since no tiny model of them is built here:\n\n{left}"
