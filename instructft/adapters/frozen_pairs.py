@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     Pair = tuple[torch.Tensor, torch.Tensor]  # A (r, in) and B (out, r); of E experts A (E·r, in) and B (out, r·E)
 
 BENEATH = "beneath"  # PEFT's name for the adapter that stays; the one that is trained is its `default`
-FACTORS = ("pissa", "olora")  # what pairs may begin as, of their base's own weights; `pissa_niter_4` too
 # Of an adapter's options those by which it is more than pairs of one rank and one scale.
 _MORE_THAN_PAIRS = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern")
 _HALVES = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
@@ -125,9 +124,6 @@ def begin_with_factors(model: PeftModel, how: str) -> PeftModel:
 
     Args:
         how: `pissa`, `pissa_niter_N` or `olora`.
-
-    Raises:
-        UsageError: a layer has no such factors.
     """
     import copy
 
@@ -139,12 +135,6 @@ def begin_with_factors(model: PeftModel, how: str) -> PeftModel:
         if type(layer) is not Linear:  # experts, embeddings: PEFT has no factors of these; B begins as 0
             continue
         weight = layer.get_base_layer().weight
-        short = name.removeprefix(PREFIX)
-        if min(weight.shape) < config.r or weight.dim() != 2 or not weight.is_floating_point():
-            raise UsageError(
-                f"adapter.init_lora_weights: {how} takes {config.r} factors of {short}, which has the shape "
-                f"{tuple(weight.shape)}; set adapter.r to {min(weight.shape)} or less"
-            )
         with torch.no_grad():
             place, before = weight.data, weight.detach().clone()
             if how == "olora":
@@ -154,10 +144,9 @@ def begin_with_factors(model: PeftModel, how: str) -> PeftModel:
             else:
                 layer.pissa_init("default", how)
             weight.data = place.copy_(before)
-        begun.append(short)
-    pairs = {f"{PREFIX}{name}": pairs_of(model)[f"{PREFIX}{name}"] for name in begun}
-    config.target_modules, config.target_parameters = begun, None
-    taken_away = {name: (a, -b) for name, (a, b) in pairs.items()}
+        begun.append(name)
+    config.target_modules, config.target_parameters = [name.removeprefix(PREFIX) for name in begun], None
+    taken_away = {name: (a, -b) for name, (a, b) in pairs_of(model).items() if name in begun}
     return lay_beneath(model, taken_away, config, scaling_of(model.peft_config["default"]))
 
 

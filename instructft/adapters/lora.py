@@ -170,6 +170,8 @@ def lora_config(
             )
         config.target_modules = shortest_names(model, set(targets))
     _refuse_tied_and_head(model, config, targets)
+    if begins_with_factors(init):
+        _refuse_too_many_factors(init, config.r, targets)
     # weights of a Conv1D lie as (in, out); a quantized one is a Linear by now, but merges into the Conv1D of its base
     conv = any(Conv1D in (type(module), getattr(module, "source_cls", None)) for module in targets.values())
     config.fan_in_fan_out = conv
@@ -193,6 +195,17 @@ def _refuse_factors(recipe: Recipe, fields: Mapping[str, Any]) -> None:
     if recipe.adapter.stack:
         raise UsageError(f"{key} and adapter.stack: each puts pairs of its own beneath the adapter; choose one of them")
     refuse_more_than_pairs(fields, f"{key}: the adapter")
+
+
+def _refuse_too_many_factors(init: Any, rank: int, targets: Mapping[str, Any]) -> None:
+    """A weight has as many factors as its shorter side is long."""
+    for name, module in targets.items():
+        shape = tuple(module.weight.shape)
+        if min(shape) < rank:
+            raise UsageError(
+                f"adapter.init_lora_weights: {init} takes {rank} factors of {name}, which has the shape {shape}; set "
+                f"adapter.r to {min(shape)} or less"
+            )
 
 
 def _without_dropout(config: LoraConfig, model: Any) -> list[str]:

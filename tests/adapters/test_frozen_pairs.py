@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +181,31 @@ def test_pairs_that_begin_as_factors_of_the_base(kind: str, how: str, base: Any,
 
 def test_more_factors_than_a_layer_has(base: Any, tmp_path: Path) -> None:
     asked = recipe(base("llama"), tmp_path, "adapter.init_lora_weights=pissa", "adapter.r=20")
-    with pytest.raises(
-        UsageError, match=r"20 factors of .*[kv]_proj, which has the shape \(16, 32\); set adapter.r to 16"
-    ):
-        instructft.load_model(asked, instructft.load_tokenizer(asked))
+    words = r"20 factors of .*[kv]_proj, which has the shape \(16, 32\); set adapter.r to 16"
+    with pytest.raises(UsageError, match=words):
+        starting_point(asked, instructft.load_tokenizer(asked))
+
+
+# How an adapter may begin -> the reason why not; "": it may.
+BEGINNINGS = {
+    "true": "", "false": "", "gaussian": "", "orthogonal": "", "pissa": "", "pissa_niter_4": "", "olora": "",
+    "eva": "activations over the data", "corda": "activations over the data", "lora_ga": "gradients over the data",
+    "loftq": "puts other weights in the place of the base's", "mica": "no merge of that is proved", "foo": "is no way",
+}  # fmt: skip
+
+
+def test_every_beginning_that_peft_knows_is_taken_or_refused_with_its_reason(base: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    kinds = typing.get_args(typing.get_type_hints(LoraConfig)["init_lora_weights"])
+    known = {name for kind in kinds if kind is not bool for name in typing.get_args(kind)}
+    known = {re.sub(r"\[.*\]", "4", name) for name in known}
+    assert len(known) > 7
+    assert known <= BEGINNINGS.keys()  # one that is new in PEFT is to be decided on
+    for how, why in BEGINNINGS.items():
+        asked = recipe(base("llama"), tmp_path, f"adapter.init_lora_weights={how}")
+        if not why:
+            starting_point(asked, instructft.load_tokenizer(asked))
+            continue
+        with pytest.raises(UsageError, match=why):
+            starting_point(asked, instructft.load_tokenizer(asked))
