@@ -30,7 +30,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from family_cells import COLUMNS, of_family
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, OTHERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
@@ -223,7 +223,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         f"{of}\n\n"
         f"{first}\n\n{towers}\n\n{others}\n\nNotes:\n\n{said}\n\n"
         f"Refused by their config, since they cannot be trained to answer:\n\n{refused}\n\n"
-        f"Not asked, since no tiny model of them is built here:\n\n{left}"
+        f"Not asked, since no tiny model of them is built here:\n\n{left}\n"
+        f"- {len(OTHERS)} more that see or hear: {', '.join(f'`{family}`' for family in OTHERS)}"
     )
 
 

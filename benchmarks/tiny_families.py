@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from instructft.weights.model_class import auto_class
 
@@ -32,6 +36,8 @@ SEEING = (
     "video_llama_3", "video_llava", "vipllava", "voxtral",
 )  # fmt: skip
 FAMILIES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *SEEING})
+# Others that see or hear: older ones that answer about a picture alone, and those whose parts no rule here makes small.
+OTHERS = sorted({*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES} - {*FAMILIES})
 LARGEST = 26_000_000  # weights; what is larger is not small
 
 # What every configuration gets of these keys, where it has them.
