@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,17 +70,27 @@ def pairs_of(model: PeftModel, adapter: str = "default") -> dict[str, Pair]:
     return found
 
 
+def over_parameters(model: PeftModel) -> list[str]:
+    """Names of the layers whose pairs lie over one parameter of theirs, such as all experts."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return [name for name, layer in layers_of(model).items() if isinstance(layer, ParamWrapper)]
+
+
 def scaling_of(config: LoraConfig) -> float:
     """What pairs of an adapter are multiplied by."""
     return float(config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
 
 
-def lay_beneath(model: PeftModel, pairs: Mapping[str, Pair], kind: LoraConfig, scaling: float) -> PeftModel:
+def lay_beneath(
+    model: PeftModel, pairs: Mapping[str, Pair], parameters: Collection[str], kind: LoraConfig, scaling: float
+) -> PeftModel:
     """Put pairs that stay under the adapter that a model is trained with; they are saved and loaded with it, as one.
 
     Args:
         pairs: by the names of their layers.
-        kind: the configuration that they come with: which layers, which rank.
+        parameters: those of them that lie over a single parameter of their layer, such as all experts.
+        kind: the configuration that they come with: which parameters, which rank.
         scaling: that they come with.
 
     Raises:
@@ -96,7 +106,8 @@ def lay_beneath(model: PeftModel, pairs: Mapping[str, Pair], kind: LoraConfig, s
         r=kind.r,
         lora_alpha=scale * kind.r,  # type: ignore[arg-type]  # PEFT divides it by the rank, whole or not
         lora_dropout=0.0,  # what stays is as certain as the base
-        target_modules=kind.target_modules,
+        # by whole names, since layers can have been left out by other means too
+        target_modules=[name.removeprefix(PREFIX) for name in pairs if name not in parameters],
         target_parameters=kind.target_parameters,
         fan_in_fan_out=kind.fan_in_fan_out,
         init_lora_weights=False,
@@ -108,6 +119,11 @@ def lay_beneath(model: PeftModel, pairs: Mapping[str, Pair], kind: LoraConfig, s
             f"adapter.stack: PEFT does not hold both adapters: {error}. Merge the one that is there first"
         ) from error
     layers = layers_of(model)
+    if pairs_of(model, BENEATH).keys() != pairs.keys():  # what has no values of its own would be drawn by chance
+        raise UsageError(
+            "adapter.stack: PEFT does not put the adapter that is there on its own layers beside another one. Merge it "
+            "into a model first (instructft merge), and begin from that"
+        )
     scaled = {name: (a, (b.double() * (scaling / scale)).to(torch.float32)) for name, (a, b) in pairs.items()}
     held = _named(scaled, layers)
     _put_beneath(layers, held)
@@ -145,9 +161,9 @@ def begin_with_factors(model: PeftModel, how: str) -> PeftModel:
                 layer.pissa_init("default", how)
             weight.data = place.copy_(before)
         begun.append(name)
-    config.target_modules, config.target_parameters = [name.removeprefix(PREFIX) for name in begun], None
+    config.target_parameters = None
     taken_away = {name: (a, -b) for name, (a, b) in pairs_of(model).items() if name in begun}
-    return lay_beneath(model, taken_away, config, scaling_of(model.peft_config["default"]))
+    return lay_beneath(model, taken_away, (), config, scaling_of(config))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -210,17 +226,16 @@ def _is_trained(model: PeftModel, name: str) -> bool:
 
 def _joined_config(model: PeftModel) -> dict[str, Any]:
     """What the configuration of both says otherwise than that of the trained one."""
-    from peft.tuners.lora.layer import ParamWrapper
-
     own, beneath, base = model.peft_config["default"], model.peft_config[BENEATH], model.get_base_model()
     rank = own.r + beneath.r
-    plain = {name for name, layer in layers_of(model).items() if not isinstance(layer, ParamWrapper)}
+    plain = layers_of(model).keys() - set(over_parameters(model))
     parameters = sorted({*(own.target_parameters or ()), *(beneath.target_parameters or ())})
     return {
         "r": rank,
         "lora_alpha": scaling_of(own) * rank,
         "use_rslora": False,
         "init_lora_weights": True,
+        **dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules")),  # the names say it all
         "target_modules": shortest_names(base, {name.removeprefix(PREFIX) for name in plain}),
         "target_parameters": parameters or None,
     }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from instructft.adapters import lora, quantization
 from instructft.adapters.adapter_folder import AdapterFolder
 from instructft.adapters.attach import attach
-from instructft.adapters.frozen_pairs import lay_beneath, pairs_of, scaling_of
+from instructft.adapters.frozen_pairs import lay_beneath, over_parameters, pairs_of, scaling_of
 from instructft.adapters.lora import fit_embeddings
 from instructft.errors import ModelError, UsageError
 from instructft.models.kernels.activations import fuse_activations
@@ -149,7 +149,7 @@ def _train_over(recipe: Recipe, beneath: AdapterFolder, model: PreTrainedModel, 
         AdapterError: the one beneath does not fit the base.
     """
     first = attach(model, beneath)
-    pairs, kind = pairs_of(first), first.peft_config["default"]
+    pairs, parameters, kind = pairs_of(first), over_parameters(first), first.peft_config["default"]
     rows = {name: layer for name, layer in first.named_modules() if lora.token_rows(layer) is not None}
     begun = {
         name: (
@@ -164,7 +164,7 @@ def _train_over(recipe: Recipe, beneath: AdapterFolder, model: PreTrainedModel, 
     adapted.peft_config["default"].base_model_name_or_path = beneath.base.name_or_path
     adapted.peft_config["default"].revision = beneath.base.revision
     _put_rows(adapted, begun, beneath)
-    return lay_beneath(adapted, pairs, kind, scaling_of(kind))
+    return lay_beneath(adapted, pairs, parameters, kind, scaling_of(kind))
 
 
 def _put_rows(model: Any, begun: Mapping[str, tuple[Sequence[int], Any]], beneath: AdapterFolder) -> None:
