@@ -102,6 +102,37 @@ def test_an_adapter_on_an_adapter(kind: str, base: Any, tmp_path: Path, train: A
     assert all(torch.equal(tensor, there[name]) for name, tensor in once.items())
 
 
+@pytest.mark.parametrize(
+    ("first", "over"),
+    [
+        (["adapter.layers_to_transform=[1]"], []),  # each of them on layers where the other is not
+        (["adapter.exclude_modules=[v_proj]"], ["adapter.layers_to_transform=[0]", "adapter.use_rslora=true"]),
+        (["adapter.use_rslora=true"], ["adapter.target_modules=[embed_tokens]"]),
+    ],
+)
+def test_both_are_where_they_were_put(first: list[str], over: list[str], base: Any, tmp_path: Path) -> None:
+    asked = recipe(base("llama"), tmp_path, *first)
+    below = random_pairs(instructft.load_model(asked, instructft.load_tokenizer(asked)))
+    below.save_pretrained(tmp_path / "first")
+    tokenizer().save_pretrained(tmp_path / "first")
+    asked = recipe(tmp_path / "first", tmp_path, "adapter.stack=true", "adapter.r=3", *over)
+    model = instructft.load_model(asked, instructft.load_tokenizer(asked))
+    torch.testing.assert_close(logits(model), logits(below), atol=1e-5, rtol=0)
+    random_pairs(model).save_pretrained(tmp_path / "both")
+    assert (logits(model) - logits(below)).abs().max() > 1e-3
+    torch.testing.assert_close(logits(plain(base("llama"), tmp_path / "both")), logits(model), atol=1e-5, rtol=0)
+
+
+def random_pairs(model: Any) -> Any:
+    """Pairs that do something, in the place of those that were begun; what is frozen stays."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.1)
+    return model
+
+
 @pytest.mark.battery
 def test_rows_of_new_tokens_go_on_in_a_stack(base: Any, tmp_path: Path, train: Any) -> None:
     folder = base("llama")
