@@ -23,7 +23,7 @@ from instructft.models.latest import resolve_latest
 from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import not_loaded
 from instructft.weights import remote_code
-from instructft.weights.model_class import auto_class, freeze_named, freeze_towers
+from instructft.weights.model_class import auto_class, freeze_named, freeze_towers, name_blocks_that_are_there
 from instructft.weights.readable import reading
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def load_model(
             )
     quantization.fix_layout(model)
     freeze_towers(model)
+    name_blocks_that_are_there(model)
     fuse_activations(model)
     if start.adapter is not None and not recipe.adapter.stack:
         return _train_further(recipe, start.adapter, model, tokenizer)
