@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +30,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from family_cells import COLUMNS, of_family
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, OTHERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
@@ -78,7 +79,7 @@ NOTES = (
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _child(family: str, folder: str, results: str) -> None:
+def _child(family: str, folder: str, results: str, commit: str) -> None:
     """One family in its process; its line goes into the results."""
     quiet = open(Path(folder, "said"), "w")  # noqa: SIM115  (for as long as the process lives)
     os.dup2(quiet.fileno(), 1)
@@ -86,7 +87,7 @@ def _child(family: str, folder: str, results: str) -> None:
     torch.set_num_threads(1)
     began = time.perf_counter()
     found = of_family(family, Path(folder))
-    _add(Path(results), found | {"seconds": round(time.perf_counter() - began, 1)})
+    _add(Path(results), found | {"seconds": round(time.perf_counter() - began, 1), "commit": commit})
 
 
 def _add(results: Path, found: dict[str, Any]) -> None:
@@ -113,22 +114,36 @@ def sweep(families: list[str], results: Path, limit: int) -> None:
 
     setattr(curves, "plot_loss", not_drawn)  # noqa: B010  (a function of the module, for these processes)
     setattr(page, "draw_report", not_drawn)  # noqa: B010
+    commit = commit_here()
     gc.collect()
     gc.freeze()  # each collection in a child would walk through all that was imported here
     context: Any = multiprocessing.get_context("fork")
     for family in families:
         with tempfile.TemporaryDirectory() as folder:
-            child = context.Process(target=_child, args=(family, folder, str(results)))
+            child = context.Process(target=_child, args=(family, folder, str(results), commit))
             child.start()
             child.join(limit)
             if child.is_alive():
                 child.kill()
                 child.join()
-                _add(results, {"family": family, "unbuilt": f"not done in {limit} s"})
+                _add(results, {"family": family, "unbuilt": f"not done in {limit} s", "commit": commit})
             elif child.exitcode:
                 last = Path(folder, "said").read_text().strip().splitlines()[-1:]
                 _add(results, {"family": family, "unbuilt": f"its process ended with {child.exitcode}: {last}"})
         print(in_words(read(results)[family]), flush=True)
+
+
+def commit_here() -> str:
+    """The commit that is asked, with a + where files differ from it; "" outside of a checkout."""
+    asked = ("rev-parse", "--short=10", "HEAD"), ("status", "--porcelain", "--untracked-files=no")
+    try:
+        commit, changed = (
+            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in asked
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit + ("+" if changed else "")
 
 
 def in_words(found: dict[str, Any]) -> str:
@@ -197,16 +212,19 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     cells = [found[column]["verdict"] for found in built.values() for column in HEADS]
     counts = ", ".join(f"{cells.count(v)} {v}" for v in ("right", "refused", "wrong", "crash"))
     there = len(cells) - cells.count("none")
+    commits = sorted({found.get("commit", "") for found in results.values()})
+    of = f" All rows are of commit {commits[0]}." if len(commits) == 1 and commits[0] else ""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "peft")
     )
     return (
         f"{len(results)} families, of which {len(built)} are asked below, {len(no)} are refused by their config, and "
         f"{len(unbuilt) - len(no)} could not be asked; on a CPU in float32 with {versions}. Of {there} cells: {counts}."
-        "\n\n"
+        f"{of}\n\n"
         f"{first}\n\n{towers}\n\n{others}\n\nNotes:\n\n{said}\n\n"
         f"Refused by their config, since they cannot be trained to answer:\n\n{refused}\n\n"
-        f"Not asked, since no tiny model of them is built here:\n\n{left}"
+        f"Not asked, since no tiny model of them is built here:\n\n{left}\n"
+        f"- {len(OTHERS)} more that see or hear: {', '.join(f'`{family}`' for family in OTHERS)}"
     )
 
 

@@ -15,18 +15,30 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from instructft.weights.model_class import auto_class
 
 # Models that see or hear, of those that only their own class loads: the ones that people train.
 SEEING = (
-    "aria", "aya_vision", "cohere2_vision", "deepseek_vl", "exaone4_5", "glm46v", "glm4v", "glm4v_moe", "idefics3",
-    "internvl", "kimi_k25", "lfm2_vl", "llava", "llava_next", "llava_onevision", "minicpmv4_6", "minimax_m3_vl",
-    "mistral3", "mistral4", "ovis2", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+    "aria", "aya_vision", "chameleon", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni",
+    "deepseek_vl", "deepseek_vl_hybrid", "ernie4_5_vl_moe", "exaone4_5", "fast_vlm", "fun_asr_nano", "glm46v", "glm4v",
+    "glm4v_moe", "glm5_next", "glm_ocr", "glmasr", "glmga", "granite_docling", "granite_speech", "hunyuan_vl",
+    "hyperclovax_vision_v2", "idefics2", "idefics3", "inkling2", "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl",
+    "lighton_ocr", "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6",
+    "minicpmv4_7", "minimax_m3_vl", "mistral3", "mistral4", "mistral_large4", "molmo2", "nemotron_h_omni", "ovis2",
+    "paddleocr_vl", "paligemma", "perception_lm", "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_audio",
+    "qwen2_vl", "qwen3_asr", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "step3p7",
+    "video_llama_3", "video_llava", "vipllava", "voxtral",
 )  # fmt: skip
 FAMILIES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *SEEING})
-LARGEST = 20_000_000  # weights; what is larger is not small
+# Others that see or hear: older ones that answer about a picture alone, and those whose parts no rule here makes small.
+OTHERS = sorted({*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES} - {*FAMILIES})
+LARGEST = 26_000_000  # weights; what is larger is not small
 
 # What every configuration gets of these keys, where it has them.
 SMALL: dict[str, Any] = dict(
@@ -81,9 +93,24 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "axk1": dict(head_dim=8),
     "emu3": dict(vocabulary_map={"<image>": 1480, "<|extra_200|>": 1481, "<|visual token 000000|>": 1482}),
     "qwen2_vl.text_config": THREE_AXES, "qwen2_5_vl.text_config": THREE_AXES,
-    "glm4v.text_config": THREE_AXES, "glm46v.text_config": THREE_AXES,
+    "glm4v.text_config": THREE_AXES, "glm46v.text_config": THREE_AXES, "glm_ocr.text_config": THREE_AXES,
+    "glmga.text_config": THREE_AXES, "paddleocr_vl.text_config": THREE_AXES, "cosmos3_edge.text_config": THREE_AXES,
+    "fun_asr_nano.adaptor_config": dict(hidden_size=64, intermediate_size=16),
+    "inkling2.vision_config": dict(text_hidden_size=64),
+    "step3p7.text_config": dict(sliding_window=16), "qwen2_5_omni_thinker.text_config": THREE_AXES,
+    "chameleon": dict(vocabulary_map={"<image>": 1480}), "molmo2.adapter_config": dict(vision_feature_layer=[0]),
+    "hunyuan_vl.text_config": dict(
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 2, 2, 2])
+    ),
+    "deepseek_ocr2.text_config": dict(mlp_layer_types=["dense", "sparse"]),
+    "glm5_next.text_config": dict(qk_rope_head_dim=0),
+    "qwen2_5_omni_thinker": dict(vision_start_token_id=1480, vision_end_token_id=1481),
+    "qwen3_omni_moe_thinker": dict(vision_start_token_id=1480, vision_end_token_id=1481),
     "glm4v_moe.text_config": dict(rope_parameters=THREE_AXES["rope_parameters"] | dict(mrope_section=[1, 1, 2])),
-    "ernie4_5_vl_moe.text_config": dict(moe_intermediate_size=[32, 32]),
+    "ernie4_5_vl_moe.text_config": dict(
+        moe_intermediate_size=[32, 32], moe_k=2,
+        rope_parameters=THREE_AXES["rope_parameters"] | dict(mrope_section=[3, 3, 2])
+    ),
     "bamba": dict(attn_layer_indices=[1]),
     "beam": dict(mlp_layer_types=["dense", "sparse"]),
     "bigbird_pegasus": dict(attention_type="original_full"), "big_bird": dict(attention_type="original_full"),
@@ -222,7 +249,12 @@ def configuration(family: str, tokens: int, end: int, **more: Any) -> Any:
 def _tower(inner: Any) -> dict[str, Any]:
     """A section for pictures or sounds, small."""
     fields = inner.to_dict()
-    return fields | {key: value for key, value in TOWER.items() if isinstance(fields.get(key), int | float)}
+    small = fields | {key: value for key, value in TOWER.items() if isinstance(fields.get(key), int | float)}
+    if isinstance(kinds := fields.get("layer_types"), list) and isinstance(
+        depth := small.get("num_hidden_layers"), int
+    ):
+        small["layer_types"] = kinds[-depth:]
+    return small
 
 
 def _value(config: Any, key: str) -> Any:

@@ -97,6 +97,7 @@ OWN: dict[str, tuple[str, str]] = {
     "adapter.use_rslora": ("", "true"),
     "adapter.lora_plus_ratio": ("times train.learning_rate", "16.0"),
     "adapter.experts": ("", "true"),
+    "adapter.stack": ("", "true"),
     "train.tokens_per_step": ("tokens a step, all processes", "16384"),
     "train.loss_spike_limit": ("times the median loss", "5.0"),
     "train.on_loss_spike": ("", "skip"),

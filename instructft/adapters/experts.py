@@ -220,6 +220,8 @@ def _under_adapter(base: Any) -> set[int]:
 
     found = {id(weight) for weight in base.parameters() if weight.requires_grad}
     for module in base.modules():
+        if isinstance(module, LoraLayer) and not {"default"} & {*module.lora_A, *module.lora_embedding_A}:
+            continue  # of an adapter beneath the one that is trained
         if isinstance(module, ParamWrapper):
             found.add(id(module.get_param()))
         elif isinstance(module, LoraLayer):

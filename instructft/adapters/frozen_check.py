@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from instructft.adapters.frozen_pairs import BENEATH
 from instructft.adapters.lora import count_parameters
 from instructft.adapters.quantization import packed_for_kernel
 from instructft.errors import InstructftError
@@ -45,6 +46,7 @@ class AdapterProof(TrainerCallback):
         biases = getattr(model.peft_config["default"], "bias", "none") != "none"
         names = {without_wrappers(name) for name, _ in model.named_parameters()}
         self._frozen = {n for n in names if not _ADAPTER.search(n) and not (biases and n.endswith(".bias"))}
+        self._frozen |= {n for n in names if f".{BENEATH}." in n}  # pairs that stay, beside those that are trained
         self._may_stay = frozenset(may_stay)
         self._counts = count_parameters(model)
         self._rate = 0.0

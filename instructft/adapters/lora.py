@@ -17,16 +17,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from instructft.adapters.experts import reach_experts
+from instructft.adapters.frozen_pairs import begin_with_factors, refuse_more_than_pairs
 from instructft.errors import UsageError
 from instructft.formatting import first_line, nearest
 from instructft.prompt.sandbox import SECONDS, at_most
 from instructft.weights import remote_code
-from instructft.weights.model_class import auto_class, backbone, inside, towers
+from instructft.weights.model_class import auto_class, backbone, inside, shortest_names, towers
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -35,10 +37,15 @@ if TYPE_CHECKING:
     from instructft.recipe.schema import Recipe
 
 # How PEFT may fill A and B before the first step, and why its other ways are not taken.
-_INITS = (True, False, "gaussian", "orthogonal")
-_CHANGES_BASE = "changes the base's weights, so that the adapter would fit no base on disk"
+_INITS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")
 _NEEDS_DATA = "is worked out from activations over the data, for which PEFT wants a pass of its own before training"
-_REFUSED = {"eva": _NEEDS_DATA, "corda": f"{_NEEDS_DATA}, and {_CHANGES_BASE}"}
+_REFUSED = {
+    "eva": _NEEDS_DATA,
+    "corda": _NEEDS_DATA,
+    "lora_ga": "is worked out from gradients over the data, for which PEFT wants a pass of its own before training",
+    "loftq": "puts other weights in the place of the base's, so that the adapter would fit no base on disk",
+    "mica": "trains A alone over a B of PEFT's own kind, and no merge of that is proved here",
+}
 
 
 def _no_adapter(model: Any, recipe: Recipe, new_tokens: Sequence[int] = (), **_: Any) -> Any:
@@ -84,7 +91,9 @@ def add_lora(model: Any, recipe: Recipe, new_tokens: Sequence[int] = (), *, only
     lora = adapted.peft_config["default"]
     lora.base_model_name_or_path = recipe.model.name_or_path
     lora.revision = recipe.model.revision
-    return as_trained_here(adapted)
+    adapted = as_trained_here(adapted)
+    factors = "" if only_shapes else begins_with_factors(recipe.adapter.more.get("init_lora_weights"))
+    return begin_with_factors(adapted, factors) if factors else adapted
 
 
 ADAPTERS: dict[str, Callable[..., Any]] = {"none": _no_adapter, "lora": add_lora}
@@ -131,9 +140,12 @@ def lora_config(
 
     fields = recipe.adapter.peft_kwargs()
     init = fields.get("init_lora_weights", True)
-    if init not in _INITS:
+    if begins_with_factors(init):
+        _refuse_factors(recipe, fields)
+        fields["init_lora_weights"] = True  # of layers that have none, and until the factors are taken
+    elif init not in _INITS:
         known = ", ".join(str(way).lower() for way in _INITS)
-        why = _REFUSED.get(str(init).lower(), _CHANGES_BASE)
+        why = _REFUSED.get(str(init).lower(), "is no way of PEFT's to fill an adapter")
         raise UsageError(f"adapter.init_lora_weights: {init} {why}; expected one of {known}")
     all_linear = str(fields["target_modules"]).lower() == "all-linear"
     if all_linear:
@@ -158,10 +170,42 @@ def lora_config(
             )
         config.target_modules = shortest_names(model, set(targets))
     _refuse_tied_and_head(model, config, targets)
+    if begins_with_factors(init):
+        _refuse_too_many_factors(init, config.r, targets)
     # weights of a Conv1D lie as (in, out); a quantized one is a Linear by now, but merges into the Conv1D of its base
     conv = any(Conv1D in (type(module), getattr(module, "source_cls", None)) for module in targets.values())
     config.fan_in_fan_out = conv
     return config
+
+
+def begins_with_factors(init: Any) -> str:
+    """How pairs begin as factors of the base's weights: `pissa`, `pissa_niter_4`, `olora`; "" where they do not."""
+    text = str(init).lower()
+    return text if re.fullmatch(r"pissa(_niter_\d+)?|olora", text) else ""
+
+
+def _refuse_factors(recipe: Recipe, fields: Mapping[str, Any]) -> None:
+    """Where pairs cannot begin as factors of the base's weights."""
+    key = f"adapter.init_lora_weights: {fields['init_lora_weights']}"
+    if recipe.model.quantization != "none":
+        raise UsageError(
+            f"{key} takes factors of the base's weights, and those are packed with model.quantization: "
+            f"{recipe.model.quantization}; write init_lora_weights: true"
+        )
+    if recipe.adapter.stack:
+        raise UsageError(f"{key} and adapter.stack: each puts pairs of its own beneath the adapter; choose one of them")
+    refuse_more_than_pairs(fields, f"{key}: the adapter")
+
+
+def _refuse_too_many_factors(init: Any, rank: int, targets: Mapping[str, Any]) -> None:
+    """A weight has as many factors as its shorter side is long."""
+    for name, module in targets.items():
+        shape = tuple(module.weight.shape)
+        if min(shape) < rank:
+            raise UsageError(
+                f"adapter.init_lora_weights: {init} takes {rank} factors of {name}, which has the shape {shape}; set "
+                f"adapter.r to {min(shape)} or less"
+            )
 
 
 def _without_dropout(config: LoraConfig, model: Any) -> list[str]:
@@ -214,13 +258,6 @@ def _linear_layers(model: Any) -> list[str]:
     if not whole:
         raise UsageError(f"adapter.target_modules: all-linear, but {type(model).__name__} has no linear layer to adapt")
     return shortest_names(model, whole)
-
-
-def shortest_names(model: Any, whole: set[str]) -> list[str]:
-    """Names by which an adapter finds just these modules: last parts where these say it all, else whole names."""
-    last = {name.rpartition(".")[2] for name in whole}
-    reached = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
-    return sorted(last if reached == whole else whole)
 
 
 def _answers_its_own_way(module: Any) -> bool:

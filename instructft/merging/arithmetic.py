@@ -33,16 +33,28 @@ class Place:
     ::
 
         experts.gate_up_proj (E, 2F, D)    [e, :F] is experts.e.gate_proj.weight, [e, F:] is experts.e.up_proj.weight
+                                           or all of it is experts.gate_up_proj (E, D, 2F), each expert transposed
+        gate_up_proj (2F, D)               [:F] is gate_proj.weight, [F:] is up_proj.weight
     """
 
     name: str  # of the tensor
     expert: int | None = None
     start: int = 0
     stop: int | None = None
+    transposed: bool = False  # of a parameter (E, …, …) each expert
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """Its part of a parameter, as a view."""
-        return parameter if self.expert is None else parameter[self.expert, self.start : self.stop]
+        if self.transposed:
+            return parameter.transpose(1, 2)
+        return (
+            parameter[self.start : self.stop] if self.expert is None else parameter[self.expert, self.start : self.stop]
+        )
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is less than the parameter, or lies otherwise than that."""
+        return self.expert is not None or self.stop is not None or self.transposed
 
 
 @dataclass(frozen=True)
@@ -77,8 +89,10 @@ class Edit:
 
     def at(self, place: Place) -> Edit:
         """What it does to a part of the parameter."""
-        if self.lora is None or place.expert is None:
+        if self.lora is None or not place.is_part:
             return self
+        if place.transposed:
+            return replace(self, lora=replace(self.lora, transposed=not self.lora.transposed))
         return replace(self, lora=replace(self.lora, place=place))
 
 
@@ -192,6 +206,8 @@ class _Weight:
     def _factors(self, lora: Lora, adapter: Mapping[str, Stored]) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B: (r, in) and (out, r); of a weight that holds all experts (E, r, in) and (E, out, r)."""
         a, b, count, place = adapter[lora.a], adapter[lora.b], lora.experts, lora.place
+        if count == 1 and place is not None:  # rows of a layer that the checkpoint has as two
+            return a.read().to(self.dtype), b.read(place.start, place.stop).to(self.dtype)
         if count == 1:
             return a.read().to(self.dtype), b.read().to(self.dtype)
         if place is None or place.expert is None:

@@ -111,7 +111,9 @@ def make_plan(
     parameter_of = {place.name: (name, place) for name, places in sources.items() for place in places}
     for name, tensor in stored.items():
         parameter, place = parameter_of.get(name, ("", Place(name)))
-        edit = edits.get(parameter, Edit()).at(place)
+        whole = edits.get(parameter, Edit())
+        _refuse_parts(base, whole, place)
+        edit = whole.at(place)
         if edit.names and (not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2):
             raise UsageError(f"{base}: {name} is stored as {tensor.dtype}; merge into a base that is not quantized")
         add(name, tensor, edit)
@@ -132,6 +134,16 @@ def make_plan(
                     add(name, source, edits.get(name, Edit()))
                     found[name] = (Place(name),)
     return Plan(outputs, model, untied, found)
+
+
+def _refuse_parts(base: Path, edit: Edit, place: Place) -> None:
+    """Of a part of a parameter nothing is proved here but LoRA over the whole of it."""
+    other = edit.bias or edit.tokens or edit.replaced or edit.rows or (edit.lora and edit.lora.magnitude)
+    if other and place.is_part:
+        raise UsageError(
+            f"{base}: {place.name} is a part of the weight that loading makes of it, and only LoRA over that is merged "
+            "into parts; use the adapter as it is"
+        )
 
 
 def plan_places(folder: Path, stored: Mapping[str, Stored]) -> tuple[PreTrainedModel, dict[str, tuple[Place, ...]]]:
@@ -204,11 +216,20 @@ def _experts(
 ) -> tuple[Place, ...]:
     """Where the tensors of single experts lie in the parameter (E, rows, columns) that loading makes of them.
 
-    Nothing for what is put together otherwise than experts one after the other, and of each the rows of its tensors.
+    So too of all experts in one tensor, each transposed, and of a layer that the checkpoint has as several. Nothing for
+    what is put together otherwise than experts one after the other, and of each the rows of its tensors.
     """
-    from transformers.core_model_loading import Concatenate, MergeModulelist
+    from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
 
     kinds = [(type(step), getattr(step, "dim", None)) for step in converter.operations]
+    names = [name for pattern in converter.source_patterns for name in by_pattern.get(pattern, [])]
+    if [kind for kind, _ in kinds] == [Transpose] and len(names) == 1 and len(shape) == 3:
+        step, there = converter.operations[0], stored[names[0]].shape
+        if (step.dim0, step.dim1) != (1, 2) or there not in (shape, (shape[0], shape[2], shape[1])):
+            return ()
+        return (Place(names[0], transposed=not step.check_dims or there != shape),)  # as transformers' loading decides
+    if kinds == [(Concatenate, 0)] and len(shape) == 2 and len(names) == len(converter.source_patterns):
+        return _rows(names, stored, shape)
     if kinds not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]) or len(shape) != 3:
         return ()
     found, start = [], 0
@@ -220,6 +241,17 @@ def _experts(
         found += [Place(name, expert, start, start + size[0]) for expert, name in enumerate(tensors)]
         start += size[0]
     return tuple(found) if start == shape[1] else ()
+
+
+def _rows(names: list[str], stored: Mapping[str, Stored], shape: tuple[int, ...]) -> tuple[Place, ...]:
+    """Where tensors lie in the layer (rows, columns) that they are, one below the other."""
+    found, start = [], 0
+    for name in names:
+        if len(stored[name].shape) != 2 or stored[name].shape[1] != shape[1]:
+            return ()
+        found.append(Place(name, start=start, stop=start + stored[name].shape[0]))
+        start += stored[name].shape[0]
+    return tuple(found) if start == shape[0] else ()
 
 
 def _grow(model: PreTrainedModel, vocab_size: int, before: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

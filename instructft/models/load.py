@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.adapters import lora, quantization
 from instructft.adapters.adapter_folder import AdapterFolder
 from instructft.adapters.attach import attach
+from instructft.adapters.frozen_pairs import lay_beneath, over_parameters, pairs_of, scaling_of
 from instructft.adapters.lora import fit_embeddings
 from instructft.errors import ModelError, UsageError
 from instructft.models.kernels.activations import fuse_activations
@@ -21,7 +23,7 @@ from instructft.models.latest import resolve_latest
 from instructft.models.starting_point import StartingPoint, starting_point
 from instructft.models.tokenizer import not_loaded
 from instructft.weights import remote_code
-from instructft.weights.model_class import auto_class, freeze_named, freeze_towers
+from instructft.weights.model_class import auto_class, freeze_named, freeze_towers, name_blocks_that_are_there
 from instructft.weights.readable import reading
 
 if TYPE_CHECKING:
@@ -108,12 +110,15 @@ def load_model(
             )
     quantization.fix_layout(model)
     freeze_towers(model)
+    name_blocks_that_are_there(model)
     fuse_activations(model)
-    if start.adapter is not None:
+    if start.adapter is not None and not recipe.adapter.stack:
         return _train_further(recipe, start.adapter, model, tokenizer)
-    fit_embeddings(model, len(tokenizer))
+    fit_embeddings(model, max(len(tokenizer), start.adapter.base.vocab_size if start.adapter else 0))
     fit_special_tokens(model, tokenizer)
     freeze_named(model, recipe.model.freeze or ())
+    if start.adapter is not None:
+        return _train_over(recipe, start.adapter, model, start.new_tokens)
     return lora.ADAPTERS[recipe.adapter.type](model, recipe, start.new_tokens)
 
 
@@ -131,6 +136,54 @@ def _train_further(
     adapted = lora.as_trained_here(attach(model, adapter, trainable=True))
     fit_special_tokens(adapted, tokenizer)
     return adapted
+
+
+def _train_over(recipe: Recipe, beneath: AdapterFolder, model: PreTrainedModel, new_tokens: Sequence[int]) -> Any:
+    """The base with an adapter that stays as it is, and a new one on top of it; rows of its tokens are trained further.
+
+    Args:
+        beneath: whole, and of this base.
+        new_tokens: ids without a trained embedding in the base.
+
+    Raises:
+        UsageError: the two cannot be one adapter of the base.
+        AdapterError: the one beneath does not fit the base.
+    """
+    first = attach(model, beneath)
+    pairs, parameters, kind = pairs_of(first), over_parameters(first), first.peft_config["default"]
+    rows = {name: layer for name, layer in first.named_modules() if lora.token_rows(layer) is not None}
+    begun = {
+        name: (
+            lora.token_rows(layer).token_indices["default"],
+            lora.token_rows(layer).trainable_tokens_delta["default"].detach(),
+        )
+        for name, layer in rows.items()
+    }
+    known = {token for tokens, _ in begun.values() for token in tokens}
+    model = first.unload()
+    adapted = lora.add_lora(model, recipe, sorted({*new_tokens, *known}))
+    adapted.peft_config["default"].base_model_name_or_path = beneath.base.name_or_path
+    adapted.peft_config["default"].revision = beneath.base.revision
+    _put_rows(adapted, begun, beneath)
+    return lay_beneath(adapted, pairs, parameters, kind, scaling_of(kind))
+
+
+def _put_rows(model: Any, begun: Mapping[str, tuple[Sequence[int], Any]], beneath: AdapterFolder) -> None:
+    """Let rows of tokens begin as an adapter before this one has trained them."""
+    import torch
+
+    layers = dict(model.named_modules())
+    for name, (tokens, values) in begun.items():
+        own = lora.token_rows(layers.get(name))
+        if own is None:
+            raise UsageError(
+                f"adapter.stack: the adapter in {beneath.folder} has trained rows of {name}, and the new one would not "
+                "go on with them. Merge what is there into a model first (instructft merge), and begin from that"
+            )
+        place = {token: i for i, token in enumerate(own.token_indices["default"])}
+        with torch.no_grad():
+            for token, value in zip(tokens, values, strict=True):
+                own.trainable_tokens_delta["default"][place[token]] = value
 
 
 def fit_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from instructft.adapters import lora
 from instructft.adapters.adapter_folder import AdapterFolder, is_adapter, read_adapter
 from instructft.adapters.attach import locate_base
+from instructft.adapters.frozen_pairs import refuse_more_than_pairs
 from instructft.errors import UsageError
 from instructft.formatting import nearest
 from instructft.models.latest import resolve_latest
@@ -62,6 +63,7 @@ class StartingPoint:
         config: of the base, checked against the recipe. A copy is what is changed.
         new_tokens: ids without a trained embedding in the base, where an adapter is to train their rows.
         tokens: that the embeddings must hold.
+        stacked: whether the adapter stays as it is, and a new one is trained on top of it.
     """
 
     name: str
@@ -72,6 +74,7 @@ class StartingPoint:
     config: PretrainedConfig
     new_tokens: list[int]
     tokens: int
+    stacked: bool = False
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -105,7 +108,10 @@ class StartingPoint:
             starting_point(load_recipe("gpt2-dolly"), tokenizer).facts()
             # {'name_or_path': 'openai-community/gpt2', 'revision': None, 'subfolder': None, 'commit': '…'}
         """
-        return {**self.named, "commit": self.commit} if self.name else None
+        if not self.name:
+            return None
+        over = {"stacked_on": str(self.adapter.folder)} if self.adapter is not None and self.stacked else {}
+        return {**self.named, "commit": self.commit, **over}
 
     def record(self, model: PreTrainedModel, quantization: str) -> BaseModelRecord:
         """The base for `base.json`, with the rows and type of its embedding in training."""
@@ -167,10 +173,15 @@ def starting_point(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Starti
         with torch.device("meta"):
             freeze_named(auto_class(config).from_config(copy.deepcopy(config), **remote_code.flag()), model.freeze)
     added: list[int] = []
-    if recipe.adapter.type != "none" and adapter is None:
+    if recipe.adapter.stack and adapter is None:
+        raise UsageError(
+            f"adapter.stack: true, but {model.name_or_path or 'model.config'} is no adapter folder that another could "
+            "lie on; write adapter.stack: false"
+        )
+    if recipe.adapter.type != "none" and (adapter is None or recipe.adapter.stack):
         added = new_tokens(recipe, tokenizer, config.get_text_config().vocab_size)
         lora.check(recipe, config, added)
-    return StartingPoint(*where, named, adapter, config, added, len(tokenizer))
+    return StartingPoint(*where, named, adapter, config, added, len(tokenizer), recipe.adapter.stack)
 
 
 def positions_of(config: PretrainedConfig) -> int:
@@ -195,11 +206,10 @@ def adapter_to_train_further(recipe: Recipe) -> AdapterFolder | None:
             f"all weights merge it first: instructft merge {name} FOLDER"
         )
     adapter = read_adapter(folder)
-    asked = {key: (peft_key, getattr(recipe.adapter, key)) for key, peft_key in _FIXED.items()}
-    asked |= {key: (key, value) for key, value in recipe.adapter.peft_kwargs().items() if key in recipe.adapter.more}
-    if isinstance(recipe.adapter.target_modules, tuple):
-        asked["target_modules"] = ("target_modules", sorted(recipe.adapter.target_modules))
-    for key, (peft_key, value) in asked.items():
+    if recipe.adapter.stack:
+        refuse_more_than_pairs(adapter.config, f"adapter.stack: the adapter in {name}")
+        refuse_more_than_pairs(recipe.adapter.peft_kwargs(), "adapter.stack: the new adapter")
+    for key, (peft_key, value) in ({} if recipe.adapter.stack else _asked(recipe)).items():
         there = adapter.config.get(peft_key, False)
         if key == "target_modules" and isinstance(there, list):  # where there is a tower, names are written out whole
             named = {next((n for n in value if name == n or name.endswith(f".{n}")), name) for name in there}
@@ -213,6 +223,15 @@ def adapter_to_train_further(recipe: Recipe) -> AdapterFolder | None:
             f"with {adapter.base.quantization}; write {adapter.base.quantization}"
         )
     return adapter
+
+
+def _asked(recipe: Recipe) -> dict[str, tuple[str, Any]]:
+    """Key of the recipe -> its name in PEFT and its value, of what an adapter that is trained further has fixed."""
+    asked = {key: (peft_key, getattr(recipe.adapter, key)) for key, peft_key in _FIXED.items()}
+    asked |= {key: (key, value) for key, value in recipe.adapter.peft_kwargs().items() if key in recipe.adapter.more}
+    if isinstance(recipe.adapter.target_modules, tuple):
+        asked["target_modules"] = ("target_modules", sorted(recipe.adapter.target_modules))
+    return asked
 
 
 def _published_config(name: str, revision: str, subfolder: str) -> PretrainedConfig:

@@ -283,6 +283,11 @@ class AdapterSection(_Section):
         default="auto",
         description="whether the experts of a mixture get an adapter; auto: where target_modules is all-linear",
     )
+    stack: bool = Field(
+        default=False,
+        description="over an adapter in model.name_or_path: true trains a new one on top of it, which stays as it is; "
+        "false trains that one further",
+    )
     more: FrozenMap = Field(default_factory=FrozenDict, exclude=True)  # not a key
 
     def peft_kwargs(self) -> dict[str, Any]:

@@ -267,6 +267,10 @@ def _adapter(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     kind = "DoRA" if adapter.use_dora else "rsLoRA" if adapter.use_rslora else "LoRA"
     base = {"none": "", "8bit": " over a base in 8 bits", "4bit": " over a base in 4 bits (nf4)"}
     text = f"{kind}, rank {adapter.r}, alpha {adapter.alpha}{base[recipe.model.quantization]}"
+    if adapter.stack:
+        text += ", trained on top of another adapter, which stays as it was and is part of this one"
+    elif begun := adapter.more.get("init_lora_weights"):
+        text += f", begun by `{str(begun).lower()}`"
     if found:
         share = found["trainable"] / found["total"]
         text += f"; {found['trainable']:,} of {found['total']:,} parameters trained ({share:.2%})"

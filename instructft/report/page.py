@@ -7,6 +7,8 @@ folder of this machine. Text of data and models is shown, never obeyed.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -136,7 +138,7 @@ def page(
         },
         notes=notes(facts, records),
         left_out=left_out(facts["data"]),
-        load=loading(recipe, facts.get("model_class", PLAIN)),
+        load=loading(recipe, facts.get("model_class", PLAIN), (facts.get("base") or {}).get("name_or_path")),
         resolved=yaml_text(resolved).strip(),
     )
     return without_roots(text, folders)
@@ -305,11 +307,17 @@ def training_row(recipe: Recipe, tokenizer: Any, data: Prepared | Streamed | Non
     return show(example, tokenizer)
 
 
-def loading(recipe: Recipe, kind: str = PLAIN) -> dict[str, str]:
-    """Title -> commands or code that load what the run left; `kind` is the Auto class that its config names."""
+def loading(recipe: Recipe, kind: str = PLAIN, base: str | None = None) -> dict[str, str]:
+    """Title -> commands or code that load what the run left.
+
+    Args:
+        kind: the Auto class that its config names.
+        base: of an adapter; the recipe may name an adapter in its place, which it was trained on or further from.
+    """
     output = Path(recipe.output_dir)
     path = last_name(recipe.output_dir) if output.is_absolute() or ".." in output.parts else recipe.output_dir
     lora = recipe.adapter.type == "lora"
+    below = last_name(base) if base else starting_point(recipe)
     imports = [f"from transformers import {kind}, AutoTokenizer"]
     load = f"{kind}.from_pretrained({path!r})"
     if lora and kind == PLAIN:
@@ -317,7 +325,7 @@ def loading(recipe: Recipe, kind: str = PLAIN) -> dict[str, str]:
         load = f"AutoPeftModelForCausalLM.from_pretrained({path!r})"
     elif lora:
         imports = ["from peft import PeftModel", *imports]
-        load = f"PeftModel.from_pretrained({kind}.from_pretrained({starting_point(recipe)!r}), {path!r})"
+        load = f"PeftModel.from_pretrained({kind}.from_pretrained({below!r}), {path!r})"
     lines = [
         *imports,
         "",
@@ -331,14 +339,21 @@ def loading(recipe: Recipe, kind: str = PLAIN) -> dict[str, str]:
     ]
     serve = f"vllm serve {typed(path)}"
     if lora:
-        rank = next(size for size in (16, 32, 64, 128, 256, 320, 512, 1 << 30) if size >= recipe.adapter.r)
+        rank = next(size for size in (16, 32, 64, 128, 256, 320, 512, 1 << 30) if size >= rank_of(recipe))
         serve = (
-            f"vllm serve {typed(starting_point(recipe))} --enable-lora --max-lora-rank {rank} "
+            f"vllm serve {typed(below)} --enable-lora --max-lora-rank {rank} "
             f"--lora-modules tuned={typed(path)} \\\n"
             f"  --chat-template {typed(path + '/chat_template.jinja')}\n"
             f"# or without adapters: instructft merge {typed(path)} MERGED && vllm serve MERGED"
         )
     return {"Talk to it": f"instructft chat {typed(path)}", "Python": "\n".join(lines), "vLLM": serve}
+
+
+def rank_of(recipe: Recipe) -> int:
+    """Of the adapter that the run leaves: more than the recipe's where others are in it (`adapters.frozen_pairs`)."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return int(json.loads((Path(recipe.output_dir) / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+    return recipe.adapter.r
 
 
 def starting_point(recipe: Recipe) -> str:

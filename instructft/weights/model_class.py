@@ -225,6 +225,30 @@ def inside(name: str, towers: Collection[str]) -> bool:
     return any(name == tower or name.startswith(f"{tower}.") for tower in towers)
 
 
+def name_blocks_that_are_there(model: Any) -> None:
+    """Leave of a model's `_no_split_modules` the classes that occur in it; accelerate and PEFT refuse any other (FSDP).
+
+    A model with towers has the names of all that its towers might be made of (transformers 5.23).
+
+    Example::
+
+        name_blocks_that_are_there(gemma3)
+        gemma3._no_split_modules
+        # {'Gemma3DecoderLayer', 'SiglipEncoderLayer', …}
+    """
+    names = getattr(model, "_no_split_modules", None)
+    if names:
+        there = {type(module).__name__ for module in model.modules()}
+        model._no_split_modules = type(names)(name for name in names if name in there)
+
+
+def shortest_names(model: Any, whole: set[str]) -> list[str]:
+    """Names by which an adapter finds just these modules: last parts where these say it all, else whole names."""
+    last = {name.rpartition(".")[2] for name in whole}
+    reached = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    return sorted(last if reached == whole else whole)
+
+
 def towers_in_words(found: Collection[Tower]) -> str:
     """A line for the terminal.
 

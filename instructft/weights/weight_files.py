@@ -268,6 +268,8 @@ def tensors(model: Any, found: Mapping[str, Any]) -> dict[str, Shape]:
         from peft import get_peft_model_state_dict
 
         shapes = get_peft_model_state_dict(model, state_dict=shapes, save_embedding_layers=False)
+        if joined := getattr(model, "as_one_on_disk", None):  # of `instructft.adapters.frozen_pairs`
+            shapes = joined(shapes)
         return {name: tuple(tensor.shape) for name, tensor in shapes.items()}
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     for tied in names.values():

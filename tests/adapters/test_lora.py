@@ -345,7 +345,7 @@ def test_packed_weights_are_counted_as_what_they_stand_for() -> None:
         ("gpt2", ["adapter.target_modules=[wte]"], "reaches transformer.wte, whose weights are also the output head's"),
         ("gpt2", ["adapter.modules_to_save=[lm_head]"], "shares its weights"),
         ("llama", ["adapter.modules_to_save=[lm_heat]"], r'no module lm_heat; did you mean "lm_head"\?'),
-        ("llama", ["adapter.init_lora_weights=pissa"], "init_lora_weights: pissa changes the base's weights"),
+        ("llama", ["adapter.init_lora_weights=loftq"], "init_lora_weights: loftq puts other weights in the place"),
         ("phi", ["data.template=chatml"], "drops the bias of a head"),
     ],
 )

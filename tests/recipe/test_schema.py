@@ -62,6 +62,7 @@ def test_defaults_are_those_of_the_contract(load):
             "use_rslora": False,
             "lora_plus_ratio": None,
             "experts": "auto",
+            "stack": False,
         },
         "train": "…",
         "evaluation": {"rows": "auto", "metrics": []},

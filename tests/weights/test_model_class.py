@@ -12,6 +12,7 @@ from instructft.weights.model_class import (
     backbone,
     freeze_named,
     freeze_towers,
+    name_blocks_that_are_there,
     refuse_what_does_not_answer,
     text_module,
     towers,
@@ -37,6 +38,17 @@ def test_what_text_does_not_reach_is_frozen_and_nothing_else(kind: str) -> None:
     assert "vision tower" in {tower.kind for tower in found}
     assert found[0].name in towers_in_words(found)
     assert torch.is_tensor(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava"])
+def test_the_blocks_that_are_divided_among_processes_are_those_that_are_there(kind: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config_of(kind, 1490))
+    there = {type(module).__name__ for module in model.modules()}
+    assert not set(model._no_split_modules) <= there  # what accelerate stops at, whatever else is right
+    name_blocks_that_are_there(model)
+    assert set(model._no_split_modules) <= there
+    assert any("DecoderLayer" in name for name in model._no_split_modules)
 
 
 def test_a_model_of_text_alone_has_no_towers() -> None:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from instructft.adapters.lora import is_peft, shortest_names
+from instructft.adapters.lora import is_peft
 from instructft.data.arrow.token_rows import tokens_of
 from instructft.errors import ModelError
 from instructft.training.rehearsal.head import as_in_a_step
+from instructft.weights.model_class import shortest_names
 from instructft.weights.weight_files import without_wrappers
 
 if TYPE_CHECKING:
