@@ -79,7 +79,7 @@ def rows(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2400 if BATTERY else 600)  # eleven kinds
 def test_two_processes_stopped_in_every_epoch_go_on_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
