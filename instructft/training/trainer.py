@@ -20,6 +20,7 @@ from trl import SFTTrainer
 from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import faster_b, token_rows
 from instructft.data.arrow.token_rows import PARTS, slices_of
+from instructft.data.arrow.workers import leaving_signals
 from instructft.data.batches.counts import Counting, Counts, taken
 from instructft.data.batches.flat_packs import FlatPacks
 from instructft.data.batches.parts import ONCE_MORE
@@ -324,9 +325,9 @@ class Trainer(SFTTrainer):
     def _counting(self, collate: Any, once_more: int | None = None) -> Any:
         """A collator that counts, unless one process makes batches for all: they are divided, and are tensors alone."""
         together = self.accelerator.dispatch_batches or self.accelerator.split_batches
-        if self.accelerator.dispatch_batches:
-            return collate
-        return Counting(collate, None if together else once_more)
+        if not self.accelerator.dispatch_batches:
+            collate = Counting(collate, None if together else once_more)
+        return functools.partial(leaving_signals, collate) if self.args.dataloader_num_workers else collate
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -62,7 +62,7 @@ def watched(self, *args, **kwargs):
     return step(self, *args, **kwargs)
 Trainer.training_step = watched
 ONCE_MORE["cpu"] = 1  # rows of unlike length are trained in parts, of which each process has its own number
-for recipe, stops in json.loads(sys.argv[1]):
+for recipe, stops in json.loads(sys.argv[1]) if __name__ == "__main__" else ():
     loaded = instructft.load_recipe(recipe)
     for stop in (*stops, None):
         with contextlib.suppress(Stopped):
