@@ -100,6 +100,46 @@ def test_logits_that_are_more_than_a_product_are_trained_as_they_are(
     assert apart(trainer, batch) < near(1e-6)
 
 
+def test_a_cap_shows_where_logits_are_far_below_it(recipe_of: Callable[..., Any]) -> None:
+    """As in a model that is not trained yet: at their own size the states tell nothing."""
+    trainer = trainer_of(recipe_of(SOFT_CAP))
+    batch = on(trainer.model, short_batch(trainer, trainer.train_dataset[0]))
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight.mul_(1e-2)
+        assert float(trainer.model(**batch).logits.abs().max()) < 0.1
+    trainer.model.eval()
+    assert apart(trainer, batch) > TOLERANCE
+
+
+class Doubled(torch.autograd.Function):
+    """The same values, and twice the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return 2 * gradient
+
+
+def test_a_head_of_the_right_loss_and_another_gradient_is_found(recipe_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(recipe_of())
+    fused = trainer.model.forward
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        out = fused(*args, **kwargs)
+        for name in ("log_probs", "nll") if kwargs.get("fused_lm_head") else ():
+            if isinstance(value := getattr(out, name, None), torch.Tensor):
+                setattr(out, name, Doubled.apply(value))
+        return out
+
+    trainer.model.forward = wrong
+    head, _ = chosen(trainer)
+    assert head.kind == "logits"
+    assert head.difference == pytest.approx(1.0, abs=0.01)
+
+
 def test_a_router_is_trained_by_the_loss_that_the_model_makes(recipe_of: Callable[..., Any]) -> None:
     trainer = trainer_of(recipe_of(MIXTURE))
     del trainer.model.config.num_experts
