@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from instructft.data.arrow.workers import script_without_guard
 from instructft.errors import UsageError
 from instructft.formatting import memory_size
 from instructft.models.load import weights_dtype
@@ -57,10 +59,20 @@ def training_arguments(recipe: Recipe, data: Prepared | Streamed, state: Partial
         config = fields.get("accelerator_config") or {}
         if args.dataloader_pin_memory and not isinstance(config, str) and "non_blocking" not in config:
             args.accelerator_config.non_blocking = True  # a batch is copied while the step before it computes
+    if args.dataloader_num_workers and _run_anew(args):
+        args.dataloader_num_workers, args.dataloader_persistent_workers = 0, False
+        args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None
     if tokens_per_step:
         per_micro_batch = data.tokens_per_row * args.per_device_train_batch_size * state.num_processes
         args.gradient_accumulation_steps = max(1, round(tokens_per_step / per_micro_batch))
     return args, precision
+
+
+def _run_anew(args: SFTConfig) -> str:
+    """The script that each process which loads rows would run once more, the training included; else ""."""
+    method = args.dataloader_multiprocessing_context or multiprocessing.get_start_method(allow_none=True)
+    method = method or multiprocessing.get_all_start_methods()[0]
+    return "" if method == "fork" else script_without_guard()
 
 
 # The learning rate of a recipe that names none. For an adapter about ten times that for all weights (Schulman et al.,
@@ -148,6 +160,13 @@ def remarks(recipe: Recipe, args: SFTConfig, config: Any, steps: int) -> list[st
         found.append(
             "model.dtype: all weights are trained in float16 itself, in which small updates are lost and gradients "
             "overflow; write float32 (or auto) and train.fp16=true where the GPU has no bfloat16"
+        )
+    asked = recipe.train.get("dataloader_num_workers", 0)
+    if asked > args.dataloader_num_workers:
+        found.append(
+            f'train.dataloader_num_workers: {asked}, but {script_without_guard()} has no `if __name__ == "__main__":`, '
+            "and each process that loads rows would run it anew; they are loaded in the training process. Put what "
+            "the script does below such a line"
         )
     warmup = args.warmup_steps
     if warmup >= 1 and steps and warmup >= steps:

@@ -1,5 +1,7 @@
 """When memory runs out in training: what held it, and the recipe keys that would help most, with values for this run.
 
+A system that is short of memory also kills processes that load rows: that one has ended is told here as well.
+
 Weights, gradients and the optimizer's state are counted from the model and the optimizer at hand; activations are what
 remains of the peak. What a key would save is reckoned from these, so that the first key named is the one to try first.
 """
@@ -15,13 +17,15 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
 # all of it now: when memory has run out is no time to import
-from instructft.errors import OutOfMemoryError
+from instructft.checkpoints.manifest import standing
+from instructft.errors import InstructftError, OutOfMemoryError
 from instructft.formatting import memory_size
 from instructft.models.fake_step import Batch, activation_bytes
 from instructft.models.memory import optimizer_bytes, resident
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 _SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "_STATUS_ALLOC_FAILED")
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", re.IGNORECASE)
 _UNITS = {"bytes": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_LOADER = re.compile(r"DataLoader worker \(pid.*?(killed by signal: \w+|exited unexpectedly(?: with exit code \d+)?)")
 _KEYS = 3  # named at most
 _ROUND = 64  # tokens; `data.max_length` is proposed in multiples of it
 
@@ -55,17 +60,25 @@ def ran_out(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explained(recipe: Recipe, trainer: Any) -> Iterator[None]:
-    """Turn an error of memory into one message for the person; every other error passes through.
+    """Turn an error of memory, or of a process that loads rows, into one message; every other error passes through.
 
     Args:
         trainer: an `instructft.training.trainer.Trainer`.
 
     Raises:
         OutOfMemoryError: what was being done, what held the memory, and what to change.
+        InstructftError: a process that loads rows has ended; what stands, and what to change.
     """
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
+        if ended := _LOADER.search(str(error)):
+            raise InstructftError(
+                f"after step {trainer.state.global_step}: a process that loads rows has ended ({ended[1]}); "
+                f"{standing(Path(trainer.args.output_dir))}. The same command resumes the run; where memory is short, "
+                "have the training process load the rows, the same ones in the same order: "
+                f"train.dataloader_num_workers=0 (found {trainer.args.dataloader_num_workers})"
+            ) from error
         if not ran_out(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the activations

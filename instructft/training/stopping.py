@@ -30,6 +30,8 @@ from instructft.errors import Stopped
 from instructft.formatting import figure
 from instructft.training.launch.signals import AGAIN, TWICE, listen
 
+_CHILDREN: Any = getattr(signal, "SIGCHLD", None)  # Windows has none
+
 
 class Stop(TrainerCallback):
     """Ends training at the next step with a checkpoint once a signal has come to any process.
@@ -43,10 +45,13 @@ class Stop(TrainerCallback):
         self.agreed = 0  # the one that all processes have agreed on
         self.left_evaluation = False  # one was due or under way, and is left to the resumed run
         self._before: dict[int, Any] = {}
+        self._of_children: Any = None
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
             self._before = listen(self._received)
+            if _CHILDREN is not None:
+                self._of_children = signal.SIG_DFL if _is_torchs() else signal.getsignal(_CHILDREN) or signal.SIG_DFL
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -81,6 +86,14 @@ class Stop(TrainerCallback):
                 self.agreed = int(flag)
         return bool(self.agreed)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hear of a process that loads rows and has ended where its next rows are asked for, between two steps.
+
+        torch's handler would raise in the middle of a step, which could not be saved then (torch 2.13).
+        """
+        if self._of_children is not None and _is_torchs():
+            signal.signal(_CHILDREN, self._of_children)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop; an evaluation that is due now is made up for by the resumed run."""
         if self.agree(args):
@@ -92,6 +105,11 @@ class Stop(TrainerCallback):
         """Leave an evaluation; it is begun anew by the resumed run."""
         if self.agree(args):
             raise EvaluationLeft
+
+
+def _is_torchs() -> bool:
+    """Whether what hears of children that have ended is torch's loader of data."""
+    return str(getattr(signal.getsignal(_CHILDREN), "__module__", "")).startswith("torch.utils.data.")
 
 
 class EvaluationLeft(Exception):

@@ -20,7 +20,8 @@ from trl import SFTTrainer
 from instructft.adapters.adapter_folder import AdapterMetadata
 from instructft.adapters.lora import faster_b, token_rows
 from instructft.data.arrow.token_rows import PARTS, slices_of
-from instructft.data.batches.counts import Counting, Counts, taken
+from instructft.data.arrow.workers import leaving_signals
+from instructft.data.batches.counts import Counting, Counts, WithRowLengths, taken
 from instructft.data.batches.flat_packs import FlatPacks
 from instructft.data.batches.parts import ONCE_MORE
 from instructft.data.batches.row_history import NUMBER, ROW_OF, Numbered, RowHistory, SaysWhose, Seen, together
@@ -324,9 +325,9 @@ class Trainer(SFTTrainer):
     def _counting(self, collate: Any, once_more: int | None = None) -> Any:
         """A collator that counts, unless one process makes batches for all: they are divided, and are tensors alone."""
         together = self.accelerator.dispatch_batches or self.accelerator.split_batches
-        if self.accelerator.dispatch_batches:
-            return collate
-        return Counting(collate, None if together else once_more)
+        if not self.accelerator.dispatch_batches:
+            collate = Counting(collate, None if together else once_more)
+        return functools.partial(leaving_signals, collate) if self.args.dataloader_num_workers else collate
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -436,7 +437,7 @@ class Trainer(SFTTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Every held-out row once, whatever becomes of the last rows in training; batches say how long rows are."""
         rows = slices_of(self.eval_dataset if eval_dataset is None else eval_dataset)
-        collate = self._counting(_WithRowLengths(self.data_collator))
+        collate = self._counting(WithRowLengths(self.data_collator))
         with _in_place(self, data_collator=collate), _in_place(self.args, dataloader_drop_last=False):
             return super().get_eval_dataloader(rows)
 
@@ -553,16 +554,6 @@ def _in_place(owner: Any, **values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(owner, name, value)
-
-
-class _WithRowLengths:
-    """A collator that says with each batch how long its rows are: (B,), where packs become one row of the batch too."""
-
-    def __init__(self, collate: Any):
-        self.collate = collate
-
-    def __call__(self, rows: Any) -> dict[str, torch.Tensor]:
-        return {**self.collate(rows), "row_lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
 
 
 def _sums_of_rows(values: torch.Tensor, lengths: torch.Tensor, width: int | None = None) -> torch.Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import instructft
 from instructft.checkpoints.manifest import Checkpoint
-from instructft.checkpoints.resume import RunStart, fixed_keys, refuse_changes
+from instructft.checkpoints.resume import RunStart, fixed_keys, identity, refuse_changes
 from instructft.errors import ResumeError
 
 
@@ -26,6 +28,27 @@ def test_of_the_data_loader_only_speed_may_change(write_recipe: Callable[..., Pa
     recipe = instructft.load_recipe(write_recipe(), overrides)
     fixed = {key.removeprefix("train.dataloader_") for key in fixed_keys(recipe) if "dataloader_" in key}
     assert fixed == names - free
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "precision"),
+    [(True, False, "bfloat16"), (False, True, "float16"), (False, False, "as the weights")],
+)
+def test_precision_and_device_are_part_of_a_run_where_the_machine_decides_them(
+    write_recipe: Callable[..., Path], bf16: bool, fp16: bool, precision: str
+) -> None:
+    """The recipe says neither; on another machine either would give other bits."""
+    recipe = instructft.load_recipe(write_recipe())
+    known: Any = SimpleNamespace(chat_template="{{ messages }}", name=None)
+    made = {}
+    for device in ("cpu", "cuda"):
+        args: Any = SimpleNamespace(
+            world_size=1, bf16=bf16, fp16=fp16, device=SimpleNamespace(type=device), train_sampling_strategy="random"
+        )
+        made[device] = identity(recipe, known, "f", known, args)
+    assert made["cpu"]["precision"] == precision
+    with pytest.raises(ResumeError, match=r'device: "cpu" when checkpoint-3 was written, now "cuda"'):
+        refuse_changes(Checkpoint(Path("run/checkpoint-3"), 3, made["cpu"], {}), made["cuda"])
 
 
 def test_a_checkpoint_of_an_older_version_is_resumed() -> None:

@@ -87,6 +87,7 @@ def _together(command: Sequence[str], folder: Path, environments: Sequence[Mappi
 
 def _program(command: list[str], environment: dict[str, str], folder: str, said: str) -> None:
     """In the child: be the program."""
+    multiprocessing.set_start_method(None, force=True)  # of a fork server's child it is `forkserver`
     gc.freeze()  # else every full collection goes over all that the server has imported
     os.environ.clear()
     os.environ.update(environment)

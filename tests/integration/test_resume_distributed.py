@@ -62,7 +62,7 @@ def watched(self, *args, **kwargs):
     return step(self, *args, **kwargs)
 Trainer.training_step = watched
 ONCE_MORE["cpu"] = 1  # rows of unlike length are trained in parts, of which each process has its own number
-for recipe, stops in json.loads(sys.argv[1]):
+for recipe, stops in json.loads(sys.argv[1]) if __name__ == "__main__" else ():
     loaded = instructft.load_recipe(recipe)
     for stop in (*stops, None):
         with contextlib.suppress(Stopped):
@@ -79,7 +79,7 @@ def rows(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2400 if BATTERY else 600)  # eleven kinds
 def test_two_processes_stopped_in_every_epoch_go_on_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,25 @@ def test_remarks(override: str, said: str, left_open: Callable[..., Any]) -> Non
     assert len(found) == bool(said)
 
 
+@pytest.mark.parametrize(("method", "alone"), [("fork", False), ("spawn", True), ("forkserver", True)])
+def test_no_process_that_loads_rows_runs_a_script_without_a_guard(
+    method: str, alone: bool, left_open: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch starts them by `fork`, `spawn` or `forkserver`, as the system and the version of Python have it."""
+    monkeypatch.setattr(arguments, "script_without_guard", lambda: "mine.py")
+    monkeypatch.setattr(arguments.multiprocessing, "get_start_method", lambda allow_none: method)
+    recipe, _ = follow_model(left_open("train.dataloader_num_workers=2"), config())
+    args, _ = training_arguments(recipe, DATA, ONE)
+    assert args.dataloader_num_workers == (0 if alone else 2)
+    found = remarks(recipe, args, config(), 4)
+    assert ("dataloader_num_workers: 2, but mine.py has no `if __name__" in "".join(found)) is alone
+    given, _ = follow_model(
+        left_open("train.dataloader_num_workers=2", f"train.dataloader_multiprocessing_context={method}"), config()
+    )
+    monkeypatch.setattr(arguments.multiprocessing, "get_start_method", lambda allow_none: "fork")
+    assert training_arguments(given, DATA, ONE)[0].dataloader_num_workers == (0 if alone else 2)
+
+
 def test_a_rate_for_all_weights_is_low_for_an_adapter(left_open: Callable[..., Any]) -> None:
     recipe = left_open("train.learning_rate=2e-5")
     lora = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"type": "lora"})})

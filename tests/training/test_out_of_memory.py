@@ -7,13 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.data import dataloader
 
-from instructft.errors import OutOfMemoryError
+from instructft.errors import InstructftError, OutOfMemoryError
 from instructft.training.out_of_memory import ran_out
 from instructft.training.run import train
+from instructft.training.trainer import Trainer
 from tests.helpers.device import of_the_cpu
 from tests.helpers.out_of_memory import CUDA, out_of_memory, proposed
 from tests.helpers.processes import python
@@ -151,3 +154,30 @@ main()
     assert "step 1: memory ran out on cpu, with a batch of 32 × " in done.stderr
     assert "train.per_device_train_batch_size=16 train.gradient_accumulation_steps=4" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_process_that_loads_rows_and_ends_leaves_a_checkpoint_and_a_word(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of a step, as a system does that is short of memory."""
+    asked = recipe("train.dataloader_num_workers=1", "train.save_steps=100")
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))  # of 5 s
+    step = Trainer.training_step
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            for child in psutil.Process().children():
+                child.kill()
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", watched)
+    with pytest.raises(InstructftError, match="a process that loads rows has ended") as caught:
+        train(asked, console=QUIET)
+    said = re.match(
+        r"after step (\d+): .*; checkpoint-(\d+) stands.*dataloader_num_workers=0 \(found 1\)", str(caught.value)
+    )
+    assert said, caught.value
+    assert int(said[1]) == int(said[2]) >= 3
+    monkeypatch.undo()
+    resumed = train(asked, console=QUIET).facts["train"]["resumed"]
+    assert [entry["step"] for entry in resumed] == [int(said[2])]

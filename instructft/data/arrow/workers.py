@@ -18,6 +18,7 @@ from typing import Any
 from instructft.errors import InstructftError
 
 _AHEAD = 4  # results that a process keeps until it is their turn
+_HEARD: set[int] = set()  # signals that a process which loads rows leaves alone once
 # A process that is forked has the tokenizer, studied and proved, from the start; elsewhere forking is not safe.
 METHOD = "fork" if sys.platform == "linux" else "spawn"
 
@@ -82,6 +83,27 @@ def script_without_guard() -> str:
     names = (name.id for node in body if isinstance(node, ast.If) for name in ast.walk(node.test)
              if isinstance(name, ast.Name))  # fmt: skip
     return "" if "__name__" in names else Path(path).name
+
+
+def leaving_signals(collate: Callable[[Any], Any], rows: Any) -> Any:
+    """A batch, made where a process of torch's loader makes it: a signal is left to the process that trains.
+
+    A scheduler and a terminal send theirs to both. The one that trains finishes its step, for which it may ask for rows
+    still; torch lets those that load them die of SIGTERM (2.13). One that comes twice ends them, for those that hang.
+    """
+    import torch.utils.data
+
+    if torch.utils.data.get_worker_info() is not None:
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)
+            if number is not None and number not in _HEARD:
+                _HEARD.add(number)
+                signal.signal(number, _next_time)
+    return collate(rows)
+
+
+def _next_time(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)
 
 
 def _received(answer: Any, child: Any) -> bytes:

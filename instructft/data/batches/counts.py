@@ -39,6 +39,18 @@ class Counting:
         return {**batch, "counts": (sum(lengths), supervised, slots)}
 
 
+class WithRowLengths:
+    """A collator that says with each batch how long its rows are: (B,), where packs become one row of the batch too."""
+
+    def __init__(self, collate: Callable[..., dict[str, Any]]):
+        self.collate = collate
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        return {**self.collate(rows), "row_lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
+
+
 def taken(batch: dict[str, Any]) -> Counts:
     """Take the counts out of a batch, which is then what a model is called with.
 

@@ -7,6 +7,7 @@ and would be saved as if they had been trained. An expert that one short batch w
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
 
 PASSES = 8  # more, where layers are left out at random
+PIECE = 1 << 20  # numbers of a gradient that are looked at together; in most the first of them are not zero
 _INNER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -101,18 +103,37 @@ def leave_out_unreached(trainer: Trainer, batch: dict[str, torch.Tensor]) -> Rea
 
 
 def _gradients(trainer: Trainer, batch: dict[str, torch.Tensor], *, training: bool) -> tuple[set[str], set[str]]:
-    """Names of the weights that get a gradient, and of those where one number of it at least is not zero."""
+    """Names of the weights that get a gradient, and of those where one number of it at least is not zero.
+
+    Each is looked at and let go as it comes: all of them together are as large as the model.
+    """
     model: Any = trainer.model
     was = model.training
+    found: set[str] = set()
+    moving: set[str] = set()
+
+    def look(name: str, weight: torch.Tensor) -> None:
+        if weight.grad is not None:
+            found.add(name)
+            if any(bool(part.any()) for part in weight.grad.detach().flatten().split(PIECE)):
+                moving.add(name)
+            weight.grad = None
+
+    hooks = [
+        weight.register_post_accumulate_grad_hook(functools.partial(look, name))
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    ]
     model.train(training)
     try:
+        trainer.accelerator.unwrap_model(model).zero_grad(set_to_none=True)
         with as_in_a_step(trainer):
             loss = trainer.compute_loss(model, dict(batch))
-        trainer.accelerator.unwrap_model(model).zero_grad(set_to_none=True)
         loss.backward()
-        found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-        return set(found), {name for name, grad in found.items() if bool((grad != 0).any())}
+        return found, moving
     finally:
+        for hook in hooks:
+            hook.remove()
         model.zero_grad(set_to_none=True)
         model.train(was)
 

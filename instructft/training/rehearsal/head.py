@@ -5,11 +5,15 @@ model: ModernBERT's decoder puts a dense layer and a norm before that, Recurrent
 and a head that leaves them out trains another model than the one that is saved. Here the claim is tried on one short
 batch: log-probability, entropy, top-1 and the gradient that goes back into the model, once as they are and once with
 hidden states so large that a cap or any other curve must show.
+
+The layers below are gone through once for each head, and once for all who look at the model's own logits: that is what
+a rehearsal takes its time for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,8 +50,45 @@ class Head:
     why: str = ""
 
 
-def choose_head(trainer: Trainer, batch: Batch) -> Head:
+@dataclass(frozen=True)
+class OwnPass:
+    """What the model makes of a batch by its own forward, with the graph that leads there.
+
+    Args:
+        logits: (B, T, V).
+        embedded: what its embeddings gave, of which gradients can be asked; None where that was not called.
+        below: what the layers below the head gave; None where there is no telling them apart.
+    """
+
+    logits: torch.Tensor
+    embedded: torch.Tensor | None
+    below: Any
+
+    @classmethod
+    def of(cls, trainer: Trainer, batch: Batch) -> OwnPass:
+        """Go through the model once, in the precision of a step."""
+        model: Any = trainer.model
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        states: list[torch.Tensor] = []
+
+        def watch(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+            states.append(out.detach().requires_grad_())
+            return states[-1].clone()  # some models go on with it in place
+
+        hook = model.get_input_embeddings().register_forward_hook(watch)
+        try:
+            with as_in_a_step(trainer), _below(model) as found:
+                logits = model(**inputs, use_cache=False).logits
+        finally:
+            hook.remove()
+        return cls(logits, states[0] if states else None, found[0] if len(found) == 1 else None)
+
+
+def choose_head(trainer: Trainer, batch: Batch) -> tuple[Head, OwnPass]:
     """Give the model the first head that computes what its own logits say, with the router's loss if that can be had.
+
+    Returns:
+        the head, and the pass that it was held against.
 
     Raises:
         ModelError: the model's own forward fails, or cannot compute the router's loss that the recipe asks for.
@@ -55,6 +96,7 @@ def choose_head(trainer: Trainer, batch: Batch) -> Head:
     model: Any = bare(trainer.model)
     fused, text = model.forward, model.config.get_text_config()
     difference, why, error = None, "", None
+    own: OwnPass | None = None
     router = [trainer.aux_loss_enabled, *([False] if trainer.aux_loss_enabled else [])]
     for trainer.aux_loss_enabled in router:
         if hasattr(text, "output_router_logits"):
@@ -63,20 +105,22 @@ def choose_head(trainer: Trainer, batch: Batch) -> Head:
             model.forward = fused
             if kind == "logits":
                 add_plain_head(model)
-            failed = _failure(trainer, batch)
+            with _below(model) as below:
+                failed = _failure(trainer, batch)
             error = failed or error  # the last one is that of the model's own forward
             if failed:
                 why = why or f"the fused head fails on {type(model).__name__} ({_short(failed)})"
                 continue
+            own = own or OwnPass.of(trainer, batch)
             if kind == "fused":
-                difference = compare(trainer, batch)
+                difference = compare(trainer, batch, own, below[0] if len(below) == 1 else None)
                 if difference > (limit := tolerance(trainer)):
                     why = (
                         f"the fused head and the logits of {type(model).__name__} differ by {difference:.1e} "
                         f"(up to {limit:g} would be rounding)"
                     )
                     continue
-            return Head(kind, difference, _in_words(trainer, kind, why, router[0], error))
+            return Head(kind, difference, _in_words(trainer, kind, why, router[0], error)), own
     raise ModelError(
         f"{type(model).__name__} ({model.config.model_type}) cannot be trained here: its forward fails on a batch of "
         f"{tuple(batch['input_ids'].shape)} tokens: {_short(error)}"
@@ -122,13 +166,17 @@ def tolerance(trainer: Trainer) -> float:
     return TOLERANCE if exact else ROUNDED
 
 
-def compare(trainer: Trainer, batch: Batch) -> float:
-    """The largest difference between what training computes and what the logits say, as a share of what they say."""
+def compare(trainer: Trainer, batch: Batch, own: OwnPass, fused: Any = None) -> float:
+    """The largest difference between what training computes and what the logits say, as a share of what they say.
+
+    Args:
+        fused: what the layers below the head gave on the way to the loss of training; None: they are gone through.
+    """
     worst, scale = 0.0, 1.0
     for look in range(2):
         with as_in_a_step(trainer):
-            wanted, largest = _looked_at(trainer.model, batch, scale, plain=True)
-            found, _ = _looked_at(trainer.model, batch, scale, plain=False)
+            wanted, largest = _looked_at(trainer.model, batch, own.below, scale, plain=True)
+            found, _ = _looked_at(trainer.model, batch, fused, scale, plain=False)
             # at the second look nearly all probability lies on one token: what is left of a gradient is rounding
             names = ("log_probs", "entropy", *(("gradient",) if look == 0 else ()))
         for name in names:
@@ -149,22 +197,12 @@ def compare(trainer: Trainer, batch: Batch) -> float:
     return worst
 
 
-def _looked_at(model: Any, batch: Batch, scale: float, *, plain: bool) -> tuple[dict[str, torch.Tensor | None], float]:
+def _looked_at(
+    model: Any, batch: Batch, below: Any, scale: float, *, plain: bool
+) -> tuple[dict[str, torch.Tensor | None], float]:
     """Scores of a batch with the hidden states multiplied by `scale`, their gradient, and the largest logit."""
-    states: list[torch.Tensor] = []
-
-    def take(module: Any, args: Any, out: Any) -> Any:
-        hidden = out[0] if isinstance(out, tuple) else out.last_hidden_state
-        states.append((hidden.detach() * scale).requires_grad_())
-        if isinstance(out, tuple):
-            return (states[-1], *out[1:])
-        out["last_hidden_state"] = states[-1]
-        return out
-
-    below = backbone(bare(model))
-    hook = below.register_forward_hook(take) if below is not bare(model) else None
     largest = 0.0
-    try:
+    with _below(model, below, scale) as found:
         if plain:
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             logits = model(**inputs, use_cache=False).logits[:, :-1]
@@ -172,14 +210,51 @@ def _looked_at(model: Any, batch: Batch, scale: float, *, plain: bool) -> tuple[
             seen = from_logits(logits, batch["labels"][:, 1:].to(logits.device))
         else:
             seen = scores(model, batch)
-    finally:
-        if hook is not None:
-            hook.remove()
     gradient = None
-    if states and seen.log_probs is not None:
-        gradient = torch.autograd.grad(nll_of(seen), states[-1], allow_unused=True)[0]
-    found = {"log_probs": seen.log_probs, "entropy": seen.entropy, "gradient": gradient}
-    return {name: None if value is None else value.detach().float() for name, value in found.items()}, largest
+    if found and seen.log_probs is not None:
+        gradient = torch.autograd.grad(nll_of(seen), _hidden(found[-1]), allow_unused=True)[0]
+    values = {"log_probs": seen.log_probs, "entropy": seen.entropy, "gradient": gradient}
+    return {name: None if value is None else value.detach().float() for name, value in values.items()}, largest
+
+
+@contextlib.contextmanager
+def _below(model: Any, known: Any = None, scale: float | None = None) -> Iterator[list[Any]]:
+    """What the layers below the head give within; nothing where the model is one piece.
+
+    Args:
+        known: what they have given before: they are not gone through again.
+        scale: multiply their hidden states, of which gradients can be asked then.
+    """
+    below, found = backbone(bare(model)), list[Any]()
+    if below is bare(model):
+        yield found
+        return
+
+    def take(module: Any, args: Any, out: Any) -> Any:
+        if scale is not None:
+            hidden = (_hidden(out).detach() * scale).requires_grad_()
+            if isinstance(out, tuple):
+                out = (hidden, *out[1:])
+            else:
+                out = copy.copy(out)
+                out["last_hidden_state"] = hidden
+        found.append(out)
+        return out
+
+    hook, forward = below.register_forward_hook(take), below.forward
+    if known is not None:
+        below.forward = lambda *args, **kwargs: known
+    try:
+        yield found
+    finally:
+        hook.remove()
+        if known is not None:
+            below.forward = forward
+
+
+def _hidden(out: Any) -> torch.Tensor:
+    states: torch.Tensor = out[0] if isinstance(out, tuple) else out.last_hidden_state
+    return states
 
 
 def _failure(trainer: Trainer, batch: Batch) -> Exception | None:

@@ -14,27 +14,44 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from instructft.errors import ModelError
-from instructft.training.rehearsal.head import bare, tolerance
+from instructft.training.rehearsal.head import OwnPass, bare, tolerance
 
 if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
 
 AHEAD = 1e-5  # of a gradient; what a causal mask takes out is 0, and rounding is far below
+SAME = 1e-5  # of the largest logit, between the same sums in another order in float32; in 16 bits they are asked again
+SMALL = 2**-10  # of a gradient's weights, so that it stays finite in float16
 
 
-def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
+def shorter_row(batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int] | None:
+    """The row of a batch that is padded most, alone, and which one it is; None where there are no rows beside it."""
+    if len(batch["input_ids"]) < 2:
+        return None
+    mask = batch.get("attention_mask")
+    if mask is None:  # packs
+        return {"input_ids": batch["input_ids"][:1]}, 0
+    short = int(mask.sum(dim=1).argmin())
+    length = int(mask[short].sum())  # the collator pads on the right
+    return {name: batch[name][short : short + 1, :length] for name in ("input_ids", "attention_mask")}, short
+
+
+def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor], own: OwnPass, alone: OwnPass) -> None:
     """Ask for the gradient of logits at the embeddings of tokens behind them: 0, but for rounding.
 
-    A row alone is asked as well: with no pads there may be no mask, and what a mask made causal is so no more.
+    A row alone is asked as well: with no pads there may be no mask, and what a mask made causal is so no more. Where
+    its logits are those that it has beside another row, they come from the same tokens.
+
+    Args:
+        alone: of `shorter_row`.
 
     Raises:
         ModelError: there is one.
     """
     model: Any = trainer.model
-    batches = [{name: value for name, value in batch.items() if name != "labels"}]
-    if len(batch["input_ids"]) > 1:
-        batches.append({name: batch[name][:1] for name in ("input_ids", "attention_mask") if name in batch})
-    share = max(_share_ahead(trainer, inputs) for inputs in batches)
+    share = _share_ahead(own, batch["input_ids"])
+    if share <= AHEAD and (found := shorter_row(batch)) and not _apart(own, alone, found[1])[0] <= SAME:
+        share = _share_ahead(alone, found[0]["input_ids"])
     if share > AHEAD:
         told_so = getattr(model.config.get_text_config(), "use_bidirectional_attention", None)
         field = "use_bidirectional_attention: false" if told_so else "is_decoder: true"
@@ -46,39 +63,45 @@ def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor]) ->
         )
 
 
-def _share_ahead(trainer: Trainer, inputs: dict[str, torch.Tensor]) -> float:
+def _apart(own: OwnPass, alone: OwnPass, row: int) -> tuple[float, float]:
+    """The largest difference between a row's logits in the batch and alone, and the median over positions of it.
+
+    As shares of the largest logit.
+    """
+    theirs = alone.logits[0].detach().float()
+    ours = own.logits[row, : len(theirs)].detach().float()
+    largest = float(theirs.abs().max().clamp(min=1e-6))
+    difference = (ours - theirs).abs().amax(dim=-1)
+    return float(difference.max()) / largest, float(difference.median()) / largest
+
+
+def _share_ahead(found: OwnPass, ids: torch.Tensor) -> float:
     """The largest gradient of the first row's logits behind them, as a share of that at their own tokens."""
-    model: Any = trainer.model
-    kept = inputs["input_ids"].shape[1] // 2
-    states: list[torch.Tensor] = []
-
-    def watch(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
-        states.append(out.detach().requires_grad_())
-        return states[-1].clone()  # some models go on with it in place
-
-    hook = model.get_input_embeddings().register_forward_hook(watch)
-    try:
-        with trainer.compute_loss_context_manager():
-            logits = model(**inputs, use_cache=False).logits[0, :kept].float()
-    finally:
-        hook.remove()
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
-    found = torch.autograd.grad((logits * weights).sum(), states[:1], allow_unused=True)[0] if kept and states else None
-    shape = inputs["input_ids"].shape
-    if found is not None and found.shape[:2] == shape[::-1] != shape:
-        found = found.transpose(0, 1)  # XLNet has its tokens first
-    if found is not None and found.dim() == 3 and found.shape[0] == shape[0]:
-        found = found[:, -shape[1] :]  # CPM-Ant puts a prompt of its own before the text
-    if found is None or found.shape[:2] != shape or not bool(found[0].isfinite().all()):
+    kept, shape = ids.shape[1] // 2, ids.shape
+    if not kept or found.embedded is None:
+        return 0.0
+    logits = found.logits[0, :kept].float()
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device) * SMALL
+    grad = torch.autograd.grad((logits * weights).sum(), found.embedded, allow_unused=True)[0]
+    if grad is not None and grad.shape[:2] == shape[::-1] != shape:
+        grad = grad.transpose(0, 1)  # XLNet has its tokens first
+    if grad is not None and grad.dim() == 3 and grad.shape[0] == shape[0]:
+        grad = grad[:, -shape[1] :]  # CPM-Ant puts a prompt of its own before the text
+    if grad is None or grad.shape[:2] != shape or not bool(grad[0].isfinite().all()):
         return 0.0  # what reads its tokens in another way is not asked
-    size = found[0].float().abs().amax(dim=-1)
+    size = grad[0].float().abs().amax(dim=-1)
     return float(size[kept:].max() / size[:kept].max().clamp(min=1e-30))
 
 
-def refuse_rows_that_see_padding(trainer: Trainer, batch: dict[str, torch.Tensor]) -> float | None:
+def refuse_rows_that_see_padding(
+    trainer: Trainer, batch: dict[str, torch.Tensor], own: OwnPass, alone: OwnPass
+) -> float | None:
     """Hold the logits of the shorter row of a batch against those of that row alone; None where no row is padded.
 
     Half of the positions have to differ before it is said: in 16 bits a router may choose another expert at some.
+
+    Args:
+        alone: of `shorter_row`.
 
     Returns:
         the median over positions of the largest difference, as a share of the largest logit.
@@ -86,25 +109,15 @@ def refuse_rows_that_see_padding(trainer: Trainer, batch: dict[str, torch.Tensor
     Raises:
         ModelError: they differ, and the recipe puts rows together.
     """
-    args, mask = trainer.args, batch.get("attention_mask")
-    if mask is None or "position_ids" in batch or bool(mask.all()):
+    args, mask, found = trainer.args, batch.get("attention_mask"), shorter_row(batch)
+    if mask is None or found is None or "position_ids" in batch or bool(mask.all()):
         return None
     if getattr(bare(trainer.model), "is_loaded_in_8bit", False):  # what is rounded in a row follows the whole batch
         return None
     if max(args.per_device_train_batch_size, args.per_device_eval_batch_size) == 1:
         return None
     model: Any = trainer.model
-    short = int(mask.sum(dim=1).argmin())
-    length = int(mask[short].sum())  # the collator pads on the right
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        together = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits[short, :length]
-        alone = model(
-            input_ids=batch["input_ids"][short : short + 1, :length],
-            attention_mask=mask[short : short + 1, :length],
-            use_cache=False,
-        ).logits[0]
-    largest = float(alone.float().abs().max().clamp(min=1e-6))
-    apart = float((together.float() - alone.float()).abs().amax(dim=-1).median()) / largest
+    _, apart = _apart(own, alone, found[1])
     if not apart <= tolerance(trainer):
         kind = f"{type(bare(model)).__name__} ({model.config.model_type})"
         raise ModelError(

@@ -25,14 +25,14 @@ from instructft.prompt.loss_mask import IGNORE_INDEX
 from instructft.training.out_of_memory import ran_out
 from instructft.training.rehearsal.adapter_loads import leave_out_what_does_not_load
 from instructft.training.rehearsal.gradients import Reach, kinds, leave_out_unreached
-from instructft.training.rehearsal.head import choose_head, precision_of
-from instructft.training.rehearsal.padding import refuse_rows_that_see_padding, refuse_what_looks_ahead
+from instructft.training.rehearsal.head import OwnPass, choose_head, precision_of
+from instructft.training.rehearsal.padding import refuse_rows_that_see_padding, refuse_what_looks_ahead, shorter_row
 from instructft.training.rehearsal.saves import refuse_what_does_not_come_back
 
 if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
 
-TOKENS = 32  # of the longer row of the batch
+TOKENS = 12  # of the longer row of the batch: what takes time in a large model is each token
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,12 @@ def rehearse(trainer: Trainer, example: Any, say: Callable[[str], Any]) -> Rehea
     began = time.perf_counter()
     batch = send_to_device(short_batch(trainer, example), trainer.args.device)
     with as_it_was(trainer):
-        head = choose_head(trainer, batch)
-        refuse_what_looks_ahead(trainer, batch)
-        refuse_rows_that_see_padding(trainer, batch)
+        head, own = choose_head(trainer, batch)
+        short = shorter_row(batch)
+        alone = OwnPass.of(trainer, short[0]) if short else own
+        refuse_what_looks_ahead(trainer, batch, own, alone)
+        refuse_rows_that_see_padding(trainer, batch, own, alone)
+        del own, alone
         reach = leave_out_unreached(trainer, batch)
         lost = leave_out_what_does_not_load(trainer)
         refuse_what_does_not_come_back(trainer, batch["input_ids"][0].tolist())

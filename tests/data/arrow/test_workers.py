@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import instructft
-from instructft.data.arrow.workers import cores, in_order
+from instructft.data.arrow.workers import cores, in_order, leaving_signals
 from instructft.errors import DataError, InstructftError
 
 
@@ -122,3 +125,36 @@ def test_a_script_without_a_guard_is_not_run_anew(guard: str, said: bool, tmp_pa
     assert (done.returncode, done.stdout) == (0, "b'\\x00\\x01\\x02\\x03'\n"), done.stderr
     assert ("script.py has no `if __name__" in done.stderr) == said
     assert "Traceback" not in done.stderr
+
+
+def test_a_process_that_loads_rows_leaves_the_first_signal_to_the_one_that_trains() -> None:
+    from torch.utils.data import DataLoader
+
+    collate = functools.partial(leaving_signals, list)
+    loader = DataLoader(list(range(8)), 1, num_workers=1, collate_fn=collate, multiprocessing_context="fork")  # type: ignore[arg-type]
+    batches: Any = iter(loader)
+    found = [next(batches)]
+    worker = batches._workers[0]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, number)
+    found += list(batches)
+    assert found == [[number] for number in range(8)]
+    worker.join(20)
+    assert worker.exitcode == 0
+
+
+def test_a_second_signal_ends_a_process_that_loads_rows() -> None:
+    from torch.utils.data import DataLoader
+
+    collate = functools.partial(leaving_signals, list)
+    loader = DataLoader(list(range(8)), 1, num_workers=1, collate_fn=collate, multiprocessing_context="fork")  # type: ignore[arg-type]
+    batches: Any = iter(loader)
+    next(batches)
+    worker = batches._workers[0]
+    for _ in range(400):
+        with contextlib.suppress(RuntimeError, ProcessLookupError):  # torch's handler of SIGCHLD raises at any place
+            os.kill(worker.pid, signal.SIGTERM)
+            worker.join(0.05)
+        if not worker.is_alive():
+            break
+    assert worker.exitcode == -signal.SIGTERM

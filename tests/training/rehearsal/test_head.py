@@ -12,7 +12,16 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import instructft
-from instructft.training.rehearsal.head import ROUNDED, TOLERANCE, Head, choose_head, compare, precision_of, tolerance
+from instructft.training.rehearsal.head import (
+    ROUNDED,
+    TOLERANCE,
+    Head,
+    OwnPass,
+    choose_head,
+    compare,
+    precision_of,
+    tolerance,
+)
 from instructft.training.rehearsal.rehearse import short_batch
 from tests.helpers.device import near, on
 from tests.helpers.rehearsal import trainer_of
@@ -37,7 +46,12 @@ NO_EXPERTS += (
 def chosen(trainer: Any) -> tuple[Head, dict[str, torch.Tensor]]:
     batch = on(trainer.model, short_batch(trainer, trainer.train_dataset[0]))
     trainer.model.eval()
-    return choose_head(trainer, batch), batch
+    head, _ = choose_head(trainer, batch)
+    return head, batch
+
+
+def apart(trainer: Any, batch: dict[str, torch.Tensor]) -> float:
+    return compare(trainer, batch, OwnPass.of(trainer, batch))
 
 
 def test_a_plain_head_stays_fused(recipe_of: Callable[..., Any]) -> None:
@@ -68,7 +82,7 @@ def test_the_head_is_asked_in_the_precision_of_the_run(recipe_of: Callable[..., 
     head, batch = chosen(trainer)
     assert head.kind == "fused"
     assert set(seen) == {torch.bfloat16}
-    assert 1e-6 < compare(trainer, batch) < tolerance(trainer) == ROUNDED
+    assert 1e-6 < apart(trainer, batch) < tolerance(trainer) == ROUNDED
     assert precision_of(trainer) == torch.bfloat16
 
 
@@ -79,11 +93,51 @@ def test_logits_that_are_more_than_a_product_are_trained_as_they_are(
     trainer = trainer_of(recipe_of(config))
     batch = on(trainer.model, short_batch(trainer, trainer.train_dataset[0]))
     trainer.model.eval()
-    assert compare(trainer, batch) > TOLERANCE
-    head = choose_head(trainer, batch)
+    assert apart(trainer, batch) > TOLERANCE
+    head, _ = choose_head(trainer, batch)
     assert head.kind == "logits"
     assert "differ by" in head.why
-    assert compare(trainer, batch) < near(1e-6)
+    assert apart(trainer, batch) < near(1e-6)
+
+
+def test_a_cap_shows_where_logits_are_far_below_it(recipe_of: Callable[..., Any]) -> None:
+    """As in a model that is not trained yet: at their own size the states tell nothing."""
+    trainer = trainer_of(recipe_of(SOFT_CAP))
+    batch = on(trainer.model, short_batch(trainer, trainer.train_dataset[0]))
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight.mul_(1e-2)
+        assert float(trainer.model(**batch).logits.abs().max()) < 0.1
+    trainer.model.eval()
+    assert apart(trainer, batch) > TOLERANCE
+
+
+class Doubled(torch.autograd.Function):
+    """The same values, and twice the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return 2 * gradient
+
+
+def test_a_head_of_the_right_loss_and_another_gradient_is_found(recipe_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(recipe_of())
+    fused = trainer.model.forward
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        out = fused(*args, **kwargs)
+        for name in ("log_probs", "nll") if kwargs.get("fused_lm_head") else ():
+            if isinstance(value := getattr(out, name, None), torch.Tensor):
+                setattr(out, name, Doubled.apply(value))
+        return out
+
+    trainer.model.forward = wrong
+    head, _ = chosen(trainer)
+    assert head.kind == "logits"
+    assert head.difference == pytest.approx(1.0, abs=0.01)
 
 
 def test_a_router_is_trained_by_the_loss_that_the_model_makes(recipe_of: Callable[..., Any]) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from instructft.errors import ModelError
-from instructft.training.rehearsal.padding import refuse_rows_that_see_padding, refuse_what_looks_ahead
+from instructft.training.rehearsal.head import OwnPass
+from instructft.training.rehearsal.padding import refuse_rows_that_see_padding, refuse_what_looks_ahead, shorter_row
 from instructft.training.rehearsal.rehearse import as_it_was, short_batch
 from tests.helpers.device import on
 from tests.helpers.rehearsal import trainer_of
@@ -20,9 +21,17 @@ BERT = (
 )
 
 
-def looked(trainer: Any) -> float | None:
+def asked(question: Callable[..., Any], trainer: Any) -> Any:
+    """A question of a model before its first step, on the batch of a rehearsal."""
     with as_it_was(trainer):
-        return refuse_rows_that_see_padding(trainer, on(trainer.model, short_batch(trainer, trainer.train_dataset[0])))
+        batch = on(trainer.model, short_batch(trainer, trainer.train_dataset[0]))
+        own, short = OwnPass.of(trainer, batch), shorter_row(batch)
+        return question(trainer, batch, own, OwnPass.of(trainer, short[0]) if short else own)
+
+
+def looked(trainer: Any) -> float | None:
+    found: float | None = asked(refuse_rows_that_see_padding, trainer)
+    return found
 
 
 def reads_pads(trainer: Any) -> Any:
@@ -48,16 +57,15 @@ def test_one_that_reads_it_is_refused_unless_rows_are_alone(recipe_of: Callable[
 def test_packs_are_not_asked(recipe_of: Callable[..., Any]) -> None:
     trainer = trainer_of(recipe_of("{model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 32}"))
     batch = {"input_ids": torch.ones(2, 4), "position_ids": torch.ones(2, 4), "attention_mask": torch.zeros(2, 4)}
-    assert refuse_rows_that_see_padding(trainer, batch) is None
+    nothing: Any = None
+    assert refuse_rows_that_see_padding(trainer, batch, nothing, nothing) is None
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_model_that_reads_both_ways_is_refused(recipe_of: Callable[..., Any], packing: bool) -> None:
     def ask(config: str) -> None:
         trainer = trainer_of(recipe_of(config, f"data.packing={packing}".lower(), "model.attn_implementation=eager"))
-        with as_it_was(trainer):
-            batch = on(trainer.model, short_batch(trainer, trainer.train_dataset[0]))
-            refuse_what_looks_ahead(trainer, batch)
+        asked(refuse_what_looks_ahead, trainer)
 
     ask(BERT)
     with pytest.raises(ModelError, match=r"BertLMHeadModel \(bert\) reads both ways.*is_decoder: true"):
@@ -72,8 +80,8 @@ CPM_ANT = (
 
 def test_one_that_puts_a_prompt_of_its_own_before_the_text_is_asked_too(recipe_of: Callable[..., Any]) -> None:
     trainer = trainer_of(recipe_of(CPM_ANT))
-    with as_it_was(trainer), pytest.raises(ModelError, match=r"CpmAntForCausalLM \(cpmant\) reads both ways"):
-        refuse_what_looks_ahead(trainer, on(trainer.model, short_batch(trainer, trainer.train_dataset[0])))
+    with pytest.raises(ModelError, match=r"CpmAntForCausalLM \(cpmant\) reads both ways"):
+        asked(refuse_what_looks_ahead, trainer)
 
 
 GEMMA = (
@@ -84,9 +92,7 @@ GEMMA = (
 
 def test_one_that_reads_both_ways_only_where_no_row_is_padded_is_refused(recipe_of: Callable[..., Any]) -> None:
     def ask(config: str) -> None:
-        trainer = trainer_of(recipe_of(config, "model.attn_implementation=sdpa"))
-        with as_it_was(trainer):
-            refuse_what_looks_ahead(trainer, on(trainer.model, short_batch(trainer, trainer.train_dataset[0])))
+        asked(refuse_what_looks_ahead, trainer_of(recipe_of(config, "model.attn_implementation=sdpa")))
 
     with pytest.raises(ModelError, match=r"reads both ways.*overrides=\{use_bidirectional_attention: false\}"):
         ask(GEMMA)

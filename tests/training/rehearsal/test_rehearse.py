@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import instructft
+import instructft.training.rehearsal.rehearse as module
 from instructft.training.rehearsal.rehearse import rehearse, short_batch
 from tests.helpers.rehearsal import trainer_of
 
@@ -47,11 +48,33 @@ def test_all_that_is_right_takes_one_line(recipe_of: Callable[..., Any]) -> None
     assert "rehearsed in" in said[0]
 
 
+def test_answers_that_are_others_beside_a_prompt_or_that_fail_are_said(
+    recipe_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of RWKV, which reads its padding, and of a model that fails as it answers."""
+
+    def fails(generator: Any) -> float:
+        raise IndexError("no such state")
+
+    trainer = trainer_of(recipe_of())
+    for difference, line in (
+        (lambda generator: 0.25, "answers are made one prompt at a time: padding changes logits by 2.5e-01"),
+        (fails, "GPT2LMHeadModel cannot answer (IndexError: no such state)"),
+    ):
+        said: list[str] = []
+        monkeypatch.setattr(module, "padding_difference", difference)
+        found = rehearse(trainer, trainer.train_dataset[0], said.append)
+        assert len(said) == 2
+        assert said[0].startswith(line)
+        assert said[1].endswith("as said above")
+        assert found.facts["said"] == said[:1]
+
+
 def test_the_batch_holds_what_carries_loss(recipe_of: Callable[..., Any]) -> None:
     trainer = trainer_of(recipe_of())
     row = {"input_ids": list(range(3, 100)), "labels": [-100] * 90 + list(range(93, 100))}
     batch = short_batch(trainer, row)
-    assert batch["input_ids"].shape == (2, 32)
+    assert batch["input_ids"].shape == (2, 12)
     assert bool((batch["labels"] != -100).any(dim=1).all())
 
 
