@@ -40,7 +40,8 @@ class Script:
 
     Args:
         tail: what the whole conversation's text has behind the last of them.
-        left_out: what the template does not show of trained answers: content, reasoning, tool_calls, arguments, tools.
+        left_out: what the template does not show: of trained answers content, reasoning and arguments; of what stands
+            before them `tools` that nobody calls, messages of a role (system, user, tool), and the `name` of a speaker.
         only_read: answers that no server would ask for, such as a greeting before the first question.
     """
 
@@ -132,10 +133,14 @@ def _script(renderer: Renderer, plan: _Plan, shown: Any) -> Script | TemplateErr
     except TemplateError as error:
         return error
     if turns and plan.messages.tools and not any(_name(tool) in turns[-1].prompt for tool in plan.messages.tools):
-        return TemplateError(
-            "the chat template has no place for tools, so the model would not be told of them; set data.template to "
-            "chatml, or to a template that renders `tools`"
-        )
+        if any(message.get("tool_calls") for message in plan.messages):
+            return TemplateError(
+                "the chat template has no place for tools, so the model would not be told of them; set data.template "
+                "to chatml, or to a template that renders `tools`"
+            )
+        left_out.append("tools")  # nobody calls them, and a server that is given them renders this very text
+    if turns:
+        left_out += _unshown(plan.messages[: plan.answers[-1]], turns[-1].prompt)
     whole, end = texts[-1], turns[-1].prompt + turns[-1].answer if turns else ""
     return Script(turns, whole[len(end) :] if whole.startswith(end) else "", left_out, plan.only_read)
 
@@ -217,6 +222,18 @@ def _missing(message: Message, answer: str) -> Iterator[str]:
             yield "tool_calls"
         elif hidden:
             yield "arguments"
+
+
+def _unshown(messages: Sequence[Message], prompt: str) -> Iterator[str]:
+    """What stands before an answer, and the template shows to nobody: a message by its role, or who speaks."""
+    for message in messages:
+        content, role = message.get("content"), message["role"]
+        if role != "assistant" and isinstance(content, str) and content.strip() not in prompt:
+            lines = [line.strip() for line in content.splitlines()]  # a template may write them in another way
+            if not any(line and (line in prompt or json.dumps(line)[1:-1] in prompt) for line in lines):
+                yield role
+        if len(message) > 2 and role != "tool" and str(message.get("name") or "") not in prompt:
+            yield "name"
 
 
 def _name(tool: Any) -> str:

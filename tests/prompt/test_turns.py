@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from instructft.errors import TemplateError
+from instructft.prompt.layouts.messages import conversation_of
 from instructft.prompt.loss_mask import encode_turns, encoder
 from tests.helpers.conversations import assistant, user, with_template
 
@@ -49,8 +50,26 @@ def test_a_template_without_calls_refuses_them(bare_tokenizer: Any) -> None:
     tokenizer = templated(bare_tokenizer(), PLAIN)
     with pytest.raises(TemplateError, match="no place for tool calls"):
         encode_turns([user("Oslo?"), CALL], tokenizer)
+    shows_calls = PLAIN.replace("m.content + eos", "m.content + (m.tool_calls or '')|string + eos")
     with pytest.raises(TemplateError, match="no place for tools"):
-        encode_turns([user("Oslo?"), assistant("Cold.")], tokenizer, tools=[TOOL])
+        encode_turns([user("Oslo?"), CALL], templated(bare_tokenizer(), shows_calls), tools=[TOOL])
+
+
+def test_what_a_template_has_no_place_for_before_an_answer_is_told(bare_tokenizer: Any) -> None:
+    only_two = "{%- for m in messages if m.role in ('user', 'assistant') -%}" + PLAIN.partition("-%}")[2]
+    tokenizer = templated(bare_tokenizer(), only_two)
+    ask, say = user("Oslo?"), assistant("Cold.")
+
+    def left_out(messages: list[Any], tools: Any = None) -> list[tuple[int, str]]:
+        return encoder(tokenizer).encode([conversation_of(messages, tools=tools)]).left_out
+
+    assert left_out([ask, say]) == []
+    assert left_out([ask, say], [TOOL]) == [(0, "tools")]  # nobody calls them: a server renders the same text
+    assert left_out([{"role": "system", "content": "Be brief."}, ask, say]) == [(0, "system")]
+    assert left_out([ask, say, {"role": "tool", "content": "cold"}, say]) == [(0, "tool")]
+    assert left_out([{**ask, "name": "Ada"}, say]) == [(0, "name")]
+    tokenizer.chat_template = only_two.replace("m.content", "(m.name or '') + m.content")
+    assert left_out([{**ask, "name": "Ada"}, say]) == []
 
 
 def test_what_a_template_leaves_out_is_named(bare_tokenizer: Any) -> None:
