@@ -446,7 +446,7 @@ def test_tools_options_and_rules():
 
 def test_rows_of_a_message_tree_are_refused_with_the_way_out():
     with pytest.raises(DataError, match="one message of a tree"):
-        detect_format(["message_id", "parent_id", "text", "role"], "oasst")
+        detect_format(["message_id", "parent_id", "body", "role"], "oasst")
 
 
 def test_columns_that_differ_in_case_come_with_the_mapping_to_write():
