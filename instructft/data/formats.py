@@ -276,9 +276,9 @@ def detect_format(columns: list[str], where: str) -> str:
     """
     if "parent_id" in columns and ("message_id" in columns or {"role", "text"} <= set(columns)):
         raise DataError(
-            f"{where}: each row is one message of a tree (columns {', '.join(columns)}); trees are built of the columns "
-            "message_id, parent_id, role and text, as OpenAssistant's flat files have them: give them these names, or "
-            'write each conversation as one row: {"messages": [{"role": …, "content": …}, …]}'
+            f"{where}: each row is one message of a tree (columns {', '.join(columns)}); trees are built of the "
+            "columns message_id, parent_id, role and text, as OpenAssistant's flat files have them: give them these "
+            'names, or write each conversation as one row: {"messages": [{"role": …, "content": …}, …]}'
         )
     for name, fmt in FORMATS.items():
         if not fmt.lacks(columns):

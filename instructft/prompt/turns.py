@@ -58,7 +58,7 @@ def scripts(
     plans = [_planned(renderer, messages, train_on) for messages in conversations]
     good = [plan for plan in plans if isinstance(plan, _Plan)]
     try:
-        prompts = iter(renderer.texts([plan.messages[:i] for plan in good for i in plan.answers], True))
+        prompts = iter(renderer.texts([plan.before(i) for plan in good for i in plan.answers], True))
         texts = iter(renderer.texts([part for plan in good for part in plan.shown]))
         shown: list[Any] = [([next(prompts) for _ in plan.answers], [next(texts) for _ in plan.shown]) for plan in good]
     except TemplateError:  # one of them is refused: which, is told by each alone
@@ -71,6 +71,11 @@ class _Plan(NamedTuple):
     messages: Conversation
     answers: list[int]  # positions of the answers that are trained
     only_read: int
+    opening: Conversation | None = None  # what a server is given before a greeting that is the first message
+
+    def before(self, i: int) -> Conversation:
+        """What a server is given before answer `i`."""
+        return self.messages[:i] if i or self.opening is None else self.opening
 
     @property
     def shown(self) -> list[Conversation]:
@@ -94,19 +99,33 @@ def _planned(renderer: Renderer, messages: Sequence[Message], train_on: str) -> 
     if not answers or answers[0] > asked:
         return _Plan(normal, answers, 0)
     # nobody has asked yet: a server takes that with some templates, others refuse it, or render another text
-    read = {i for i in answers if i < asked and not _served(renderer, normal, i)}
-    return _Plan(normal, [i for i in answers if i not in read], len(read))
+    given = {i: _opening(renderer, normal, i) for i in answers if i < asked}
+    read = [i for i, opening in given.items() if opening is None]
+    return _Plan(normal, [i for i in answers if i not in read], len(read), given.get(0))
 
 
-def _served(renderer: Renderer, messages: Conversation, i: int) -> bool:
-    """Whether the template renders a prompt for answer `i`, although no question stands before it."""
-    prompt = renderer.text_or_none(messages[:i], True)
-    return prompt is not None and (renderer.text_or_none(messages[: i + 1]) or "").startswith(prompt)
+def _opening(renderer: Renderer, messages: Conversation, i: int) -> Conversation | None:
+    """What a server can be given so that answer `i` comes next, although no question stands before it; None: nothing.
+
+    Where nothing at all stands before it, and the template does not take that, it may take an empty system message.
+    """
+    text = renderer.text_or_none(messages[: i + 1]) or ""
+    for given in (messages[:i], *([] if i else [messages.of([{"role": "system", "content": ""}])])):
+        prompt = renderer.text_or_none(given, True)
+        if prompt is not None and text.startswith(_begun(renderer, prompt, text)):
+            return given
+    return None
+
+
+def _begun(renderer: Renderer, prompt: str, text: str) -> str:
+    """The prompt, with the BOS that Llama 3's template puts before a first message, and the tokenizer before a text."""
+    bos = renderer.tokenizer.bos_token
+    return bos + prompt if bos and text.startswith(bos + prompt) and renderer.adds_bos else prompt
 
 
 def _alone(renderer: Renderer, plan: _Plan) -> tuple[list[str], list[str]] | TemplateError:
     try:
-        return renderer.texts([plan.messages[:i] for i in plan.answers], True), renderer.texts(plan.shown)
+        return renderer.texts([plan.before(i) for i in plan.answers], True), renderer.texts(plan.shown)
     except TemplateError as error:
         return error
 
@@ -119,6 +138,8 @@ def _script(renderer: Renderer, plan: _Plan, shown: Any) -> Script | TemplateErr
     left_out: list[str] = []
     try:
         for i, prompt, text in zip(plan.answers, prompts, texts, strict=False):
+            if not i:
+                prompt = _begun(renderer, prompt, text)
             answer = _answer(renderer, plan.messages, i, prompt, text)
             missing = list(_missing(plan.messages[i], answer))
             if "tool_calls" in missing:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from instructft.errors import TemplateError
 from instructft.prompt.layouts.messages import conversation_of
@@ -92,6 +94,25 @@ def test_a_greeting_is_read_where_no_server_asks_for_it(bare_tokenizer: Any) -> 
     messages = [assistant("Welcome!"), user("Bye"), assistant("Goodbye.")]
     assert trained(tokenizer, messages) == ["Goodbye." + tokenizer.eos_token]
     assert encoder(tokenizer).encode([messages]).only_read == [(0, 1)]
+
+
+def test_a_greeting_is_trained_where_a_server_can_ask_for_it(bare_tokenizer: Any) -> None:
+    messages = [assistant("Welcome!"), user("Bye"), assistant("Goodbye.")]
+    given = "{%- set told = messages[0].content if messages[0].role == 'system' else '' -%}<S>{{ told }}\n"
+    without_system = PLAIN.replace("{%- else -%}<{{ m.role", "{%- elif m.role != 'system' -%}<{{ m.role")
+    tokenizer = templated(bare_tokenizer(), given + without_system)  # Llama 3.1: an empty system message is none
+    expected = [f"Welcome!{tokenizer.eos_token}Goodbye.{tokenizer.eos_token}"]
+    assert trained(tokenizer, messages) == expected
+    own_bos = PLAIN.replace(
+        "{%- if m.role == 'assistant'", "{%- if loop.first -%}{{ bos_token }}{%- endif -%}{%- if m.role == 'assistant'"
+    )
+    tokenizer = templated(bare_tokenizer(), own_bos)  # Llama 3: BOS stands with the first message
+    assert trained(tokenizer, messages) == ["Goodbye." + tokenizer.eos_token]
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    core = tokenizer.backend_tokenizer
+    core.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    other = templated(PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos[0], eos_token=bos[0]), own_bos)
+    assert trained(other, messages) == expected
 
 
 def test_two_special_tokens_end_an_answer(bare_tokenizer: Any) -> None:
