@@ -170,7 +170,7 @@ def best_path(root: Any, where: str, ledger: Ledger) -> list[Message]:
 def _preferred(reply: Mapping[str, Any]) -> tuple[float, bool]:
     """The best rank first, and among replies without one those that were answered."""
     rank = reply.get("rank")
-    return (float("inf") if absent(rank) else float(rank), not reply.get("replies"))
+    return (float("inf" if absent(rank) else str(rank)), not reply.get("replies"))
 
 
 def _is(value: Any, wanted: bool) -> bool:
