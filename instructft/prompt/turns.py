@@ -10,7 +10,8 @@ turn is rendered at its own time, and `instructft.prompt.loss_mask` puts those i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -65,6 +66,83 @@ def scripts(
         shown = [_alone(renderer, plan) for plan in good]
     found = iter(shown)
     return [_script(renderer, plan, next(found)) if isinstance(plan, _Plan) else plan for plan in plans]
+
+
+class Shapes:
+    """Texts of conversations by their shape: what a built-in template puts around contents is rendered once for each.
+
+    A built-in template reads of a message who speaks, what it says and which extras it has, and puts these down as they
+    stand. So conversations of one shape, the same roles with the same keys, differ in their contents alone. What holds
+    a special token, a thought or an empty text is not taken, and neither is what no shape makes one row of.
+
+    Args:
+        specials: texts of special tokens, any of which may end an answer.
+        apart: where a script is cut into the texts of rows (`instructft.prompt.loss_mask.Encoder`).
+    """
+
+    def __init__(self, renderer: Renderer, specials: Sequence[str], apart: Callable[[Script], list[list[str]] | None]):
+        self._renderer, self._specials, self._apart = renderer, tuple(specials), apart
+        self._known: dict[tuple[Any, ...], list[list[Any]] | None] = {}  # shape -> its texts, cut at the contents
+
+    def texts(self, conversations: Sequence[Sequence[Message]], train_on: str) -> list[list[str] | None]:
+        """The texts of the one row of each conversation, those of answers at odd places; None: not by its shape."""
+        told = [_told(messages) for messages in conversations]
+        every = "\n".join(text for one in told if one for text in one[1])
+        specials = [special for special in self._specials if special in every]
+        found: list[list[str] | None] = []
+        for one in told:
+            texts = None
+            if one is not None and not any(special in text for special in specials for text in one[1]):
+                key = (train_on, *one[0])
+                if key not in self._known and len(self._known) < _SHAPES:
+                    self._known[key] = self._cut(one[0], train_on)
+                if (cut := self._known.get(key)) is not None:
+                    said = one[1]
+                    texts = ["".join([part if type(part) is str else said[part] for part in text]) for text in cut]
+            found.append(texts)
+        return found
+
+    def _cut(self, shape: tuple[tuple[str, ...], ...], train_on: str) -> list[list[Any]] | None:
+        """The texts of a row of this shape: strings, and between them the places of what the messages say."""
+        marks = iter(range(1_000_000))
+        messages = [{"role": role, **{key: _MARK.format(next(marks)) for key in keys}} for role, *keys in shape]
+        (script,) = scripts(self._renderer, [messages], train_on)
+        if isinstance(script, TemplateError) or script.left_out or script.only_read:
+            return None
+        rows = self._apart(script)
+        if rows is None or len(rows) != 1:
+            return None
+        cut = [_MARKS.split(text) for text in rows[0]]
+        if sorted(int(mark) for text in cut for mark in text[1::2]) != list(range(next(marks))):
+            return None  # one is not shown, or twice
+        return [[int(part) if i % 2 else part for i, part in enumerate(text) if i % 2 or part] for text in cut]
+
+
+_SHAPES = 1_000  # are remembered
+_MARK = "Zq7xj{}jx7qZ"  # stands for what a message says
+_MARKS = re.compile(_MARK.format("([0-9]+)"))
+_PLAIN_KEYS = ("content", "context", "input")
+
+
+def _told(messages: Sequence[Message]) -> tuple[tuple[tuple[str, ...], ...], list[str]] | None:
+    """The shape of a conversation, each message's role and keys, and what they say; None: it may say more than that."""
+    if isinstance(messages, Conversation) and (messages.tools or messages.options):
+        return None
+    shape, said = [], []
+    for message in messages:
+        role, keys = message["role"], [key for key in _PLAIN_KEYS if key in message]
+        values = [message[key] for key in keys]
+        if (
+            role not in ("system", "user", "assistant")
+            or len(keys) != len(message) - 1
+            or (len(keys) > 1 and role != "user")
+            or not all(type(value) is str and value and not value.isspace() for value in values)
+            or (role == "assistant" and "<think>" in values[0])
+        ):
+            return None
+        shape.append((role, *keys))
+        said += values
+    return tuple(shape), said
 
 
 class _Plan(NamedTuple):

@@ -224,8 +224,11 @@ def served(made: Any, messages: Sequence[Message], k: int, tools: Any, options: 
     shown: set[str] = set()
     for form in forms(messages[: k + 1], tools):
         given, whole = _rendered(made, form[:k], tools, options, True), _rendered(made, form, tools, options, False)
-        if not k and (given is None or not (whole or "").startswith(given)):  # nothing said: an empty system message
-            given = _rendered(made, [{"role": "system", "content": ""}], tools, options, True) or given
+        if not k and whole is not None and not (given and whole.startswith(given)):  # nothing was said before
+            bos = made.bos_token if made("a")["input_ids"][:1] == [made.bos_token_id] else None
+            empty = _rendered(made, [{"role": "system", "content": ""}], tools, options, True)
+            begun = (bos and given and bos + given, empty)  # what a server may begin with in place of nothing
+            given = next((one for one in begun if one and whole.startswith(one)), given or empty)
         if given is None or whole is None:
             continue
         if not all(fact in given or json.dumps(fact)[1:-1] in given for fact in before):

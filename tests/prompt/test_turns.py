@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from instructft.errors import TemplateError
 from instructft.prompt.layouts.messages import conversation_of
 from instructft.prompt.loss_mask import encode_turns, encoder
+from instructft.prompt.templates import BOS, TEMPLATES
 from tests.helpers.conversations import assistant, user, with_template
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "It.", "parameters": {"type": "object"}}}
@@ -137,3 +140,52 @@ def test_a_refused_conversation_does_not_end_the_batch(bare_tokenizer: Any) -> N
     rows = encoder(tokenizer).encode([good, [{"role": "system", "content": "s"}, *good], good], refused=refused)
     assert rows.conversation.tolist() == [0, 2]
     assert "TypeError" in str(refused[1])
+
+
+TALKS = int(os.environ.get("INSTRUCTFT_TALKS", "400"))
+# fmt: off
+TEXTS = [
+    "a", " b ", "\n", "", "c\n", "### Response:\n", "{{ x }}", "%s", "\\", "é🙂", "\u2028", "\r", "Human: e",
+    "Zq7xj0jx7qZ",
+    "<think>\nt\n</think>\n\nd", "<|im_end|>", "<|endoftext|>", "'s", "12", "</s>", "\u00a0f", "a\u0301",
+]
+# fmt: on
+
+
+def a_talk(draw: random.Random) -> list[Any]:
+    """A conversation of any shape, of texts that templates and tokenizers may stumble over."""
+
+    def text() -> str:
+        return "".join(draw.choices(TEXTS, k=draw.randint(1, 3)))
+
+    found = [{"role": "system", "content": text()}] if draw.random() < 0.3 else []
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        extras = draw.choice([[], [], ["input"], ["context"], ["context", "input"]])
+        more = draw.choice([{}, {}, {}, {"weight": 0}, {"reasoning_content": "r"}])
+        found += [{**user(text()), **{key: text() for key in extras}}, {**assistant(text()), **more}]
+    return found[1:] if len(found) > 2 and draw.random() < 0.1 else found
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, "with BOS"])
+def test_texts_by_the_shape_are_those_of_the_template(bare_tokenizer: Any, template: str) -> None:
+    """Both ways for many conversations at once; with BOS in front, as models have it that were trained with one."""
+    tokenizer = with_template(bare_tokenizer(), template if template in TEMPLATES else "instruction")
+    if template not in TEMPLATES:
+        tokenizer.chat_template = BOS + tokenizer.chat_template
+        tokenizer.add_special_tokens({"bos_token": "<BOS>"})
+    known, draw = encoder(tokenizer), random.Random(7)
+    shapes = known._shapes
+    assert shapes is not None
+    some = [conversation_of(a_talk(draw)) for _ in range(TALKS)]
+    for train_on in ("responses", "last_response"):
+        found = []
+        for known.__dict__["_shapes"] in (shapes, None):
+            refused: dict[int, TemplateError] = {}
+            rows = known.encode(some, train_on, refused=refused)
+            errors = {place: str(error) for place, error in refused.items()}
+            found.append((rows.lists(), rows.conversation.tolist(), rows.left_out, rows.only_read, errors))
+        assert found[0] == found[1]
+    # there an answer begins with the space behind its heading, which merges with what the answer begins with
+    assert any(shapes._known.values()) == (template != "human-assistant")
+    tokenizer.chat_template += "{# another one #}"
+    assert encoder(tokenizer)._shapes is None
