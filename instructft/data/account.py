@@ -34,7 +34,8 @@ class Hidden:
         folded_rows: rows that these conversations are where their turns are folded, in place of `turns`; else 0.
         folded_tokens: of these.
         not_folded: why they are not, where somebody may expect it.
-        left_out: part of an answer (content, reasoning, arguments) -> conversations where the template leaves it out.
+        left_out: part of an answer (content, reasoning, arguments), or of what stands before it (tools, a role, name)
+            -> conversations where the template leaves it out.
         only_read: answers that carry no loss, since no server would ask for them.
     """
 
@@ -143,6 +144,14 @@ def folding(recipe: Recipe, why_not: WhyNot | None) -> tuple[float | None, str]:
     return (WORTH if asked == "auto" else 1.0), ""
 
 
+_ANSWERED = ("content", "reasoning", "arguments")
+_ASKED = ("system", "developer", "user", "tool", "tools", "name")
+_LEFT_OUT = (
+    ("not shown", _ANSWERED, "leaves it out of the answer, so it is not trained"),
+    ("not read", _ASKED, "has no place for it, in training as on a server"),
+)
+
+
 def said_of_hidden(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """`Hidden.facts` line by line, (what, how much); what did not happen has no line.
 
@@ -167,9 +176,10 @@ def said_of_hidden(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ))  # fmt: skip
         if facts["not_folded"]:
             lines.append(("not folded", facts["not_folded"]))
-    if facts["left_out"]:
-        found = ", ".join(f"{what} of {count:,} rows" for what, count in sorted(facts["left_out"].items()))
-        lines.append(("not shown", f"{found}: the template leaves it out of the answer, so it is not trained"))
+    for name, parts, why in _LEFT_OUT:
+        found = [f"{what} of {count:,} rows" for what, count in sorted(facts["left_out"].items()) if what in parts]
+        if found:
+            lines.append((name, f"{', '.join(found)}: the template {why}"))
     if facts["only_read"]:
         lines.append(("only read", f"{facts['only_read']:,} answers before any question: no server would ask for them"))
     return lines

@@ -59,8 +59,8 @@ class Part:
 
     def row(self, raw: dict[str, Any]) -> dict[str, Any]:
         """One raw row as it stands in its file, with the columns that the recipe maps under our names too."""
-        row = json.loads(raw[ROW]) if ROW in raw else raw  # a stream's rows come as they are
-        return {**row, **{ours: row.get(theirs) for ours, theirs in self.columns.items()}}
+        row: dict[str, Any] = json.loads(raw[ROW]) if ROW in raw else raw  # a stream's rows come as they are
+        return {**row, **{ours: row.get(theirs) for ours, theirs in self.columns.items()}} if self.columns else row
 
     def ids(self, numbers: np.ndarray) -> list[str]:
         """What these rows of `raw` are known by, in this file or another (`instructft.data.files.row_ids`)."""

@@ -28,6 +28,7 @@ from instructft.data.files.json_rows import json_rows
 from instructft.data.files.kinds import kind_of, unpacked
 from instructft.errors import DataError
 from instructft.formatting import first_line
+from instructft.prompt.layouts.transcripts import is_of_a_tree, trees
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -118,7 +119,7 @@ def read_file(path: Path, suffix: str, name: str) -> Dataset:
     """
     if path.stat().st_size == 0:
         raise DataError(f"{name} is empty")
-    digest = hashlib.sha256(f"{suffix} 3 ".encode())  # the number changes when a reader below gives other rows
+    digest = hashlib.sha256(f"{suffix} 4 ".encode())  # the number changes when a reader below gives other rows
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -186,9 +187,19 @@ def _read(path: Path, suffix: str, name: str) -> Iterator[tuple[dict[str, Any], 
 
 
 def _taken(found: Iterator[tuple[dict[str, Any], str]], name: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """The rows of a reader; what no parser takes is an error of the file, named by the rows before it."""
+    """The rows of a reader; what no parser takes is an error of the file, named by the rows before it.
+
+    Where each is a message of a tree, as in OpenAssistant's flat files, a row is a tree.
+    """
     count = 0
     try:
+        first = next(found, None)
+        if first is None:
+            return
+        found = chain([first], found)
+        if is_of_a_tree(first[0]):
+            yield from ((tree, "") for tree in trees((row for row, _ in found), name))
+            return
         for count, one in enumerate(found, 1):  # noqa: B007
             yield one
     except UnicodeDecodeError:

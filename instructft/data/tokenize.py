@@ -170,7 +170,7 @@ class Batches:
         known, tokenizer = encoder(self.tokenizer), self.tokenizer
         ids = known.tokenize([text])[0]
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
+        if known.renderer.adds_bos and ids[:1] != [bos]:
             ids = [bos, *ids]
         return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 

@@ -58,28 +58,38 @@ class Borders:
             self._known[key] = together == one + other
         return self._known[key]
 
-    def rows(self, script: Script) -> list[Row]:
-        """Ids and labels of a conversation: one row, or as many as its turns need to be what they are when served."""
+    def rows(self, some: Sequence[Script]) -> list[list[Row] | TemplateError]:
+        """Ids and labels of conversations: of each one row, or as many as its turns need to be what they are when
+        served; or why it has none."""
+        wanted = [text for script in some for turn in script.turns for text in (turn.prompt, turn.prompt + turn.answer)]
+        tails = [script.turns[-1].prompt + script.turns[-1].answer + script.tail for script in some if script.tail]
+        found = iter(self.tokenize([*wanted, *tails]))
+        ids = [[(next(found), next(found)) for _ in script.turns] for script in some]
+        whole = [next(found) if script.tail else [] for script in some]
+        return [self._rows(*one) for one in zip(some, ids, whole, strict=True)]
+
+    def _rows(
+        self, script: Script, found: list[tuple[list[int], list[int]]], to_the_end: list[int]
+    ) -> list[Row] | TemplateError:
+        """One conversation, of whose turns the ids of prompts, and of prompts with their answers, are known."""
         if not script.turns:
             return []
-        wanted = [text for turn in script.turns for text in (turn.prompt, turn.prompt + turn.answer)]
-        found = self.tokenize(wanted)
         done: list[Row] = []
         ids: list[int] = []
         labels: list[int] = []
-        for turn, prompt, whole in zip(script.turns, found[::2], found[1::2], strict=True):
-            answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else self.behind(turn.answer)
-            if ids and prompt[: len(ids)] != ids:
-                done.append((ids, labels))
-                ids, labels = [], []
-            labels = labels + [IGNORE_INDEX] * (len(prompt) - len(ids)) + self._loss(turn, prompt, answer)
-            ids = prompt + answer
-        if script.tail:
-            last = script.turns[-1]
-            whole = self.tokenize([last.prompt + last.answer + script.tail])[0]
-            if whole[: len(ids)] == ids:
-                labels = labels + [IGNORE_INDEX] * (len(whole) - len(ids))
-                ids = whole
+        try:
+            for turn, (prompt, whole) in zip(script.turns, found, strict=True):
+                answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else self.behind(turn.answer)
+                if ids and prompt[: len(ids)] != ids:
+                    done.append((ids, labels))
+                    ids, labels = [], []
+                labels = labels + [IGNORE_INDEX] * (len(prompt) - len(ids)) + self._loss(turn, prompt, answer)
+                ids = prompt + answer
+        except TemplateError as error:
+            return error
+        if to_the_end[: len(ids)] == ids:
+            labels = labels + [IGNORE_INDEX] * (len(to_the_end) - len(ids))
+            ids = to_the_end
         return [*done, (ids, labels)]
 
     def behind(self, text: str) -> list[int]:

@@ -33,8 +33,9 @@ from instructft.prompt.conversation import Conversation, Message
 from instructft.prompt.fast_bpe import FastBPE, fast_bpe
 from instructft.prompt.layouts.messages import conversation_of
 from instructft.prompt.ledger import Unusable
-from instructft.prompt.render import Renderer
-from instructft.prompt.turns import Script, scripts
+from instructft.prompt.render import MANY, Renderer
+from instructft.prompt.templates import is_built_in
+from instructft.prompt.turns import Script, Shapes, scripts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -268,28 +269,44 @@ class Encoder:
         Raises:
             TemplateError: the template refuses one of them, and `refused` is not given.
         """
-        done: dict[int, list[Row]] = {}  # place -> rows of a conversation whose borders may merge
-        pieces: list[list[str]] = []  # of the others: texts that are tokenized apart, every second one carries loss
+        pieces: list[list[str]] = []  # texts that are tokenized apart, every second one carries loss
         places: list[int] = []
+        merging: list[tuple[int, Script]] = []  # conversations whose borders may merge
         left_out: list[tuple[int, str]] = []
         only_read: list[tuple[int, int]] = []
-        for place, script in enumerate(scripts(self.renderer, conversations, train_on)):
-            try:
-                if isinstance(script, TemplateError):
-                    raise script
-                if (texts := self._apart(script, turns)) is None:
-                    own = self._borders.rows(script)
-                    done[place] = own[-1:] if turns == "last" else own
-                else:
-                    pieces += texts
-                    places += [place] * len(texts)
-            except TemplateError as error:
-                if refused is None:
-                    raise
-                refused[place] = error
+        errors: dict[int, TemplateError] = {}
+        by_shape = self._by_shape(conversations, train_on)
+        others = [messages for messages, texts in zip(conversations, by_shape, strict=True) if texts is None]
+        rest = iter(scripts(self.renderer, others, train_on))
+        for place, known in enumerate(by_shape):
+            if known is not None:
+                pieces.append(known)
+                places.append(place)
                 continue
+            script = next(rest)
+            if isinstance(script, TemplateError):
+                errors[place] = script
+                continue
+            if (texts := self._apart(script, turns)) is None:
+                merging.append((place, script))
+            else:
+                pieces += texts
+                places += [place] * len(texts)
             left_out += [(place, what) for what in script.left_out]
             only_read += [(place, script.only_read)] if script.only_read else []
+        done: dict[int, list[Row]] = {}  # place -> rows
+        found = self._borders.rows([script for _, script in merging])
+        for (place, _), own in zip(merging, found, strict=True):
+            if isinstance(own, TemplateError):
+                errors[place] = own
+            else:
+                done[place] = own[-1:] if turns == "last" else own
+        if errors and refused is None:
+            raise errors[min(errors)]
+        if refused is not None:
+            refused.update(errors)
+            left_out = [one for one in left_out if one[0] not in errors]
+            only_read = [one for one in only_read if one[0] not in errors]
         rows = self._joined(pieces, places, done, many)
         labels = rows.input_ids.copy() if train_on == "everything" else rows.labels
         return Rows(rows.input_ids, labels, rows.lengths, rows.conversation, left_out, only_read)
@@ -297,6 +314,19 @@ class Encoder:
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
         """The ids of each conversation up to where the model answers."""
         return self.tokenize(self.render(conversations, True))
+
+    def _by_shape(self, conversations: Sequence[Sequence[Message]], train_on: str) -> Sequence[list[str] | None]:
+        """The texts of the one row of each conversation that a built-in template makes of its shape; None elsewhere."""
+        if self._shapes is None or len(conversations) < MANY:
+            return [None] * len(conversations)
+        found = self._shapes.texts(conversations, train_on)
+        return [texts if texts is not None and self._borders.apart(texts) else None for texts in found]
+
+    @cached_property
+    def _shapes(self) -> Shapes | None:
+        if not is_built_in(str(self.tokenizer.chat_template)):
+            return None
+        return Shapes(self.renderer, sorted(self.special_tokens), lambda script: self._apart(script, "all"))
 
     def _apart(self, script: Script, turns: str) -> list[list[str]] | None:
         """The rows of a conversation, each cut at the borders of its answers; None where a border may merge."""

@@ -85,6 +85,12 @@ class Renderer:
         specials = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
         return Traits(self.text_or_none, sorted(specials))
 
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer begins every text with BOS."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+
     def normal(self, messages: Sequence[Message]) -> Conversation:
         """The conversation in the form that the template reads; contents stay as they are.
 

@@ -10,7 +10,8 @@ turn is rendered at its own time, and `instructft.prompt.loss_mask` puts those i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ class Script:
 
     Args:
         tail: what the whole conversation's text has behind the last of them.
-        left_out: what the template does not show of trained answers: content, reasoning, tool_calls, arguments, tools.
+        left_out: what the template does not show: of trained answers content, reasoning and arguments; of what stands
+            before them `tools` that nobody calls, messages of a role (system, user, tool), and the `name` of a speaker.
         only_read: answers that no server would ask for, such as a greeting before the first question.
     """
 
@@ -57,7 +59,7 @@ def scripts(
     plans = [_planned(renderer, messages, train_on) for messages in conversations]
     good = [plan for plan in plans if isinstance(plan, _Plan)]
     try:
-        prompts = iter(renderer.texts([plan.messages[:i] for plan in good for i in plan.answers], True))
+        prompts = iter(renderer.texts([plan.before(i) for plan in good for i in plan.answers], True))
         texts = iter(renderer.texts([part for plan in good for part in plan.shown]))
         shown: list[Any] = [([next(prompts) for _ in plan.answers], [next(texts) for _ in plan.shown]) for plan in good]
     except TemplateError:  # one of them is refused: which, is told by each alone
@@ -66,10 +68,92 @@ def scripts(
     return [_script(renderer, plan, next(found)) if isinstance(plan, _Plan) else plan for plan in plans]
 
 
+class Shapes:
+    """Texts of conversations by their shape: what a built-in template puts around contents is rendered once for each.
+
+    A built-in template reads of a message who speaks, what it says and which extras it has, and puts these down as they
+    stand. So conversations of one shape, the same roles with the same keys, differ in their contents alone. What holds
+    a special token, a thought or an empty text is not taken, and neither is what no shape makes one row of.
+
+    Args:
+        specials: texts of special tokens, any of which may end an answer.
+        apart: where a script is cut into the texts of rows (`instructft.prompt.loss_mask.Encoder`).
+    """
+
+    def __init__(self, renderer: Renderer, specials: Sequence[str], apart: Callable[[Script], list[list[str]] | None]):
+        self._renderer, self._specials, self._apart = renderer, tuple(specials), apart
+        self._known: dict[tuple[Any, ...], list[list[Any]] | None] = {}  # shape -> its texts, cut at the contents
+
+    def texts(self, conversations: Sequence[Sequence[Message]], train_on: str) -> list[list[str] | None]:
+        """The texts of the one row of each conversation, those of answers at odd places; None: not by its shape."""
+        told = [_told(messages) for messages in conversations]
+        every = "\n".join(text for one in told if one for text in one[1])
+        specials = [special for special in self._specials if special in every]
+        found: list[list[str] | None] = []
+        for one in told:
+            texts = None
+            if one is not None and not any(special in text for special in specials for text in one[1]):
+                key = (train_on, *one[0])
+                if key not in self._known and len(self._known) < _SHAPES:
+                    self._known[key] = self._cut(one[0], train_on)
+                if (cut := self._known.get(key)) is not None:
+                    said = one[1]
+                    texts = ["".join([part if type(part) is str else said[part] for part in text]) for text in cut]
+            found.append(texts)
+        return found
+
+    def _cut(self, shape: tuple[tuple[str, ...], ...], train_on: str) -> list[list[Any]] | None:
+        """The texts of a row of this shape: strings, and between them the places of what the messages say."""
+        marks = iter(range(1_000_000))
+        messages = [{"role": role, **{key: _MARK.format(next(marks)) for key in keys}} for role, *keys in shape]
+        (script,) = scripts(self._renderer, [messages], train_on)
+        if isinstance(script, TemplateError) or script.left_out or script.only_read:
+            return None
+        rows = self._apart(script)
+        if rows is None or len(rows) != 1:
+            return None
+        cut = [_MARKS.split(text) for text in rows[0]]
+        if sorted(int(mark) for text in cut for mark in text[1::2]) != list(range(next(marks))):
+            return None  # one is not shown, or twice
+        return [[int(part) if i % 2 else part for i, part in enumerate(text) if i % 2 or part] for text in cut]
+
+
+_SHAPES = 1_000  # are remembered
+_MARK = "Zq7xj{}jx7qZ"  # stands for what a message says
+_MARKS = re.compile(_MARK.format("([0-9]+)"))
+_PLAIN_KEYS = ("content", "context", "input")
+
+
+def _told(messages: Sequence[Message]) -> tuple[tuple[tuple[str, ...], ...], list[str]] | None:
+    """The shape of a conversation, each message's role and keys, and what they say; None: it may say more than that."""
+    if isinstance(messages, Conversation) and (messages.tools or messages.options):
+        return None
+    shape, said = [], []
+    for message in messages:
+        role, keys = message["role"], [key for key in _PLAIN_KEYS if key in message]
+        values = [message[key] for key in keys]
+        if (
+            role not in ("system", "user", "assistant")
+            or len(keys) != len(message) - 1
+            or (len(keys) > 1 and role != "user")
+            or not all(type(value) is str and value and not value.isspace() for value in values)
+            or (role == "assistant" and "<think>" in values[0])
+        ):
+            return None
+        shape.append((role, *keys))
+        said += values
+    return tuple(shape), said
+
+
 class _Plan(NamedTuple):
     messages: Conversation
     answers: list[int]  # positions of the answers that are trained
     only_read: int
+    opening: Conversation | None = None  # what a server is given before a greeting that is the first message
+
+    def before(self, i: int) -> Conversation:
+        """What a server is given before answer `i`."""
+        return self.messages[:i] if i or self.opening is None else self.opening
 
     @property
     def shown(self) -> list[Conversation]:
@@ -93,19 +177,33 @@ def _planned(renderer: Renderer, messages: Sequence[Message], train_on: str) -> 
     if not answers or answers[0] > asked:
         return _Plan(normal, answers, 0)
     # nobody has asked yet: a server takes that with some templates, others refuse it, or render another text
-    read = {i for i in answers if i < asked and not _served(renderer, normal, i)}
-    return _Plan(normal, [i for i in answers if i not in read], len(read))
+    given = {i: _opening(renderer, normal, i) for i in answers if i < asked}
+    read = [i for i, opening in given.items() if opening is None]
+    return _Plan(normal, [i for i in answers if i not in read], len(read), given.get(0))
 
 
-def _served(renderer: Renderer, messages: Conversation, i: int) -> bool:
-    """Whether the template renders a prompt for answer `i`, although no question stands before it."""
-    prompt = renderer.text_or_none(messages[:i], True)
-    return prompt is not None and (renderer.text_or_none(messages[: i + 1]) or "").startswith(prompt)
+def _opening(renderer: Renderer, messages: Conversation, i: int) -> Conversation | None:
+    """What a server can be given so that answer `i` comes next, although no question stands before it; None: nothing.
+
+    Where nothing at all stands before it, and the template does not take that, it may take an empty system message.
+    """
+    text = renderer.text_or_none(messages[: i + 1]) or ""
+    for given in (messages[:i], *([] if i else [messages.of([{"role": "system", "content": ""}])])):
+        prompt = renderer.text_or_none(given, True)
+        if prompt is not None and text.startswith(_begun(renderer, prompt, text)):
+            return given
+    return None
+
+
+def _begun(renderer: Renderer, prompt: str, text: str) -> str:
+    """The prompt, with the BOS that Llama 3's template puts before a first message, and the tokenizer before a text."""
+    bos = renderer.tokenizer.bos_token
+    return bos + prompt if bos and text.startswith(bos + prompt) and renderer.adds_bos else prompt
 
 
 def _alone(renderer: Renderer, plan: _Plan) -> tuple[list[str], list[str]] | TemplateError:
     try:
-        return renderer.texts([plan.messages[:i] for i in plan.answers], True), renderer.texts(plan.shown)
+        return renderer.texts([plan.before(i) for i in plan.answers], True), renderer.texts(plan.shown)
     except TemplateError as error:
         return error
 
@@ -118,6 +216,8 @@ def _script(renderer: Renderer, plan: _Plan, shown: Any) -> Script | TemplateErr
     left_out: list[str] = []
     try:
         for i, prompt, text in zip(plan.answers, prompts, texts, strict=False):
+            if not i:
+                prompt = _begun(renderer, prompt, text)
             answer = _answer(renderer, plan.messages, i, prompt, text)
             missing = list(_missing(plan.messages[i], answer))
             if "tool_calls" in missing:
@@ -132,10 +232,14 @@ def _script(renderer: Renderer, plan: _Plan, shown: Any) -> Script | TemplateErr
     except TemplateError as error:
         return error
     if turns and plan.messages.tools and not any(_name(tool) in turns[-1].prompt for tool in plan.messages.tools):
-        return TemplateError(
-            "the chat template has no place for tools, so the model would not be told of them; set data.template to "
-            "chatml, or to a template that renders `tools`"
-        )
+        if any(message.get("tool_calls") for message in plan.messages):
+            return TemplateError(
+                "the chat template has no place for tools, so the model would not be told of them; set data.template "
+                "to chatml, or to a template that renders `tools`"
+            )
+        left_out.append("tools")  # nobody calls them, and a server that is given them renders this very text
+    if turns:
+        left_out += _unshown(plan.messages[: plan.answers[-1]], turns[-1].prompt)
     whole, end = texts[-1], turns[-1].prompt + turns[-1].answer if turns else ""
     return Script(turns, whole[len(end) :] if whole.startswith(end) else "", left_out, plan.only_read)
 
@@ -217,6 +321,18 @@ def _missing(message: Message, answer: str) -> Iterator[str]:
             yield "tool_calls"
         elif hidden:
             yield "arguments"
+
+
+def _unshown(messages: Sequence[Message], prompt: str) -> Iterator[str]:
+    """What stands before an answer, and the template shows to nobody: a message by its role, or who speaks."""
+    for message in messages:
+        content, role = message.get("content"), message["role"]
+        if role != "assistant" and isinstance(content, str) and content.strip() not in prompt:
+            lines = [line.strip() for line in content.splitlines()]  # a template may write them in another way
+            if not any(line and (line in prompt or json.dumps(line)[1:-1] in prompt) for line in lines):
+                yield role
+        if len(message) > 2 and role != "tool" and str(message.get("name") or "") not in prompt:
+            yield "name"
 
 
 def _name(tool: Any) -> str:

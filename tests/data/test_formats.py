@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -446,7 +448,7 @@ def test_tools_options_and_rules():
 
 def test_rows_of_a_message_tree_are_refused_with_the_way_out():
     with pytest.raises(DataError, match="one message of a tree"):
-        detect_format(["message_id", "parent_id", "text", "role"], "oasst")
+        detect_format(["message_id", "parent_id", "body", "role"], "oasst")
 
 
 def test_columns_that_differ_in_case_come_with_the_mapping_to_write():
@@ -466,3 +468,37 @@ def test_columns_that_are_typed():
         with pytest.raises(UsageError) as caught:
             columns_asked(words)
         assert said in str(caught.value)
+
+
+def test_a_plain_row_is_read_as_any_other():
+    """Three texts take a shorter way; beside a column that says nothing they take the long one."""
+    texts = [
+        "a",
+        " b\n",
+        "",
+        " ",
+        "\t",
+        "[c]",
+        '{"d": 1}',
+        "<think>\nf\n</think>\n\ng",
+        "é🙂",
+        "\ud83d",
+        "NA",
+        "x" * 99,
+    ]
+    texts += ['[{"role": "user", "content": "e"}]', None, 7, ["h"]]
+    for fmt, names in (
+        ("alpaca", ("instruction", "input", "output")),
+        ("dolly", ("instruction", "context", "response")),
+    ):
+        found = []
+        for values in itertools.product(texts, repeat=3):
+            row = dict(zip(names, values, strict=True))
+            for one in (row, {**row, "id": None}):
+                try:
+                    conversation = to_conversation(one, fmt)
+                    found.append((list(conversation), conversation.tools, conversation.options))
+                except (Unusable, Unread) as error:
+                    found.append(str(error))
+            assert found[-2] == found[-1] or "its columns with a value" in str(found[-1]), row
+        assert len(found) == 2 * len(texts) ** 3

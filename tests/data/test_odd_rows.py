@@ -33,7 +33,7 @@ TEMPLATES = {
     "thinks": f"{_EACH}{{{{ '<A><think>' + (m.reasoning_content or '') + '</think>' + m.content + eos_token }}}}"
     + _ASKED
     + _ASKS,
-    "looks at the first": "{%- if messages[0].role == 'system' -%}{{ messages[0].content }}{%- endif -%}"
+    "looks at the first": "{%- if messages[0].role == 'system' -%}{{ '<system>' + messages[0].content }}{%- endif -%}"
     + f"{_EACH}{{{{ '<A>' + m.content + eos_token }}}}"
     + _ASKED.replace("else", "elif m.role == 'user'")
     + _ASKS,

@@ -193,3 +193,42 @@ def test_columns_that_are_asked_for_win_over_those_of_the_recipe(recipe: Any, tm
         evaluated(other, path, None, None, {"instruction": "question", "output": "a"})
     with pytest.raises(UsageError, match="--columns goes with --data FILE"):
         evaluated(other, None, None, None, {"instruction": "q"})
+
+
+def test_messages_of_trees_are_the_trees_on_every_road(recipe: Any, tmp_path: Path, hub: Any) -> None:
+    """OpenAssistant's flat files: one message a row, which names its parent; from each the reply of the best rank."""
+
+    def message(name: str, parent: str | None, role: str, text: str, **more: Any) -> dict[str, Any]:
+        tree = {"message_tree_id": name[0], "message_id": name, "parent_id": parent, "role": role, "text": text}
+        return {**tree, "lang": "en", "deleted": False, "review_result": True, **more}
+
+    flat = [
+        message("a", None, "prompter", "What floats?"),
+        message("a1", "a", "assistant", "Iron.", rank=1.0),
+        message("a2", "a", "assistant", "Wood.", rank=0.0),
+        message("a4", "a3", "assistant", "It sinks.", rank=None),  # before what it answers
+        message("a3", "a2", "prompter", "And iron?", rank=None),
+        message("a5", "a", "assistant", "(gone)", rank=-1.0, deleted=True),
+        message("b", None, "prompter", "Hi"),
+        message("b1", "b", "assistant", "(spam)", rank=0.0, review_result=False),
+        message("b2", "b", "assistant", "Hello.", rank=1.0),
+    ]
+    said = [["What floats?", "Wood.", "And iron?", "It sinks."], ["Hi", "Hello."]]
+    table = [{**row, "rank": str(row.get("rank", "") or ""), "deleted": str(row["deleted"])} for row in flat]
+    texts = [{k: str(v if v is not None else "") for k, v in row.items()} for row in table]
+    texts[2]["rank"] = "0.0"
+    hub.put("tester/flat", {"train.jsonl": write(tmp_path, ".jsonl", flat)}, type="dataset")
+    files = [{"path": str(write(tmp_path, suffix, flat))} for suffix in (".jsonl", ".json", ".jsonl.gz")]
+    for entry in [*files, {"path": str(write(tmp_path, ".csv", texts))}, {"hub": "tester/flat"}]:
+        (part,) = load_parts(recipe(entry))
+        assert part.format == "tree"
+        assert [[m["content"] for m in part.conversation(raw)] for raw in part.raw] == said, entry
+        if Path(str(entry.get("path"))).suffix != ".json":  # one list has no lines to stream
+            found = streamed(recipe({**entry, "streaming": True}))
+            assert [tree["message_tree_id"] for tree in found] == ["a", "b"]
+    path = str(write(tmp_path, ".jsonl", flat))
+    assert [[m["content"] for m in one["messages"]] for one in file_conversations(path)] == said
+    with pytest.raises(
+        DataError, match=r"row 4 answers message \"a2\", which does not stand among the rows of its tree"
+    ):
+        load_parts(recipe({"path": str(write(tmp_path, ".jsonl", [*flat[:2], flat[6], flat[4]]))}))

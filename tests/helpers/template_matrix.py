@@ -224,9 +224,16 @@ def served(made: Any, messages: Sequence[Message], k: int, tools: Any, options: 
     shown: set[str] = set()
     for form in forms(messages[: k + 1], tools):
         given, whole = _rendered(made, form[:k], tools, options, True), _rendered(made, form, tools, options, False)
-        if given is None or whole is None or not all(fact in given for fact in before):
+        if not k and whole is not None and not (given and whole.startswith(given)):  # nothing was said before
+            bos = made.bos_token if made("a")["input_ids"][:1] == [made.bos_token_id] else None
+            empty = _rendered(made, [{"role": "system", "content": ""}], tools, options, True)
+            begun = (bos and given and bos + given, empty)  # what a server may begin with in place of nothing
+            given = next((one for one in begun if one and whole.startswith(one)), given or empty)
+        if given is None or whole is None:
             continue
-        if tools and "get_weather" not in given:
+        if not all(fact in given or json.dumps(fact)[1:-1] in given for fact in before):
+            continue
+        if tools and "get_weather" not in given and any(m.get("tool_calls") for m in messages):
             continue
         shown |= {fact for fact in wanted if fact in whole[len(_same(given, whole)) :]}
         said = _ended(made, whole[len(given) :], messages[k]) if whole.startswith(given) else None

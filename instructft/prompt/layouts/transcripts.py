@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from instructft.errors import DataError
 from instructft.prompt.conversation import Message
 from instructft.prompt.layouts.messages import messages_of
 from instructft.prompt.layouts.tool_calls import calls_of, tools_of
@@ -160,7 +161,8 @@ def best_path(root: Any, where: str, ledger: Ledger) -> list[Message]:
     while node is not None:
         path.append({"role": node.get("role"), "content": node.get("text")})
         ledger.rest(node, _OF_A_NODE, f"key `{{}}` of a message in `{where}`")
-        replies = [r for r in node.get("replies") or () if not r.get("deleted") and r.get("review_result") is not False]
+        given = node.get("replies") or ()
+        replies = [r for r in given if not _is(r.get("deleted"), True) and not _is(r.get("review_result"), False)]
         node = min(replies, key=_preferred) if replies else None
     return messages_of(path, where, ledger)
 
@@ -168,4 +170,72 @@ def best_path(root: Any, where: str, ledger: Ledger) -> list[Message]:
 def _preferred(reply: Mapping[str, Any]) -> tuple[float, bool]:
     """The best rank first, and among replies without one those that were answered."""
     rank = reply.get("rank")
-    return (float("inf") if rank is None else float(rank), not reply.get("replies"))
+    return (float("inf" if absent(rank) else str(rank)), not reply.get("replies"))
+
+
+def _is(value: Any, wanted: bool) -> bool:
+    """Whether a flag says so; in a CSV file it is a word."""
+    return value is wanted or str(value).strip().lower() == str(wanted).lower()
+
+
+_OF_A_TREE = frozenset(("message_id", "parent_id", "role", "text"))
+
+
+def is_of_a_tree(columns: Iterable[str]) -> bool:
+    """Whether rows of these columns are single messages that name their parents, as OpenAssistant's flat files."""
+    return set(columns) >= _OF_A_TREE
+
+
+def trees(messages: Iterable[Mapping[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+    """Single messages as the trees that they are of, which stand one after the other.
+
+    >>> asked = {"message_id": "a", "parent_id": None, "role": "prompter", "text": "Is it?"}
+    >>> [tree["prompt"]["replies"][0]["text"] for tree in trees([asked, {**asked, "message_id": "b", "parent_id": "a",
+    ...     "role": "assistant", "text": "Yes."}], "flat.jsonl")]
+    ['Yes.']
+
+    Args:
+        name: what the file is called in messages.
+
+    Raises:
+        DataError: a message whose parent is not in its tree, or a second one of the same id.
+    """
+    root: dict[str, Any] | None = None
+    known: dict[Any, dict[str, Any]] = {}
+    waiting: list[tuple[int, dict[str, Any]]] = []  # a reply may stand before what it answers
+
+    def whole() -> dict[str, Any]:
+        for number, node in waiting:
+            parent = known.get(node["parent_id"])
+            if root is None or parent is None:
+                raise DataError(
+                    f"{name}: row {number} answers message {shown(node['parent_id'])}, which does not stand among the "
+                    "rows of its tree; sort the file by message_tree_id, or add the rows that are missing"
+                )
+            parent["replies"].append(node)
+        waiting.clear()
+        assert root is not None
+        return {"message_tree_id": root["message_id"], "prompt": root}
+
+    def begins(node: Mapping[str, Any]) -> bool:
+        if root is None and not waiting:
+            return False
+        last = root or waiting[0][1]
+        if "message_tree_id" in node:
+            return bool(node["message_tree_id"] != last.get("message_tree_id"))
+        return absent(node.get("parent_id"))
+
+    for number, row in enumerate(messages, 1):
+        node = {**row, "replies": []}
+        if begins(node):
+            yield whole()
+            root, known = None, {}
+        if (here := node.get("message_id")) in known or (root is not None and absent(node.get("parent_id"))):
+            raise DataError(f"{name}: row {number}, message {shown(here)}, is the second of its kind in its tree")
+        known[here] = node
+        if absent(node.get("parent_id")):
+            root = node
+        else:
+            waiting.append((number, node))
+    if root is not None or waiting:
+        yield whole()

@@ -86,6 +86,25 @@ def test_the_shared_part_stands_once() -> None:
     assert row.starts == [0, 9, 19, 29, 39]
 
 
+@pytest.mark.parametrize(("asked", "thought", "said"), [(10, 40, 20), (20, 20, 20), (10, 20, 20), (5, 1, 30)])
+def test_no_token_is_computed_that_could_be_shared(asked: int, thought: int, said: int) -> None:
+    """A causal model's state at a token is that of all before it: each beginning that differs has to be computed."""
+    count, new = 12, iter(range(10_000))
+    history: list[int] = []
+    turns = []
+    for _ in range(count):
+        history += [next(new) for _ in range(asked)]
+        thinks, says = ([next(new) for _ in range(n)] for n in (thought, said))
+        ids = [*history, *thinks, *says]
+        turns.append(turn(ids, list(range(len(history), len(ids)))))
+        history += says
+    (row,) = fold(turns, 10_000)
+    beginnings = {tuple(ids[: end + 1].tolist()) for ids, _ in turns for end in range(len(ids))}
+    assert len(row.input_ids) == len(beginnings) + count - 1  # and the token that each branch begins with
+    once = count * (asked + thought + said)
+    assert len(beginnings) == once + (count - 1) * said  # an answer behind its thought, and once more without it
+
+
 def test_a_token_that_two_turns_train_is_not_shared() -> None:
     (row,) = fold([turn([1, 2, 3, 4], [2, 3]), turn([1, 2, 3, 5], [2, 3])], 100)
     assert row.starts == [0, 1]
