@@ -19,7 +19,7 @@ from tests.conftest import BATTERY, REPO
 
 BENCHMARK = runpy.run_path(str(REPO / "benchmarks" / "memory_estimate.py"))
 # Large blocks go back to the kernel as they are freed, and all threads share one heap. As it is otherwise, glibc keeps
-# what it pleases: the peak of one and the same run was 2.26 to 2.63 GB. The estimate names that part, `allocator`.
+# what it pleases: the peak of one and the same run was 2.37 to 2.51 GB. The estimate names that part, `allocator`.
 NOTHING_KEPT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 
@@ -29,6 +29,9 @@ def test_the_memory_estimate_is_what_a_run_takes(adapter: str, recipe_of: Any, t
     text = "A long answer that goes on about nothing at all, and then about something else. " * 20
     (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "Go on.", "output": text}] * 12), encoding="utf-8")
     asked = [f"data.datasets=[{{path: {tmp_path / 'rows.json'}}}]", "data.splits={validation: 0}", "train.max_steps=2"]
+    asked.append(
+        "train.gradient_checkpointing=false"
+    )  # left open, it follows what is free: here one way, there another
     recipe = recipe_of(f"memory-{adapter}", *asked, f"adapter.type={adapter}", f"output_dir={tmp_path / 'run'}")
     (tmp_path / "memory.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     said = []
