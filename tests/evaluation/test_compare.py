@@ -339,7 +339,7 @@ def test_what_rows_and_answers_hold_is_shown_and_not_obeyed(capsys: pytest.Captu
 
 
 def test_a_question_mark_is_explained_once(capsys: pytest.CaptureFixture[str]) -> None:
-    figures = {**dict.fromkeys(module.FORMS, 0.5), "intervals": {}, "rows": [{}] * 4}
+    figures = {**dict.fromkeys(module.FORMS, 0.5), "intervals": {}, "rows": [{}] * 4, "metrics": {}}
     found = {name: {"interval": None, "noise": None} for name in module.FORMS if name != "loss"}
     module._print_metrics(Console(width=120), {"tuned": figures, "base": figures, "difference": found})
     out = capsys.readouterr().out
