@@ -21,6 +21,7 @@ import json
 import mmap
 import os
 import random
+import resource
 import signal
 import struct
 import subprocess
@@ -354,9 +355,19 @@ def day(recipe: str, out: Path, seconds: float, seed: int, fresh: bool) -> dict[
                 break
             if spoil and (how := damage(run / "metrics.jsonl", rng)):
                 came.append(f"damage: {how}")
-        told = {"seconds": time.monotonic() - begun, "came": Counter(came), "ended": Counter(ended), "odd": odd,
-                "silent": shared["silent"], "refused": shared["refused"], "clock moved": moves,
-                "said": said_of(out, len(ended)), "sealed": len(sealed(run))}  # fmt: skip
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        told: dict[str, Any] = {
+            "seconds": time.monotonic() - begun,
+            "processor": used.ru_utime + used.ru_stime,
+            "came": Counter(came),
+            "ended": Counter(ended),
+            "odd": odd,
+            "silent": shared["silent"],
+            "refused": shared["refused"],
+            "clock moved": moves,
+            "said": said_of(out, len(ended)),
+            "sealed": len(sealed(run)),
+        }
         told["whole"], told["run"] = ending(whole), ending(run)
         shared["asked"] = 1
         while shared["asked"]:

@@ -234,7 +234,7 @@ def test_the_speed_of_a_line_is_that_of_its_own_steps(tmp_path: Path, monkeypatc
 
     clock = iter([0.0, 2.0, 52.0, 55.0])
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(clock))
-    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True, log_history=[])
     file = callbacks.MetricsFile(tmp_path / "metrics.jsonl")
     file.on_train_begin(None, state, None)
     for step, tokens in ((1, 100.0), (2, 400.0)):
