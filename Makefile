@@ -74,6 +74,7 @@ docs: venv  ## the documentation as a site in site/, from docs/; installs MkDocs
 	@$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	@$(BIN)/python scripts/docs_reference.py
 	@$(BIN)/python scripts/docs_blocks.py
+	@$(BIN)/python scripts/docs_hardware.py
 	@$(BIN)/python -m mkdocs build --quiet --strict
 
 battery: export INSTRUCTFT_KILLS := 17

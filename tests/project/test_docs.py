@@ -45,14 +45,45 @@ def script(name: str) -> Any:
 
 
 REFERENCE = script("docs_reference")
+HARDWARE = script("docs_hardware")
 
 # Pages
 
 
-@pytest.mark.parametrize("name", ["docs_reference", "docs_blocks"])
+@pytest.mark.parametrize("name", ["docs_reference", "docs_blocks", "docs_hardware"])
 def test_what_is_written_by_a_script_is_what_it_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", "--check"])
     script(name).main()  # which ends with what is out of date
+
+
+def gpu_lines() -> dict[str, list[str]]:
+    """Model -> how much it takes and which card has that, a cell for each goal, as the page says."""
+    lines = [line.strip("| ").split(" | ") for line in HARDWARE.rows(PAGES["hardware.md"].text)]
+    assert [line[0] for line in lines] == [f"`{model.name}`" for model in HARDWARE.MODELS]
+    assert [line[4] for line in lines] == [f"`{model.recipe}`" for model in HARDWARE.MODELS]
+    return {line[0].strip("`"): line[1:4] for line in lines}
+
+
+def test_the_card_of_a_gpu_line_is_the_smallest_that_holds_it() -> None:
+    for cells in gpu_lines().values():
+        for cell in cells:
+            named, size = cell.rstrip(")").split(" (")
+            near = [float(size.removesuffix(" GiB")) + part for part in (-0.05, 0, 0.05)]  # the page rounds
+            assert named in [HARDWARE.card(int(one * HARDWARE.GIB)) for one in near], cell
+
+
+GPU_CELLS = [(model, goal) for model in HARDWARE.MODELS for goal in HARDWARE.GOALS]
+QUICK = (HARDWARE.MODELS[0], "full")
+
+
+@pytest.mark.parametrize(
+    ("model", "goal"),
+    [QUICK, *(pytest.param(*cell, marks=pytest.mark.battery) for cell in GPU_CELLS if cell != QUICK)],
+    ids=str,
+)
+def test_a_gpu_line_is_what_check_estimates(model: Any, goal: str) -> None:
+    said = gpu_lines()[model.name][list(HARDWARE.GOALS).index(goal)]
+    assert f"({HARDWARE.need(model, goal) / HARDWARE.GIB:.1f} GiB)" in said
 
 
 def test_a_page_that_is_out_of_date_is_seen() -> None:

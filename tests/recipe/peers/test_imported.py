@@ -193,11 +193,11 @@ DIFFERS = {  # as their own code was seen to differ on 200 rows (docs/first-hour
         "train_on_inputs: of a conversation",
     ),
     "llamafactory-break.yaml": (
-        "stage: sft\ntemplate: qwen\ndataset: own_alpaca\ndataset_dir: .\n",
+        "stage: sft\ntemplate: qwen\ndataset: own_alpaca\n",
         "a line break in most",
     ),
     "llamafactory-query.yaml": (
-        "stage: sft\ntemplate: qwen\ndataset: plain\ndataset_dir: .\n",
+        "stage: sft\ntemplate: qwen\ndataset: plain\n",
         "plain: a query stands",
     ),
 }
@@ -210,7 +210,9 @@ def test_where_tokens_or_labels_will_differ_it_is_told(here: Path, name: str) ->
         '{"own_alpaca": {"file_name": "qa.csv", "columns": {"prompt": "ask", "response": "say"}},'
         ' "plain": {"file_name": "rows.jsonl"}}', encoding="utf-8"
     )  # fmt: skip
-    Path(name).write_text(text + "model_name_or_path: gpt2\n" * text.startswith("stage"), encoding="utf-8")
+    Path(name).write_text(
+        text + "model_name_or_path: gpt2\ndataset_dir: .\n" * text.startswith("stage"), encoding="utf-8"
+    )
     differs = "\n".join(read(Path(name), "r").config.differs)
     assert said in differs
     assert ("query" in differs) == ("query" in name)
