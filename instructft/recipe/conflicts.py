@@ -194,6 +194,9 @@ def _train(recipe: Recipe) -> Iterator[Contradiction]:
         name = "varlen" if attention == "varlen" else "flash-attention"
         say = f"{name} gets packs as one row, which cannot be halved; set train.per_device_train_batch_size"
         yield at("auto_find_batch_size"), say
+    if on("label_smoothing_factor") and train.get("loss_type", "nll") != "nll":
+        say = f"would be left out without a word with train.loss_type: {train['loss_type']}; keep one"
+        yield (at("label_smoothing_factor") + at("loss_type")), say
     for one, two in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
         if on(one) and on(two):
             yield (at(one) + at(two)), f"contradicts train.{two}; keep one"

@@ -161,6 +161,13 @@ def remarks(recipe: Recipe, args: SFTConfig, config: Any, steps: int) -> list[st
             "model.dtype: all weights are trained in float16 itself, in which small updates are lost and gradients "
             "overflow; write float32 (or auto) and train.fp16=true where the GPU has no bfloat16"
         )
+    by_chance = "bf16_stochastic_round" in str(recipe.train.get("optim_args") or "")
+    if recipe.model.dtype == "bfloat16" and recipe.adapter.type == "none" and not by_chance:
+        found.append(
+            "model.dtype: all weights are trained in bfloat16 itself, which rounds most updates of a usual learning "
+            "rate away; leave it out (train.bf16=true computes in bfloat16 and keeps weights in float32), or have them "
+            "rounded by chance: train.optim=adamw_torch_8bit train.optim_args=bf16_stochastic_round=true"
+        )
     asked = recipe.train.get("dataloader_num_workers", 0)
     if asked > args.dataloader_num_workers:
         found.append(

@@ -80,6 +80,11 @@ BAD = {
         "line 3: train.gradient_checkpointing: contradicts train.activation_checkpointing",
         "",
     ),
+    "labels that nothing smooths": (
+        GOOD + "train: {loss_type: dft, label_smoothing_factor: 0.1}\n",
+        "line 3: train.label_smoothing_factor: would be left out without a word with train.loss_type: dft",
+        "keep one",
+    ),
     "no optimizer in checkpoints": (
         GOOD + "train: {save_only_model: true}\n",
         "line 3: train.save_only_model: true leaves optimizer, schedule and random states out",

@@ -98,6 +98,7 @@ def test_a_resumed_run_keeps_what_it_began_with(left_open: Callable[..., Any]) -
         ("train.learning_rate=0", "0 is far from what is usual"),
         ("train.warmup_steps=100", "100 steps of warm-up in a run of 4"),
         ("model.dtype=float16", "trained in float16 itself"),
+        ("model.dtype=bfloat16", "rounds most updates of a usual learning rate away"),
         ("train.learning_rate=1e-3", ""),
         ("train.warmup_steps=3", ""),
         ("train.warmup_steps=0.5", ""),

@@ -16,7 +16,7 @@ from instructft.errors import DivergedError, Stopped
 from instructft.inference.generator import Generator
 from instructft.prompt.templates import TEMPLATES
 from instructft.training.run import train
-from instructft.training.run_warnings import at_zero, diverged, headings, overfits, probes, told
+from instructft.training.run_warnings import FILE, at_zero, diverged, headings, overfits, probes, told
 from tests.helpers.device import here
 from tests.helpers.stops import SignalAt, interrupt
 
@@ -233,3 +233,11 @@ def test_a_learning_rate_of_100_is_no_run_that_is_done(write_recipe: Any, tmp_pa
     assert "perplexity 10^" in page
     assert "validation perplexity | 10^" in card
     assert "e+" not in page[page.index("All numbers") :].split("made with")[0]
+
+
+def test_a_run_that_has_diverged_is_told_first(tmp_path: Path) -> None:
+    """Card and report begin with it: nothing else counts then."""
+    signs = [("overfitting", 3), ("never_stops", 4), ("diverged", 5)]
+    lines = [json.dumps({"step": step, "kind": kind, "text": f"{kind} was seen"}) + "\n" for kind, step in signs]
+    (tmp_path / FILE).write_text("".join(lines))
+    assert [sign["kind"] for sign in told(tmp_path)] == ["diverged", "overfitting", "never_stops"]
