@@ -352,7 +352,7 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int], list[int
     if model["type"] != "BPE" or any(affixes) or model.get("byte_fallback"):
         raise _Unproved("no plain BPE")
     vocabulary, alphabet = model["vocab"], _alphabet()
-    merged = ["".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    merged = [merge.replace(" ", "", 1) if type(merge) is str else merge[0] + merge[1] for merge in model["merges"]]
     together = [token for token, before in zip(merged, ["", *merged], strict=False) if token != before]
     if len(set(together)) != len(together):
         raise _Unproved("merges of one token are apart, and which of them counts cannot be told by the token")
@@ -377,11 +377,13 @@ def _prove_merges(core: Tokenizer, text: str, model: dict[str, Any], ids: list[i
     if whole:  # in a copy: what merges alone make of a token
         library = Tokenizer.from_str(text).model
         library.ignore_merges = False
+    tokenize = library.tokenize
     for number in ids:
         if number < 0:
             continue
-        found = library.tokenize(texts[number])
-        if len(found) == 2 or (len(found) > 2 and not whole) or (len(found) == 1 and found[0].id != number):
+        found = tokenize(texts[number])
+        pieces = len(found)
+        if pieces == 2 or (pieces > 2 and not whole) or (pieces == 1 and found[0].id != number):
             raise _Unproved("a token's own text is not encoded to it")
 
 

@@ -121,7 +121,11 @@ class Shapes:
 _SHAPES = 1_000  # are remembered
 _MARK = "Zq7xj{}jx7qZ"  # stands for what a message says
 _MARKS = re.compile(_MARK.format("([0-9]+)"))
-_PLAIN_KEYS = ("content", "context", "input")
+_SPEAKERS = ("system", "user", "assistant")
+# the keys of a message, as normal form has them -> those that hold what it says
+_KEYS = {
+    ("role", "content", *more): ("content", *more) for more in ((), ("input",), ("context",), ("input", "context"))
+}
 
 
 def _told(messages: Sequence[Message]) -> tuple[tuple[tuple[str, ...], ...], list[str]] | None:
@@ -130,18 +134,18 @@ def _told(messages: Sequence[Message]) -> tuple[tuple[tuple[str, ...], ...], lis
         return None
     shape, said = [], []
     for message in messages:
-        role, keys = message["role"], [key for key in _PLAIN_KEYS if key in message]
-        values = [message[key] for key in keys]
-        if (
-            role not in ("system", "user", "assistant")
-            or len(keys) != len(message) - 1
-            or (len(keys) > 1 and role != "user")
-            or not all(type(value) is str and value and not value.isspace() for value in values)
-            or (role == "assistant" and "<think>" in values[0])
-        ):
+        role = message["role"]
+        known = _KEYS.get(tuple(message))
+        if known is None or role not in _SPEAKERS or (len(known) > 1 and role != "user"):
             return None
-        shape.append((role, *keys))
-        said += values
+        for key in known:
+            value = message[key]
+            if type(value) is not str or not value or value.isspace():
+                return None
+            said.append(value)
+        if role == "assistant" and "<think>" in value:
+            return None
+        shape.append((role, *known))
     return tuple(shape), said
 
 
