@@ -151,6 +151,20 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
     if recipe != undecided:
         args, precision = training_arguments(recipe, data, state)
     left_open += [("checkpointing", why)] if why else []
+    model: PreTrainedModel | None = None
+    if asked.data.packing == "auto" and recipe.data.packing and checkpoint is None:
+        model = load_model(recipe, tokenizer, start=origin)
+        switch_attention(model, choose_attention(recipe, origin.config, args, data.folds))
+        packed, width = model, recipe.data.max_length
+        why = first_process(state, lambda: why_rows(packed, args, width))
+        if why:
+            checkpointing = recipe.train["gradient_checkpointing"]
+            packs, recipe = data, with_checkpointing(as_decided(asked, False, data.per_pack), checkpointing)
+            data = _prepared(recipe, tokenizer, origin)
+            args, precision = training_arguments(recipe, data, state)
+            from instructft.training.rehearsal.isolation import cost_of_rows
+
+            console.print(cost_of_rows(why, packs, data, args), markup=False, highlight=False)
     made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, args))
     start = run_start(checkpoint, passed, made_of)
     if facts := start.finished(run):
@@ -158,21 +172,9 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
         return Result(run, facts)
 
     attention = choose_attention(recipe, origin.config, args, data.folds)
-    model = load_model(recipe, tokenizer, start=origin)
+    if model is None:
+        model = load_model(recipe, tokenizer, start=origin)
     attention = switch_attention(model, attention)
-    if asked.data.packing == "auto" and recipe.data.packing and checkpoint is None:
-        why = first_process(state, lambda: why_rows(model, args, recipe.data.max_length))
-        if why:
-            checkpointing = recipe.train["gradient_checkpointing"]
-            packs, recipe = data, with_checkpointing(as_decided(asked, False, data.per_pack), checkpointing)
-            data = _prepared(recipe, tokenizer, origin)
-            args, precision = training_arguments(recipe, data, state)
-            made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, args))
-            start = run_start(checkpoint, passed, made_of)
-            attention = switch_attention(model, choose_attention(recipe, origin.config, args, data.folds))
-            from instructft.training.rehearsal.isolation import cost_of_rows
-
-            console.print(cost_of_rows(why, packs, data, args), markup=False, highlight=False)
     base, template = origin.facts(), template_facts(tokenizer, origin)  # now: a branch on the Hub may move meanwhile
     announce(recipe, tokenizer, data, model, args, precision, attention, console, left_open)
     for line in remarks(recipe, args, origin.config, steps_of(args, data)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,16 @@ def test_a_kernel_that_wants_the_numbers_of_documents_gets_them(
 
 
 def test_auto_trains_rows_where_packs_are_not_clean_and_says_what_that_costs(
-    recipe_of: Callable[..., Any], uneven: str
+    recipe_of: Callable[..., Any], uneven: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    module = import_module("instructft.training.run")
+    made: list[str] = []  # what the run is made of is told once, of what is trained
+    whole = module.identity
+    monkeypatch.setattr(
+        module, "identity", lambda recipe, *rest: made.append(recipe.data.packing) or whole(recipe, *rest)
+    )
     result, found, said = ran(recipe_of(LFM2, uneven, "data.packing=auto", "train.max_steps=2"))
+    assert made == [False]
     assert "lets documents of a pack see each other" in said
     assert "Install `causal_conv1d` to train on packed sequences" in said
     assert "auto takes batches of rows of like length in place of packs: 3 micro-batches of 4 rows a step" in said
