@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+import instructft
 from instructft.evaluation import gate as module
 from instructft.evaluation.gate import gate
 from instructft.evaluation.suites import FOLDER, shipped
 from tests.conftest import BATTERY
 
 EVERY = int(os.environ.get("INSTRUCTFT_GATE", "1" if BATTERY else "25"))
+QUIET = Console(quiet=True)
 MARGIN = 0.05 if EVERY == 1 else 0.1 if EVERY <= 5 else 0.25
 
 
