@@ -32,7 +32,6 @@ def torchao() -> None:
     pytest.importorskip("torchao")
 
 
-@pytest.mark.battery  # the layers, their names and what is saved: tests/models/kernels/test_fp8.py
 @pytest.mark.usefixtures("torchao")
 def test_a_run_resumed_and_saved(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     path = write_recipe()

@@ -110,7 +110,6 @@ def test_a_model_without_a_layer_to_convert_is_refused() -> None:
         fp8_products(make(narrow), emulate=True).__enter__()
 
 
-@pytest.mark.battery
 def test_compiled_blocks_take_it() -> None:
     torch._dynamo.reset()
     model, said = make(GPT2), list[str]()
