@@ -194,7 +194,7 @@ def _opening(renderer: Renderer, messages: Conversation, i: int) -> Conversation
     text = renderer.text_or_none(messages[: i + 1]) or ""
     for given in (messages[:i], *([] if i else [messages.of([{"role": "system", "content": ""}])])):
         prompt = renderer.text_or_none(given, True)
-        if prompt is not None and text.startswith(_begun(renderer, prompt, text)):
+        if prompt and text.startswith(_begun(renderer, prompt, text)):  # of an empty prompt no server goes on
             return given
     return None
 

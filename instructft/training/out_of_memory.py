@@ -26,7 +26,7 @@ import torch
 # all of it now: when memory has run out is no time to import
 from instructft.checkpoints.manifest import standing
 from instructft.errors import InstructftError, OutOfMemoryError
-from instructft.formatting import memory_size
+from instructft.formatting import first_line, memory_size
 from instructft.models.fake_step import Batch, activation_bytes
 from instructft.models.memory import optimizer_bytes, resident
 
@@ -72,9 +72,9 @@ def explained(recipe: Recipe, trainer: Any) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
-        if ended := _LOADER.search(str(error)):
+        if ended := _loader_ended(error):
             raise InstructftError(
-                f"after step {trainer.state.global_step}: a process that loads rows has ended ({ended[1]}); "
+                f"after step {trainer.state.global_step}: a process that loads rows has ended ({ended}); "
                 f"{standing(Path(trainer.args.output_dir))}. The same command resumes the run; where memory is short, "
                 "have the training process load the rows, the same ones in the same order: "
                 f"train.dataloader_num_workers=0 (found {trainer.args.dataloader_num_workers})"
@@ -83,6 +83,16 @@ def explained(recipe: Recipe, trainer: Any) -> Iterator[None]:
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the activations
         raise OutOfMemoryError(message(recipe, trainer, error)) from error
+
+
+def _loader_ended(error: BaseException) -> str:
+    """How a process that loads rows has ended, where that is what an error says; else ""."""
+    if found := _LOADER.search(str(error)):
+        return found[1]
+    # killed while it handed over what a batch's file descriptor stands for (`torch.multiprocessing.reductions`)
+    places = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    handed_over = isinstance(error, ConnectionError) and {"_try_get_data", "rebuild_storage_fd"} <= places
+    return first_line(error) if handed_over else ""
 
 
 def message(recipe: Recipe, trainer: Any, error: BaseException) -> str:
