@@ -42,7 +42,6 @@ def checked(folder: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.battery  # imports torch four times
 def test_a_part_runs_on_a_cpu(tmp_path: Path) -> None:
     assert list(checked(tmp_path, "--only", "packs")) == ["packs"]
 
