@@ -41,7 +41,7 @@ def test_a_gentle_adapter_passes(
 ) -> None:
     monkeypatch.setattr(module, "ANSWER_TOKENS", 16)
     run = Path(shutil.copytree(tuned, tmp_path / "run"))  # the gate writes into it
-    said = gate(str(run), suites=[str(suite)], margin=MARGIN, limit=12)
+    said = gate(str(run), suites=[str(suite)], margin=MARGIN)
     found = json.loads((run / "gate.json").read_text(encoding="utf-8"))
     rest = found["rest"]
     shares = f"{rest['questions']} questions, {rest['before']:.1%} to {rest['after']:.1%} right"
