@@ -127,6 +127,9 @@ def test_a_finished_run_is_not_held(begin: Any, hub: LocalHub, monkeypatch: pyte
         assert str(status) == f"not pushed: the Hub did not take it in 0 s\n  instructft push {run} {REPO_ID}"
         shutil.rmtree(run)
     held.set()
+    for thread in threading.enumerate():  # what it left behind must not ask the Hub of another test
+        if thread.name == "instructft-push":
+            thread.join(10)
 
 
 def test_never_and_end_push_no_checkpoints(begin: Any, hub: LocalHub) -> None:

@@ -88,7 +88,7 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(200 + 200 * KILLS)
-# where weights are all trained, a disk is full at such moments below
+# where weights are all trained, a day of faults kills too (test_day)
 @pytest.mark.parametrize("kind", ["lora", *(pytest.param(k, marks=pytest.mark.battery) for k in ("full", "packed"))])
 def test_a_killed_run_goes_on_bit_for_bit(kind: str, write: Any, tmp_path: Path) -> None:
     whole, *killed = hit(write(kind), tmp_path, KILLS, "kill")
@@ -118,6 +118,7 @@ def _can_mount(folder: Path) -> bool:
         return False
 
 
+@pytest.mark.battery  # in a day of faults the disk is full too: test_day
 @pytest.mark.timeout(200 + 300 * KILLS)
 def test_a_full_disk_ends_a_run_with_a_word_and_harms_nothing(write: Any, tmp_path: Path) -> None:
     """A small disk of the run's own, without a free byte from some writing moment on; with room it goes on."""

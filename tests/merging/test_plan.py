@@ -28,6 +28,7 @@ from tests.helpers.merging import (
     refused,
 )
 from tests.helpers.mixtures import make_mixture
+from tests.helpers.telling import telling
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -67,7 +68,12 @@ def test_names_of_a_checkpoint_without_the_prefix_stay_as_they_are(tmp_path: Pat
 
 
 @pytest.mark.usefixtures("short_answers")
-@pytest.mark.parametrize(("target", "use_dora"), [("embed_tokens", False), ("lm_head", False), ("lm_head", True)])
+@pytest.mark.parametrize(
+    ("target", "use_dora"),
+    telling(
+        [("embed_tokens", False), ("lm_head", False), ("lm_head", True)], ("embed_tokens", False), ("lm_head", True)
+    ),
+)
 def test_weights_that_training_made_differ_are_tied_no_more(target: str, use_dora: bool, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama", tied=True)
     options = {"target_modules": ["q_proj", target], "use_dora": use_dora}

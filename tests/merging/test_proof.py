@@ -23,6 +23,7 @@ from tests.helpers.merging import (
     make_base,
     with_tokenizer,
 )
+from tests.helpers.telling import telling
 
 
 @pytest.mark.usefixtures("short_answers")
@@ -85,12 +86,16 @@ def test_a_wrong_merge_is_refused(
 @pytest.mark.usefixtures("short_answers")
 @pytest.mark.parametrize(
     ("kind", "dtype", "options"),
-    [
+    telling(
+        [
+            ("gpt2", "float32", "lora"),
+            ("gpt2", "float32", "tokens"),
+            ("llama", "bfloat16", "dora"),
+            ("llama", "float16", "saved"),
+        ],
         ("gpt2", "float32", "lora"),
-        ("gpt2", "float32", "tokens"),
         ("llama", "bfloat16", "dora"),
-        ("llama", "float16", "saved"),
-    ],
+    ),
 )
 def test_a_model_larger_than_the_memory_is_proved_alike(
     kind: str, dtype: str, options: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch

@@ -72,15 +72,9 @@ def test_the_card_of_a_gpu_line_is_the_smallest_that_holds_it() -> None:
             assert named in [HARDWARE.card(int(one * HARDWARE.GIB)) for one in near], cell
 
 
-GPU_CELLS = [(model, goal) for model in HARDWARE.MODELS for goal in HARDWARE.GOALS]
-QUICK = (HARDWARE.MODELS[0], "full")
-
-
-@pytest.mark.parametrize(
-    ("model", "goal"),
-    [QUICK, *(pytest.param(*cell, marks=pytest.mark.battery) for cell in GPU_CELLS if cell != QUICK)],
-    ids=str,
-)
+@pytest.mark.battery
+@pytest.mark.parametrize("goal", HARDWARE.GOALS)
+@pytest.mark.parametrize("model", HARDWARE.MODELS, ids=lambda model: model.name)
 def test_a_gpu_line_is_what_check_estimates(model: Any, goal: str) -> None:
     said = gpu_lines()[model.name][list(HARDWARE.GOALS).index(goal)]
     assert f"({HARDWARE.need(model, goal) / HARDWARE.GIB:.1f} GiB)" in said

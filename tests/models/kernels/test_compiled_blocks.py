@@ -224,6 +224,7 @@ def test_a_backward_pass_that_does_not_compile_stops_no_run() -> None:
     assert "no kernel for the backward pass" in said[0]
 
 
+@pytest.mark.battery
 def test_graphs_that_come_anew_again_and_again_are_left_at_torchs_limit() -> None:
     """Borders of documents, whose number may grow in a run, are no part of the shape that is looked at."""
     model, said = make("GPT-2"), list[str]()

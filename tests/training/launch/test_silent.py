@@ -9,6 +9,7 @@ import pytest
 from instructft.errors import InstructftError
 from instructft.training.launch.silent import silent_named, state_of
 from tests.helpers.processes import launch
+from tests.helpers.telling import telling
 
 ACCELERATE = Path(__file__).parents[3] / "recipes" / "accelerate"
 PROGRAM = """
@@ -28,7 +29,7 @@ except InstructftError as error:
 """
 
 
-@pytest.mark.parametrize("silent", [0, 1])
+@pytest.mark.parametrize("silent", telling([0, 1], 1))
 def test_the_process_that_hangs_is_named(tmp_path: Path, silent: int) -> None:
     (tmp_path / "program.py").write_text(PROGRAM.format(silent=silent, folder=tmp_path))
     done = launch(str(ACCELERATE / "ddp.yaml"), [str(tmp_path / "program.py")], tmp_path, processes=2)
