@@ -151,7 +151,8 @@ measurement yet: take the next larger card where it is close. `make gpu-check` d
 def measured() -> list[str]:
     """Lines of estimates that were held against a peak, from the tables that the benchmarks write."""
     real, results = ((ROOT / "benchmarks" / f"{name}.md").read_text(encoding="utf-8") for name in ("REAL", "RESULTS"))
-    found = re.findall(r"^\| memory estimate \| (.+?) \| ([\d.]+ GB), measured ([\d.]+ GB) \|$", real, re.MULTILINE)
+    figures = r"^\| memory estimate \| (.+?) \| ([\d.]+ GB), measured ([\d.]+ GB)[^|]* \|$"
+    found = re.findall(figures, real, re.MULTILINE)
     table = results.split("## Memory, estimated and measured")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (.+?) \| ([\d,]+) \| ([\d,]+) \|", table, re.MULTILINE)
     lines = [(f"SmolLM2-135M, {what}", estimate, peak) for what, estimate, peak in found]
