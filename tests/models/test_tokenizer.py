@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,7 @@ def test_a_vocabulary_that_only_sentencepiece_reads(
 ) -> None:
     """Upstream falls back to another reader, and its error says that a line cannot be parsed."""
     monkeypatch.setattr("transformers.utils.is_sentencepiece_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # where `make real` has installed it
     folder = tmp_path / "llama"
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
