@@ -45,11 +45,11 @@ class Place:
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """Its part of a parameter, as a view."""
+        if not self.is_part:  # one number too
+            return parameter
         if self.transposed:
             return parameter.transpose(1, 2)
-        return (
-            parameter[self.start : self.stop] if self.expert is None else parameter[self.expert, self.start : self.stop]
-        )
+        return (parameter if self.expert is None else parameter[self.expert])[self.start : self.stop]
 
     @property
     def is_part(self) -> bool:

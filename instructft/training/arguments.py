@@ -254,12 +254,16 @@ def memory_here(args: SFTConfig) -> int:
 def _roughly(config: Any, args: SFTConfig, recipe: Recipe) -> int:
     """Bytes of a step, from the configuration alone (Korthikanti et al., 2022, arXiv:2205.05198, in float32)."""
     text = config.get_text_config()
-    width, layers = getattr(text, "hidden_size", 0) or 0, getattr(text, "num_hidden_layers", 0) or 0
-    inner = max(getattr(text, "intermediate_size", 0) or 0, 4 * width)
-    heads = getattr(text, "num_attention_heads", 0) or 0
+
+    def size(name: str) -> int:
+        found = getattr(text, name, 0) or 0
+        return max(found) if isinstance(found, list | tuple) else found  # one a layer, as Gemma 3n has
+
+    width, layers, heads = size("hidden_size"), size("num_hidden_layers"), size("num_attention_heads")
+    inner = max(size("intermediate_size"), 4 * width)
     tokens = args.per_device_train_batch_size * recipe.data.max_length
     activations = layers * tokens * 4 * (8 * width + 4 * inner + heads * recipe.data.max_length * 3)
-    weights = layers * (4 * width * width + 3 * width * inner) + 2 * (getattr(text, "vocab_size", 0) or 0) * width
+    weights = layers * (4 * width * width + 3 * width * inner) + 2 * size("vocab_size") * width
     return int(activations + 16 * weights)
 
 

@@ -87,3 +87,10 @@ def test_parts_of_a_weight_are_merged_as_the_weight_is(tmp_path: Path) -> None:
     for part in (Place("gate", start=0, stop=2), Place("up", start=2, stop=6)):
         found = torch.cat(list(merged(there[part.name], whole.at(part), there, torch.float64)))
         torch.testing.assert_close(part.of(expected), found, atol=1e-12, rtol=0)
+
+
+def test_a_weight_of_one_number_is_all_of_its_parameter() -> None:
+    """Apertus and Emu3 have such; nothing of it is a row."""
+    import torch
+
+    assert Place("scale").of(torch.tensor(2.0)) == 2.0

@@ -175,6 +175,15 @@ def test_checkpointing_where_memory_would_not_hold_a_step(
     assert kept.train["gradient_checkpointing"] is decided
 
 
+def test_a_rough_look_takes_sizes_that_are_one_a_layer(left_open: Callable[..., Any]) -> None:
+    """Gemma 3n has widths of its own for each layer."""
+    recipe, _ = follow_model(left_open(), config())
+    args, _ = training_arguments(recipe, DATA, ONE)
+    one, many = config(), config()
+    one.intermediate_size, many.intermediate_size = 4096, [2048, 4096]
+    assert arguments._roughly(many, args, recipe) == arguments._roughly(one, args, recipe)
+
+
 def test_a_pipe_is_no_configuration(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     """A library would open it, and wait for ever."""
     os.mkfifo(tmp_path / "pipe.json")
