@@ -18,6 +18,7 @@ from instructft.errors import DataError, UsageError
 from instructft.formatting import nearest
 from instructft.progress import say
 from instructft.weights.base_record import is_hub_id
+from instructft.whole_file import read_whole
 
 if TYPE_CHECKING:
     from instructft.recipe.schema import Recipe
@@ -67,7 +68,7 @@ def _in_4_bits(recipe: Recipe) -> Iterator[str]:
         return
     try:
         folder = Path(recipe.model.name_or_path or "", recipe.model.subfolder or "")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_whole(folder / "config.json"))
     except (OSError, ValueError):
         return
     if isinstance(config, dict) and (why := told_by_width(config)):

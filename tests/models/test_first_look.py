@@ -132,6 +132,14 @@ def test_where_there_may_be_a_gpu_nothing_is_refused_at_a_glance(here, monkeypat
     refuse_at_a_glance(load_recipe("my.yaml", [*IN_4_BITS, "model.name_or_path=wide"]), here=True)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes that have names")
+def test_a_config_that_is_a_pipe_is_not_waited_for(here):
+    model_folder("narrow", 96)
+    Path("narrow/config.json").unlink()
+    os.mkfifo("narrow/config.json")
+    refuse_at_a_glance(load_recipe("my.yaml", [*IN_4_BITS, "model.name_or_path=narrow"]), here=True)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
