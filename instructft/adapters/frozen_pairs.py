@@ -9,12 +9,17 @@ ranks, so that all that loads, merges, serves or goes on with an adapter takes i
     adapter.stack                      A₀, B₀ are the earlier adapter, B₀ scaled so that s is right for it
     init_lora_weights: pissa, olora    A, B begin as factors of W (arXiv:2404.02948, 2406.01775); A₀, -B₀ are what they
                                        began as, so that B·A + B₀·A₀ is 0 then: W less its factors, and W is unchanged
+
+PEFT's own way for the latter takes the factors out of W, and converts when it saves
+(`path_initial_model_for_weight_conversion`): then the base in memory is another one than on the disk, and that nothing
+of it moved could not be proved.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +31,8 @@ from instructft.weights.model_class import shortest_names
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
+
+    from instructft.recipe.schema import Recipe
 
     Pair = tuple[torch.Tensor, torch.Tensor]  # A (r, in) and B (out, r); of E experts A (E·r, in) and B (out, r·E)
 
@@ -62,7 +69,7 @@ def pairs_of(model: PeftModel, adapter: str = "default") -> dict[str, Pair]:
     """The pairs of an adapter, by the names of their layers, on the CPU in float32."""
     found: dict[str, Pair] = {}
     for name, layer in layers_of(model).items():
-        for a, b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        for a, b in (tuple(half.removesuffix(".weight") for half in halves) for halves in _HALVES):
             if adapter in getattr(layer, a):
                 halves = (getattr(layer, kind)[adapter] for kind in (a, b))
                 one, other = (getattr(half, "weight", half).detach().cpu().float().clone() for half in halves)
@@ -133,6 +140,44 @@ def lay_beneath(
             weight.requires_grad_(False)
     _as_one_on_disk(model, held, {name: int(getattr(layer, "num_experts", 1)) for name, layer in layers.items()})
     return model
+
+
+def begins_with_factors(init: Any) -> str:
+    """How pairs begin as factors of the base's weights: `pissa`, `pissa_niter_4`, `olora`; "" where they do not."""
+    text = str(init).lower()
+    return text if re.fullmatch(r"pissa(_niter_\d+)?|olora", text) else ""
+
+
+def refuse_factors(recipe: Recipe, fields: Mapping[str, Any]) -> None:
+    """Where pairs cannot begin as factors of the base's weights.
+
+    Raises:
+        UsageError: of packed weights, of an adapter on an adapter, or of one that is more than pairs.
+    """
+    key = f"adapter.init_lora_weights: {fields['init_lora_weights']}"
+    if recipe.model.quantization != "none":
+        raise UsageError(
+            f"{key} takes factors of the base's weights, and those are packed with model.quantization: "
+            f"{recipe.model.quantization}; write init_lora_weights: true"
+        )
+    if recipe.adapter.stack:
+        raise UsageError(f"{key} and adapter.stack: each puts pairs of its own beneath the adapter; choose one of them")
+    refuse_more_than_pairs(fields, f"{key}: the adapter")
+
+
+def refuse_too_many_factors(init: Any, rank: int, targets: Mapping[str, Any]) -> None:
+    """A weight has as many factors as its shorter side is long.
+
+    Raises:
+        UsageError: the rank is larger.
+    """
+    for name, module in targets.items():
+        shape = tuple(module.weight.shape)
+        if min(shape) < rank:
+            raise UsageError(
+                f"adapter.init_lora_weights: {init} takes {rank} factors of {name}, which has the shape {shape}; set "
+                f"adapter.r to {min(shape)} or less"
+            )
 
 
 def begin_with_factors(model: PeftModel, how: str) -> PeftModel:

@@ -17,13 +17,17 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from instructft.adapters.experts import reach_experts
-from instructft.adapters.frozen_pairs import begin_with_factors, refuse_more_than_pairs
+from instructft.adapters.frozen_pairs import (
+    begin_with_factors,
+    begins_with_factors,
+    refuse_factors,
+    refuse_too_many_factors,
+)
 from instructft.errors import UsageError
 from instructft.formatting import first_line, nearest
 from instructft.prompt.sandbox import SECONDS, at_most
@@ -141,7 +145,7 @@ def lora_config(
     fields = recipe.adapter.peft_kwargs()
     init = fields.get("init_lora_weights", True)
     if begins_with_factors(init):
-        _refuse_factors(recipe, fields)
+        refuse_factors(recipe, fields)
         fields["init_lora_weights"] = True  # of layers that have none, and until the factors are taken
     elif init not in _INITS:
         known = ", ".join(str(way).lower() for way in _INITS)
@@ -171,41 +175,11 @@ def lora_config(
         config.target_modules = shortest_names(model, set(targets))
     _refuse_tied_and_head(model, config, targets)
     if begins_with_factors(init):
-        _refuse_too_many_factors(init, config.r, targets)
+        refuse_too_many_factors(init, config.r, targets)
     # weights of a Conv1D lie as (in, out); a quantized one is a Linear by now, but merges into the Conv1D of its base
     conv = any(Conv1D in (type(module), getattr(module, "source_cls", None)) for module in targets.values())
     config.fan_in_fan_out = conv
     return config
-
-
-def begins_with_factors(init: Any) -> str:
-    """How pairs begin as factors of the base's weights: `pissa`, `pissa_niter_4`, `olora`; "" where they do not."""
-    text = str(init).lower()
-    return text if re.fullmatch(r"pissa(_niter_\d+)?|olora", text) else ""
-
-
-def _refuse_factors(recipe: Recipe, fields: Mapping[str, Any]) -> None:
-    """Where pairs cannot begin as factors of the base's weights."""
-    key = f"adapter.init_lora_weights: {fields['init_lora_weights']}"
-    if recipe.model.quantization != "none":
-        raise UsageError(
-            f"{key} takes factors of the base's weights, and those are packed with model.quantization: "
-            f"{recipe.model.quantization}; write init_lora_weights: true"
-        )
-    if recipe.adapter.stack:
-        raise UsageError(f"{key} and adapter.stack: each puts pairs of its own beneath the adapter; choose one of them")
-    refuse_more_than_pairs(fields, f"{key}: the adapter")
-
-
-def _refuse_too_many_factors(init: Any, rank: int, targets: Mapping[str, Any]) -> None:
-    """A weight has as many factors as its shorter side is long."""
-    for name, module in targets.items():
-        shape = tuple(module.weight.shape)
-        if min(shape) < rank:
-            raise UsageError(
-                f"adapter.init_lora_weights: {init} takes {rank} factors of {name}, which has the shape {shape}; set "
-                f"adapter.r to {min(shape)} or less"
-            )
 
 
 def _without_dropout(config: LoraConfig, model: Any) -> list[str]:
