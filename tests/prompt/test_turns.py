@@ -152,6 +152,10 @@ TEXTS = [
 # fmt: on
 
 
+# what a shape does not take, since a template may show it, or an answer may end at it, in another way
+ODD = ["", " ", "<think>t</think>d", "<think>\n\n</think>\n\nd", "c<|im_end|>d", "c<|endoftext|>d", "<BOS>"]
+
+
 def a_talk(draw: random.Random) -> list[Any]:
     """A conversation of any shape, of texts that templates and tokenizers may stumble over."""
 
@@ -176,7 +180,12 @@ def test_texts_by_the_shape_are_those_of_the_template(bare_tokenizer: Any, templ
     known, draw = encoder(tokenizer), random.Random(7)
     shapes = known._shapes
     assert shapes is not None
-    some = [conversation_of(a_talk(draw)) for _ in range(TALKS)]
+    talks = [a_talk(draw) for _ in range(TALKS)]
+    for odd in ODD:
+        for question, extra, answer in ((odd, "x", "b"), ("a", odd, "b"), ("a", "x", odd)):
+            talks += [[user(question), assistant(answer)], [{**user(question), "input": extra}, assistant(answer)]]
+    # as a file's rows come, in normal form, and as somebody's own code gives them, who may write what that has not
+    some = [*map(conversation_of, talks), *talks]
     for train_on in ("responses", "last_response"):
         found = []
         for known.__dict__["_shapes"] in (shapes, None):
