@@ -40,6 +40,23 @@ class Watched:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self._asking: list[Any] = []  # requests under way
+        self.page.on("request", lambda request: self._asking.append(request))
+        for event in ("requestfinished", "requestfailed"):
+            self.page.on(event, lambda request: self._asking.remove(request))
+
+    def reload(self) -> None:
+        """Load the page anew when all that it asked for is there: what is broken off it complains of, as it should.
+
+        Gradio's heartbeat is a request that never ends.
+        """
+        for _ in range(400):
+            if not [request for request in self._asking if "/heartbeat/" not in request.url]:
+                break
+            self.page.wait_for_timeout(50)
+        else:
+            raise AssertionError(f"still under way: {[request.url for request in self._asking]}")
+        self.page.reload()
 
     @property
     def scrolls_sideways(self) -> bool:

@@ -208,7 +208,7 @@ def test_a_conversation_by_keyboard_alone_kept_over_a_reload_and_saved(
         page.wait_for_selector("#base >> text=From the base.")
         assert [m["content"] for m in other.asked[-1]] == ["A sample", "Hello there.", "More <b>"]
         page.wait_for_function("sessionStorage.getItem('instructft runs/one').includes('From the base.')")
-        page.reload()
+        seen.reload()
         answered(page, "Again.")
         page.wait_for_selector("#base >> text=From the base.")  # what it was compared with comes back too
         page.focus("#box textarea")
@@ -239,7 +239,7 @@ def test_a_conversation_by_keyboard_alone_kept_over_a_reload_and_saved(
         tab_to("Clear")
         page.keyboard.press("Enter")
         kept(page, 0)
-        page.reload()
+        seen.reload()
         page.wait_for_selector("text=Another")
         assert seen.complaints == []
 
