@@ -103,7 +103,7 @@ def _rows(draft: Draft, name: str, tokenizer: PreTrainedTokenizerBase, count: in
     if data.packed:
         why = f"{data.per_pack:.1f} rows in a pack save {data.saved or 0:.0%} of the slots; where they are proved apart"
     else:
-        why = f"no: packs would save {max(data.saved or 0, 0):.0%} of the slots, and auto begins at 10%"
+        why = data.why_loose()
     draft.reasons["data.packing"] = why
     say(f"{'packing':10} {'yes, ' if data.packed else ''}{why}")
     return data

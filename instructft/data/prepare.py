@@ -148,10 +148,14 @@ class Prepared:
             fill = tokens / (packs * max_length)
             lines.append(("packed", f"{packs:,} packs of {max_length} tokens, {fill:.1%} full"))
         elif self.saved is not None:
-            lines.append(
-                ("packed", f"no: {self.saved:.0%} of the slots would be saved, and auto packs from {SAVES:.0%} on")
-            )
+            lines.append(("packed", self.why_loose()))
         return lines
+
+    def why_loose(self) -> str:
+        """Why `data.packing: auto` took no packs: what they would have saved, or cost."""
+        saved = self.saved or 0.0
+        what = f"save {saved:.0%} of the slots" if saved >= 0 else f"take {-saved:.0%} more slots"
+        return f"no: packs would {what}, and auto begins where they save {SAVES:.0%}"
 
 
 def _blocks(split: Dataset) -> Iterator[FlatRows]:

@@ -123,6 +123,20 @@ def test_the_fingerprint_knows_where_a_row_ends():
     )
 
 
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [(0.04, "save 4% of the slots"), (0.0, "save 0% of the slots"), (-0.34, "take 34% more slots")],
+)
+def test_why_auto_took_no_packs_is_told_without_a_negative_share(saved, words):
+    from datasets import Dataset, DatasetDict
+
+    from instructft.data.prepare import Prepared
+
+    rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}])
+    made = Prepared(DatasetDict({"train": rows}), {"train": 2}, saved=saved)
+    assert dict(made.account(8))["packed"] == f"no: packs would {words}, and auto begins where they save 10%"
+
+
 def test_a_mix_by_weight_repeats_no_row_and_counts_what_it_leaves_out(recipe, tmp_path):
     def entries(*weights):
         made = []
