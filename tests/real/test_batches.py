@@ -12,6 +12,9 @@ from rich.console import Console
 import instructft
 from instructft.data.load import conversations
 
+# The same model and kind of run that `tuned` has rehearsed; what is asked here comes after it.
+AS_REHEARSED: dict[str, Any] = {"rehearsal": False, "console": Console(quiet=True)}
+
 
 def test_packs_and_padded_rows_have_the_loss_and_gradients_of_rows_alone(recipe_of: Any, rows: Any, note: Any) -> None:
     import torch
@@ -86,17 +89,19 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(recipe_of: Any, tmp_path:
         "train.per_device_train_batch_size=2",
     )
     through = recipe_of("through", *asked)
-    instructft.train(through, console=Console(quiet=True))
+    instructft.train(through, **AS_REHEARSED)
     killed = recipe_of("killed", *asked)
     path = tmp_path / "killed.yaml"
     path.write_text(killed.to_yaml(), encoding="utf-8")
     out = Path(killed.output_dir)
-    with subprocess.Popen([sys.executable, "-m", "instructft", "train", str(path)], stdout=subprocess.DEVNULL) as child:
+    with subprocess.Popen(
+        [sys.executable, "-m", "instructft", "train", str(path), "--no-rehearsal"], stdout=subprocess.DEVNULL
+    ) as child:
         while not (out / "checkpoint-2" / "manifest.json").is_file() and child.poll() is None:
             time.sleep(0.05)
         os.kill(child.pid, signal.SIGKILL)
     assert not (out / "run.json").exists()
-    instructft.train(killed, console=Console(quiet=True))
+    instructft.train(killed, **AS_REHEARSED)
     one, other = (load_file(Path(r.output_dir) / "adapter_model.safetensors") for r in (through, killed))
     assert all(bool((one[name] == other[name]).all()) for name in one)
     note("resume after kill -9", "LoRA, 3 steps, killed behind the second", "every weight equal to the bit")
@@ -118,10 +123,10 @@ def test_two_processes_learn_what_one_does(recipe_of: Any, tmp_path: Path, note:
     program = tmp_path / "program.py"
     program.write_text(
         f"import sys\nfrom instructft.cli import main\n"
-        f"sys.argv = ['instructft', 'train', {str(tmp_path / 'two.yaml')!r}]\nmain()\n",
+        f"sys.argv = ['instructft', 'train', '--no-rehearsal', {str(tmp_path / 'two.yaml')!r}]\nmain()\n",
         encoding="utf-8",
     )
-    instructft.train(one, console=Console(quiet=True))
+    instructft.train(one, **AS_REHEARSED)
     done = launch(str(tmp_path / "ddp.yaml"), [str(program)], tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (
@@ -155,7 +160,7 @@ def test_a_run_that_gets_no_better_stops_and_keeps_its_best(recipe_of: Any, note
         "train.save_steps=1", "train.early_stopping_patience=2", "train.learning_rate=1e-12",
         "train.per_device_train_batch_size=1", "train.evaluation_budget=1", "data.splits={validation: 0.03}",
     )  # fmt: skip
-    result = instructft.train(recipe, console=Console(quiet=True))
+    result = instructft.train(recipe, **AS_REHEARSED)
     run = Path(result.output_dir)
     seen = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["eval_loss"] for line in seen if "eval_loss" in line}
