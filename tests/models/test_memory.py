@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -22,7 +23,16 @@ import instructft
 from instructft.data.prepare import prepare
 from instructft.errors import UsageError
 from instructft.models.fake_step import Batch, MemoryTracker
-from instructft.models.memory import duration, largest_batch, last_speed, memory, optimizer_bytes, resident, steps
+from instructft.models.memory import (
+    duration,
+    largest_batch,
+    last_speed,
+    memory,
+    optimizer_bytes,
+    resident,
+    return_freed,
+    steps,
+)
 from instructft.models.starting_point import starting_point
 from instructft.recipe.load import load_recipe
 from instructft.recipe.schema import AdapterSection
@@ -145,6 +155,20 @@ def test_what_a_strategy_divides() -> None:
     assert fsdp2["host_memory"]["first"] - ddp["host_memory"]["first"] == pytest.approx(
         saving - ddp["memory"]["weights"], rel=0.05
     )
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone keeps what is freed, and has a call for it")
+def test_what_was_freed_is_returned() -> None:
+    """Blocks with something between them that stays, as a step leaves them; glibc returns by itself only the end."""
+    large: list[bytes] = [b"x" * (4 * MIB)]
+    large.clear()  # from here on blocks as large as this come from the heap
+    pairs = [(b"x" * (MIB + size), b"y" * (1 << 16)) for size in range(256)]
+    stays = [second for _, second in pairs]
+    pairs.clear()
+    before = resident()
+    return_freed()
+    assert before - resident() > 200 * MIB
+    assert len(stays) == 256
 
 
 def test_an_architecture_that_cannot_be_traced_is_estimated_by_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:

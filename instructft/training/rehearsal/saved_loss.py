@@ -16,6 +16,7 @@ from accelerate.utils import send_to_device
 from instructft.data.batches.branches import unfolded
 from instructft.errors import ModelError
 from instructft.models.kernels.fused_loss import scores
+from instructft.models.memory import return_freed
 from instructft.prompt.loss_mask import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def prove_saved_loss(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
         if not chosen or sum(len(one["input_ids"]) for one in chosen) + len(row["input_ids"]) <= TOKENS:
             chosen.append(row)
     ours = _of_the_run(trainer, chosen)
+    return_freed()  # a second model beside what the last step left behind was the most that a run ever took
     saved = _load(model, folder)
     if saved is None:
         return None

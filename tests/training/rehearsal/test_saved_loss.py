@@ -12,6 +12,7 @@ from rich.console import Console
 
 import instructft
 from instructft.errors import ModelError
+from instructft.training.rehearsal import saved_loss
 from instructft.weights import weight_files
 
 GPT2 = "{model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 32, n_positions: 128}"
@@ -23,6 +24,18 @@ def test_the_saved_model_has_the_loss_of_the_run(recipe_of: Callable[..., Any], 
     saved = result.facts["saved"]
     assert saved["loss"] == pytest.approx(saved["saved_loss"], abs=1e-4)
     assert saved["rows"] == 4
+
+
+def test_what_the_last_step_left_is_returned_before_a_second_model_is_there(
+    recipe_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LoRA run that had taken 3.2 GB all along ended with 3.9."""
+    told: list[str] = []
+    load = saved_loss._load
+    monkeypatch.setattr(saved_loss, "return_freed", lambda: told.append("returned"))
+    monkeypatch.setattr(saved_loss, "_load", lambda *asked: told.append("loaded") or load(*asked))
+    instructft.train(recipe_of(GPT2), console=Console(quiet=True))
+    assert told == ["returned", "loaded"]
 
 
 def test_a_weight_that_is_another_when_it_is_loaded_is_found_where_no_loss_tells(
