@@ -42,12 +42,21 @@ def leave_out_what_does_not_load(trainer: Trainer) -> list[str]:
     lost = {name for name in own if any(f".{layer}.lora_" in name for layer in layers)}
     taken = take_adapters_off(model, set(lost)) if lost < own else []
     if missing and (not taken or (missing := _missing(model))):
+        what = f"adapter: what is trained on {type(model.get_base_model()).__name__} cannot be loaded again by PEFT"
         raise ModelError(
-            f"adapter: what is trained on {type(model.get_base_model()).__name__} cannot be loaded again by PEFT: "
-            f"{missing[:300]}. Leave these layers out of adapter.target_modules, or train all weights "
+            f"{what}: {_which(missing)}. Leave these layers out of adapter.target_modules, or train all weights "
             "(adapter.type=none)"
         )
     return sorted(taken)
+
+
+def _which(missing: str) -> str:
+    """The layers that PEFT names, without the wrapper's words; what it says where it names none."""
+    layers = sorted({name.removesuffix(".base_layer") for name in _MISSING.findall(missing)})
+    if not layers:
+        return missing[:300]
+    named = ", ".join(layers[:3]) + (", …" if len(layers) > 3 else "")
+    return f"under the names that it looks for, nothing is saved of {named} ({len(layers)} of its layers in all)"
 
 
 def _can_be_asked(model: Any) -> bool:

@@ -48,5 +48,7 @@ def test_an_adapter_of_which_nothing_is_found_again_is_refused(
         save_file({k.replace(".h.", ".g."): v for k, v in weights.items()}, f"{folder}/adapter_model.safetensors")
 
     monkeypatch.setattr(trainer.model, "save_pretrained", renamed)
-    with pytest.raises(ModelError, match="cannot be loaded again by PEFT"):
+    with pytest.raises(ModelError, match="cannot be loaded again by PEFT") as refused:
         leave_out_what_does_not_load(trainer)
+    assert "nothing is saved of transformer.h.0.attn.c_attn, transformer.h.0.attn.c_proj," in str(refused.value)
+    assert "base_model" not in str(refused.value)
