@@ -55,8 +55,8 @@ def _which(missing: str) -> str:
     layers = sorted({name.removesuffix(".base_layer") for name in _MISSING.findall(missing)})
     if not layers:
         return missing[:300]
-    named = ", ".join(layers[:3]) + (", …" if len(layers) > 3 else "")
-    return f"under the names that it looks for, nothing is saved of {named} ({len(layers)} of its layers in all)"
+    named = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more layers" if len(layers) > 3 else "")
+    return f"under the names that it looks for, nothing is saved of {named}"
 
 
 def _can_be_asked(model: Any) -> bool:
