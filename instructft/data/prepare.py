@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from instructft.recipe.schema import Recipe
 
 
+ALIKE = "only rows that are nearly the same as trained ones: their loss says nothing of other rows"
 SAVES = 0.1  # of the slots: from here on `data.packing: auto` packs
 
 
@@ -60,6 +61,7 @@ class Prepared:
         origins: where the training rows come from; None where there are none.
         parts: the recipe's data sets, which `origins` numbers.
         unmatched: what to say of ids in `data.exclude` that no row has, or "".
+        alike: every training row is nearly the same as a held-out one, and is trained all the same.
     """
 
     splits: DatasetDict
@@ -75,6 +77,7 @@ class Prepared:
     origins: Origins | None = None
     parts: tuple[Part, ...] = ()
     unmatched: str = ""
+    alike: bool = False
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -137,6 +140,8 @@ class Prepared:
         ]
         if self.dropped:
             lines.append(("dropped", f"{sum(self.dropped.values()):,} rows: {drop_reasons(self.dropped)}"))
+        if self.alike:
+            lines.append(("held out", ALIKE))
         if self.unmatched:
             lines.append(("exclude", self.unmatched))
         if self.cut:
@@ -195,7 +200,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, why_not: WhyNot 
     with _old_objects_left_alone():
         made = _Pieces(load_parts(recipe), recipe, tokenizer, why_not)
         _refuse_empty(made.pieces, recipe, made.dropped)
-        _take_out_known(made.pieces, made.dropped)
+        made.alike = _take_out_known(made.pieces, made.dropped, bool(recipe.data.validation or recipe.data.test))
         _repeat(made.pieces["train"], made.repeats, recipe.data.seed, made.dropped)
         _weigh(made.pieces["train"], made.weights, recipe, made.dropped)
         return made.together(recipe)
@@ -239,6 +244,7 @@ class _Pieces:
         self.weights: dict[str, float] = {}
         self.repeats: dict[str, float] = {}
         self.cut = self.cut_tokens = 0
+        self.alike = False
         self.hidden = Hidden()
         self.excluded = read_excluded(recipe.data.exclude)
         self.parts: list[Part] = []
@@ -329,7 +335,7 @@ class _Pieces:
         groups = {label: len(rows) for label, rows in pieces["validation"].items()} if several or named else {}
         splits = {name: concatenate_datasets(list(found.values())) for name, found in pieces.items() if found}
         what = (self.dropped, self.cut, self.cut_tokens, groups, self.hidden, bool(packing), per_pack, saved)
-        more = (origins, tuple(self.parts), self.excluded.unmatched())
+        more = (origins, tuple(self.parts), self.excluded.unmatched(), self.alike)
         return Prepared(DatasetDict(splits), counts, *what, *more)
 
 
@@ -354,25 +360,35 @@ def _refuse_empty(pieces: dict[str, dict[str, Dataset]], recipe: Recipe, dropped
             raise DataError(f"data.splits.{name}: {share} of so few rows is no row at all; raise it, or set it to 0")
 
 
-def _take_out_known(pieces: dict[str, dict[str, Dataset]], dropped: Counter[str]) -> None:
-    """Take rows out of training that are nearly the same as a held-out one, which would be judged by heart."""
+def _take_out_known(pieces: dict[str, dict[str, Dataset]], dropped: Counter[str], own_sets: bool) -> bool:
+    """Take rows out of training that are nearly the same as a held-out one, which would be judged by heart.
+
+    Args:
+        own_sets: the recipe names files that are held out; without them held-out rows are drawn from these same rows.
+
+    Returns:
+        Whether all are alike, and none was taken out: then no other choice of held-out rows would be a better one.
+    """
     held = [tokens_of(rows) for name in ("validation", "test") for rows in pieces[name].values()]
     if not held:
-        return
+        return False
     look = Known(held)
-    for label, rows in list(pieces["train"].items()):
-        known = look.among(tokens_of(rows))
-        if known.all():
-            del pieces["train"][label]
-        elif known.any():
-            pieces["train"][label] = rows.select(np.flatnonzero(~known))
-        dropped["near_duplicate_of_held_out"] += int(known.sum())
-    if not pieces["train"]:
+    found = {label: look.among(tokens_of(rows)) for label, rows in pieces["train"].items()}
+    if all(known.all() for known in found.values()):
+        if not own_sets:
+            return True
         raise DataError(
             "data: every training row is nearly the same as a held-out one, so nothing is left to train on; hold "
             "other rows out (data.validation, data.test, data.splits)"
         )
+    for label, known in found.items():
+        if known.all():
+            del pieces["train"][label]
+        elif known.any():
+            pieces["train"][label] = pieces["train"][label].select(np.flatnonzero(~known))
+        dropped["near_duplicate_of_held_out"] += int(known.sum())
     dropped += Counter()  # without a count of 0
+    return False
 
 
 def _repeat(pieces: dict[str, Dataset], repeats: dict[str, float], seed: int, dropped: Counter[str]) -> None:

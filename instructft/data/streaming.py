@@ -164,6 +164,11 @@ class Streamed:
         return self._tally.dropped
 
     @property
+    def alike(self) -> bool:
+        """Never: a stream with nothing but copies of held-out rows ends with an error."""
+        return False
+
+    @property
     def cut(self) -> int:
         return self._tally.cut
 

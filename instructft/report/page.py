@@ -223,6 +223,10 @@ def notes(facts: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> lis
         best, step = min(evaluated)
         last = evaluated[-1][0]
         found.append(f"Validation loss was lowest at step {step:,} ({best:.4f}) and rose to {last:.4f} by the end.")
+    if data.get("alike"):
+        found.append(
+            "The trained rows are all nearly the same as held-out ones, whose loss says nothing of other rows."
+        )
     if not data["rows"].get("validation"):
         found.append("No rows were held out for validation: nothing here says how it does on text it has not seen.")
     if wrong := sorted(key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)):

@@ -53,6 +53,7 @@ def collect_facts(
             "fingerprint": data.fingerprint,
             "rows": data.rows,
             "dropped": dict(data.dropped),
+            "alike": data.alike,
             "cut": {"rows": data.cut, "tokens": data.cut_tokens},
             "tokens": data.tokens["train"],
             "supervised_tokens": data.supervised_tokens["train"],

@@ -80,6 +80,18 @@ def test_a_data_set_that_is_held_out_wholly_leaves_training(recipe):
         prepared(both)
 
 
+ONE_IN_TEN = ["data.splits.validation=0.1", "data.splits.test=0"]
+
+
+def test_a_file_of_one_row_over_and_over_is_trained_and_told(recipe):
+    """A first try of many; held out by ourselves, so that no other choice of rows would do."""
+    made = prepared(recipe([{"instruction": "Colour?", "output": "red"}] * 20, overrides=ONE_IN_TEN))
+    assert made.rows == {"train": 18, "validation": 2, "test": 0}
+    assert made.alike
+    assert "says nothing of other rows" in dict(made.account(128))["held out"]
+    assert not prepared(recipe(long_rows(30), name="other", overrides=ONE_IN_TEN)).alike
+
+
 def test_a_dialogue_that_extends_a_held_out_one_leaves_training(recipe):
     rows = long_rows(40)
 

@@ -133,6 +133,7 @@ def test_a_long_run_is_a_page_of_bounded_size(recipe: Any, tmp_path: Path) -> No
          "Step 7 had a loss of 9, where 2 was usual; the step was left out."),
         ({"train__rows_at_once": 2}, "smaller batches were taken: 2 rows at once"),
         ({"data__cut": {"rows": 24, "tokens": 100}}, "24 rows were longer than max_length and lost their end"),
+        ({"data__alike": True}, "nearly the same as held-out ones, whose loss says nothing of other rows."),
         ({"data__rows": {"train": 9, "validation": 0, "test": 0}}, "No rows were held out for validation"),
         ({"metrics__loss": float("nan")}, "Not a number: loss."),
     ],
