@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from instructft.formatting import memory_size, quantiles
 from instructft.recipe.commented import Draft
-from instructft.training.arguments import FULL_WIDTH, rate_for
+from instructft.training.arguments import WIDE, rate_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,7 +132,7 @@ def _steps(draft: Draft, goal: str, name: str, data: Prepared, start: StartingPo
     draft.put("train.gradient_accumulation_steps", accumulation, in_all)
     why = "layers are computed twice: without it, the estimate does not fit" if checkpointing else "it fits without"
     draft.put("train.gradient_checkpointing", checkpointing, why)
-    rate, why = rate_for(goal != "full", getattr(start.config.get_text_config(), "hidden_size", None) or FULL_WIDTH)
+    rate, why = rate_for(goal != "full", getattr(start.config.get_text_config(), "hidden_size", None) or WIDE)
     draft.put("train.learning_rate", rate, why)
     draft.put("train.lr_scheduler_type", "cosine", "a convention")
     draft.put("train.warmup_steps", 0.05, "share of all steps, a convention")

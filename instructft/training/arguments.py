@@ -76,9 +76,10 @@ def _run_anew(args: SFTConfig) -> str:
 
 
 # The learning rate of a recipe that names none. For an adapter about ten times that for all weights (Schulman et al.,
-# "LoRA Without Regret", 2025). With Adam the best one for all weights falls with the width (Yang et al., 2022,
-# arXiv:2203.03466): what is usual for models of 1 to 8 billion parameters, and more for those that are narrower.
-LORA_RATE, FULL_RATE, FULL_WIDTH, MOST_RATE = 2e-4, 2e-5, 2048, 1e-3
+# "LoRA Without Regret", 2025). With Adam the best one falls with the width (Yang et al., 2022, arXiv:2203.03466), for
+# both: what is usual for models of 1 to 8 billion parameters, and more for those that are narrower. Ten times less and
+# ten times more are worse on SmolLM2-135M (benchmarks/REAL.md); without the width, ten times more was better for LoRA.
+LORA_RATE, FULL_RATE, WIDE, MOST_RATE = 2e-4, 2e-5, 2048, 1e-3
 TOO_HIGH, TOO_LOW = 20, 10  # times the usual rate, from where on a rate that somebody wrote is remarked upon
 
 
@@ -90,22 +91,19 @@ def usual_rate(recipe: Recipe, config: Any) -> tuple[float, str]:
         usual_rate(load_recipe("gpt2-dolly"), config)
         # (5.3e-05, 'the default for all weights of a model 768 wide: 2e-05 from a width of 2,048 on, more below')
     """
-    return rate_for(recipe.adapter.type == "lora", getattr(config.get_text_config(), "hidden_size", None) or FULL_WIDTH)
+    return rate_for(recipe.adapter.type == "lora", getattr(config.get_text_config(), "hidden_size", None) or WIDE)
 
 
 def rate_for(lora: bool, width: int) -> tuple[float, str]:
-    """The same, for an adapter or for all weights of a model that is so wide: with Adam the best rate for all weights
-    falls with a model's width (arXiv:2203.03466), and an adapter takes about ten times that of a wide model.
+    """The same, for an adapter or for all weights of a model that is so wide.
 
-    >>> rate_for(True, 576)[0], rate_for(False, 4096)[0], rate_for(False, 576)[0]
-    (0.0002, 2e-05, 7.1e-05)
+    >>> rate_for(True, 4096)[0], rate_for(True, 576)[0], rate_for(False, 4096)[0], rate_for(False, 576)[0]
+    (0.0002, 0.00071, 2e-05, 7.1e-05)
     """
-    if lora:
-        return LORA_RATE, "the default for LoRA"
-    rate = min(MOST_RATE, FULL_RATE * max(1.0, FULL_WIDTH / width))
+    usual, what = (LORA_RATE, "LoRA on") if lora else (FULL_RATE, "all weights of")
+    rate = min(MOST_RATE, usual * max(1.0, WIDE / width))
     return float(f"{rate:.1e}"), (
-        f"the default for all weights of a model {width:,} wide: {FULL_RATE:.0e} from a width of {FULL_WIDTH:,} on, "
-        "more below"
+        f"the default for {what} a model {width:,} wide: {usual:.0e} from a width of {WIDE:,} on, more below"
     )
 
 
@@ -146,7 +144,7 @@ def remarks(recipe: Recipe, args: SFTConfig, config: Any, steps: int) -> list[st
     found = []
     usual, _ = usual_rate(recipe, config)
     rate = args.learning_rate
-    name = "LoRA" if recipe.adapter.type == "lora" else "all weights of a model this wide"
+    name = f"{'LoRA on' if recipe.adapter.type == 'lora' else 'all weights of'} a model this wide"
     if "adamw" in str(args.optim).lower() and "learning_rate" in recipe.train_written:
         if rate > TOO_HIGH * usual * 1.001:
             found.append(

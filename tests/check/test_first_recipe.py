@@ -51,7 +51,7 @@ def test_from_odd_columns_to_a_run(here: Path) -> None:
     recipe = load_recipe("new/my.yaml")
     assert recipe.data.datasets[0].columns == {"question": "Kundenfrage", "answer": "Antwort"}
     assert recipe.data.ignore == ("nr", "Laune")
-    assert (recipe.adapter.type, recipe.train["learning_rate"], recipe.data.max_length) == ("lora", 2e-4, 64)
+    assert (recipe.adapter.type, recipe.train["learning_rate"], recipe.data.max_length) == ("lora", 1e-3, 64)
     assert len(recipe.samples) == 2
     assert recipe.output_dir == "runs/my"
     lines = Path("new/my.yaml").read_text(encoding="utf-8").splitlines()
@@ -75,7 +75,7 @@ def test_other_goals(here: Path, goal: str, monkeypatch: pytest.MonkeyPatch) -> 
     recipe = load_recipe("tickets.yaml")
     assert recipe.adapter.type == ("none" if goal == "full" else "lora")
     assert recipe.model.quantization == ("4bit" if goal == "qlora" else "none")
-    assert recipe.train["learning_rate"] == (1e-3 if goal == "full" else 2e-4)  # 32 wide
+    assert recipe.train["learning_rate"] == 1e-3  # 32 wide
 
 
 def test_rows_longer_than_the_model_and_a_context_are_counted(here: Path) -> None:

@@ -60,9 +60,6 @@ def test_the_memory_estimate_is_what_a_run_takes(adapter: str, recipe_of: Any, t
 def test_default_learning_rates_beside_ten_times_less_and_more(
     adapter: str, recipe_of: Any, smollm: Path, note: Any
 ) -> None:
-    """Ten times more is not worse in a run as short as this: LoRA at 2e-3 had 1.884 after 24 steps, at 2e-4 2.050. A
-    default is for runs of all sizes, and a rate that is too high costs more in a long one than one too low in a short.
-    """
     width = json.loads((smollm / "config.json").read_text(encoding="utf-8"))["hidden_size"]
     default, _ = rate_for(adapter == "lora", width)
     losses = {}
@@ -74,4 +71,4 @@ def test_default_learning_rates_beside_ten_times_less_and_more(
         losses[factor] = float(instructft.train(recipe, console=Console(quiet=True)).metrics["eval_loss"])
     figures = ", ".join(f"{default * factor:.1e}: {loss:.3f}" for factor, loss in losses.items())
     note("default learning rate", f"{adapter}, 40 steps of 2 rows, held-out loss", figures)
-    assert losses[1] < losses[0.1]
+    assert losses[1] < min(losses[0.1], losses[10])

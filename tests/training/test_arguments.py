@@ -50,10 +50,11 @@ def config(**fields: int) -> GPT2Config:
 @pytest.mark.parametrize(
     ("width", "rate"), [(768, 5.3e-5), (2048, 2e-5), (8192, 2e-5), (64, 6.4e-4), (16, 1e-3)], ids=str
 )
-def test_the_default_rate_for_all_weights_follows_the_width(
-    width: int, rate: float, write_recipe: Callable[..., Path]
-) -> None:
-    assert usual_rate(instructft.load_recipe(write_recipe()), config(n_embd=width))[0] == rate
+def test_the_default_rate_follows_the_width(width: int, rate: float, write_recipe: Callable[..., Path]) -> None:
+    recipe = instructft.load_recipe(write_recipe())
+    assert usual_rate(recipe, config(n_embd=width))[0] == rate
+    lora = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"type": "lora"})})
+    assert usual_rate(lora, config(n_embd=width))[0] == pytest.approx(min(1e-3, 10 * rate), rel=0.02)
 
 
 LEFT_OPEN = """
@@ -135,10 +136,9 @@ def test_a_rate_for_all_weights_is_low_for_an_adapter(left_open: Callable[..., A
     recipe = left_open("train.learning_rate=2e-5")
     lora = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"type": "lora"})})
     args, _ = training_arguments(lora, DATA, ONE)
-    assert "10 times below what is usual for LoRA (0.0002)" in remarks(lora, args, config(), 4)[0]
-    assert follow_model(left_open().model_copy(update={"adapter": lora.adapter}), config())[0].train[
-        "learning_rate"
-    ] == pytest.approx(2e-4)
+    assert "50 times below what is usual for LoRA on a model this wide (0.001)" in remarks(lora, args, config(), 4)[0]
+    wide = follow_model(left_open().model_copy(update={"adapter": lora.adapter}), config(n_embd=4096))[0]
+    assert wide.train["learning_rate"] == pytest.approx(2e-4)
 
 
 DATA: Any = SimpleNamespace(splits={"validation": None}, tokens_per_row=10.0)
