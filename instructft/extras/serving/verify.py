@@ -146,7 +146,7 @@ def verify(
         say(f"prompts  {server.kind} does not tell the ids of a prompt: their number is compared below, no more")
     _say_differences(say, [one for one in found.differences if one.what == "prompt"])
     wanted = (len(asked) + 1) // 2 if answers is None else answers
-    if chosen := equal[:wanted]:
+    if chosen := _some(equal, wanted):
         _compare_answers(model, server, [asked[i] for i in chosen], chosen, max_new_tokens, found)
         near = sum(one.near_tie for one in found.differences)
         say(
@@ -160,6 +160,16 @@ def verify(
     write_json(json_file, {**asdict(found), "exit_code": found.exit_code})
     say(_verdict(found, server))
     return found
+
+
+def _some(places: Sequence[int], most: int) -> list[int]:
+    """At most so many of them, evenly over all: the kinds of conversations follow one another.
+
+    >>> _some([1, 2, 3, 4, 5, 6], 3)
+    [1, 3, 5]
+    """
+    count = min(most, len(places))
+    return [places[i * len(places) // count] for i in range(count)]
 
 
 def _context(model: str) -> int:

@@ -83,7 +83,7 @@ def test_a_server_that_tells_no_ids_is_caught_by_their_number(run: Path, kind: s
 @pytest.mark.parametrize("kind", ["llama.cpp", "other"])
 def test_a_conversation_that_is_refused_is_a_difference_and_the_others_are_compared(run: Path, kind: str) -> None:
     """With ids the prompt is refused; without them the answer is."""
-    found = check(run, kind, "no system", rows=12)
+    found = check(run, kind, "no system", rows=24)
     refused = [one for one in found.differences if one.cause == "refused"]
     assert found.differences == refused
     assert {one.what for one in refused} == {"prompt" if kind == "llama.cpp" else "answer"}
