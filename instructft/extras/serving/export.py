@@ -20,7 +20,15 @@ from instructft.checkpoints.run_folder import partial_folder, refuse_used
 from instructft.errors import ModelError, TemplateError, UsageError
 from instructft.evaluation.compare import plain_table
 from instructft.extras.serving.asked import choose, held_out
-from instructft.extras.serving.llama_cpp import CONVERTED, convert, find_converter, find_quantizer, formats, quantize
+from instructft.extras.serving.llama_cpp import (
+    CONVERTED,
+    convert,
+    find_converter,
+    find_quantizer,
+    formats,
+    quantize,
+    require_format,
+)
 from instructft.extras.serving.ollama import modelfile
 from instructft.extras.serving.read_back import (
     Figures,
@@ -38,7 +46,6 @@ from instructft.models.load_for_inference import context_of, find_adapter, load_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMATS = ("gguf", "ollama")
 ROWS = 64  # that a file is compared on
 SOURCE = "f16"  # what is always written, and what the others are made of
 SAME = 0.01  # nats a token that f16 may be away from the model
@@ -67,8 +74,7 @@ def export(
     """
     from rich.console import Console
 
-    if fmt not in FORMATS:
-        raise UsageError(f"--format: found {fmt}, expected {' or '.join(FORMATS)}")
+    require_format(fmt)
     if rows < 0:
         raise UsageError(f"--rows: found {rows}, expected 1 or more, or 0 to compare nothing")
     refuse_used(output)
