@@ -130,8 +130,8 @@ def _calls(row: Answered) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]
     if not row.calls:
         return None
     wanted = [(name, _object(arguments)) for name, arguments in row.calls]
-    if calls_in(row.reference) == wanted:
-        return calls_in(row.prediction), wanted
+    if calls_in(spoken(row.reference)) == wanted:
+        return calls_in(spoken(row.prediction)), wanted
     # the template writes calls in no JSON that is known here: the same call is the same text
     same = " ".join(spoken(row.prediction).split()) == " ".join(spoken(row.reference).split())
     return (wanted if same else []), wanted

@@ -269,7 +269,7 @@ def _of_answers(metrics: Mapping[str, Any]) -> dict[str, str]:
     """The figures of answers to held-out rows that have an interval, in words; of a user's own its function's name."""
     found = [key for key in metrics if f"{key}_low" in metrics and f"{key}_high" in metrics]
     rows = metrics.get("eval_answered", 0)
-    return {key: f"{name_of(key.removeprefix('eval_'))} of {rows:,} held-out answers" for key in found}
+    return {key: f"{name_of(key.removeprefix('eval_'))}, {rows:,} held-out rows asked" for key in found}
 
 
 def _adapter(recipe: Recipe, facts: Mapping[str, Any]) -> str:

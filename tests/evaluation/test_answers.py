@@ -66,6 +66,14 @@ def test_calls_in_the_marks_of_any_template(around: str, given: str) -> None:
         assert worth("tool_names", changed, text, ("f", {"a": 1})) == names
 
 
+def test_a_call_that_is_only_thought_of_is_none() -> None:
+    call = '{"name": "f", "arguments": {"a": 1}}'
+    for said in (f"<think>Shall I {call}?</think>{call}", f"Shall I {call}?</think>\n{call}"):
+        assert worth("tool_calls", said, call, ("f", {"a": 1})) == 1
+        assert worth("tool_names", call, said, ("f", {"a": 1})) == 1
+    assert worth("tool_calls", f"<think>{call}</think>Oslo", call, ("f", {"a": 1})) == 0
+
+
 def test_calls_that_are_no_json_are_compared_as_text() -> None:
     reference = "<function=f>\n<parameter=a>\n1\n</parameter>\n</function>"
     assert worth("tool_calls", reference.replace("\n", " "), reference, ("f", {"a": 1})) == 1

@@ -91,8 +91,8 @@ def test_figures_of_answers_go_into_the_card_and_its_head(lora: Any) -> None:
     facts["metrics"] |= {**judged, "eval_my_score": 2.0, "eval_answered": 56, "eval_best_step": 20}
     facts["metrics"] |= {"eval_my_score_low": 1.5, "eval_my_score_high": 2.5}
     text = card(lora, facts)
-    assert "| exact match of 56 held-out answers | 87.5% (75.0% to 95.0%) |" in text
-    assert "| my score of 56 held-out answers | 2.000 (1.500 to 2.500) |" in text
+    assert "| exact match, 56 held-out rows asked | 87.5% (75.0% to 95.0%) |" in text
+    assert "| my score, 56 held-out rows asked | 2.000 (1.500 to 2.500) |" in text
     measured = {one.metric_type: one.metric_value for one in ModelCard(text).data.eval_results or ()}
     assert (measured["exact_match"], measured["my_score"]) == (0.875, 2.0)
     assert not {"exact_match_low", "best_step", "answered"} & set(measured)
