@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,8 +148,9 @@ def test_the_command_ends_with_what_was_found(
         assert "has changed since" not in said.err
 
 
-def test_the_command_says_that_the_template_on_the_hub_is_another_one_now(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["verify", "chat"])
+def test_a_command_says_that_the_template_on_the_hub_is_another_one_now(
+    run: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from instructft import cli
     from instructft.models import base_template
@@ -156,9 +158,10 @@ def test_the_command_says_that_the_template_on_the_hub_is_another_one_now(
     then, now = "0" * 16, "1" * 16
     monkeypatch.setattr(base_template, "_recorded", lambda folder: ({"name_or_path": "org/base"}, then))
     monkeypatch.setattr(base_template, "at_hand", lambda *_: now)
+    monkeypatch.setattr("sys.stdin", io.StringIO("/exit\n"))
     with ChatServer("llama.cpp", *load_for_inference(str(run))) as server:
-        words = ["verify", str(run), "--server", server.url, "--rows", "2", "--answers", "0"]
-        monkeypatch.setattr("sys.argv", ["instructft", *words])
+        more = ["--server", server.url, "--rows", "2", "--answers", "0"] if command == "verify" else []
+        monkeypatch.setattr("sys.argv", ["instructft", command, str(run), *more])
         with pytest.raises(SystemExit) as ended:
             cli.main()
     assert (ended.value.code or 0) == 0
