@@ -119,7 +119,7 @@ def export(
                 | (vars(figures) if figures else {})
             )
         facts = {
-            "model": model,
+            "model": _called(model),  # no path of this machine: the folder is made to be handed on
             "converter": str(script.name),
             "compared_on": source,
             "perplexity": own,

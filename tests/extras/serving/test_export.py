@@ -48,6 +48,7 @@ def test_files_are_read_back_beside_the_model(exported: Path) -> None:
         "run-f16.gguf",
         "run-q8_0.gguf",
     ]
+    assert facts["model"] == "run"
     assert "rows that the run held out" in facts["compared_on"]
     assert f16["kl"] < 1e-4
     assert f16["kl"] < q8["kl"] < 0.1
