@@ -119,7 +119,9 @@ class Client:
             hint = "; name the variable that holds its key: --api-key-env NAME" if error.code in (401, 403) else ""
             raise RefusedError(f"{self.url}{path} answers {error.code}{hint}: {said[:300]}", error.code) from None
         except TimeoutError:
-            raise NoAnswerError(f"{self.url}{path} did not answer within {self.seconds:g} s") from None
+            raise NoAnswerError(
+                f"{self.url}{path} did not answer within {self.seconds:g} s (--timeout SECONDS gives it longer)"
+            ) from None
         except http.client.HTTPException as error:
             why = self._hidden(f"{type(error).__name__} {str(error).strip()[:80]!r}")
             raise NoAnswerError(
