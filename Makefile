@@ -42,7 +42,8 @@ real: export OMP_NUM_THREADS := 1
 real: export INSTRUCTFT_REAL := $(CURDIR)/$(REAL)
 real: real-assets  ## promises on the real model and real vocabularies, figures into benchmarks/REAL.md
 	@rm -f $(REAL)/figures.jsonl
-	@$(BIN)/python -m pytest tests/real --numprocesses=2 --dist=loadfile --no-loadscope-reorder --timeout=900 --durations=8 $(ARGS)
+	@# the second: quickstart's model in llama.cpp's server, whose packages make test does not bring
+	@$(BIN)/python -m pytest tests/real tests/extras/serving/test_export.py --numprocesses=2 --dist=loadfile --no-loadscope-reorder --timeout=900 --durations=8 $(ARGS)
 	@$(BIN)/python benchmarks/real.py
 
 real-assets: venv

@@ -73,6 +73,16 @@ def figure(name: str, value: float) -> str:
     return f"{name_of(name)} {value:.1%}" if name in SHARES else f"{name_of(name)} {value:.3f}"
 
 
+def spread(name: str, value: float, low: float, high: float) -> str:
+    """A figure of answers with its interval.
+
+    >>> spread("exact_match", 0.9107, 0.804, 0.97), spread("score", 12.5, 11.0, 14.0)
+    ('91.1% (80.4% to 97.0%)', '12.500 (11.000 to 14.000)')
+    """
+    form = "{:.1%}" if name in SHARES else "{:.3f}"
+    return f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
+
+
 def perplexity(loss: float) -> str:
     """The perplexity of a loss in nats; above a million as a power of ten.
 

@@ -20,7 +20,8 @@ def rows(
         Path | None, option(help="Write the ids of --kinds to this new file, which data.exclude takes.")
     ] = None,
     kinds: Annotated[
-        str, typer.Option(metavar="NAME,…", help="never_learned, contradicting, at_once, hardest or longest.")
+        str,
+        typer.Option(metavar="NAME,…", help="never_learned, contradicting, at_once; hardest, longest: as many as -n."),
     ] = "never_learned,contradicting",
 ) -> None:
     """Show how each training row was learned: never, at once, against others."""

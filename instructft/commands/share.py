@@ -128,9 +128,10 @@ def export(
 ) -> None:
     """Export for llama.cpp and Ollama, by llama.cpp's own tools; each file is read back and compared with the model."""
     from instructft.checkpoints.run_folder import refuse_used
-    from instructft.extras.serving.llama_cpp import find_converter, formats
+    from instructft.extras.serving.llama_cpp import find_converter, formats, require_format
 
     refuse_used(output)
+    require_format(fmt)
     formats(quantize)
     print(f"converter  {find_converter(converter)}", flush=True)
     quiet_libraries(model)

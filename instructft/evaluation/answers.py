@@ -6,11 +6,14 @@ JSON, calls of answers whose reference has some. Thoughts (`<think>…</think>`)
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import importlib.util
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +22,7 @@ from typing import Any, NamedTuple
 from instructft.errors import UsageError
 from instructft.evaluation.confidence import FEWEST, mean_of
 from instructft.evaluation.words import characters, rouge_l, words
-from instructft.formatting import first_line
+from instructft.formatting import first_line, short
 
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)\n?\s*```", re.DOTALL)
 _MOST_CALLS = 64  # in one answer
@@ -127,8 +130,8 @@ def _calls(row: Answered) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]
     if not row.calls:
         return None
     wanted = [(name, _object(arguments)) for name, arguments in row.calls]
-    if calls_in(row.reference) == wanted:
-        return calls_in(row.prediction), wanted
+    if calls_in(spoken(row.reference)) == wanted:
+        return calls_in(spoken(row.prediction)), wanted
     # the template writes calls in no JSON that is known here: the same call is the same text
     same = " ".join(spoken(row.prediction).split()) == " ".join(spoken(row.reference).split())
     return (wanted if same else []), wanted
@@ -179,7 +182,8 @@ class Own:
             self.digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
             spec: Any = importlib.util.spec_from_file_location(f"instructft_metric_{path.stem}", path)
             module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            with _as_script(path, module):
+                spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:  # code of the user's: it may raise anything
             raise UsageError(f"{self.place}: the file does not run: {_said(error)}") from error
         self.function: Any = getattr(module, function, None)
@@ -196,16 +200,30 @@ class Own:
             ValueError: the function fails, or gives no number.
         """
         try:
-            value = self.function(prediction, reference, dict(row))
+            value = self.function(prediction, reference, copy.deepcopy(dict(row)))  # asked at every evaluation
         except (Exception, SystemExit) as error:
             raise ValueError(f"{self.place} fails: {_said(error)}") from error
         try:
             worth = math.nan if isinstance(value, str) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             worth = math.nan
         if not math.isfinite(worth):
-            raise ValueError(f"{self.place}: found {value!r}, expected a finite number")
+            raise ValueError(f"{self.place}: found {short(repr(value), 60)}, expected a finite number")
         return worth
+
+
+@contextlib.contextmanager
+def _as_script(path: Path, module: Any) -> Iterator[None]:
+    """While a file runs, it finds the files beside it, as a script does, and itself, as dataclasses want it."""
+    folder = str(path.absolute().parent)
+    sys.path.insert(0, folder)
+    sys.modules[module.__name__] = module
+    try:
+        yield
+    finally:
+        sys.modules.pop(module.__name__, None)
+        with contextlib.suppress(ValueError):  # the file may have changed the list
+            sys.path.remove(folder)
 
 
 def _said(error: BaseException) -> str:

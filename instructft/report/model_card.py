@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructft.data.sources import SOURCES
-from instructft.formatting import perplexity, yaml_text
+from instructft.formatting import name_of, perplexity, spread, yaml_text
 from instructft.redaction import bare_url, last_name, without_places, without_roots
 from instructft.report.card_results import (
     evaluation_section,
@@ -191,9 +191,10 @@ def _metadata(
     metadata = _head(lora, base, licence, ["instructft", "sft", "trl", *(["lora"] * lora), *(["merged"] * merged)])
     if any(hub):
         metadata["datasets"] = [name for name in hub if name]
-    found = {name: facts["metrics"].get(name) for name in _METRICS if name.startswith("eval_")}
+    words = {**_METRICS, **_of_answers(facts["metrics"])}
+    found = {name: facts["metrics"].get(name) for name in words if name.startswith("eval_")}
     measured = [
-        {"type": name.removeprefix("eval_"), "value": round(value, 6), "name": _METRICS[name]}
+        {"type": name.removeprefix("eval_"), "value": round(value, 6), "name": words[name]}
         for name, value in found.items()
         if isinstance(value, int | float) and math.isfinite(value)
     ]
@@ -258,7 +259,17 @@ def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     printed = {words: f"{value:.4f}" for words, value in found.items()}
     if "eval_perplexity" in metrics and metrics["eval_perplexity"] > 1e6:
         printed[_METRICS["eval_perplexity"]] = perplexity(metrics["eval_loss"])
+    for key, words in _of_answers(metrics).items():
+        ends = (metrics[f"{key}_low"], metrics[f"{key}_high"])
+        printed[words] = spread(key.removeprefix("eval_"), metrics[key], *ends)
     return list(printed.items())
+
+
+def _of_answers(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The figures of answers to held-out rows that have an interval, in words; of a user's own its function's name."""
+    found = [key for key in metrics if f"{key}_low" in metrics and f"{key}_high" in metrics]
+    rows = metrics.get("eval_answered", 0)
+    return {key: f"{name_of(key.removeprefix('eval_'))}, {rows:,} held-out rows asked" for key in found}
 
 
 def _adapter(recipe: Recipe, facts: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ KINDS = {  # in the order in which they are shown; words that follow a number of
     "hardest": "with the highest loss at last sight",
     "longest": "with the most tokens",
 }
+RANKED = ("hardest", "longest")  # of all rows, in that order: those at the top are meant
 _TEXT = 160  # characters of a row that are shown
 
 
@@ -29,7 +30,7 @@ def tell_rows(run: Path, most: int, as_json: bool, exclude: Path | None, kinds: 
     Args:
         most: rows of each kind that are shown.
         exclude: a file that is not there yet; None: no ids are written.
-        kinds: whose ids.
+        kinds: whose ids; of `RANKED` ones, those of the rows that are shown.
 
     Raises:
         UsageError: the run keeps no `rows.parquet`, a kind that there is not, or a file that is there already.
@@ -54,7 +55,8 @@ def tell_rows(run: Path, most: int, as_json: bool, exclude: Path | None, kinds: 
     else:
         print("\n".join(_lines(run, rows, facts)))
     if exclude is not None:
-        ids = _write_ids(exclude, rows, {kind: found[kind] for kind in kinds}, text)
+        chosen = {kind: found[kind][:most] if kind in RANKED else found[kind] for kind in kinds}
+        ids = _write_ids(exclude, rows, chosen, text)
         if not as_json:
             wrote = f"Wrote {exclude}: {ids:,} ids. A recipe leaves these rows out with data.exclude: {exclude}"
             none = f"No row is of these kinds ({', '.join(kinds)}), so {exclude} is not written"
@@ -82,8 +84,7 @@ def _lines(run: Path, rows: Rows, facts: dict[str, Any]) -> Iterator[str]:
     if not again:
         yield "no row was seen twice, so which were never learned cannot be told; train.num_train_epochs: 2 tells"
     for kind, found in facts.items():
-        ranked = kind in ("hardest", "longest")
-        count = "rows " if ranked else f"{found['rows']:,} "
+        count = "rows " if kind in RANKED else f"{found['rows']:,} "
         yield f"\n{count}{KINDS[kind]}"
         for one in found["examples"]:
             losses = "not seen" if one["loss_last"] is None else f"{one['loss_first']:.3f} → {one['loss_last']:.3f}"

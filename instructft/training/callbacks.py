@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from instructft.formatting import SHARES, figure, first_line, perplexity
+from instructft.formatting import first_line, name_of, perplexity, spread
 from instructft.inference.generator import Generator
 from instructft.prompt.token_view import visible
 from instructft.report.logs import append_log, attempt, keep_until
@@ -192,10 +192,8 @@ def _of_answers(logs: Mapping[str, Any]) -> list[str]:
     """The figures of answers with their intervals, less those that say the same once more."""
     found = []
     for key in [key for key in logs if f"{key}_low" in logs and key not in _IN_THE_REPORT]:
-        name, low, high = key.removeprefix("eval_"), logs[f"{key}_low"], logs[f"{key}_high"]
-        share = name in SHARES
-        span = f"{low:.1%} to {high:.1%}" if share else f"{low:.3f} to {high:.3f}"
-        found.append(f"{figure(name, logs[key])} ({span})")
+        name = key.removeprefix("eval_")
+        found.append(f"{name_of(name)} {spread(name, logs[key], logs[f'{key}_low'], logs[f'{key}_high'])}")
     return found
 
 

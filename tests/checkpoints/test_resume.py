@@ -51,6 +51,21 @@ def test_precision_and_device_are_part_of_a_run_where_the_machine_decides_them(
         refuse_changes(Checkpoint(Path("run/checkpoint-3"), 3, made["cpu"], {}), made["cuda"])
 
 
+def test_a_template_that_has_changed_at_its_source_is_told(write_recipe: Callable[..., Path]) -> None:
+    recipe = instructft.load_recipe(write_recipe())
+    args: Any = SimpleNamespace(
+        world_size=1, bf16=False, fp16=False, device=SimpleNamespace(type="cpu"), train_sampling_strategy="random"
+    )
+    then, now = (
+        identity(recipe, SimpleNamespace(chat_template=text), "f", SimpleNamespace(name=None), args)  # type: ignore[arg-type]
+        for text in ("{{ messages }}", "{{ messages[0] }}")
+    )
+    with pytest.raises(
+        ResumeError, match=r"data.template \(its text\): .* it has changed at its source since: model\."
+    ):
+        refuse_changes(Checkpoint(Path("run/checkpoint-3"), 3, then, {}), now)
+
+
 def test_a_checkpoint_of_an_older_version_is_resumed() -> None:
     """It does not hold `dataloader_drop_last`, which was free then, and false unless someone had set it."""
     old = Checkpoint(Path("run/checkpoint-3"), 3, {"train.seed": 42}, {})

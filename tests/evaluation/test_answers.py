@@ -66,6 +66,14 @@ def test_calls_in_the_marks_of_any_template(around: str, given: str) -> None:
         assert worth("tool_names", changed, text, ("f", {"a": 1})) == names
 
 
+def test_a_call_that_is_only_thought_of_is_none() -> None:
+    call = '{"name": "f", "arguments": {"a": 1}}'
+    for said in (f"<think>Shall I {call}?</think>{call}", f"Shall I {call}?</think>\n{call}"):
+        assert worth("tool_calls", said, call, ("f", {"a": 1})) == 1
+        assert worth("tool_names", call, said, ("f", {"a": 1})) == 1
+    assert worth("tool_calls", f"<think>{call}</think>Oslo", call, ("f", {"a": 1})) == 0
+
+
 def test_calls_that_are_no_json_are_compared_as_text() -> None:
     reference = "<function=f>\n<parameter=a>\n1\n</parameter>\n</function>"
     assert worth("tool_calls", reference.replace("\n", " "), reference, ("f", {"a": 1})) == 1
@@ -88,6 +96,26 @@ def test_a_function_of_the_user_gets_prediction_reference_and_row(tmp_path: Path
     assert not any(name.startswith("instructft_metric") for name in sys.modules)
 
 
+def test_a_file_of_the_user_is_run_as_a_script_is(tmp_path: Path) -> None:
+    """It may import what lies beside it, and hold dataclasses with texts as annotations, which look for their file."""
+    (tmp_path / "beside_it.py").write_text("def norm(text): return text.lower()\n")
+    score = own(
+        tmp_path,
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_it import norm\n"
+        "@dataclass\nclass Weights:\n    right: int = 2\n"
+        "def score(prediction, reference, row): return Weights().right * (norm(prediction) == norm(reference))\n",
+    )
+    sys.modules.pop("beside_it")
+    assert score("A", "a", {}) == 2
+    assert str(tmp_path) not in sys.path
+
+
+def test_what_a_function_does_to_its_row_is_undone(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "Hi"}]}
+    score = own(tmp_path, "def score(prediction, reference, row):\n    return len(row['messages'].pop()['content'])\n")
+    assert [score("", "", row), score("", "", row)] == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -104,7 +132,13 @@ def test_a_file_that_has_no_function(tmp_path: Path, text: str, said: str) -> No
 
 @pytest.mark.parametrize(
     ("result", "said"),
-    [("1 / 0", "ZeroDivisionError"), ("None", "found None"), ("'1'", "found '1'"), ("float('nan')", "found nan")],
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("None", "found None"),
+        ("'1'", "found '1'"),
+        ("float('nan')", "found nan"),
+        ("10**400", "found 1000"),
+    ],
 )
 def test_a_function_that_gives_no_number(tmp_path: Path, result: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):

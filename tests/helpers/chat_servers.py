@@ -4,7 +4,8 @@
 
     other template    it renders with ChatML            doubled BOS       one in front of what the template gives
     no stop           it goes on behind the end         stripped thought  thoughts are taken out of earlier turns
-    no tools          tools are not rendered            slow, not JSON, redirect, trickle, error      of the connection
+    no tools          tools are not rendered            no system         such messages are refused
+    loading           not ready: 503 to all             slow, not JSON, redirect, trickle, error      of the connection
 """
 
 from __future__ import annotations
@@ -108,6 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
         server.asked.append((self.path, dict(self.headers), body))
         if self._broken():
             return
+        if "no system" in server.faults and (body.get("messages") or [{}])[0].get("role") == "system":
+            self._say({"error": "System role not supported"}, 400)
+            return
         route = getattr(self, f"_{re.sub(r'[^a-z]+', '_', (server.kind + self.path).lower())}", None)
         if route is None and self.path == "/v1/chat/completions":
             self._chat(body, {})
@@ -160,6 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.of
         if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
             self._say({"error": "invalid key"}, 401)
+            return True
+        if "loading" in server.faults:
+            self._say({"error": "Loading model"}, 503)
             return True
         if "slow" in server.faults:
             time.sleep(3)

@@ -49,6 +49,19 @@ def test_what_is_pushed_is_what_is_fetched(kind: str, trained: dict[str, Path], 
     assert hub.errors == []
 
 
+def test_a_push_says_that_the_template_of_the_base_is_another_one_now(
+    trained: dict[str, Path], hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from instructft.hub.push import push_to_hub
+    from instructft.models import base_template
+
+    monkeypatch.setattr(base_template, "_recorded", lambda folder: ({"name_or_path": "org/base"}, "0" * 16))
+    monkeypatch.setattr(base_template, "on_the_hub", lambda *_: "1" * 16)
+    told: list[str] = []
+    assert push_to_hub(trained["lora"], REPO_ID, say=told.append).made
+    assert any("the chat template of org/base on the Hub has changed since this run began" in line for line in told)
+
+
 def test_a_checkpoint_that_was_pushed_verifies(trained: dict[str, Path], hub: LocalHub, tmp_path: Path) -> None:
     run = trained["lora"]
     pushed = push(run / "checkpoint-2", path_in_repo="instruct/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -69,12 +70,18 @@ def rows(real: Path) -> list[dict[str, str]]:
 def note(real: Path, request: pytest.FixtureRequest) -> Callable[[str, str, str], None]:
     """Note a figure: the promise, what was done, what came out."""
     long = any("make battery" in mark.kwargs["reason"] for mark in request.node.iter_markers("skipif"))
+    return functools.partial(_note, real / "figures.jsonl", long)
 
-    def write(promise: str, how: str, figure: str) -> None:
-        with (real / "figures.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"promise": promise, "how": how, "figure": figure, "battery": long}) + "\n")
 
-    return write
+@pytest.fixture
+def note_long(real: Path) -> Callable[[str, str, str], None]:
+    """The same for a figure that the battery alone makes, of a test that is shorter without it."""
+    return functools.partial(_note, real / "figures.jsonl", True)
+
+
+def _note(path: Path, long: bool, promise: str, how: str, figure: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"promise": promise, "how": how, "figure": figure, "battery": long}) + "\n")
 
 
 @pytest.fixture(scope="session")

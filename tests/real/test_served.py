@@ -1,7 +1,7 @@
 """The real model as others serve it: merged, exported by llama.cpp's converter, served by llama.cpp, verified.
 
-Needs llama.cpp's converter, the package xllamacpp, and Go, as `make real-assets` brings them; of q4_k_m, llama.cpp's
-`llama-quantize` or its library too.
+Needs llama.cpp's converter, the package xllamacpp, and Go, as `make real-assets` brings them; in the battery, for
+q4_k_m, llama.cpp's `llama-quantize` or its library too.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ def causes(found: Found) -> set[str]:
 
 
 def names() -> str:
-    """What can be made here: q4_k_m needs llama.cpp's own program, or its library."""
+    """What can be made here: q4_k_m needs llama.cpp's own program, or its library, and a minute to be read back."""
     from instructft.extras.serving.llama_cpp import find_converter
 
+    if not BATTERY:
+        return "q8_0"
     try:
         find_quantizer(find_converter(None), "q4_k_m")
     except UsageError:
@@ -61,13 +63,17 @@ def exported(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def note_table(folder: Path, which: str, note: Callable[[str, str, str], None]) -> list[dict[str, Any]]:
-    files: list[dict[str, Any]] = json.loads((folder / "export.json").read_text())["files"]
+def note_table(folder: Path, which: str, note: Any, note_long: Any) -> list[dict[str, Any]]:
+    told = json.loads((folder / "export.json").read_text())
+    files: list[dict[str, Any]] = told["files"]
     for row in files:
         figure = (
             f"KL {row['kl']:.1e}, top-1 {row['top1']:.1%}, perplexity {row['perplexity']:.4f}, {row['bytes']:,} bytes"
         )
-        note(f"GGUF, {which}, read back beside the model", row["format"], figure)
+        if BATTERY:
+            note_long(f"GGUF, {which}, read back {told['compared_on']}", row["format"], figure)
+        if row["format"] in ("f16", "q8_0"):
+            note(f"GGUF, {which}, read back beside the model", row["format"], figure)
     return files
 
 
@@ -78,9 +84,9 @@ def base(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_tables_of_base_and_tuned(exported: Path, base: Path, note: Callable[[str, str, str], None]) -> None:
+def test_tables_of_base_and_tuned(exported: Path, base: Path, note: Any, note_long: Any) -> None:
     for folder, which in ((base, "base"), (exported, "tuned")):
-        f16, q8, *fewer = note_table(folder, which, note)
+        f16, q8, *fewer = note_table(folder, which, note, note_long)
         assert f16["kl"] < 1e-3
         assert f16["top1"] > 0.995
         assert f16["bytes"] > q8["bytes"]
@@ -88,16 +94,17 @@ def test_tables_of_base_and_tuned(exported: Path, base: Path, note: Callable[[st
         assert all(q8["kl"] < row["kl"] < 1 and row["bytes"] < q8["bytes"] for row in fewer)
 
 
-def test_served_as_trained(merged: Path, exported: Path, note: Callable[[str, str, str], None]) -> None:
+def test_served_as_trained(merged: Path, exported: Path, note: Any, note_long: Any) -> None:
     with llama_server(exported / "merged-f16.gguf") as url:
         found = asked(merged, url, PROMPTS, ANSWERS)
     ties = [one for one in found.differences if one.near_tie]
     gaps = ", ".join(f"{one.gap:.3f}" for one in ties) or "none"
-    note(
-        "served by llama.cpp as trained",
-        f"{PROMPTS} prompts, {ANSWERS} greedy answers of {TOKENS} tokens, f16",
-        f"{found.equal_prompts} prompts and {found.equal_answers} answers equal; near ties, nats apart: {gaps}",
-    )
+    for write in (note, note_long)[: 2 if BATTERY else 1]:
+        write(
+            "served by llama.cpp as trained",
+            f"{PROMPTS} prompts, {ANSWERS} greedy answers of {TOKENS} tokens, f16",
+            f"{found.equal_prompts} prompts and {found.equal_answers} answers equal; near ties, nats apart: {gaps}",
+        )
     assert found.asked == found.equal_prompts == PROMPTS
     assert found.answered == ANSWERS
     assert found.equal_answers >= 0.95 * ANSWERS

@@ -85,6 +85,19 @@ def test_a_bare_card_says_what_the_files_say() -> None:
     assert "## Merge" in bare_card("support", None, False, MERGE)
 
 
+def test_figures_of_answers_go_into_the_card_and_its_head(lora: Any) -> None:
+    facts: Any = facts_of()
+    judged = {"eval_exact_match": 0.875, "eval_exact_match_low": 0.75, "eval_exact_match_high": 0.95}
+    facts["metrics"] |= {**judged, "eval_my_score": 2.0, "eval_answered": 56, "eval_best_step": 20}
+    facts["metrics"] |= {"eval_my_score_low": 1.5, "eval_my_score_high": 2.5}
+    text = card(lora, facts)
+    assert "| exact match, 56 held-out rows asked | 87.5% (75.0% to 95.0%) |" in text
+    assert "| my score, 56 held-out rows asked | 2.000 (1.500 to 2.500) |" in text
+    measured = {one.metric_type: one.metric_value for one in ModelCard(text).data.eval_results or ()}
+    assert (measured["exact_match"], measured["my_score"]) == (0.875, 2.0)
+    assert not {"exact_match_low", "best_step", "answered"} & set(measured)
+
+
 def test_an_evaluation_made_since_goes_into_the_card(lora: Any, tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text('{"tuned": {"loss": 2.0}, "base": {"loss": 3.5}}')
     text = card(lora, facts_of())

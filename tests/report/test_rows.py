@@ -68,6 +68,15 @@ def test_ids_that_are_written_are_taken_by_the_next_run(
         tell_rows(rows_run, 1, False, listed, ("never_learned",))
 
 
+def test_of_an_order_of_all_rows_those_at_the_top_are_written(
+    rows_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tell_rows(rows_run, 1, False, tmp_path / "out.txt", ("hardest", "longest"))
+    lines = (tmp_path / "out.txt").read_text(encoding="utf-8").splitlines()[1:]
+    assert 1 <= len(lines) <= 2
+    assert {line.split()[1] for line in lines} <= {"hardest", "longest"}
+
+
 def test_nothing_to_write_writes_nothing(rows_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tell_rows(rows_run, 0, False, tmp_path / "none.txt", ())
     assert "none.txt is not written" in capsys.readouterr().out

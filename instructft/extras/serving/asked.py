@@ -82,6 +82,8 @@ def choose(recipe: Recipe | None, encoder: Encoder, rows: int, context: int, see
     kinds = [one.kind for one in chosen]
     listed = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     said = listed
+    if recipe is not None and not held and not left:
+        said += "; of rows that the run held out none is here: it held none out, or its data lies elsewhere"
     if left:
         said += f"; {left:,} held-out rows with input or context left out: a server's messages have no place for them"
     return chosen, said

@@ -100,6 +100,12 @@ def of_prompt(
         return Cause("white space changed", "the server's template takes away or adds spaces or line breaks")
     if known := _other_template(theirs, conversation, tokenizer):
         return Cause("template not picked up", f"the server renders with {known}; {_GIVE_TEMPLATE}")
+    if _none_said(expected, found, conversation):
+        return Cause(
+            "another vocabulary",
+            "read by the trained tokenizer, the server's ids say nothing of the conversation: it serves another model, "
+            "or tokenizer files that are not those beside this one",
+        )
     if cause := _lost(expected, found, conversation):
         return cause
     if template is not None and _same_text(template) != _same_text(str(tokenizer.chat_template)):
@@ -161,6 +167,13 @@ def _other_template(
         if list(theirs)[-len(plain) :] == plain and len(theirs) - len(plain) <= 1:
             return f"the template {name}"
     return None
+
+
+def _none_said(expected: str, found: str, conversation: Conversation) -> bool:
+    """Whether a text has no content at all of those that another one has."""
+    said = [text for message in conversation if (text := _plain(str(message.get("content") or ""))) in _plain(expected)]
+    said = [text for text in said if text]
+    return bool(said) and not any(text in _plain(found) for text in said)
 
 
 def _lost(expected: str, found: str, conversation: Conversation) -> Cause | None:

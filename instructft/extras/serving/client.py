@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +18,7 @@ from instructft.errors import UsageError
 SECONDS = 120.0  # of one request, from its start to the last byte of its answer
 MOST_BYTES = 64 << 20  # of one answer
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_ENDPOINT = re.compile(r"/v1(/chat/completions|/completions|/models)?$")  # what people copy along with an address
 
 
 class NoAnswerError(UsageError):
@@ -33,6 +36,11 @@ class RefusedError(NoAnswerError):
         self.status = status
         super().__init__(message)
 
+    @property
+    def of_this_request(self) -> bool:
+        """Whether it is what was asked that is refused: not who asks, nor that anybody asks now."""
+        return self.status not in (401, 403, 407, 408, 429, 502, 503, 504)
+
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Another address would be handed the key; so a redirect is the server's answer and no more."""
@@ -45,7 +53,7 @@ class Client:
     """A server's address, and how it is asked.
 
     Args:
-        url: of the server, with or without `/v1` behind it.
+        url: of the server, with or without `/v1` or one of its endpoints behind it.
         key_env: the environment variable that holds its API key; None: it wants none.
         seconds: that one request may take.
 
@@ -57,18 +65,28 @@ class Client:
     """
 
     def __init__(self, url: str, key_env: str | None = None, seconds: float = SECONDS):
-        split = urlsplit(url)
-        if split.scheme not in ("http", "https") or not split.hostname:
+        url = url.strip()
+        try:
+            split = urlsplit(url)
+            known = split.scheme in ("http", "https") and bool(split.hostname) and split.port != 0
+        except ValueError:  # a port that is no number, brackets that do not close
+            known = False
+        if not known or not url.isprintable() or " " in url:
             raise UsageError(f"--server: found {url!r}, expected an address such as http://127.0.0.1:8000")
         if split.username or split.password or split.query:
             raise UsageError("--server: an address holds no key or password; name its variable with --api-key-env NAME")
-        self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
+        self.url = _ENDPOINT.sub("", url.rstrip("/")).rstrip("/")
         self.seconds = seconds
         self._key = ""
         if key_env is not None:
             self._key = os.environ.get(key_env, "").strip()
             if not self._key:
                 raise UsageError(f"--api-key-env: there is no environment variable {key_env}, or it is empty")
+            if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
+                raise UsageError(
+                    f"--api-key-env: {key_env} holds a line break or another character that no key has; expected the "
+                    "key alone"
+                )
         handlers: list[Any] = [_NoRedirect()]
         if split.hostname in LOOPBACK:  # a proxy is for other machines
             handlers.append(urllib.request.ProxyHandler({}))
@@ -101,13 +119,21 @@ class Client:
             hint = "; name the variable that holds its key: --api-key-env NAME" if error.code in (401, 403) else ""
             raise RefusedError(f"{self.url}{path} answers {error.code}{hint}: {said[:300]}", error.code) from None
         except TimeoutError:
-            raise NoAnswerError(f"{self.url}{path} did not answer within {self.seconds:g} s") from None
-        except (OSError, ValueError) as error:  # URLError is an OSError; a broken status line is a ValueError
+            raise NoAnswerError(
+                f"{self.url}{path} did not answer within {self.seconds:g} s (--timeout SECONDS gives it longer)"
+            ) from None
+        except http.client.HTTPException as error:
+            why = self._hidden(f"{type(error).__name__} {str(error).strip()[:80]!r}")
+            raise NoAnswerError(
+                f"{self.url}{path} answers with something that is no HTTP, or breaks off ({why}). Is it the port of "
+                "the server?"
+            ) from None
+        except (OSError, ValueError) as error:  # URLError is an OSError
             why = self._hidden(str(getattr(error, "reason", error)))
             raise NoAnswerError(f"{self.url} cannot be reached: {why}. Is the server running, and ready?") from None
         try:
             return json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             said = self._hidden(content[:80].decode("utf-8", "replace"))
             raise NoAnswerError(f"{self.url}{path} answers with something that is no JSON: {said!r}") from None
 

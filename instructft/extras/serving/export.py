@@ -10,6 +10,7 @@ any other model ────────────────────┴�
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,15 @@ from instructft.checkpoints.run_folder import partial_folder, refuse_used
 from instructft.errors import ModelError, TemplateError, UsageError
 from instructft.evaluation.compare import plain_table
 from instructft.extras.serving.asked import choose, held_out
-from instructft.extras.serving.llama_cpp import CONVERTED, convert, find_converter, find_quantizer, formats, quantize
+from instructft.extras.serving.llama_cpp import (
+    CONVERTED,
+    convert,
+    find_converter,
+    find_quantizer,
+    formats,
+    quantize,
+    require_format,
+)
 from instructft.extras.serving.ollama import modelfile
 from instructft.extras.serving.read_back import (
     Figures,
@@ -30,14 +39,13 @@ from instructft.extras.serving.read_back import (
     texts_of,
     weights_of,
 )
-from instructft.formatting import first_line, size
+from instructft.formatting import first_line, size, typed
 from instructft.inference.reference_model import recipe_of
 from instructft.models.load_for_inference import context_of, find_adapter, load_for_inference, load_tokenizer_of, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMATS = ("gguf", "ollama")
 ROWS = 64  # that a file is compared on
 SOURCE = "f16"  # what is always written, and what the others are made of
 SAME = 0.01  # nats a token that f16 may be away from the model
@@ -66,8 +74,7 @@ def export(
     """
     from rich.console import Console
 
-    if fmt not in FORMATS:
-        raise UsageError(f"--format: found {fmt}, expected {' or '.join(FORMATS)}")
+    require_format(fmt)
     if rows < 0:
         raise UsageError(f"--rows: found {rows}, expected 1 or more, or 0 to compare nothing")
     refuse_used(output)
@@ -112,7 +119,7 @@ def export(
                 | (vars(figures) if figures else {})
             )
         facts = {
-            "model": model,
+            "model": _called(model),  # no path of this machine: the folder is made to be handed on
             "converter": str(script.name),
             "compared_on": source,
             "perplexity": own,
@@ -242,13 +249,21 @@ def _report(console: Any, output: Path, facts: dict[str, Any], fmt: str, model: 
     console.print(table)
     for why in {row["not_read"] for row in facts["files"] if row["not_read"]}:
         console.print(f"Not read back: {why}. Serve it, and compare with instructft verify.", markup=False)
-    last = facts["files"][-1]["file"]
     console.print(f"\nExported to {output}. Serve it, and see whether it is served as trained:\n", markup=False)
     if fmt == "ollama":
-        console.print(f"  cd {output} && ollama create {facts['model']} -f Modelfile\n", markup=False)
-    else:
+        console.print(f"  cd {typed(output)} && ollama create {_in_ollama(model)} -f Modelfile\n", markup=False)
+    else:  # the first: fewer bits answer otherwise, which the table has already told
         console.print(
-            f"  llama-server -m {output / last} --port 8080\n  instructft verify {model} --server "
-            "http://127.0.0.1:8080\n",
+            f"  llama-server -m {typed(output / facts['files'][0]['file'])} --port 8080\n"
+            f"  instructft verify {typed(model)} --server http://127.0.0.1:8080\n",
             markup=False,
         )
+
+
+def _in_ollama(model: str) -> str:
+    """A name that Ollama takes for a model.
+
+    >>> _in_ollama("runs/My First_Run (2)"), _in_ollama("org/name@main")
+    ('my-first_run-2', 'name')
+    """
+    return re.sub(r"[^a-z0-9._-]+", "-", _called(model).lower()).strip("-._") or "model"

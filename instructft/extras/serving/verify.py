@@ -146,7 +146,7 @@ def verify(
         say(f"prompts  {server.kind} does not tell the ids of a prompt: their number is compared below, no more")
     _say_differences(say, [one for one in found.differences if one.what == "prompt"])
     wanted = (len(asked) + 1) // 2 if answers is None else answers
-    if chosen := equal[:wanted]:
+    if chosen := _some(equal, wanted):
         _compare_answers(model, server, [asked[i] for i in chosen], chosen, max_new_tokens, found)
         near = sum(one.near_tie for one in found.differences)
         say(
@@ -160,6 +160,16 @@ def verify(
     write_json(json_file, {**asdict(found), "exit_code": found.exit_code})
     say(_verdict(found, server))
     return found
+
+
+def _some(places: Sequence[int], most: int) -> list[int]:
+    """At most so many of them, evenly over all: the kinds of conversations follow one another.
+
+    >>> _some([1, 2, 3, 4, 5, 6], 3)
+    [1, 3, 5]
+    """
+    count = min(most, len(places))
+    return [places[i * len(places) // count] for i in range(count)]
 
 
 def _context(model: str) -> int:
@@ -204,8 +214,7 @@ def _compare_prompts(
                 found.told = False
                 equal.append(i)
                 continue
-            cause = Cause("refused", "the server's template does not take this conversation")
-            found.differences.append(_of(i, one, "prompt", cause, around(one.ids, 0, tokenizer), str(refused)))
+            found.differences.append(_refused(i, one, "prompt", tokenizer, refused))
             continue
         except (KeyError, TypeError):
             found.told = False
@@ -220,6 +229,14 @@ def _compare_prompts(
         ours, other = (around(ids, place.position, tokenizer) for ids in (one.ids, theirs))
         found.differences.append(_of(i, one, "prompt", cause, ours, other, place.position))
     return equal
+
+
+def _refused(row: int, one: Asked, what: str, tokenizer: PreTrainedTokenizerBase, refused: RefusedError) -> Difference:
+    """A conversation that the server does not take; where it takes none now, that is no finding but an error."""
+    if not refused.of_this_request:
+        raise refused
+    cause = Cause("refused", "the server, or its template, does not take this conversation")
+    return _of(row, one, what, cause, around(one.ids, 0, tokenizer), str(refused))
 
 
 def _jinja(server: Server) -> bool:
@@ -246,7 +263,13 @@ def _compare_answers(
     generator.complete(rows)
     differing: list[tuple[int, Served, list[int], Difference]] = []
     for row, one, number in zip(rows, asked, numbers, strict=True):
-        served = server.answer(one.conversation, row.limit)
+        try:
+            served = server.answer(one.conversation, row.limit)
+        except RefusedError as refused:
+            if refused.status in (404, 405, 501):  # a server without that path
+                raise
+            found.differences.append(_refused(number, one, "answer", generator.tokenizer, refused))
+            continue
         found.answered += 1
         found.tokens += len(row.made)
         if served.prompt_tokens not in (None, len(one.ids)):
@@ -313,21 +336,21 @@ def _answered_otherwise(
         return difference
     chosen = [token if token is not None else stops[0] for token in (place.ours, place.theirs)]
     difference.gap = _gap(generator, one.ids + ours[: place.position], *chosen)
-    if difference.gap <= NEAR:
+    if difference.gap is not None and difference.gap <= NEAR:
         difference.near_tie = True
         difference.cause = "near tie"
         difference.what_to_do = ""
     return difference
 
 
-def _gap(generator: Generator, ids: list[int], ours: int, theirs: int) -> float:
-    """Nats by which our model prefers its own next token to another one."""
+def _gap(generator: Generator, ids: list[int], ours: int, theirs: int) -> float | None:
+    """Nats by which our model prefers its own next token to another one; None for one that it does not have."""
     import torch
 
     with generator.evaluating():
         inputs = torch.tensor([ids], device=generator.model.device)
         logits = generator.model(input_ids=inputs, use_cache=False).logits[0, -1].double()
-    return float(logits[ours] - logits[theirs])
+    return float(logits[ours] - logits[theirs]) if 0 <= theirs < len(logits) else None
 
 
 def _blame_base(

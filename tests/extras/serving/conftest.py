@@ -1,4 +1,4 @@
-"""A run whose model ends its answers, and the model that it began from, for the tests of serving."""
+"""A run of quickstart's model that ends its answers, and the model that it began from, for the tests of serving."""
 
 from __future__ import annotations
 
@@ -40,18 +40,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(tokenizer: Any, answers: tuple[str, ...]) -> Any:
-    """A GPT-2 of 256 positions that gives these answers to whatever it is asked, and ends there."""
+    """Quickstart's model, which gives these answers to whatever it is asked, and ends there."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
 
+    import instructft
     from instructft.data.collator import CompletionOnlyCollator
     from instructft.prompt.loss_mask import encode_conversation
 
     torch.manual_seed(0)
-    shape = {"n_layer": 1, "n_head": 2, "n_embd": 64, "n_positions": 256}
-    config = GPT2Config(vocab_size=len(tokenizer), **shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    model = GPT2LMHeadModel(config).to(DEVICE)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model = instructft.load_model(instructft.load_recipe("quickstart"), tokenizer).to(DEVICE)
     asked = ("Capital of France?", "Name three colours.", "Why?", "(7) What is the sea? Be brief.")
     rows = [
         encode_conversation(
@@ -61,7 +58,7 @@ def trained(tokenizer: Any, answers: tuple[str, ...]) -> Any:
         for i, question in enumerate(asked)
     ]
     batch = {k: v.to(DEVICE) for k, v in CompletionOnlyCollator(tokenizer.pad_token_id)(rows).items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
         model(**batch).loss.backward()
         optimizer.step()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from instructft.extras.serving.asked import choose, held_out
 from instructft.inference.reference_model import recipe_of
 from instructft.prompt.loss_mask import encoder
@@ -33,3 +35,18 @@ def test_rows_that_were_held_out_and_fit(run: Path, tokenizer: Any) -> None:
     assert all(len(one.ids) < 59 for one in asked)
     assert all(one[-1]["role"] == "assistant" for one in held_out(recipe, answered=True))
     assert all(one[-1]["role"] == "user" for one in held_out(recipe))
+
+
+def test_held_out_rows_that_are_not_here_are_told(
+    run: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import instructft
+
+    rows, recipe = tmp_path / "rows.jsonl", tmp_path / "recipe.yaml"
+    rows.write_text('{"prompt": "Hi", "completion": "Hello"}\n' * 40)
+    recipe.write_text((run / "recipe.yaml").read_text().replace("name: quickstart", f"path: {rows}", 1))
+    loaded = instructft.load_recipe(recipe)
+    rows.unlink()
+    asked, said = choose(loaded, encoder(tokenizer), 4, 1 << 20)
+    assert len(asked) == 4
+    assert "of rows that the run held out none is here" in said

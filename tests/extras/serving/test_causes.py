@@ -71,6 +71,11 @@ def test_special_tokens_as_plain_text_are_the_same_text_cut_otherwise(chatml: An
     assert cause(chatml, found) == "cut into other tokens"
 
 
+def test_ids_of_another_models_tokenizer_are_told_from_a_message_that_is_left_out(chatml: Any) -> None:
+    right = ids(chatml, text(chatml))
+    assert cause(chatml, [(token * 7 + 11) % len(chatml) for token in right]) == "another vocabulary"
+
+
 def test_causes_of_another_answer() -> None:
     stop = [7]
     assert first_difference([1, 2], [1, 2]) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from typing import Any
 
@@ -25,6 +27,7 @@ def parts(tiny_model: Any, tokenizer: Any) -> tuple[Any, Any]:
         ("not JSON", "something that is no JSON"),
         ("redirect", "answers 302"),
         ("error", "answers 500"),
+        ("loading", "answers 503"),
     ],
 )
 def test_a_server_at_fault_is_named_in_time(
@@ -53,10 +56,55 @@ def test_nobody_there() -> None:
         Client("http://127.0.0.1:9", seconds=2).get("/v1/models")
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "file:///etc/passwd", "http://", "http://user:key@host"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n20\r\n{",
+        b"HTTP/1.1 200 OK\r\n" + b"X: a\r\n" * 300 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + b"[" * 200_000,
+    ],
+    ids=["another protocol", "breaks off", "endless headers", "too deep"],
+)
+def test_what_is_no_http_is_told_so(said: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def once() -> None:
+            asked, _ = listening.accept()
+            with asked:
+                asked.recv(1 << 16)
+                asked.sendall(said)
+
+        threading.Thread(target=once, daemon=True).start()
+        with pytest.raises(NoAnswerError, match=r"something that is no (HTTP|JSON)"):
+            Client(f"http://127.0.0.1:{listening.getsockname()[1]}", seconds=5).get("/props")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8000", "file:///etc/passwd", "http://", "http://user:key@host", "http://127.0.0.1:port",
+        "http://[::1", "http://127.0.0.1:8000/a b", "http://127.0.0.1:8000/a\nb", "",
+    ],
+)  # fmt: skip
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(UsageError, match="--server"):
         Client(url)
+
+
+def test_an_endpoint_leads_to_its_server() -> None:
+    for behind in ("", "/", "/v1", "/v1/", "/v1/chat/completions", "/v1/models"):
+        assert Client(f" http://127.0.0.1:9{behind}\n").url == "http://127.0.0.1:9"
+    assert Client("https://host/openai/v1").url == "https://host/openai"
+
+
+@pytest.mark.parametrize("key", ["sk-1\nsk-2", "sk-\u2026", "sk-1 sk-2"])
+def test_what_is_no_key_is_refused_and_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line break would be an error of the HTTP library, which quotes the header."""
+    monkeypatch.setenv("SERVER_KEY", key)
+    with pytest.raises(UsageError, match="SERVER_KEY holds a line break or another") as error:
+        Client("http://127.0.0.1:9", "SERVER_KEY")
+    assert "sk-" not in str(error.value)
 
 
 def test_an_empty_variable_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,7 @@ def test_files_are_read_back_beside_the_model(exported: Path) -> None:
         "run-f16.gguf",
         "run-q8_0.gguf",
     ]
+    assert facts["model"] == "run"
     assert "rows that the run held out" in facts["compared_on"]
     assert f16["kl"] < 1e-4
     assert f16["kl"] < q8["kl"] < 0.1
@@ -78,7 +79,7 @@ def test_llama_cpp_with_another_template_is_found_by_name(run: Path, exported: P
 @CONVERTS
 def test_a_file_that_is_another_model_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = module.convert
-    other = module._staged(run.parent / "base", tmp_path.parent / "other")
+    other = run.parent / "base"
 
     def convert(script: Path, model: Path, output: Path, outtype: str) -> None:
         right(script, other, output, outtype)
@@ -87,6 +88,19 @@ def test_a_file_that_is_another_model_is_not_kept(run: Path, tmp_path: Path, mon
     with pytest.raises(ModelError, match="is not the model: KL"):
         export(str(run), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_converter_gets_a_gpt2_with_the_field_that_it_reads(tmp_path: Path) -> None:
+    model, plain = tmp_path / "model", tmp_path / "plain"
+    for folder, config in ((model, {"n_positions": 64}), (plain, {"max_position_embeddings": 64})):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "tokenizer.json").write_text("{}")
+    staged = module._staged(model, tmp_path / "staged")
+    assert json.loads((staged / "config.json").read_text()) == {"n_positions": 64, "n_ctx": 64}
+    assert (staged / "tokenizer.json").read_text() == "{}"
+    assert json.loads((model / "config.json").read_text()) == {"n_positions": 64}
+    assert module._staged(plain, tmp_path / "none") == plain
 
 
 def test_what_is_refused_before_anything_is_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,27 @@ def test_a_server_that_tells_no_ids_is_caught_by_their_number(run: Path, kind: s
     assert found.exit_code == 1
 
 
+@pytest.mark.parametrize("kind", ["llama.cpp", "other"])
+def test_a_conversation_that_is_refused_is_a_difference_and_the_others_are_compared(run: Path, kind: str) -> None:
+    """With ids the prompt is refused; without them the answer is."""
+    found = check(run, kind, "no system", rows=24)
+    refused = [one for one in found.differences if one.cause == "refused"]
+    assert found.differences == refused
+    assert {one.what for one in refused} == {"prompt" if kind == "llama.cpp" else "answer"}
+    assert all("answers 400: " in one.theirs for one in refused)
+    assert found.answered == found.equal_answers > 0
+    assert found.exit_code == 1
+
+
+def test_a_token_that_this_model_does_not_have_is_no_near_tie(run: Path) -> None:
+    from instructft.extras.serving.verify import _gap
+    from instructft.inference.generator import Generator
+
+    generator = Generator(*load_for_inference(str(run)))
+    assert _gap(generator, [1, 2, 3], 5, generator.model.config.vocab_size) is None
+    assert _gap(generator, [1, 2, 3], 5, 5) == 0
+
+
 def test_a_near_tie_is_no_difference(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server's model is the trained one with a little noise: where its answers part, the two tokens are close."""
     import torch
@@ -88,7 +110,7 @@ def test_a_near_tie_is_no_difference(run: Path, monkeypatch: pytest.MonkeyPatch)
 
     model, tokenizer = load_for_inference(str(run))
     with torch.no_grad():
-        ours = model.transformer.wte.weight
+        ours = model.get_input_embeddings().weight
         ours.add_(torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)) * 0.5)
     monkeypatch.setattr(module, "NEAR", 1e9)
     with ChatServer("llama.cpp", model, tokenizer) as server:
@@ -126,8 +148,9 @@ def test_the_command_ends_with_what_was_found(
         assert "has changed since" not in said.err
 
 
-def test_the_command_says_that_the_template_on_the_hub_is_another_one_now(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["verify", "chat"])
+def test_a_command_says_that_the_template_on_the_hub_is_another_one_now(
+    run: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from instructft import cli
     from instructft.models import base_template
@@ -135,9 +158,10 @@ def test_the_command_says_that_the_template_on_the_hub_is_another_one_now(
     then, now = "0" * 16, "1" * 16
     monkeypatch.setattr(base_template, "_recorded", lambda folder: ({"name_or_path": "org/base"}, then))
     monkeypatch.setattr(base_template, "at_hand", lambda *_: now)
+    monkeypatch.setattr("sys.stdin", io.StringIO("/exit\n"))
     with ChatServer("llama.cpp", *load_for_inference(str(run))) as server:
-        words = ["verify", str(run), "--server", server.url, "--rows", "2", "--answers", "0"]
-        monkeypatch.setattr("sys.argv", ["instructft", *words])
+        more = ["--server", server.url, "--rows", "2", "--answers", "0"] if command == "verify" else []
+        monkeypatch.setattr("sys.argv", ["instructft", command, str(run), *more])
         with pytest.raises(SystemExit) as ended:
             cli.main()
     assert (ended.value.code or 0) == 0
