@@ -25,20 +25,28 @@ line is asserted by a test in `tests/real`, or stands beside another.
 """
 
 
+def _lines(figures: dict[str, str]) -> str:
+    return "\n".join(sorted(f"{what} {figure} |" for what, figure in figures.items()))
+
+
 def main() -> None:
     """Write the table."""
     found = [json.loads(line) for line in FIGURES.read_text(encoding="utf-8").splitlines()]
     usual, long = (
-        sorted(f"| {row['promise']} | {row['how']} | {row['figure']} |" for row in found if row["battery"] == battery)
+        {f"| {row['promise']} | {row['how']} |": row["figure"] for row in found if row["battery"] == battery}
         for battery in (False, True)
     )
     stack = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
     where = f"{os.cpu_count()} cores, Python {platform.python_version()}, {stack}"
     page = HERE / "REAL.md"
     _, _, kept = page.read_text(encoding="utf-8").partition(BATTERY) if page.exists() else ("", "", "")
-    if long:
-        kept = TABLE + "\n".join(long) + f"\n\n{where}\n"
-    text = HEAD + TABLE + "\n".join(usual) + f"\n\n{where}\n" + (BATTERY + kept if kept else "")
+    if long:  # a battery may lack a program, and some of it may be run alone
+        lines = [line for line in kept.splitlines() if line.startswith("| ") and line not in TABLE]
+        stood = {
+            f"{what} |": figure for what, _, figure in (line.removesuffix(" |").rpartition(" | ") for line in lines)
+        }
+        kept = TABLE + _lines({**stood, **long}) + f"\n\n{where}\n"
+    text = HEAD + TABLE + _lines(usual) + f"\n\n{where}\n" + (BATTERY + kept if kept else "")
     page.write_text(text, encoding="utf-8")
     print(text)
 

@@ -70,5 +70,6 @@ def test_default_learning_rates_beside_ten_times_less_and_more(
         recipe = recipe_of(f"rate-{adapter}-{factor}", f"adapter.type={adapter}", f"train.learning_rate={rate}", *steps)
         losses[factor] = float(instructft.train(recipe, console=Console(quiet=True)).metrics["eval_loss"])
     figures = ", ".join(f"{default * factor:.1e}: {loss:.3f}" for factor, loss in losses.items())
-    note("default learning rate", f"{adapter}, 40 steps of 2 rows, held-out loss", figures)
+    kind = "all weights" if adapter == "none" else "LoRA"
+    note("default learning rate", f"{kind}, 40 steps of 2 rows, held-out loss", figures)
     assert losses[1] < min(losses[0.1], losses[10])
