@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from instructft.inference.generator import Generator
 
-TOKENS = (9, 4)  # of the two prompts
+TOKENS = (5, 2)  # of the two prompts
 STEPS = 2  # tokens that are made: the first by the prompt, the second by the cache
 # Of the largest logit, in float32 and in 16 bits. What pads take part in differs by shares, not by rounding.
 PADDING_TOLERANCE = (1e-3, 5e-2)
