@@ -6,6 +6,7 @@ here as the trainer will make it, so that what it says after minutes of loading 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import inspect
@@ -249,6 +250,7 @@ def _settings(recipe: Recipe, device: str, known: list[str]) -> Iterator[str]:
     for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if isinstance(fields.get(key), str) and not fields[key].startswith("{"):
             yield f"train.{key}: found {show(fields.pop(key))}, expected a mapping such as {{use_reentrant: false}}"
+        yield from _of_checkpointing(key, fields.get(key))
     try:
         args = _make_settings(fields)
     except _REFUSALS as error:
@@ -265,6 +267,21 @@ def _settings(recipe: Recipe, device: str, known: list[str]) -> Iterator[str]:
             for name in _passed_over(args):
                 say = f"{name} changes nothing in {args.optim.value}, which takes no such argument; take it out"
                 yield f"train.optim_args: {say}"
+
+
+def _of_checkpointing(key: str, given: Any) -> Iterator[str]:
+    """Names that PyTorch's checkpointing does not know, which the first step would fail on."""
+    from torch.utils.checkpoint import checkpoint
+
+    if isinstance(given, str):  # transformers takes JSON too
+        with contextlib.suppress(ValueError):
+            given = json.loads(given)
+    known = sorted(
+        set(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs"} | {"preserve_rng_state"}
+    )
+    for name in given if isinstance(given, dict) else ():
+        if name not in known:
+            yield f"train.{key}: {name} is no argument of it{nearest(name, known)}; it takes {', '.join(known)}"
 
 
 def _make_settings(fields: dict[str, Any]) -> SFTConfig:

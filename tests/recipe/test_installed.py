@@ -153,6 +153,7 @@ def test_each_value_of_adapter_is_refused_in_time_or_trains(lora: str, write_rec
         ("train.lr_scheduler_kwargs={foo: 1}", "linear has no argument foo; it takes none"),
         ("train.optim=galore_adamw", "pip install git+https://github.com/jiaweizzhao/GaLore"),
         ("train.optim=grokadamw", "train.optim: grokadamw cannot be used here: Please install grokadamw"),
+        ("train.gradient_checkpointing_kwargs={foo: 1}", "foo is no argument of it; it takes context_fn"),
         ('train.optim_args="betas=(0.9,0.95)"', "betas are train.adam_beta1 and train.adam_beta2"),
         (
             'train.optim_args="lr=3"',
