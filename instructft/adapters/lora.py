@@ -193,7 +193,7 @@ def _refuse_what_is_nowhere(fields: dict[str, Any], model: Any, new_tokens: Sequ
         asked = fields.get(key)
         for pattern in asked if isinstance(asked, dict) else [asked] if isinstance(asked, str) else ():
             try:
-                re.compile(pattern)
+                re.compile(str(pattern))
             except re.error as error:
                 raise UsageError(f"adapter.{key}: {pattern} is no regular expression: {error}") from error
     for key in ("rank_pattern", "alpha_pattern"):
@@ -202,20 +202,22 @@ def _refuse_what_is_nowhere(fields: dict[str, Any], model: Any, new_tokens: Sequ
                 raise UsageError(f"adapter.{key}: {pattern}: found {value}, expected a number above 0")
     name, layers = type(model).__name__, getattr(model.config.get_text_config(), "num_hidden_layers", None)
     chosen = fields.get("layers_to_transform")
-    for layer in [chosen] if isinstance(chosen, int) else chosen or ():
-        if layers and not 0 <= layer < layers:
+    for layer in chosen or () if isinstance(chosen, list) or chosen is None else [chosen]:
+        if layers and layer not in range(layers):
             raise UsageError(f"adapter.layers_to_transform: found {layer}; {name} has layers 0 to {layers - 1}")
     for span in fields.get("layer_replication") or ():
-        if layers and not (len(span) == 2 and 0 <= span[0] < span[1] <= layers):
+        first, behind = span if isinstance(span, list) and len(span) == 2 else (-1, -1)
+        if layers and not (first in range(layers) and behind in range(first + 1, layers + 1)):
             raise UsageError(
-                f"adapter.layer_replication: found {list(span)}, expected pairs of a first layer and the one behind "
+                f"adapter.layer_replication: found {span}, expected pairs of a first layer and the one behind "
                 f"the last, from 0 to {layers}, the layers of {name}"
             )
     rows = max([model.get_input_embeddings().weight.shape[0], *(token + 1 for token in new_tokens)])
     trained = fields.get("trainable_token_indices") or ()
-    for token in (one for ids in trained.values() for one in ids) if isinstance(trained, dict) else trained:
-        if not 0 <= token < rows:
-            raise UsageError(f"adapter.trainable_token_indices: found {token}; {name} has tokens 0 to {rows - 1}")
+    for ids in trained.values() if isinstance(trained, dict) else [trained]:
+        for token in ids if isinstance(ids, list | tuple) else [ids]:
+            if token not in range(rows):
+                raise UsageError(f"adapter.trainable_token_indices: found {token}; {name} has tokens 0 to {rows - 1}")
 
 
 def _refuse_patterns_of_nothing(config: LoraConfig, targets: dict[str, Any]) -> None:

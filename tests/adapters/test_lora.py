@@ -360,6 +360,9 @@ def test_packed_weights_are_counted_as_what_they_stand_for() -> None:
         ("llama", ["adapter.layer_replication=[[0, 9]]"], r"layer_replication: found \[0, 9\], expected pairs"),
         ("llama", ["adapter.trainable_token_indices=[999999]"], "trainable_token_indices: found 999999; Llama"),
         ("llama", ["adapter.trainable_token_indices=[-1]"], "trainable_token_indices: found -1"),
+        ("llama", ["adapter.trainable_token_indices={embed_tokens: foo}"], "trainable_token_indices: found foo"),
+        ("llama", ["adapter.layers_to_transform=[foo]"], "layers_to_transform: found foo"),
+        ("llama", ["adapter.layer_replication=[foo, 1]"], "layer_replication: found foo"),
         (
             "llama",
             ["adapter.target_parameters=[nope.weight]"],
