@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -152,6 +154,7 @@ def lora_config(
         why = _REFUSED.get(str(init).lower(), "is no way of PEFT's to fill an adapter")
         raise UsageError(f"adapter.init_lora_weights: {init} {why}; expected one of {known}")
     all_linear = str(fields["target_modules"]).lower() == "all-linear"
+    _refuse_what_is_nowhere(fields, model, new_tokens)
     if all_linear:
         fields["target_modules"] = _linear_layers(model)
     for line in reach_experts(fields, recipe.adapter, model, all_linear=all_linear):
@@ -164,6 +167,7 @@ def lora_config(
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(f"adapter: PEFT refuses it: {first_line(error)}") from error
     targets = _targets(model, config, recipe.adapter.target_modules)
+    _refuse_patterns_of_nothing(config, targets)
     aside = tuple(tower.name for tower in towers(model))
     if any(inside(name, aside) for name in targets):  # `q_proj` is a name in many a vision tower too
         targets = {name: module for name, module in targets.items() if not inside(name, aside)}
@@ -174,12 +178,72 @@ def lora_config(
             )
         config.target_modules = shortest_names(model, set(targets))
     _refuse_tied_and_head(model, config, targets)
+    _refuse_parameters_of_nothing(fields, config, model)
     if begins_with_factors(init):
         refuse_too_many_factors(init, config.r, targets)
     # weights of a Conv1D lie as (in, out); a quantized one is a Linear by now, but merges into the Conv1D of its base
     conv = any(Conv1D in (type(module), getattr(module, "source_cls", None)) for module in targets.values())
     config.fan_in_fan_out = conv
     return config
+
+
+def _refuse_what_is_nowhere(fields: dict[str, Any], model: Any, new_tokens: Sequence[int]) -> None:
+    """Patterns that are none, and numbers of layers and tokens that the model does not have; PEFT fails on them raw."""
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        asked = fields.get(key)
+        for pattern in asked if isinstance(asked, dict) else [asked] if isinstance(asked, str) else ():
+            try:
+                re.compile(str(pattern))
+            except re.error as error:
+                raise UsageError(f"adapter.{key}: {pattern} is no regular expression: {error}") from error
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in (fields.get(key) or {}).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise UsageError(f"adapter.{key}: {pattern}: found {value}, expected a number above 0")
+    name, layers = type(model).__name__, getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    chosen = fields.get("layers_to_transform")
+    for layer in chosen or () if isinstance(chosen, list) or chosen is None else [chosen]:
+        if layers and layer not in range(layers):
+            raise UsageError(f"adapter.layers_to_transform: found {layer}; {name} has layers 0 to {layers - 1}")
+    for span in fields.get("layer_replication") or ():
+        first, behind = span if isinstance(span, list) and len(span) == 2 else (-1, -1)
+        if layers and not (first in range(layers) and behind in range(first + 1, layers + 1)):
+            raise UsageError(
+                f"adapter.layer_replication: found {span}, expected pairs of a first layer and the one behind "
+                f"the last, from 0 to {layers}, the layers of {name}"
+            )
+    rows = max([model.get_input_embeddings().weight.shape[0], *(token + 1 for token in new_tokens)])
+    trained = fields.get("trainable_token_indices") or ()
+    for ids in trained.values() if isinstance(trained, dict) else [trained]:
+        for token in ids if isinstance(ids, list | tuple) else [ids]:
+            if token not in range(rows):
+                raise UsageError(f"adapter.trainable_token_indices: found {token}; {name} has tokens 0 to {rows - 1}")
+
+
+def _refuse_patterns_of_nothing(config: LoraConfig, targets: dict[str, Any]) -> None:
+    """A rank or alpha of layers that get no adapter has no effect, and PEFT says nothing of it."""
+    from peft.utils.other import get_pattern_key
+
+    for key in ("rank_pattern", "alpha_pattern") if not config.target_parameters else ():
+        for pattern in getattr(config, key):
+            if not any(get_pattern_key([pattern], name) == pattern for name in targets):
+                kinds = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
+                raise UsageError(
+                    f"adapter.{key}: {pattern} is none of the layers that get an adapter; there are {kinds}"
+                )
+
+
+def _refuse_parameters_of_nothing(fields: dict[str, Any], config: LoraConfig, model: Any) -> None:
+    """A single parameter that is not there gets no adapter, and PEFT warns at most; older names of it are known."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    meant = copy.deepcopy(config)
+    convert_peft_config_for_transformers(meant, model, None)
+    there = [name for name, _ in model.named_parameters()]
+    for asked in set(fields.get("target_parameters") or ()) & set(meant.target_parameters or ()):
+        if not any(name == asked or name.endswith(f".{asked}") for name in there):
+            near = nearest(asked, there)
+            raise UsageError(f"adapter.target_parameters: {type(model).__name__} has no parameter {asked}{near}")
 
 
 def _without_dropout(config: LoraConfig, model: Any) -> list[str]:

@@ -61,7 +61,7 @@ class Generator:
         pad = tokenizer.pad_token_id
         self.pad_id = self.stop_ids[0] if pad is None else pad
         counted = pad_of_positions(model) if hasattr(model, "modules") else None  # an engine has none here
-        self._counts = counted is not None  # positions itself, from its pad token on; `generate` counts from 0
+        self.counts_from_pads = counted is not None  # positions itself, from its pad token on; `generate` counts from 0
         self.pad_id = self.pad_id if counted is None else counted
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
         self.context = positions if positions > 0 else UNLIMITED  # tokens that the model can attend to
@@ -239,7 +239,7 @@ class Generator:
     @contextmanager
     def _own_positions(self) -> Iterator[None]:
         """Let a model count positions as it does in training, where `generate` would hand it others (5.23)."""
-        if not self._counts:
+        if not self.counts_from_pads:
             yield
             return
 

@@ -6,6 +6,8 @@ here as the trainer will make it, so that what it says after minutes of loading 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib.util
 import inspect
 import json
@@ -248,6 +250,7 @@ def _settings(recipe: Recipe, device: str, known: list[str]) -> Iterator[str]:
     for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if isinstance(fields.get(key), str) and not fields[key].startswith("{"):
             yield f"train.{key}: found {show(fields.pop(key))}, expected a mapping such as {{use_reentrant: false}}"
+        yield from _of_checkpointing(key, fields.get(key))
     try:
         args = _make_settings(fields)
     except _REFUSALS as error:
@@ -260,6 +263,25 @@ def _settings(recipe: Recipe, device: str, known: list[str]) -> Iterator[str]:
         except _REFUSALS as error:
             say = first_line(error).rstrip(".")
             yield f"train.optim: {args.optim.value} cannot be used here: {say}; or write train.optim=adamw_torch"
+        else:
+            for name in _passed_over(args):
+                say = f"{name} changes nothing in {args.optim.value}, which takes no such argument; take it out"
+                yield f"train.optim_args: {say}"
+
+
+def _of_checkpointing(key: str, given: Any) -> Iterator[str]:
+    """Names that PyTorch's checkpointing does not know, which the first step would fail on."""
+    from torch.utils.checkpoint import checkpoint
+
+    if isinstance(given, str):  # transformers takes JSON too
+        with contextlib.suppress(ValueError):
+            given = json.loads(given)
+    known = sorted(
+        set(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs"} | {"preserve_rng_state"}
+    )
+    for name in given if isinstance(given, dict) else ():
+        if name not in known:
+            yield f"train.{key}: {name} is no argument of it{nearest(name, known)}; it takes {', '.join(known)}"
 
 
 def _make_settings(fields: dict[str, Any]) -> SFTConfig:
@@ -308,6 +330,24 @@ def _of_which(fields: dict[str, Any], recipe: Recipe, error: Exception) -> str:
             continue
         return f"train.{key}: found {show(fields[key])}, which cannot be used here: {first_line(error)}"
     return f"train: {first_line(error)}"
+
+
+def _passed_over(args: SFTConfig) -> list[str]:
+    """Names in `optim_args` that transformers passes over in silence: with any value, the optimizer is the same."""
+    import torch
+    from transformers import Trainer
+
+    asked, layer = copy.copy(args), torch.nn.Sequential(torch.nn.Linear(4, 4))
+
+    def made(text: str | None) -> str:
+        asked.optim_args = text
+        try:
+            return repr(Trainer.get_optimizer_cls_and_kwargs(asked, layer))
+        except _REFUSALS as error:  # it was read
+            return repr(error)
+
+    names = [part.partition("=")[0] for part in str(args.optim_args or "").replace(" ", "").split(",") if part]
+    return [name for name in names if made(None) == made(f"{name}=?") == made(f"{name}=true")]
 
 
 def _make_optimizer(args: SFTConfig, device: str) -> None:

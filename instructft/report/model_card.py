@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,8 +165,8 @@ def for_the_hub(text: str, repo_id: str, place: str, run: Path) -> str:
     inside = f', subfolder="{place}"' if place else ""
     text = text.replace('from_pretrained("PATH")', f'from_pretrained("{repo_id}"{inside})')
     if place:  # the commands take a repository, and no folder in one
-        text = text.replace("\nor `instructft chat PATH`.\n", "")
-    text = text.replace("instructft chat PATH", f"instructft chat {repo_id}")
+        text = re.sub(r"\nor `instructft chat PATH`\.\n\n`instructft export PATH .*\n", "", text)
+    text = re.sub("instructft (chat|export) PATH", rf"instructft \1 {repo_id}", text)
     evaluation = read_evaluation(run)
     for title, section in (("Evaluation", evaluation_section(evaluation)), ("Gate", gate_on_card(read_gate(run)))):
         if section and f"\n## {title}\n" not in text and "\n## Use\n" in text:

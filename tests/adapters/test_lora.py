@@ -347,6 +347,27 @@ def test_packed_weights_are_counted_as_what_they_stand_for() -> None:
         ("llama", ["adapter.modules_to_save=[lm_heat]"], r'no module lm_heat; did you mean "lm_head"\?'),
         ("llama", ["adapter.init_lora_weights=loftq"], "init_lora_weights: loftq puts other weights in the place"),
         ("phi", ["data.template=chatml"], "drops the bias of a head"),
+        ("llama", ["adapter.target_modules='('"], r"target_modules: \( is no regular expression: missing \)"),
+        ("llama", ["adapter.exclude_modules='['"], r"exclude_modules: \[ is no regular expression"),
+        ("llama", ["adapter.rank_pattern={'(': 4}"], r"rank_pattern: \( is no regular expression"),
+        ("llama", ["adapter.alpha_pattern={q_proj: .nan}"], "alpha_pattern: q_proj: found nan, expected a number abo"),
+        ("llama", ["adapter.rank_pattern={q_porj: 4}"], "rank_pattern: q_porj is none of the layers.*q_proj"),
+        (
+            "llama",
+            ["adapter.layers_to_transform=[0, 9]"],
+            "layers_to_transform: found 9; LlamaForCausalLM has layers 0",
+        ),
+        ("llama", ["adapter.layer_replication=[[0, 9]]"], r"layer_replication: found \[0, 9\], expected pairs"),
+        ("llama", ["adapter.trainable_token_indices=[999999]"], "trainable_token_indices: found 999999; Llama"),
+        ("llama", ["adapter.trainable_token_indices=[-1]"], "trainable_token_indices: found -1"),
+        ("llama", ["adapter.trainable_token_indices={embed_tokens: foo}"], "trainable_token_indices: found foo"),
+        ("llama", ["adapter.layers_to_transform=[foo]"], "layers_to_transform: found foo"),
+        ("llama", ["adapter.layer_replication=[foo, 1]"], "layer_replication: found foo"),
+        (
+            "llama",
+            ["adapter.target_parameters=[nope.weight]"],
+            "target_parameters: LlamaForCausalLM has no parameter n",
+        ),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_before_weights(

@@ -153,7 +153,12 @@ def test_each_value_of_adapter_is_refused_in_time_or_trains(lora: str, write_rec
         ("train.lr_scheduler_kwargs={foo: 1}", "linear has no argument foo; it takes none"),
         ("train.optim=galore_adamw", "pip install git+https://github.com/jiaweizzhao/GaLore"),
         ("train.optim=grokadamw", "train.optim: grokadamw cannot be used here: Please install grokadamw"),
+        ("train.gradient_checkpointing_kwargs={foo: 1}", "foo is no argument of it; it takes context_fn"),
         ('train.optim_args="betas=(0.9,0.95)"', "betas are train.adam_beta1 and train.adam_beta2"),
+        (
+            'train.optim_args="lr=3"',
+            "lr changes nothing in adamw_torch_fused, which takes no such argument; take it out",
+        ),
         ("train.report_to=[wandb]", "pip install 'instructft[wandb]'"),
         ("train.torch_compile_backend=inducter", 'did you mean "inductor"?'),
         ("train.torch_compile_mode=fast", 'train.torch_compile_mode: found "fast" (text), which cannot be used here'),
@@ -170,6 +175,14 @@ def test_the_way_out_is_said(override: str, words: str, write_recipe: Any) -> No
     with pytest.raises(UsageError) as again:  # and training says the same, with nothing loaded
         instructft.train(recipe, console=Console(quiet=True))
     assert str(again.value) == str(caught.value)
+
+
+def test_of_an_optimizers_arguments_those_alone_are_refused_that_it_passes_over(write_recipe: Any) -> None:
+    recipe = instructft.load_recipe(write_recipe(TINY), ["train.optim=sgd", "train.optim_args='momentum=0.9,foo=1'"])
+    with pytest.raises(UsageError) as caught:
+        check_against_installed(recipe, "cpu")
+    assert str(caught.value).startswith("train.optim_args: foo changes nothing in sgd")
+    assert "momentum" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def test_a_merged_model_has_the_card_of_its_run_and_how_it_was_merged(lora: Any)
         "- Adapter: LoRA, rank 4",
         "| validation loss | 1.5000 |",
         "instructft chat PATH",
+        "`instructft export PATH OUTPUT` makes the GGUF file that llama.cpp and Ollama read",
     ):
         assert said in before
         assert said in after
@@ -103,6 +104,10 @@ def test_an_evaluation_made_since_goes_into_the_card(lora: Any, tmp_path: Path) 
     text = card(lora, facts_of())
     sent = for_the_hub(text, "ada/support", "", tmp_path)
     assert "| loss | 3.500 | 2.000 |" in sent
+    assert "`instructft chat ada/support`" in sent
+    assert "`instructft export ada/support OUTPUT`" in sent
+    assert "instructft chat" not in (inside := for_the_hub(text, "ada/support", "instruct", tmp_path))
+    assert "instructft export" not in inside
     assert sent.count("## Evaluation") == for_the_hub(sent, "ada/support", "", tmp_path).count("## Evaluation") == 1
 
 

@@ -70,12 +70,13 @@ def _missing(model: Any) -> str:
     """What PEFT says of keys that it does not find in an adapter that it saved itself; "" where it finds all."""
     import torch
     from peft import PeftModel
+    from transformers.initialization import no_init_weights
 
     base = model.get_base_model()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model.save_pretrained(folder)
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():  # nothing is drawn on that device
             plain = auto_class(base.config).from_config(copy.deepcopy(base.config), **remote_code.flag())
             fit_embeddings(plain, base.get_input_embeddings().weight.shape[0])
             PeftModel.from_pretrained(plain, folder, low_cpu_mem_usage=True)

@@ -7,9 +7,10 @@ and would be saved as if they had been trained. An expert that one short batch w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
 
 PASSES = 8  # more, where layers are left out at random
+LARGE = 1 << 20  # numbers of a weight whose gradient is not made as a whole
 PIECE = 1 << 20  # numbers of a gradient that are looked at together; in most the first of them are not zero
 _INNER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -105,7 +107,8 @@ def leave_out_unreached(trainer: Trainer, batch: dict[str, torch.Tensor]) -> Rea
 def _gradients(trainer: Trainer, batch: dict[str, torch.Tensor], *, training: bool) -> tuple[set[str], set[str]]:
     """Names of the weights that get a gradient, and of those where one number of it at least is not zero.
 
-    Each is looked at and let go as it comes: all of them together are as large as the model.
+    Each is looked at and let go as it comes: all of them together are as large as the model. Of large layers the
+    gradient's product with a vector is looked at in its place, and of embeddings the rows that were read.
     """
     model: Any = trainer.model
     was = model.training
@@ -115,7 +118,9 @@ def _gradients(trainer: Trainer, batch: dict[str, torch.Tensor], *, training: bo
     def look(name: str, weight: torch.Tensor) -> None:
         if weight.grad is not None:
             found.add(name)
-            if any(bool(part.any()) for part in weight.grad.detach().flatten().split(PIECE)):
+            grad = weight.grad.detach()
+            numbers = grad._values() if grad.is_sparse else grad
+            if any(bool(part.any()) for part in numbers.flatten().split(PIECE)):
                 moving.add(name)
             weight.grad = None
 
@@ -127,15 +132,69 @@ def _gradients(trainer: Trainer, batch: dict[str, torch.Tensor], *, training: bo
     model.train(training)
     try:
         trainer.accelerator.unwrap_model(model).zero_grad(set_to_none=True)
-        with as_in_a_step(trainer):
-            loss = trainer.compute_loss(model, dict(batch))
-        loss.backward()
+        with _sketched(model, look), _sparse(model):
+            with as_in_a_step(trainer):
+                loss = trainer.compute_loss(model, dict(batch))
+            loss.backward()
         return found, moving
     finally:
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
         model.train(was)
+
+
+@contextlib.contextmanager
+def _sketched(model: Any, look: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Let each call of a large linear layer bring the product of its weight's gradient with a random vector.
+
+    That product is zero where the gradient is, costs a vector in place of a matrix, and comes by the same road: the
+    layer gives what it gave, plus zeros that want a gradient. A weight that is read past its layer has its own.
+    """
+    names = {id(weight): name for name, weight in model.named_parameters() if weight.requires_grad}
+    layers = [
+        layer
+        for layer in model.modules()
+        if type(layer) is torch.nn.Linear and id(layer.weight) in names and layer.weight.numel() >= LARGE
+    ]
+    source, hooks = torch.Generator().manual_seed(0), list[Any]()
+
+    def begin(layer: Any, args: Any) -> None:
+        layer.weight.requires_grad_(False)
+
+    def end(vector: torch.Tensor, zeros: torch.Tensor, layer: Any, args: Any, kwargs: Any, out: torch.Tensor) -> Any:
+        layer.weight.requires_grad_(True)
+        product = (args[0] if args else kwargs["input"]).detach().float() @ vector
+        return out + (product[..., None] * zeros).to(out.dtype)
+
+    for layer in layers:
+        zeros = torch.zeros(layer.out_features, device=layer.weight.device, requires_grad=True)
+        zeros.register_post_accumulate_grad_hook(functools.partial(look, names[id(layer.weight)]))
+        vector = torch.randn(layer.in_features, generator=source).to(zeros.device)
+        after = functools.partial(end, vector, zeros)
+        hooks.append(layer.register_forward_pre_hook(begin))
+        hooks.append(layer.register_forward_hook(after, prepend=True, with_kwargs=True))  # ahead of any other
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in layers:
+            layer.weight.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _sparse(model: Any) -> Iterator[None]:
+    """Let embeddings have a gradient of the rows that were read, in place of one as large as they are."""
+    every = [one for one in model.modules() if isinstance(one, torch.nn.Embedding)]
+    tables = [one for one in every if one.weight.requires_grad and not one.sparse]
+    for table in tables:
+        table.sparse = True
+    try:
+        yield
+    finally:
+        for table in tables:
+            table.sparse = False
 
 
 def _kind(name: str) -> str:

@@ -6,14 +6,15 @@ and a head that leaves them out trains another model than the one that is saved.
 batch: log-probability, entropy, top-1 and the gradient that goes back into the model, once as they are and once with
 hidden states so large that a cap or any other curve must show.
 
-The layers below are gone through once for each head, and once for all who look at the model's own logits: that is what
-a rehearsal takes its time for.
+The layers below are what a rehearsal takes its time for: they are gone through once for all who look at the model's own
+logits, and not again for a head that hands them the same inputs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -51,18 +52,30 @@ class Head:
 
 
 @dataclass(frozen=True)
+class _Call:
+    """What a module was given, under the names of its forward, and gave."""
+
+    inputs: dict[str, Any]
+    out: Any
+
+    def has(self, inputs: dict[str, Any]) -> bool:
+        """Whether these are the same inputs, and so would give the same."""
+        return self.inputs.keys() == inputs.keys() and all(_same(inputs[name], self.inputs[name]) for name in inputs)
+
+
+@dataclass(frozen=True)
 class OwnPass:
     """What the model makes of a batch by its own forward, with the graph that leads there.
 
     Args:
         logits: (B, T, V).
         embedded: what its embeddings gave, of which gradients can be asked; None where that was not called.
-        below: what the layers below the head gave; None where there is no telling them apart.
+        below: what the layers below the head were given, and gave; None where there is no telling them apart.
     """
 
     logits: torch.Tensor
     embedded: torch.Tensor | None
-    below: Any
+    below: _Call | None
 
     @classmethod
     def of(cls, trainer: Trainer, batch: Batch) -> OwnPass:
@@ -105,7 +118,8 @@ def choose_head(trainer: Trainer, batch: Batch) -> tuple[Head, OwnPass]:
             model.forward = fused
             if kind == "logits":
                 add_plain_head(model)
-            with _below(model) as below:
+            own = own or _own_pass(trainer, batch)
+            with _below(model, call=own.below if own else None) as below:
                 failed = _failure(trainer, batch)
             error = failed or error  # the last one is that of the model's own forward
             if failed:
@@ -113,7 +127,7 @@ def choose_head(trainer: Trainer, batch: Batch) -> tuple[Head, OwnPass]:
                 continue
             own = own or OwnPass.of(trainer, batch)
             if kind == "fused":
-                difference = compare(trainer, batch, own, below[0] if len(below) == 1 else None)
+                difference = compare(trainer, batch, own, below[0].out if len(below) == 1 else None)
                 if difference > (limit := tolerance(trainer)):
                     why = (
                         f"the fused head and the logits of {type(model).__name__} differ by {difference:.1e} "
@@ -175,7 +189,7 @@ def compare(trainer: Trainer, batch: Batch, own: OwnPass, fused: Any = None) -> 
     worst, scale = 0.0, 1.0
     for look in range(2):
         with as_in_a_step(trainer):
-            wanted, largest = _looked_at(trainer.model, batch, own.below, scale, plain=True)
+            wanted, largest = _looked_at(trainer.model, batch, own.below.out if own.below else None, scale, plain=True)
             found, _ = _looked_at(trainer.model, batch, fused, scale, plain=False)
             # at the second look nearly all probability lies on one token: what is left of a gradient is rounding
             names = ("log_probs", "entropy", *(("gradient",) if look == 0 else ()))
@@ -202,7 +216,7 @@ def _looked_at(
 ) -> tuple[dict[str, torch.Tensor | None], float]:
     """Scores of a batch with the hidden states multiplied by `scale`, their gradient, and the largest logit."""
     largest = 0.0
-    with _below(model, below, scale) as found:
+    with _below(model, below, scale) as found, _frozen(model.get_output_embeddings()):
         if plain:
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             logits = model(**inputs, use_cache=False).logits[:, :-1]
@@ -212,25 +226,38 @@ def _looked_at(
             seen = scores(model, batch)
     gradient = None
     if found and seen.log_probs is not None:
-        gradient = torch.autograd.grad(nll_of(seen), _hidden(found[-1]), allow_unused=True)[0]
+        gradient = torch.autograd.grad(nll_of(seen), _hidden(found[-1].out), allow_unused=True)[0]
     values = {"log_probs": seen.log_probs, "entropy": seen.entropy, "gradient": gradient}
     return {name: None if value is None else value.detach().float() for name, value in values.items()}, largest
 
 
 @contextlib.contextmanager
-def _below(model: Any, known: Any = None, scale: float | None = None) -> Iterator[list[Any]]:
-    """What the layers below the head give within; nothing where the model is one piece.
+def _below(
+    model: Any, known: Any = None, scale: float | None = None, call: _Call | None = None
+) -> Iterator[list[_Call]]:
+    """What the layers below the head are given and give within; nothing where the model is one piece.
 
     Args:
         known: what they have given before: they are not gone through again.
         scale: multiply their hidden states, of which gradients can be asked then.
+        call: nor are they gone through again where they are given what they were given here.
     """
-    below, found = backbone(bare(model)), list[Any]()
+    below, found = backbone(bare(model)), list[_Call]()
     if below is bare(model):
         yield found
         return
+    forward, names = below.forward, list(inspect.signature(below.forward).parameters)
 
-    def take(module: Any, args: Any, out: Any) -> Any:
+    def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        return {name: x for name, x in given.items() if x is not None and not (x is False and name[:7] == "output_")}
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if known is not None:
+            return known
+        return call.out if call and call.has(inputs_of(args, kwargs)) else forward(*args, **kwargs)
+
+    def take(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
         if scale is not None:
             hidden = (_hidden(out).detach() * scale).requires_grad_()
             if isinstance(out, tuple):
@@ -238,23 +265,56 @@ def _below(model: Any, known: Any = None, scale: float | None = None) -> Iterato
             else:
                 out = copy.copy(out)
                 out["last_hidden_state"] = hidden
-        found.append(out)
+        found.append(_Call(inputs_of(args, kwargs), out))
         return out
 
-    hook, forward = below.register_forward_hook(take), below.forward
-    if known is not None:
-        below.forward = lambda *args, **kwargs: known
+    hook = below.register_forward_hook(take, with_kwargs=True)
+    if known is not None or call is not None:
+        below.forward = run
     try:
         yield found
     finally:
         hook.remove()
-        if known is not None:
-            below.forward = forward
+        below.forward = forward
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two inputs of a module are equal; what cannot be told is not."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return type(one) is type(other) and len(one) == len(other) and all(map(_same, one, other))
+    return one is other or (isinstance(one, bool | int | float | str) and type(one) is type(other) and one == other)
+
+
+@contextlib.contextmanager
+def _frozen(module: Any) -> Iterator[None]:
+    """No gradient of a module's own weights: of a head it is as large as the head, and here nobody looks at it."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad] if module is not None else []
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 def _hidden(out: Any) -> torch.Tensor:
     states: torch.Tensor = out[0] if isinstance(out, tuple) else out.last_hidden_state
     return states
+
+
+def _own_pass(trainer: Trainer, batch: Batch) -> OwnPass | None:
+    """The model's own pass; None where it fails, which the loss of training then says better."""
+    try:
+        return OwnPass.of(trainer, batch)
+    except Exception as error:
+        if ran_out(error):
+            raise
+        return None
 
 
 def _failure(trainer: Trainer, batch: Batch) -> Exception | None:

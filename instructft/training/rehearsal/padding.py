@@ -39,8 +39,8 @@ def shorter_row(batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
 def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor], own: OwnPass, alone: OwnPass) -> None:
     """Ask for the gradient of logits at the embeddings of tokens behind them: 0, but for rounding.
 
-    A row alone is asked as well: with no pads there may be no mask, and what a mask made causal is so no more. Where
-    its logits are those that it has beside another row, they come from the same tokens.
+    A row alone is asked: its graph is the smallest, and with no pads there may be no mask that makes a model causal.
+    Where its logits are those that it has beside another row, they come from the same tokens; else the batch is asked.
 
     Args:
         alone: of `shorter_row`.
@@ -49,9 +49,10 @@ def refuse_what_looks_ahead(trainer: Trainer, batch: dict[str, torch.Tensor], ow
         ModelError: there is one.
     """
     model: Any = trainer.model
-    share = _share_ahead(own, batch["input_ids"])
-    if share <= AHEAD and (found := shorter_row(batch)) and not _apart(own, alone, found[1])[0] <= SAME:
-        share = _share_ahead(alone, found[0]["input_ids"])
+    found = shorter_row(batch)
+    share = _share_ahead(alone, found[0]["input_ids"] if found else batch["input_ids"])
+    if share <= AHEAD and found and not _apart(own, alone, found[1])[0] <= SAME:
+        share = _share_ahead(own, batch["input_ids"])
     if share > AHEAD:
         told_so = getattr(model.config.get_text_config(), "use_bidirectional_attention", None)
         field = "use_bidirectional_attention: false" if told_so else "is_decoder: true"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import instructft
 from instructft.errors import InstructftError
+from instructft.training.rehearsal import gradients
 from instructft.training.rehearsal.gradients import leave_out_unreached
 from instructft.training.rehearsal.rehearse import short_batch
 from tests.helpers.device import on
@@ -73,6 +74,57 @@ def test_an_expert_without_a_token_is_still_trained(recipe_of: Callable[..., Any
     found = looked(trainer)
     assert found.left_out == []
     assert "transformer.h.0.experts.0.weight" in found.may_stay
+
+
+SIZES = "hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 48"
+LLAMA = f"{{model_type: llama, {SIZES}, tie_word_embeddings: TIED}}"
+MIXTURE = f"{{model_type: phimoe, {SIZES}, num_key_value_heads: 2, num_local_experts: 4, num_experts_per_tok: 2}}"
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        (LLAMA.replace("TIED", "true"), ()),
+        (LLAMA.replace("TIED", "false"), ("train.gradient_checkpointing=true",)),
+        (LLAMA.replace("TIED", "false"), (*LORA, "adapter.modules_to_save=[lm_head]")),
+        (LLAMA.replace("TIED", "false"), ("train.bf16=true",)),
+        (JAMBA, ()),
+        (MIXTURE, ()),
+    ],
+    ids=["tied", "checkpointing", "adapter", "bfloat16", "jamba", "mixture"],
+)
+def test_a_product_with_a_gradient_tells_of_a_weight_what_the_gradient_does(
+    recipe_of: Callable[..., Any], config: str, overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(recipe_of(config, *overrides))
+    named = dict(trainer.model.named_modules())
+    up = next(layer for name, layer in named.items() if name.endswith(("up_proj", "out_proj", "k_proj")))
+    getattr(up, "base_layer", up).register_forward_hook(lambda layer, args, out: out.detach())  # no gradient
+    inner = [layer for name, layer in named.items() if ".layers." in name and type(layer) is torch.nn.Linear]
+    inner[-1].register_forward_hook(lambda layer, args, out: out * 0.0)  # a gradient of zeros
+    batch = on(trainer.model, short_batch(trainer, trainer.train_dataset[0]))
+    wanted = [weight.requires_grad for weight in trainer.model.parameters()]
+    found = []
+    for large in (1, 1 << 30):
+        monkeypatch.setattr(gradients, "LARGE", large)
+        torch.manual_seed(0)
+        found.append(gradients._gradients(trainer, batch, training=True))
+        assert [weight.requires_grad for weight in trainer.model.parameters()] == wanted
+    assert found[0] == found[1]
+    reached, moving = found[0]
+    assert moving < reached
+
+
+def test_a_large_weight_that_is_read_past_its_layer_is_reached(
+    recipe_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "LARGE", 1)
+    trainer = trainer_of(recipe_of())
+    layer = trainer.model.transformer.h[0]
+    layer.past, inner = torch.nn.Linear(32, 32), layer.mlp.forward
+    layer.mlp.forward = lambda x: inner(x) @ layer.past.weight
+    found = looked(trainer)
+    assert found.left_out == ["transformer.h.0.past.bias"]
 
 
 def test_rows_of_tokens_that_do_not_occur_are_said_and_the_run_is_kept(recipe_of: Callable[..., Any]) -> None:

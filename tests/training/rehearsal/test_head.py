@@ -140,6 +140,36 @@ def test_a_head_of_the_right_loss_and_another_gradient_is_found(recipe_of: Calla
     assert head.difference == pytest.approx(1.0, abs=0.01)
 
 
+KINDS = [GPT2, f"{{model_type: llama, {SIZES}}}", f"{{model_type: gemma3_text, {SIZES}, num_key_value_heads: 2}}"]
+
+
+@pytest.mark.parametrize("config", [*KINDS, MIXTURE])
+def test_the_layers_are_gone_through_once(recipe_of: Callable[..., Any], config: str) -> None:
+    trainer = trainer_of(recipe_of(config))
+    calls = []
+    trainer.model.get_input_embeddings().register_forward_hook(lambda module, args, out: calls.append(1))
+    assert chosen(trainer)[0].kind == "fused"
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["position_ids", "attention_mask"])
+def test_a_loss_that_comes_from_other_inputs_is_found(recipe_of: Callable[..., Any], name: str) -> None:
+    trainer = trainer_of(recipe_of())
+    fused = trainer.model.forward
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("fused_lm_head"):
+            places = torch.ones_like(kwargs["input_ids"]).cumsum(-1)
+            kwargs[name] = places + 7 if name == "position_ids" else kwargs["attention_mask"] * (places > 3)
+        return fused(*args, **kwargs)
+
+    trainer.model.forward = wrong
+    head, _ = chosen(trainer)
+    assert head.kind == "logits"
+    assert head.difference is not None
+    assert head.difference > TOLERANCE
+
+
 def test_a_router_is_trained_by_the_loss_that_the_model_makes(recipe_of: Callable[..., Any]) -> None:
     trainer = trainer_of(recipe_of(MIXTURE))
     del trainer.model.config.num_experts

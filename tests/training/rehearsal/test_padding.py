@@ -97,3 +97,14 @@ def test_one_that_reads_both_ways_only_where_no_row_is_padded_is_refused(recipe_
     with pytest.raises(ModelError, match=r"reads both ways.*overrides=\{use_bidirectional_attention: false\}"):
         ask(GEMMA)
     ask(GEMMA.replace("true", "false"))
+
+
+def test_one_that_reads_both_ways_only_beside_another_row_is_refused(recipe_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(recipe_of(BERT))
+
+    def mixed(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        return out + out.mean(dim=1, keepdim=True) if len(out) > 1 else out
+
+    trainer.model.bert.embeddings.register_forward_hook(mixed)
+    with pytest.raises(ModelError, match="reads both ways"):
+        asked(refuse_what_looks_ahead, trainer)
