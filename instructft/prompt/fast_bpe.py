@@ -31,7 +31,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -140,19 +140,22 @@ class FastBPE:
         """The ids of all texts, end to end, int32, and the tokens of each, int64."""
         whole = "".join(texts)
         all_fit = whole.isascii() and self._fits(whole)  # else it takes less time to look at each
-        fits = [True] * len(texts) if all_fit else [self._fits(text) for text in texts]
-        found = self._together([text for text, fit in zip(texts, fits, strict=True) if fit])
+        fits = [True] * len(texts) if all_fit else list(map(self._fits, texts))
+        found = self._together(texts if all_fit else [text for text, fit in zip(texts, fits, strict=True) if fit])
         if found is None:
             fits, found = [False] * len(texts), (np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64))
         if all(fits):
             return found
-        ids, sizes = found
+        ids, fast = found
         rest = [text for text, fit in zip(texts, fits, strict=True) if not fit]
-        encoded = self._library.encode_batch_fast(rest, add_special_tokens=False)
-        slow = iter([np.array(row.ids, dtype=np.int32) for row in encoded])
-        fast = iter(np.split(ids, np.cumsum(sizes)[:-1]))
-        rows = [next(fast) if fit else next(slow) for fit in fits]
-        return np.concatenate(rows), np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        encoded = [row.ids for row in self._library.encode_batch_fast(rest, add_special_tokens=False)]
+        is_fast = np.array(fits)
+        sizes = np.empty(len(texts), dtype=np.int64)
+        sizes[is_fast], sizes[~is_fast] = fast, [*map(len, encoded)]
+        of_fast = np.repeat(is_fast, sizes)
+        every = np.empty(len(of_fast), dtype=np.int32)
+        every[of_fast], every[~of_fast] = ids, [*chain.from_iterable(encoded)]
+        return every, sizes
 
     def _together(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
         """Ids and tokens of texts, in one call: what is before a special token and what is behind it do not meet.
@@ -191,7 +194,7 @@ class FastBPE:
         return library
 
     def _fits(self, text: str) -> bool:
-        if any(a in text and b in text for a, b in self._clashes):
+        if self._clashes and any(a in text and b in text for a, b in self._clashes):
             return False
         if not text.isascii():
             new = set(text) - self._same
