@@ -286,13 +286,19 @@ def drop_examples(part: Part, verdicts: Iterable[str], notes: Iterable[str], num
     return "".join(f"\n{line}" for line in first.values())
 
 
-def shaped_by(raw: Any, part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
+def written(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that a tokenizer is, as a text."""
+    whole: str = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer)
+    return whole
+
+
+def shaped_by(raw: Any, part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, whole: str) -> str:
     """A hash of everything that shapes the encoded rows: a cache of one template is never used with another.
 
     Args:
         raw: what the raw rows are known by.
+        whole: `written(tokenizer)`, which takes a while.
     """
-    whole = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer)
     everything: Sequence[Any] = (
         _code(),
         raw,

@@ -286,8 +286,11 @@ class _Spaces:
         return np.insert(codes, np.repeat(at, len(sign)), np.tile(sign, len(at))).tobytes().decode("utf-32-le")
 
 
-def fast_bpe(core: Tokenizer) -> FastBPE | None:
+def fast_bpe(core: Tokenizer, text: str | None = None) -> FastBPE | None:
     """The fast way to encode with this tokenizer, or None where it is not proved.
+
+    Args:
+        text: `core.to_str()`, where it is at hand.
 
     Example::
 
@@ -297,7 +300,7 @@ def fast_bpe(core: Tokenizer) -> FastBPE | None:
     """
     if core.encode_special_tokens:
         return None  # it is not in the text below
-    text = core.to_str()
+    text = text or core.to_str()
     if text not in _made:
         if len(_made) >= _KEPT:
             _made.pop(next(iter(_made)))
@@ -366,7 +369,8 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[str, int], dict[bytes, int], lis
         numbers = dict(zip(tokens, map(vocabulary.__getitem__, tokens), strict=True))
     except KeyError:
         raise _Unproved("a token without a number") from None
-    if len(numbers) < len(tokens) - sum(token == before for before, token in pairwise(tokens)):
+    twice = len(tokens) - len(numbers)  # one after the other they may stand
+    if twice and twice != sum(token == before for before, token in pairwise(tokens)):
         raise _Unproved("merges of one token are apart, and which of them counts cannot be told by the token")
     whole = "".join(numbers)
     if not numbers.keys() & alphabet.keys() >= set(whole):

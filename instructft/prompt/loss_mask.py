@@ -244,8 +244,14 @@ class Encoder:
         """The same ids at a third of the cost; None where that is not proved."""
         return fast_bpe(self._core) if self._core is not None else None
 
-    def make_fast(self) -> bool:
-        """Prove ahead of `encode(..., many=True)` what it needs; whether there is a faster way."""
+    def make_fast(self, text: str) -> bool:
+        """Prove ahead of `encode(..., many=True)` what it needs; whether there is a faster way.
+
+        Args:
+            text: the whole tokenizer (`backend_tokenizer.to_str()`).
+        """
+        if self._core is not None:
+            self._fast = fast_bpe(self._core, text)
         return self._fast is not None
 
     # -- conversations to rows ----------------------------------------------------------------------------------
