@@ -83,20 +83,24 @@ def _rounds(row: Row, ledger: Ledger) -> list[Message]:
 
 def _prompt_completion(row: Row, ledger: Ledger) -> list[Message]:
     """`{"prompt", "completion"}`, each a text or a list of messages; loss lies on the completion alone."""
-    prompt = _side(row.get("prompt"), "prompt", "user", ledger)
-    for message in prompt:
-        if message["role"] == "assistant":
-            message["weight"] = 0
-    return [*prompt, *_answer(row, "completion", ledger)]
+    return [*_side(row.get("prompt"), "prompt", "user", ledger), *_answer(row, "completion", ledger)]
 
 
 def _side(value: Any, where: str, role: str, ledger: Ledger) -> list[Message]:
-    """A text, or one in parts, as a message of this role; messages, or their JSON text, as they are."""
+    """A text, or one in parts, as a message of this role; messages, or their JSON text, as they are: where they stand
+    in place of a question, an answer among them is read and not trained."""
     given = parsed(value)
+    if role == "user" and isinstance(given, Mapping) and isinstance(given.get("messages"), list | tuple):
+        ledger.rest(given, {"messages"}, f"key `{{}}` in `{where}`")
+        given = given["messages"]
     turns = [given] if isinstance(given, Mapping) else given
     if isinstance(turns, list | tuple) and turns and all(isinstance(turn, Mapping) for turn in turns):
         if all(map(_speaks, turns)):
-            return messages_of(turns, where, ledger)
+            messages = messages_of(turns, where, ledger)
+            for message in messages:
+                if role == "user" and message["role"] == "assistant":
+                    message["weight"] = 0
+            return messages
         if all(turn.get("type") in PARTS for turn in turns):
             return messages_of([{"role": role, "content": turns}], where, ledger)
     return [finished({"role": role, "content": ledger.text(value, where)})]

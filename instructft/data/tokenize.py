@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -213,7 +214,8 @@ def refuse_unread(part: Part, verdicts: Iterable[str], notes: Iterable[str], num
             f"  {what}, {rows:,} {'rows' if rows > 1 else 'row'} ({first}), such as {finding.value}: {finding.why}"
         )
         if what.startswith(("column", "key", "part")):
-            names.append(what.split("`")[1])
+            name, role = what.split("`")[1], re.match(r"key `.*?` of an? (\w+)'s message", what)
+            names.append(f"{role[1]}.{name}" if role else name)  # of another role's messages it is read
     ways = f"\nWhat does not matter: data.ignore: [{', '.join(dict.fromkeys(names))}]." if names else ""
     if any(what.startswith("column") for what in found):
         ways += " What does, under another name: data.datasets[].columns: {output: NAME}."
