@@ -15,7 +15,7 @@ from instructft.data.sources import QUICKSTART
 from instructft.errors import ModelFileError, TemplateError, UsageError, is_panic
 from instructft.formatting import first_line
 from instructft.models.latest import resolve_latest
-from instructft.prompt.templates import BOS, TEMPLATES
+from instructft.prompt.templates import BOS, TEMPLATES, with_adds
 from instructft.weights import remote_code
 from instructft.weights.model_class import PROCESSOR
 from instructft.weights.readable import require_patterns_end, require_readable, unreadable_tokenizer
@@ -225,6 +225,7 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
             text = BOS + text
     else:
         text = _template_file(name)
+    text = with_adds(text, recipe.data.template_adds)
     if recipe.data.system_prompt:
         text = _default_system(recipe.data.system_prompt) + text
     text = with_date(text, recipe.data.template_date)

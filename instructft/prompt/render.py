@@ -145,7 +145,9 @@ class Renderer:
             what = "does not come to an end" if isinstance(error, TimeoutError) else "fills the memory"
             raise TemplateError(f"the chat template {what} on these messages") from error
         except Exception as error:  # a template's own words, or whatever Python raised inside it
-            raise TemplateError(f"the chat template does not accept these messages: {_why(error)}") from error
+            why = _why(error)
+            way = "; data.template_adds: [system] puts it before the first question" if "system" in why.lower() else ""
+            raise TemplateError(f"the chat template does not accept these messages: {why}{way}") from error
 
     @cached_property
     def _here(self) -> _Here:
