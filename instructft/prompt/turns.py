@@ -229,23 +229,31 @@ def _script(renderer: Renderer, plan: _Plan, shown: Any) -> Script | TemplateErr
                 place = "tool calls" if calls == 1 else f"all of the {calls} tool calls of this message"
                 raise TemplateError(
                     f"message {i + 1}: the chat template has no place for {place}, so the call would not be "
-                    "trained; set data.template_adds: [tools], or data.template to chatml or one that renders tool_calls"
+                    "trained; set data.template_adds: [tools], or another data.template, such as chatml"
                 )
             left_out += missing
             turns.append(Turn(prompt, answer, _unread(plan.messages[i], answer)))
     except TemplateError as error:
         return error
-    if turns and plan.messages.tools and not any(_name(tool) in turns[-1].prompt for tool in plan.messages.tools):
+    if turns and plan.messages.tools and not _tells_tools(renderer, plan, turns[0].prompt):
         if any(message.get("tool_calls") for message in plan.messages):
             return TemplateError(
                 "the chat template has no place for tools, so the model would not be told of them; set "
-                "data.template_adds: [tools], or data.template to chatml or one that renders `tools`"
+                "data.template_adds: [tools], or another data.template, such as chatml"
             )
         left_out.append("tools")  # nobody calls them, and a server that is given them renders this very text
     if turns:
         left_out += _unshown(plan.messages[: plan.answers[-1]], turns[-1].prompt)
     whole, end = texts[-1], turns[-1].prompt + turns[-1].answer if turns else ""
     return Script(turns, whole[len(end) :] if whole.startswith(end) else "", left_out, plan.only_read)
+
+
+def _tells_tools(renderer: Renderer, plan: _Plan, prompt: str) -> bool:
+    """Whether the prompt of the first answer that is trained lists the tools: behind a call it has their names from
+    that, and what the template does elsewhere tells."""
+    if any(message.get("tool_calls") for message in plan.messages[: plan.answers[0]]):
+        return renderer.traits.shows_tools
+    return any(_name(tool) in prompt for tool in plan.messages.tools or ())
 
 
 def _answer(renderer: Renderer, messages: Conversation, i: int, prompt: str, text: str) -> str:
