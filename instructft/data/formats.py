@@ -103,7 +103,16 @@ def _side(value: Any, where: str, role: str, ledger: Ledger) -> list[Message]:
             return messages
         if all(turn.get("type") in PARTS for turn in turns):
             return messages_of([{"role": role, "content": turns}], where, ledger)
+    if isinstance(turns, list | tuple) and turns and all(map(_is_dialogue, turns)):
+        ledger.unread(f"column `{where}`", value, "it holds several conversations, expected one; give each its own row")
+        return []
     return [finished({"role": role, "content": ledger.text(value, where)})]
+
+
+def _is_dialogue(value: Any) -> bool:
+    """Whether a value is a list of messages."""
+    turns = parsed(value)
+    return isinstance(turns, list | tuple) and bool(turns) and all(isinstance(t, Mapping) and _speaks(t) for t in turns)
 
 
 def _speaks(turn: Mapping[str, Any]) -> bool:
@@ -126,7 +135,12 @@ def _asked(row: Row, ledger: Ledger, question: str, answer: str) -> list[Message
     """A question with its `input` or `context`, what was said before (`history`), and the answer."""
     asked = _side(row.get(question), question, "user", ledger)
     for extra in ("input", "context"):
-        if extra not in (question, answer) and (text := _text(row, extra, ledger)):
+        if extra in (question, answer):
+            continue
+        if not isinstance(row.get(extra), str) and _is_dialogue(row.get(extra)):
+            why = f"it holds messages, expected a text beside `{question}`; put the question behind them, in one list"
+            ledger.unread(f"column `{extra}`", row[extra], why)
+        elif asked and (text := _text(row, extra, ledger)):
             asked[-1][extra] = text
     return [*_history(row, ledger), *asked, *_answer(row, answer, ledger)]
 

@@ -255,6 +255,15 @@ ROWS: dict[str, list[tuple[Row, str]]] = {
             {"prompt": {"messages": chat(ASK), "mood": "bad"}, "completion": "Cold."},
             "unread: key `mood` in `prompt`: nothing reads it",
         ),
+        (
+            {"prompt": ASK[1], "completion": [chat(COLD), chat(COLD)]},
+            "unread: column `completion`: it holds several conversations, expected one; give each its own row",
+        ),
+        (
+            {"instruction": "Answer.", "input": chat(ASK, ("assistant", "BAD")), "output": "Cold."},
+            "unread: column `input`: it holds messages, expected a text beside `instruction`; "
+            "put the question behind them, in one list",
+        ),
     ],
     "contents in parts": [
         (answers(bot([{"type": "text", "text": "Cold."}])), PAIR),
