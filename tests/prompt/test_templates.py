@@ -72,6 +72,11 @@ def test_a_recipe_gives_a_template_what_it_lacks(write_recipe: Any, tmp_path: An
     rows = [{"role": "system", "content": "S"}, user("Q"), assistant("A")]
     with pytest.raises(TemplateError, match=r"enable_thinking: the chat template .* does not read it"):
         instructft.load_tokenizer(instructft.load_recipe(write_recipe(), asked))
+    bare = instructft.load_tokenizer(instructft.load_recipe(write_recipe(), asked[:1]))
+    with pytest.raises(TemplateError, match=r"no system; data\.template_adds: \[system\] puts it before the first"):
+        instructft.encode_conversation(rows, bare)
+    with pytest.raises(TemplateError, match=r"data\.template_adds: \[thinking\]"):
+        instructft.encode_conversation(rows[1:], bare)
     adds = [*asked, "data.template_adds=[system, thinking]"]
     tokenizer = instructft.load_tokenizer(instructft.load_recipe(write_recipe(), adds))
     found = instructft.encode_conversation(rows, tokenizer)
