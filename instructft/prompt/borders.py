@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 from instructft.errors import TemplateError
@@ -44,9 +43,14 @@ class Borders:
 
     def apart(self, texts: Sequence[str]) -> bool:
         """Whether texts that stand one after the other have the same ids alone and together."""
-        return self._plain and all(
-            self._behind_lead(left, right) or left.endswith(self._specials) for left, right in pairwise(texts)
-        )
+        if not self._plain:
+            return False
+        if len(texts) == 2:  # as most rows, with less around it
+            return self._nothing_merges(*texts)
+        return all(map(self._nothing_merges, texts, texts[1:]))
+
+    def _nothing_merges(self, left: str, right: str) -> bool:
+        return self._behind_lead(left, right) or left.endswith(self._specials)
 
     def _behind_lead(self, left: str, right: str) -> bool:
         if not self._lead or not left.endswith(self._lead) or right[:1].isspace():

@@ -140,7 +140,12 @@ class FastBPE:
         """The ids of all texts, end to end, int32, and the tokens of each, int64."""
         whole = "".join(texts)
         all_fit = whole.isascii() and self._fits(whole)  # else it takes less time to look at each
-        fits = [True] * len(texts) if all_fit else list(map(self._fits, texts))
+        if all_fit:
+            fits = [True] * len(texts)
+        elif self._clashes or self._lost:
+            fits = list(map(self._fits, texts))
+        else:  # of ASCII nothing is left to look at
+            fits = [is_ascii or self._fits(text) for text, is_ascii in zip(texts, map(str.isascii, texts), strict=True)]
         found = self._together(texts if all_fit else [text for text, fit in zip(texts, fits, strict=True) if fit])
         if found is None:
             fits, found = [False] * len(texts), (np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64))
