@@ -402,8 +402,11 @@ def test_many_rows_are_encoded_as_few_are(bare_tokenizer: Any, template: str) ->
     ]
     few, many = encoder.encode(rows), encoder.encode(rows, many=True)
     assert encoder._fast is not None
+    alone = [encoder.encode([row]) for row in rows]  # some of whose borders merge, so that they are tokenized whole
+    assert many.conversation.tolist() == list(range(len(rows)))
     for name in ("input_ids", "labels", "lengths"):
         assert getattr(few, name).tolist() == getattr(many, name).tolist()
+        assert getattr(many, name).tolist() == [value for one in alone for value in getattr(one, name).tolist()]
 
 
 @pytest.mark.parametrize(
