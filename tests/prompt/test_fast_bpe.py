@@ -400,9 +400,10 @@ def test_many_rows_are_encoded_as_few_are(bare_tokenizer: Any, template: str) ->
         for question, answer in zip(STRANGE, reversed(CORPUS + STRANGE[:2]), strict=False)
         if question.strip()
     ]
+    rows[2:2] = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "\n  code"}]]  # may merge
     few, many = encoder.encode(rows), encoder.encode(rows, many=True)
     assert encoder._fast is not None
-    alone = [encoder.encode([row]) for row in rows]  # some of whose borders merge, so that they are tokenized whole
+    alone = [encoder.encode([row]) for row in rows]
     assert many.conversation.tolist() == list(range(len(rows)))
     for name in ("input_ids", "labels", "lengths"):
         assert getattr(few, name).tolist() == getattr(many, name).tolist()
