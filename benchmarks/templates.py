@@ -21,7 +21,7 @@ BEGIN, END = "<!-- templates: by benchmarks/templates.py -->", "<!-- end -->"
 
 sys.path.insert(0, str(REPO))
 
-from tests.helpers.template_matrix import CONVERSATIONS, judge, templates, tokenizer  # noqa: E402
+from tests.helpers.template_matrix import CONVERSATIONS, judge, judge_with_keys, templates, tokenizer  # noqa: E402
 
 KINDS = ("GPT-2", "Llama", "Qwen")
 
@@ -29,27 +29,31 @@ KINDS = ("GPT-2", "Llama", "Qwen")
 def table(kinds: tuple[str, ...], names: list[str]) -> tuple[str, Counter[str]]:
     """One row a template, counted over tokenizers and conversations."""
     lines = [
-        "| template | right | refused, a server cannot either | right with thinking off | wrong | what is refused |",
+        "| template | right | refused, by servers too | right with a key | wrong | what is refused, and the key |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
     total: Counter[str] = Counter()
     for name in names:
         count: Counter[str] = Counter()
-        refused: dict[str, None] = {}
+        refused: dict[str, dict[str, None]] = {}  # key -> conversations
         for kind in kinds:
             made = tokenizer(kind, templates()[name])
             for what, (messages, tools) in CONVERSATIONS.items():
                 verdict = judge(made, messages, tools)
                 count[verdict.kind] += 1
                 if verdict.kind in ("refused", "needless"):
-                    refused[what] = None
-                    off = judge(made, messages, tools, {"enable_thinking": False})
-                    count["off"] += off.kind in ("right", "told")
+                    key, _ = judge_with_keys(kind, templates()[name], messages, tools)
+                    refused.setdefault(key, {})[what] = None
+                    count["key"] += bool(key)
         total += count
         wrong = count["wrong"] + count["needless"]
-        given = ", ".join(refused) if len(refused) < 9 else f"{len(refused)} of {len(CONVERSATIONS)}"
+        given = "; ".join(
+            (", ".join(some) if len(some) < 7 else f"{len(some)} of {len(CONVERSATIONS)}")
+            + f" ({key if ':' in key else f'[{key}]' if key else 'none'})"
+            for key, some in refused.items()
+        )
         lines.append(
-            f"| {name} | {count['right'] + count['told']} | {count['refused']} | {count['off']} | {wrong} | {given} |"
+            f"| {name} | {count['right'] + count['told']} | {count['refused']} | {count['key']} | {wrong} | {given} |"
         )
     return "\n".join(lines), total
 
@@ -66,9 +70,10 @@ def main() -> None:
     every = sum(total[kind] for kind in ("right", "told", "refused", "needless", "wrong"))
     said = (
         f"{every:,} combinations: {total['right']:,} right, {total['told']:,} right with a part that the template does "
-        f"not show and that is reported, {total['refused']:,} refused where a server cannot serve them either "
-        f"({total['off']:,} of them are right with `template_options: {{enable_thinking: false}}`), "
-        f"{total['needless']:,} refused without need, {total['wrong']:,} silently wrong."
+        f"not show and that is reported, {total['refused']:,} refused where a server cannot serve them either, "
+        f"{total['needless']:,} refused without need, {total['wrong']:,} silently wrong. With the key that the table "
+        f"names {total['key']:,} of the refused are right: {total['right'] + total['told'] + total['key']:,} of all, "
+        f"{(total['right'] + total['told'] + total['key']) / every:.1%}."
     )
     print(f"{said}\n\n{text}")
     if args.write:

@@ -60,6 +60,7 @@ OWN: dict[str, tuple[str, str]] = {
     "data.turns": ("", "last"),
     "data.fold_turns": ("", "true"),
     "data.template_options": ("", "{enable_thinking: false}"),
+    "data.template_adds": ("", "[tools]"),
     "data.ignore": ("", "[mood, user.train]"),
     "data.strip": ("", "true"),
     "data.exclude": ("", "out.txt"),

@@ -83,23 +83,36 @@ def _rounds(row: Row, ledger: Ledger) -> list[Message]:
 
 def _prompt_completion(row: Row, ledger: Ledger) -> list[Message]:
     """`{"prompt", "completion"}`, each a text or a list of messages; loss lies on the completion alone."""
-    prompt = _side(row.get("prompt"), "prompt", "user", ledger)
-    for message in prompt:
-        if message["role"] == "assistant":
-            message["weight"] = 0
-    return [*prompt, *_answer(row, "completion", ledger)]
+    return [*_side(row.get("prompt"), "prompt", "user", ledger), *_answer(row, "completion", ledger)]
 
 
 def _side(value: Any, where: str, role: str, ledger: Ledger) -> list[Message]:
-    """A text, or one in parts, as a message of this role; messages, or their JSON text, as they are."""
+    """A text, or one in parts, as a message of this role; messages, or their JSON text, as they are: where they stand
+    in place of a question, an answer among them is read and not trained."""
     given = parsed(value)
+    if role == "user" and isinstance(given, Mapping) and isinstance(given.get("messages"), list | tuple):
+        ledger.rest(given, {"messages"}, f"key `{{}}` in `{where}`")
+        given = given["messages"]
     turns = [given] if isinstance(given, Mapping) else given
     if isinstance(turns, list | tuple) and turns and all(isinstance(turn, Mapping) for turn in turns):
         if all(map(_speaks, turns)):
-            return messages_of(turns, where, ledger)
+            messages = messages_of(turns, where, ledger)
+            for message in messages:
+                if role == "user" and message["role"] == "assistant":
+                    message["weight"] = 0
+            return messages
         if all(turn.get("type") in PARTS for turn in turns):
             return messages_of([{"role": role, "content": turns}], where, ledger)
+    if isinstance(turns, list | tuple) and turns and all(map(_is_dialogue, turns)):
+        ledger.unread(f"column `{where}`", value, "it holds several conversations, expected one; give each its own row")
+        return []
     return [finished({"role": role, "content": ledger.text(value, where)})]
+
+
+def _is_dialogue(value: Any) -> bool:
+    """Whether a value is a list of messages."""
+    turns = parsed(value)
+    return isinstance(turns, list | tuple) and bool(turns) and all(isinstance(t, Mapping) and _speaks(t) for t in turns)
 
 
 def _speaks(turn: Mapping[str, Any]) -> bool:
@@ -122,7 +135,12 @@ def _asked(row: Row, ledger: Ledger, question: str, answer: str) -> list[Message
     """A question with its `input` or `context`, what was said before (`history`), and the answer."""
     asked = _side(row.get(question), question, "user", ledger)
     for extra in ("input", "context"):
-        if extra not in (question, answer) and (text := _text(row, extra, ledger)):
+        if extra in (question, answer):
+            continue
+        if not isinstance(row.get(extra), str) and _is_dialogue(row.get(extra)):
+            why = f"it holds messages, expected a text beside `{question}`; put the question behind them, in one list"
+            ledger.unread(f"column `{extra}`", row[extra], why)
+        elif asked and (text := _text(row, extra, ledger)):
             asked[-1][extra] = text
     return [*_history(row, ledger), *asked, *_answer(row, answer, ledger)]
 

@@ -59,7 +59,7 @@ class Part:
 
     def row(self, raw: dict[str, Any]) -> dict[str, Any]:
         """One raw row as it stands in its file, with the columns that the recipe maps under our names too."""
-        row: dict[str, Any] = json.loads(raw[ROW]) if ROW in raw else raw  # a stream's rows come as they are
+        row: dict[str, Any] = _decoded(raw[ROW]) if ROW in raw else raw  # a stream's rows come as they are
         return {**row, **{ours: row.get(theirs) for ours, theirs in self.columns.items()}} if self.columns else row
 
     def ids(self, numbers: np.ndarray) -> list[str]:
@@ -99,6 +99,14 @@ class Part:
         """Name row `number` of `raw` by its place in the file."""
         name, place = self.found(number)
         return f"{self.key}: row {place} of {name or self.label}"
+
+
+_decode = json.JSONDecoder().raw_decode
+
+
+def _decoded(text: str) -> Any:
+    """`json.loads` without what it does around a value that begins with the text, as most do."""
+    return _decode(text)[0] if text.startswith("{") else json.loads(text)
 
 
 def load_parts(recipe: Recipe, splits: Sequence[str] = SPLITS) -> list[Part]:

@@ -32,7 +32,15 @@ from instructft.data.deduplicate import Known
 from instructft.data.files.row_ids import read_excluded, row_id
 from instructft.data.load import Part, hub_id, label_of, not_read, rules_of, shape, shape_of, stream_files
 from instructft.data.packing import best_fit
-from instructft.data.tokenize import Batches, drop_examples, drop_reasons, refuse_losses, refuse_unread, shaped_by
+from instructft.data.tokenize import (
+    Batches,
+    drop_examples,
+    drop_reasons,
+    refuse_losses,
+    refuse_unread,
+    shaped_by,
+    written,
+)
 from instructft.errors import DataError
 from instructft.prompt.loss_mask import IGNORE_INDEX, encoder
 
@@ -97,7 +105,8 @@ class Streamed:
         self._streams, self._data, self._check, self._tally = streams, recipe.data, recipe.check, _Tally()
         self._excluded = read_excluded(recipe.data.exclude)
         self._weights = [stream.part.weight for stream in streams]
-        ours = [shaped_by(stream.known_by, stream.part, recipe, tokenizer) for stream in streams]
+        whole = written(tokenizer)
+        ours = [shaped_by(stream.known_by, stream.part, recipe, tokenizer, whole) for stream in streams]
         more = [
             ours,
             self._weights,

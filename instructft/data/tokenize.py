@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -213,7 +214,8 @@ def refuse_unread(part: Part, verdicts: Iterable[str], notes: Iterable[str], num
             f"  {what}, {rows:,} {'rows' if rows > 1 else 'row'} ({first}), such as {finding.value}: {finding.why}"
         )
         if what.startswith(("column", "key", "part")):
-            names.append(what.split("`")[1])
+            name, role = what.split("`")[1], re.match(r"key `.*?` of an? (\w+)'s message", what)
+            names.append(f"{role[1]}.{name}" if role else name)  # of another role's messages it is read
     ways = f"\nWhat does not matter: data.ignore: [{', '.join(dict.fromkeys(names))}]." if names else ""
     if any(what.startswith("column") for what in found):
         ways += " What does, under another name: data.datasets[].columns: {output: NAME}."
@@ -286,13 +288,19 @@ def drop_examples(part: Part, verdicts: Iterable[str], notes: Iterable[str], num
     return "".join(f"\n{line}" for line in first.values())
 
 
-def shaped_by(raw: Any, part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
+def written(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that a tokenizer is, as a text."""
+    whole: str = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer)
+    return whole
+
+
+def shaped_by(raw: Any, part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, whole: str) -> str:
     """A hash of everything that shapes the encoded rows: a cache of one template is never used with another.
 
     Args:
         raw: what the raw rows are known by.
+        whole: `written(tokenizer)`, which takes a while.
     """
-    whole = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer)
     everything: Sequence[Any] = (
         _code(),
         raw,

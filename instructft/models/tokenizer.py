@@ -15,7 +15,7 @@ from instructft.data.sources import QUICKSTART
 from instructft.errors import ModelFileError, TemplateError, UsageError, is_panic
 from instructft.formatting import first_line
 from instructft.models.latest import resolve_latest
-from instructft.prompt.templates import BOS, TEMPLATES
+from instructft.prompt.templates import BOS, TEMPLATES, with_adds
 from instructft.weights import remote_code
 from instructft.weights.model_class import PROCESSOR
 from instructft.weights.readable import require_patterns_end, require_readable, unreadable_tokenizer
@@ -225,6 +225,7 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
             text = BOS + text
     else:
         text = _template_file(name)
+    text = with_adds(text, recipe.data.template_adds)
     if recipe.data.system_prompt:
         text = _default_system(recipe.data.system_prompt) + text
     text = with_date(text, recipe.data.template_date)
@@ -242,17 +243,26 @@ def with_date(text: str, day: str) -> str:
     >>> with_date("{{ strftime_now('%d %b %Y') }}", "2024-07-26").splitlines()[0]
     '{%- macro strftime_now(format) -%}'
     """
-    formats = list(dict.fromkeys(re.findall(r"""strftime_now\(\s*(?:format\s*=\s*)?["']([^"']+)["']""", text)))
-    if not formats:
+    calls = re.findall(r"""strftime_now\(\s*(?:(?:format\s*=\s*)?["']([^"']+)["']\s*\))?""", _DATE.sub("", text))
+    if not calls:
         return text
     text = _DATE.sub("", text)  # of a run that this one goes on from
     moment = datetime.strptime(day, "%Y-%m-%d")
+    formats = [form for form in dict.fromkeys(calls) if form]
     lines = ["{%- macro strftime_now(format) -%}"]
-    for word, form in zip(["if", *["elif"] * len(formats)], formats, strict=False):
-        lines.append("{%- " + word + " format == " + json.dumps(form) + " -%}" + moment.strftime(form))
+    for form in formats:
+        lines.append(
+            "{%- " + ("elif" if lines[1:] else "if") + " format == " + json.dumps(form) + " -%}" + moment.strftime(form)
+        )
+    if "" in calls:  # a format that the template makes up: each of its signs gives way to what it stands for
+        signs = {f"%{sign}": moment.strftime(f"%{sign}") for sign in _SIGNS}
+        signs |= {"%-d": str(moment.day), "%-m": str(moment.month)}
+        said = "".join(f".replace({json.dumps(sign)}, {json.dumps(meant)})" for sign, meant in signs.items())
+        lines.append(("{%- else -%}" if formats else "{%- if true -%}") + "{{- format" + said + " -}}")
     return "\n".join([*lines, "{%- endif -%}", "{%- endmacro -%}", text])
 
 
+_SIGNS = "aAbBdHIjmMpSwyYfUWcxXDeFTR"  # of strftime
 _DATE = re.compile(r"\{%- macro strftime_now\(format\) -%\}.*?\{%- endmacro -%\}\n?", re.DOTALL)  # of `with_date`
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 from instructft.errors import TemplateError
@@ -40,23 +39,28 @@ class Borders:
         # white space alone may be a part of a longer run of it, which the answer goes on
         self._lead = lead if lead.strip() else ""
         self._plain = core is not None and _cuts_locally(core)
-        self._known: dict[tuple[str, str], bool] = {}  # end of the left side, beginning of the right -> nothing merges
+        self._known: dict[str, bool] = {}  # how an answer begins -> nothing merges across the border before it
 
     def apart(self, texts: Sequence[str]) -> bool:
         """Whether texts that stand one after the other have the same ids alone and together."""
-        return self._plain and all(self._border(a, b) for a, b in pairwise(texts))
+        if not self._plain:
+            return False
+        if len(texts) == 2:  # as most rows, with less around it
+            return self._nothing_merges(*texts)
+        return all(map(self._nothing_merges, texts, texts[1:]))
 
-    def _border(self, left: str, right: str) -> bool:
-        if left.endswith(self._specials):
-            return True
+    def _nothing_merges(self, left: str, right: str) -> bool:
+        return self._behind_lead(left, right) or left.endswith(self._specials)
+
+    def _behind_lead(self, left: str, right: str) -> bool:
         if not self._lead or not left.endswith(self._lead) or right[:1].isspace():
             return False
-        key = (self._lead, right[:2])
-        if key not in self._known:
+        begins = right[:2]
+        if begins not in self._known:
             window = right[:_WINDOW]
             together, one, other = self.tokenize([self._lead + window, self._lead, window])
-            self._known[key] = together == one + other
-        return self._known[key]
+            self._known[begins] = together == one + other
+        return self._known[begins]
 
     def rows(self, some: Sequence[Script]) -> list[list[Row] | TemplateError]:
         """Ids and labels of conversations: of each one row, or as many as its turns need to be what they are when

@@ -10,8 +10,9 @@ so nothing here is taken for granted; what cannot be proved goes to the tokenize
   not crossed their borders when x and y come to stand side by side, so the same happens when xy is encoded alone: for
   each token there is one pair at most that ever makes it, the last one in its own text. By induction on the length of
   tokens the two agree as long as no text of a token ends, in the library, at two pieces: there tiktoken would go on.
-  That is tested token by token. Several merges may make one token, where they stand together in the list: then the
-  order of tokens is the order of whichever of its merges is ever reached.
+  That is tested token by token, for those that occur and all tokens inside them: whatever tiktoken joins is inside a
+  token that comes out. Several merges may make one token, where they stand together in the list: then the order of
+  tokens is the order of whichever of its merges is ever reached.
 - Whole words. tiktoken takes a word that is a token as it stands, as the library does with `ignore_merges`; without, it
   is the same only where merges make every token from its own text. Those that merges never reach must be left in three
   pieces or more.
@@ -30,7 +31,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,8 +113,7 @@ class FastBPE:
         self._text = text
         self._words, spec = core.pre_tokenizer, json.loads(text)
         pattern, self._nfc = _pattern(spec["pre_tokenizer"]), _is_nfc(spec["normalizer"])
-        ranks, ids, lost = _ranks(spec["model"])  # rank -> id, since a vocabulary may be numbered in another order
-        _prove_merges(core, text, spec["model"], ids)
+        numbers, ranks, lost = _ranks(spec["model"])
         specials, self._clashes = _added(spec["added_tokens"], self._nfc)
         every = (*specials, _BETWEEN, _CUT)
         self._pairs = _pairs(pattern)
@@ -131,27 +131,36 @@ class FastBPE:
             mergeable_ranks=ranks,
             special_tokens={text: len(ranks) + i for i, text in enumerate(every)},
         )
-        self._ids = np.array([*ids, *specials.values()], dtype=np.int32)
+        self._ids = np.array([*numbers.values(), *[-1] * len(lost), *specials.values()], dtype=np.int32)
         self._bytes = np.array([*map(len, ranks), *(len(text.encode()) for text in every)], dtype=np.int64)
         self._specials = frozenset(every)
+        self._merges = _Merges(core, text, bool(spec["model"].get("ignore_merges")), numbers, len(self._bytes))
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts, end to end, int32, and the tokens of each, int64."""
         whole = "".join(texts)
         all_fit = whole.isascii() and self._fits(whole)  # else it takes less time to look at each
-        fits = [True] * len(texts) if all_fit else [self._fits(text) for text in texts]
-        found = self._together([text for text, fit in zip(texts, fits, strict=True) if fit])
+        if all_fit:
+            fits = [True] * len(texts)
+        elif self._clashes or self._lost:
+            fits = list(map(self._fits, texts))
+        else:  # of ASCII nothing is left to look at
+            fits = [is_ascii or self._fits(text) for text, is_ascii in zip(texts, map(str.isascii, texts), strict=True)]
+        found = self._together(texts if all_fit else [text for text, fit in zip(texts, fits, strict=True) if fit])
         if found is None:
             fits, found = [False] * len(texts), (np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64))
         if all(fits):
             return found
-        ids, sizes = found
+        ids, fast = found
         rest = [text for text, fit in zip(texts, fits, strict=True) if not fit]
-        encoded = self._library.encode_batch_fast(rest, add_special_tokens=False)
-        slow = iter([np.array(row.ids, dtype=np.int32) for row in encoded])
-        fast = iter(np.split(ids, np.cumsum(sizes)[:-1]))
-        rows = [next(fast) if fit else next(slow) for fit in fits]
-        return np.concatenate(rows), np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        encoded = [row.ids for row in self._library.encode_batch_fast(rest, add_special_tokens=False)]
+        is_fast = np.array(fits)
+        sizes = np.empty(len(texts), dtype=np.int64)
+        sizes[is_fast], sizes[~is_fast] = fast, [*map(len, encoded)]
+        of_fast = np.repeat(is_fast, sizes)
+        every = np.empty(len(of_fast), dtype=np.int32)
+        every[of_fast], every[~of_fast] = ids, [*chain.from_iterable(encoded)]
+        return every, sizes
 
     def _together(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
         """Ids and tokens of texts, in one call: what is before a special token and what is behind it do not meet.
@@ -172,6 +181,8 @@ class FastBPE:
             return None
         if int(self._bytes[ranks].sum()) != (len(joined) if joined.isascii() else len(joined.encode())):
             return None  # the pattern passes over some character
+        if not self._merges.agree(ranks):
+            return None
         ranks = ranks[ranks != len(self._ids) + 1]
         borders = np.flatnonzero(ranks == len(self._ids))
         sizes = np.diff(np.concatenate(([-1], borders, [len(ranks)]))) - 1
@@ -188,7 +199,7 @@ class FastBPE:
         return library
 
     def _fits(self, text: str) -> bool:
-        if any(a in text and b in text for a, b in self._clashes):
+        if self._clashes and any(a in text and b in text for a, b in self._clashes):
             return False
         if not text.isascii():
             new = set(text) - self._same
@@ -280,8 +291,11 @@ class _Spaces:
         return np.insert(codes, np.repeat(at, len(sign)), np.tile(sign, len(at))).tobytes().decode("utf-32-le")
 
 
-def fast_bpe(core: Tokenizer) -> FastBPE | None:
+def fast_bpe(core: Tokenizer, text: str | None = None) -> FastBPE | None:
     """The fast way to encode with this tokenizer, or None where it is not proved.
+
+    Args:
+        text: `core.to_str()`, where it is at hand.
 
     Example::
 
@@ -291,7 +305,7 @@ def fast_bpe(core: Tokenizer) -> FastBPE | None:
     """
     if core.encode_special_tokens:
         return None  # it is not in the text below
-    text = core.to_str()
+    text = text or core.to_str()
     if text not in _made:
         if len(_made) >= _KEPT:
             _made.pop(next(iter(_made)))
@@ -346,45 +360,81 @@ def _is_nfc(normalizer: Any) -> bool:
     return normalizer == {"type": "NFC"}
 
 
-def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int], list[int]]:
-    """The bytes of each token in the order of merging -> rank, each rank's id, and the bytes that have no token."""
+def _ranks(model: dict[str, Any]) -> tuple[dict[str, int], dict[bytes, int], list[int]]:
+    """The id of each token in the order of merging, the rank of the bytes of each, and the bytes without a token, whose
+    ranks are the last. A vocabulary may be numbered in another order than it is merged."""
     affixes = [model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")]
     if model["type"] != "BPE" or any(affixes) or model.get("byte_fallback"):
         raise _Unproved("no plain BPE")
     vocabulary, alphabet = model["vocab"], _alphabet()
     merged = [merge.replace(" ", "", 1) if type(merge) is str else merge[0] + merge[1] for merge in model["merges"]]
-    together = [token for token, before in zip(merged, ["", *merged], strict=False) if token != before]
-    if len(set(together)) != len(together):
-        raise _Unproved("merges of one token are apart, and which of them counts cannot be told by the token")
     lost = [byte for character, byte in alphabet.items() if character not in vocabulary]
-    tokens = [*(character for character in alphabet if character in vocabulary), *together]
-    if not vocabulary.keys() >= set(tokens) or not set(tokens) >= set("".join(tokens)):
+    tokens = [*(character for character in alphabet if character in vocabulary), *merged]
+    try:
+        numbers = dict(zip(tokens, map(vocabulary.__getitem__, tokens), strict=True))
+    except KeyError:
+        raise _Unproved("a token without a number") from None
+    twice = len(tokens) - len(numbers)  # one after the other they may stand
+    if twice and twice != sum(token == before for before, token in pairwise(tokens)):
+        raise _Unproved("merges of one token are apart, and which of them counts cannot be told by the token")
+    whole = "".join(numbers)
+    if not numbers.keys() & alphabet.keys() >= set(whole):
         raise _Unproved("a token without its parts")
-    if model.get("ignore_merges") and len(vocabulary) != len(tokens):
+    if model.get("ignore_merges") and len(vocabulary) != len(numbers):
         raise _Unproved("whole words that no merge makes")
-    table = str.maketrans({character: chr(byte) for character, byte in alphabet.items()})
-    ranks = {token.translate(table).encode("latin-1"): rank for rank, token in enumerate(tokens)}
+    byte_of = np.zeros(max(map(ord, alphabet)) + 1, dtype=np.uint8)
+    byte_of[[*map(ord, alphabet)]] = [*alphabet.values()]
+    raw = byte_of[np.frombuffer(whole.encode("utf-32-le"), dtype=np.uint32)].tobytes()  # a character is a byte
+    ends = list(accumulate(map(len, numbers)))
+    ranks = {raw[start:end]: rank for rank, (start, end) in enumerate(zip([0, *ends], ends, strict=False))}
     for byte in lost:  # tiktoken wants all of them; no text that holds one comes to it
         ranks[bytes([byte])] = len(ranks)
-    return ranks, [*(vocabulary[token] for token in tokens), *[-1] * len(lost)], lost
+    return numbers, ranks, lost
 
 
-def _prove_merges(core: Tokenizer, text: str, model: dict[str, Any], ids: list[int]) -> None:
-    from tokenizers import Tokenizer
+class _Merges:
+    """Whether both libraries make tokens by the same merges: tried for each token that occurs, when it first does.
 
-    texts = {number: token for token, number in model["vocab"].items()}
-    library, whole = core.model, bool(model.get("ignore_merges"))
-    if whole:  # in a copy: what merges alone make of a token
-        library = Tokenizer.from_str(text).model
-        library.ignore_merges = False
-    tokenize = library.tokenize
-    for number in ids:
-        if number < 0:
-            continue
-        found = tokenize(texts[number])
-        pieces = len(found)
-        if pieces == 2 or (pieces > 2 and not whole) or (pieces == 1 and found[0].id != number):
-            raise _Unproved("a token's own text is not encoded to it")
+    Args:
+        whole: a word that is a token is taken as it stands.
+        tokens: their ids, in the order of their ranks.
+        ranks: how many there are, those included that no merge makes.
+    """
+
+    def __init__(self, core: Tokenizer, text: str, whole: bool, tokens: dict[str, int], ranks: int):
+        from tokenizers import Tokenizer
+
+        library = core.model
+        if whole:  # in a copy: what merges alone make of a token
+            library = Tokenizer.from_str(text).model
+            library.ignore_merges = False
+        self._tokenize, self._whole = library.tokenize, whole
+        self._ids, self._tokens = tokens, [*tokens]
+        self._tried = np.arange(ranks) >= len(tokens)
+        self._inside: set[str] = set()  # tokens that were tried
+        self._differ = False
+
+    def agree(self, ranks: np.ndarray) -> bool:
+        """Whether they agree on what these tokens are made of; once they do not, this tokenizer is the library's."""
+        new = np.unique(ranks[~self._tried[ranks]])
+        for rank in () if self._differ else new.tolist():
+            self._differ = self._differ or not self._try(self._tokens[rank])
+        self._tried[new] = True
+        return not self._differ
+
+    def _try(self, token: str) -> bool:
+        """The token, and every one that stands in its text."""
+        for start in range(len(token)):
+            for end in range(start + 1, len(token) + 1):
+                part = token[start:end]
+                if part in self._ids and part not in self._inside:
+                    self._inside.add(part)
+                    found = self._tokenize(part)
+                    pieces = len(found)
+                    other = pieces == 1 and found[0].id != self._ids[part]
+                    if pieces == 2 or (pieces > 2 and not self._whole) or other:
+                        return False
+        return True
 
 
 def _added(tokens: Sequence[dict[str, Any]], nfc: bool) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -22,7 +22,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import chain
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -245,8 +244,14 @@ class Encoder:
         """The same ids at a third of the cost; None where that is not proved."""
         return fast_bpe(self._core) if self._core is not None else None
 
-    def make_fast(self) -> bool:
-        """Prove ahead of `encode(..., many=True)` what it needs; whether there is a faster way."""
+    def make_fast(self, text: str) -> bool:
+        """Prove ahead of `encode(..., many=True)` what it needs; whether there is a faster way.
+
+        Args:
+            text: the whole tokenizer (`backend_tokenizer.to_str()`).
+        """
+        if self._core is not None:
+            self._fast = fast_bpe(self._core, text)
         return self._fast is not None
 
     # -- conversations to rows ----------------------------------------------------------------------------------
@@ -361,21 +366,17 @@ class Encoder:
         lengths = np.bincount(of_row, weights=sizes, minlength=len(pieces)).astype(np.int64)
         if not done:
             return Rows(ids, labels, lengths, np.array(places, dtype=np.int64))
-        ends = np.cumsum(lengths)[:-1]
-        all_rows = [*zip(places, np.split(ids, ends), np.split(labels, ends), strict=True)] if pieces else []
-        all_rows += [
-            (place, np.array(a, dtype=np.int32), np.array(b, dtype=np.int32))
-            for place, rows in done.items()
-            for a, b in rows
-        ]
-        all_rows.sort(key=itemgetter(0))
-        empty = np.zeros(0, dtype=np.int32)
-        return Rows(
-            np.concatenate([empty, *(ids for _, ids, _ in all_rows)]),
-            np.concatenate([empty, *(labels for *_, labels in all_rows)]),
-            np.array([len(ids) for _, ids, _ in all_rows], dtype=np.int64),
-            np.array([place for place, *_ in all_rows], dtype=np.int64),
-        )
+        others = [(place, row) for place, rows in done.items() for row in rows]
+        at = np.array([*places, *(place for place, _ in others)], dtype=np.int64)
+        order = np.argsort(at, kind="stable")
+        is_here = order < len(places)
+        every = np.concatenate([lengths, [len(ids) for _, (ids, _) in others]]).astype(np.int64)[order]
+        of_here = np.repeat(is_here, every)  # of each token
+        both = np.empty((2, len(of_here)), dtype=np.int32)
+        for column, here in enumerate((ids, labels)):
+            both[column, of_here] = here
+            both[column, ~of_here] = [token for _, row in others for token in row[column]]
+        return Rows(both[0], both[1], every, at[order])
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:

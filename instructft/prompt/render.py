@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PLAIN = ("system", "user", "assistant")
+_ORDERS = ("system", "developer")
 MANY = 100  # conversations; for fewer it does not matter how fast they are rendered
 
 
@@ -145,7 +146,10 @@ class Renderer:
             what = "does not come to an end" if isinstance(error, TimeoutError) else "fills the memory"
             raise TemplateError(f"the chat template {what} on these messages") from error
         except Exception as error:  # a template's own words, or whatever Python raised inside it
-            raise TemplateError(f"the chat template does not accept these messages: {_why(error)}") from error
+            why, way = _why(error), ""
+            if "system" in why.lower() and any(m["role"] in _ORDERS for one in conversations for m in one):
+                way = "; data.template_adds: [system] puts it before the first question"
+            raise TemplateError(f"the chat template does not accept these messages: {why}{way}") from error
 
     @cached_property
     def _here(self) -> _Here:

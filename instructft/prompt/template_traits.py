@@ -161,6 +161,11 @@ class Traits:
     # -- calls and roles --------------------------------------------------------------------------------------------
 
     @cached_property
+    def shows_tools(self) -> bool:
+        """Whether a prompt lists the tools that may be called."""
+        return _NAME in (self._text(Conversation([_QUESTION], [_TOOL]), True) or "")
+
+    @cached_property
     def _calling(self) -> tuple[str, Any]:
         """How arguments are wanted, and what stands for the content beside calls."""
         for content in ("", None, _UNSET):

@@ -7,6 +7,7 @@ the model to stop; `instructft.prompt.loss_mask` refuses one that does not.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,25 @@ TEMPLATES: dict[str, Template] = {
     # <|im_start|>role … <|im_end|>, with two tokens of its own
     "chatml": Template("chatml.jinja", stop="<|im_end|>", tokens=("<|im_start|>", "<|im_end|>")),
 }
+
+
+# What a chat template may be given that it lacks (`data.template_adds`), each a Jinja file of its own:
+#   tools     are told in the system message, calls stand in the answer and results in a user's message
+#   system    the system message stands before the first question
+#   thinking  where a prompt opens a thought, `enable_thinking: false` closes it, empty
+ADDS = ("tools", "system", "thinking")
+
+
+def with_adds(text: str, adds: Collection[str]) -> str:
+    """A chat template with what it lacks: it is saved with the model, so that every server renders the same.
+
+    >>> with_adds("{{ messages[0].content }}", ["system"]).endswith("{{ messages[0].content }}")
+    True
+    """
+    sources = {name: (_FOLDER / f"add-{name}.jinja").read_text(encoding="utf-8") for name in ADDS if name in adds}
+    if after := sources.pop("thinking", ""):
+        text = "{%- set rendered -%}" + text.removesuffix("\n") + "{% endset %}" + after
+    return "".join([*sources.values(), text])
 
 
 @functools.cache

@@ -229,23 +229,31 @@ def _script(renderer: Renderer, plan: _Plan, shown: Any) -> Script | TemplateErr
                 place = "tool calls" if calls == 1 else f"all of the {calls} tool calls of this message"
                 raise TemplateError(
                     f"message {i + 1}: the chat template has no place for {place}, so the call would not be "
-                    "trained; set data.template to chatml, or to a template that renders tool_calls"
+                    "trained; set data.template_adds: [tools], or another data.template, such as chatml"
                 )
             left_out += missing
             turns.append(Turn(prompt, answer, _unread(plan.messages[i], answer)))
     except TemplateError as error:
         return error
-    if turns and plan.messages.tools and not any(_name(tool) in turns[-1].prompt for tool in plan.messages.tools):
+    if turns and plan.messages.tools and not _tells_tools(renderer, plan, turns[0].prompt):
         if any(message.get("tool_calls") for message in plan.messages):
             return TemplateError(
-                "the chat template has no place for tools, so the model would not be told of them; set data.template "
-                "to chatml, or to a template that renders `tools`"
+                "the chat template has no place for tools, so the model would not be told of them; set "
+                "data.template_adds: [tools], or another data.template, such as chatml"
             )
         left_out.append("tools")  # nobody calls them, and a server that is given them renders this very text
     if turns:
         left_out += _unshown(plan.messages[: plan.answers[-1]], turns[-1].prompt)
     whole, end = texts[-1], turns[-1].prompt + turns[-1].answer if turns else ""
     return Script(turns, whole[len(end) :] if whole.startswith(end) else "", left_out, plan.only_read)
+
+
+def _tells_tools(renderer: Renderer, plan: _Plan, prompt: str) -> bool:
+    """Whether the prompt of the first answer that is trained lists the tools: behind a call it has their names from
+    that, and what the template does elsewhere tells."""
+    if any(message.get("tool_calls") for message in plan.messages[: plan.answers[0]]):
+        return renderer.traits.shows_tools
+    return any(_name(tool) in prompt for tool in plan.messages.tools or ())
 
 
 def _answer(renderer: Renderer, messages: Conversation, i: int, prompt: str, text: str) -> str:
@@ -282,6 +290,8 @@ def _behind_open_thought(answer: Message, prompt: str, text: str) -> str:
     before, opened, after = prompt.rpartition("<think>")
     thought = split_thought(answer.get("content") or "")[0]
     thought = thought or next((answer[key] for key in THOUGHT_KEYS if answer.get(key)), "")
+    if opened and after.strip() == "</think>" and not thought and text.startswith(before):
+        return text[len(before) :].lstrip("\n")  # the prompt closes it too, and the template shows no empty one
     if opened and not after.strip() and text.startswith(before):
         if thought:
             whole = before + with_thought(thought, text[len(before) :].lstrip("\n"))
@@ -290,8 +300,8 @@ def _behind_open_thought(answer: Message, prompt: str, text: str) -> str:
         raise TemplateError(
             "the generation prompt of this template opens a thought (<think>) that this answer does not have, so a "
             "server would ask for another text than the one to train on. Give the answer its thought "
-            "(reasoning_content), switch thinking off where the template can (data.template_options: "
-            "{enable_thinking: false}), or set data.template to chatml"
+            "(reasoning_content), switch thinking off (data.template_options: {enable_thinking: false}; where the "
+            "template has no such switch, with data.template_adds: [thinking]), or set data.template to chatml"
         )
     raise TemplateError(
         "the prompt that a server would render is no beginning of the text with the answer: "

@@ -207,6 +207,9 @@ class DataSection(_Section):
         default_factory=FrozenDict,
         description="what the template takes, such as {enable_thinking: false}; a row's chat_template_kwargs win",
     )
+    template_adds: tuple[Literal["tools", "system", "thinking"], ...] = Field(
+        default=(), description="what the template lacks and is given, here and in the saved model"
+    )
     template_date: str = Field(
         default="2024-07-26",
         pattern=r"^\d{4}-\d\d-\d\d$",

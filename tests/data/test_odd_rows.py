@@ -247,6 +247,23 @@ ROWS: dict[str, list[tuple[Row, str]]] = {
             },
             hand(("system", "Be brief."), ASK, ("read", "BAD"), HOW, COLD, HOW, COLD),
         ),
+        ({"prompt": {"messages": chat(ASK, ("assistant", "BAD"), HOW)}, "completion": "Cold."}, BAD_READ),
+        ({"input": chat(ASK, ("assistant", "BAD"), HOW), "output": "Cold."}, BAD_READ),
+        ({"instruction": json.dumps(chat(ASK, ("assistant", "BAD"), HOW)), "output": "Cold."}, BAD_READ),
+        ({"question": {"messages": chat(ASK)}, "answer": {"messages": 1}}, hand(ASK, ("assistant", '{"messages":1}'))),
+        (
+            {"prompt": {"messages": chat(ASK), "mood": "bad"}, "completion": "Cold."},
+            "unread: key `mood` in `prompt`: nothing reads it",
+        ),
+        (
+            {"prompt": ASK[1], "completion": [chat(COLD), chat(COLD)]},
+            "unread: column `completion`: it holds several conversations, expected one; give each its own row",
+        ),
+        (
+            {"instruction": "Answer.", "input": chat(ASK, ("assistant", "BAD")), "output": "Cold."},
+            "unread: column `input`: it holds messages, expected a text beside `instruction`; "
+            "put the question behind them, in one list",
+        ),
     ],
     "contents in parts": [
         (answers(bot([{"type": "text", "text": "Cold."}])), PAIR),
@@ -262,6 +279,27 @@ ROWS: dict[str, list[tuple[Row, str]]] = {
         ),
         (answers(bot({"type": "text", "text": "Cold."})), PAIR),
         (answers(bot([{"type": "text", "text": "Co"}, {"text": "ld."}])), PAIR),
+        (answers(bot([{"type": "text", "text": {"value": "Cold.", "annotations": []}}])), PAIR),
+        (
+            answers(bot([{"type": "text", "text": {"value": "Cold.", "mood": "bad"}}])),
+            "unread: key `mood` of a text in a part `text` of a content in `messages`: nothing reads it",
+        ),
+        (
+            {"messages": [{"role": "user", "content": json.dumps([{"type": "text", "text": ASK[1]}])}, bot("Cold.")]},
+            PAIR,
+        ),
+        (answers(bot(str([{"type": "text", "text": "Cold."}]), weight=1)), PAIR),
+        (answers(bot('[{"kind": "text"}]')), hand(ASK, ("assistant", '[{"kind": "text"}]'))),
+        (
+            answers(bot(json.dumps([{"type": "image_url", "image_url": {"url": "x"}}]))),
+            "unread: part `image_url` of a content in `messages`: "
+            "expected text, thinking, tool_use or tool_result; images and sound are not read",
+        ),
+        (answers(bot(None, refusal="Cold.")), PAIR),
+        (
+            answers(bot("Cold.", refusal="I cannot.")),
+            "unread: key `refusal` of a message in `messages`: nothing reads it",
+        ),
     ],
     "a side of a row in parts, or as a message": [
         (

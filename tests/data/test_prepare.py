@@ -63,6 +63,16 @@ def test_what_nothing_reads_is_one_error_with_all_of_it(recipe):
     assert sum(made.rows.values()) + made.dropped["near_duplicate_of_held_out"] == len(rows)
 
 
+def test_what_a_users_message_says_is_left_out_for_users_alone(recipe):
+    turns = [{"role": "user", "content": "a", "train": True}, {"role": "assistant", "content": "b", "train": False}]
+    rows = [{"messages": [*turns, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}]
+    none = "data.splits={validation: 0, test: 0}"
+    with pytest.raises(DataError, match=r"What does not matter: data.ignore: \[user.train\]\."):
+        prepared(recipe(rows, overrides=[none]))
+    found = prepared(recipe(rows, overrides=[none, "data.ignore=[user.train]"]))
+    assert found.supervised_tokens["train"] == 2 * len(found.splits["train"])  # "d" and the end
+
+
 def test_a_data_set_that_loses_too_many_rows_is_refused_with_their_columns(recipe):
     rows = [*made_up(4), *[{"title": "t", "body": "b"}] * 6]
     with pytest.raises(DataError, match=r"(?s)60\.0% of the 10 rows .*value: title, body.*max_dropped_share"):

@@ -209,9 +209,9 @@ def test_one_changed_byte_of_our_code_gives_another_key(tmp_path, code, file):
 def test_another_version_of_a_library_gives_another_key(recipe, monkeypatch, code, library):
     mine = recipe(made_up(20))
     (part,), tokenizer = load_parts(mine), instructft.load_tokenizer(mine)
-    before = tokenize.shaped_by("rows", part, mine, tokenizer)
-    assert tokenize.shaped_by("rows", part, mine, tokenizer) == before
+    before = tokenize.shaped_by("rows", part, mine, tokenizer, "")
+    assert tokenize.shaped_by("rows", part, mine, tokenizer, "") == before
     installed = tokenize.version
     monkeypatch.setattr(tokenize, "version", lambda name: "0.0" if name == library else installed(name))
     tokenize._code.cache_clear()
-    assert tokenize.shaped_by("rows", part, mine, tokenizer) != before
+    assert tokenize.shaped_by("rows", part, mine, tokenizer, "") != before

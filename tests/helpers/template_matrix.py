@@ -281,6 +281,36 @@ class Verdict:
     why: str = ""
 
 
+# What a recipe can say for rows that a published template has no place for: `data.template_adds`, and options.
+OFF: dict[str, Any] = {"enable_thinking": False}
+KEYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "enable_thinking: false": ((), OFF),
+    "enable_thinking: true": ((), {"enable_thinking": True}),
+    "thinking": (("thinking",), OFF),
+    "tools": (("tools",), {}),
+    "system": (("system",), {}),
+    "tools, system": (("tools", "system"), {}),
+    "tools, thinking": (("tools", "thinking"), OFF),
+}
+
+
+def judge_with_keys(kind: str, template: str, messages: list[Message], tools: Any = None) -> tuple[str, Verdict]:
+    """The first of `KEYS` with which a conversation is trained right, held against the same oracle; "": none."""
+    verdict = Verdict("refused")
+    for key, (adds, options) in KEYS.items():
+        verdict = judge(_with_adds(kind, template, adds), messages, tools, options)
+        if verdict.kind not in ("refused", "needless"):
+            return key, verdict
+    return "", verdict
+
+
+@functools.lru_cache(maxsize=len(KEYS))
+def _with_adds(kind: str, template: str, adds: tuple[str, ...]) -> Any:
+    from instructft.prompt.templates import with_adds
+
+    return tokenizer(kind, with_adds(template, adds))
+
+
 def spans(rows: Sequence[dict[str, list[int]]]) -> list[tuple[list[int], list[int]]]:
     """(ids before it, ids that carry loss) of each stretch of loss."""
     found = []

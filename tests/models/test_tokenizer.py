@@ -174,6 +174,23 @@ def test_a_date_in_a_template_is_that_of_the_recipe_on_every_day(write_recipe: A
     assert render(ONE[:1], other).startswith("Today: 02 Jan 2026")
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{%- set form = '%d %B %Y' -%}{{- strftime_now(form) -}}", "26 July 2024"),
+        ("{{- strftime_now('%Y' + '-%m') -}}{{- strftime_now('%d') -}}", "2024-0726"),
+        ("{{- strftime_now( format = '%-d.' ~ '%-m' ) -}} {{- strftime_now('%A') -}}", "26.7Friday"),
+    ],
+)
+def test_a_date_in_a_form_that_the_template_makes_up(
+    write_recipe: Any, base: Path, tmp_path: Path, template: str, said: str
+) -> None:
+    file = tmp_path / "date.jinja"
+    file.write_text(template + "{%- for m in messages -%}{{- m.content + eos_token -}}{%- endfor -%}")
+    tokenizer = load_tokenizer(recipe(write_recipe, base, f"data.template={file}"))
+    assert render(ONE[:1], tokenizer) == f"{said}Hi{tokenizer.eos_token}"
+
+
 def test_a_date_that_is_pinned_is_said_and_may_be_pinned_anew(write_recipe: Any, base: Path, tmp_path: Path) -> None:
     """Also in a template that a run has saved, whose day must not outlive the recipe's."""
     file = tmp_path / "date.jinja"

@@ -227,10 +227,41 @@ def test_merges_that_differ_are_found() -> None:
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert tokenizer.encode("abc").tokens == ["a", "bc"]
-    assert fast_bpe(tokenizer) is None
+    fast = fast_bpe(tokenizer)
+    assert fast is not None
+    assert fast._together(["ab c", "bc"]) is not None
+    assert equal(tokenizer, ["ab", "abc", "c"])
+    assert fast._together(["ab"]) is None  # from then on it is the library's
+    assert equal(tokenizer, ["ab", "abc", "c"])
     with pytest.MonkeyPatch.context() as patch:  # without the proof the ids would indeed be others
-        patch.setattr(module, "_prove_merges", lambda *_: None)
+        patch.setattr(module._Merges, "agree", lambda *_: True)
         assert module.FastBPE(tokenizer, tokenizer.to_str()).encode(["abc"])[0].tolist() == [names.index("abc")]
+
+
+def test_merges_that_differ_inside_a_token_are_found() -> None:
+    """`abcd` comes out of both alone, by another way: beside an `e` the library, which has a `d` there, joins `de`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*alphabet, "bc", "ab", "cd", "bcd", "abc", "abcd", "de"]
+    pairs = [("b", "c"), ("a", "b"), ("c", "d"), ("bc", "d"), ("ab", "c"), ("a", "bcd"), ("d", "e")]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = fast_bpe(tokenizer)
+    assert fast is not None
+    assert equal(tokenizer, ["bc de ab"])
+    assert not fast._merges._differ
+    assert equal(tokenizer, ["abcd"])
+    assert fast._merges._differ
+    assert "abc" in fast._merges._inside
+    assert equal(tokenizer, ["abcd", "abcde", "abc"])
+
+
+def test_a_token_that_is_not_made_of_its_own_text_is_found() -> None:
+    """Its merge comes last, behind those that take its parts away."""
+    tokenizer = changed(apart)
+    assert equal(tokenizer, [*CORPUS, *STRANGE])
+    fast = fast_bpe(tokenizer)
+    assert fast is not None
+    assert fast._merges._differ
 
 
 def test_ids_in_another_order_than_the_merges() -> None:
@@ -269,7 +300,6 @@ def _adding(*tokens: AddedToken) -> Tokenizer:
     "tokenizer",
     [
         pytest.param(lambda: Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), id="no BPE"),
-        pytest.param(lambda: changed(apart), id="merges of one token apart"),
         pytest.param(lambda: changed(unmade), id="a whole word that no merge makes"),
         pytest.param(lambda: _with(dropout=0.5), id="dropout"),
         pytest.param(lambda: _with(normalizer={"type": "Lowercase"}), id="lower case"),
@@ -347,7 +377,12 @@ def test_merges_that_only_tiktoken_would_make_are_found_behind_whole_words() -> 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert tokenizer.encode("abc").tokens == ["abc"]
     assert tokenizer.encode("xabc").tokens == ["x", "a", "bc"]
-    assert fast_bpe(tokenizer) is None
+    fast = fast_bpe(tokenizer)
+    assert fast is not None
+    assert equal(tokenizer, ["ab", "xbc"])
+    assert not fast._merges._differ
+    assert equal(tokenizer, ["xabc", "abc", "ab"])
+    assert fast._merges._differ
 
 
 @pytest.mark.parametrize("template", ["instruction", "chatml"])
@@ -365,10 +400,14 @@ def test_many_rows_are_encoded_as_few_are(bare_tokenizer: Any, template: str) ->
         for question, answer in zip(STRANGE, reversed(CORPUS + STRANGE[:2]), strict=False)
         if question.strip()
     ]
+    rows[2:2] = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "\n  code"}]]  # may merge
     few, many = encoder.encode(rows), encoder.encode(rows, many=True)
     assert encoder._fast is not None
+    alone = [encoder.encode([row]) for row in rows]
+    assert many.conversation.tolist() == list(range(len(rows)))
     for name in ("input_ids", "labels", "lengths"):
         assert getattr(few, name).tolist() == getattr(many, name).tolist()
+        assert getattr(many, name).tolist() == [value for one in alone for value in getattr(one, name).tolist()]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from instructft.prompt.loss_mask import Encoder, Rows
 from tests.helpers.telling import telling
-from tests.helpers.template_matrix import CONVERSATIONS, Verdict, judge, templates, tokenizer
+from tests.helpers.template_matrix import CONVERSATIONS, Verdict, judge, judge_with_keys, templates, tokenizer
 
 # Families that differ in kind: thoughts taken out of history, calls of their own, two tokens of end, content in parts.
 FEW = ("qwen3", "gptoss", "deepseekv3", "glm4moe", "llama3_1", "gemma3", "phi3", "smolvlm", "nemotron_3_nano")
@@ -57,6 +57,34 @@ def test_what_is_refused_for_a_thought_is_trained_with_thinking_off(name: str) -
             continue
         assert judge(made, messages, tools).kind == "refused"
         assert judge(made, messages, tools, {"enable_thinking": False}).kind == "right", what
+
+
+# Templates, and what no key helps with: a template that wants turns to alternate takes no greeting.
+BEYOND = [(name, "greeting first") for name in ("cohere", "cohere2", "gemma", "gemma3")]
+LACKING = ("gemma", "deepseekv3", "llava_next", "qwen3_5_nothink")
+
+
+def hold_with_keys(kind: str, name: str) -> None:
+    made, refused = tokenizer(kind, templates()[name]), 0
+    for what, (messages, tools) in CONVERSATIONS.items():
+        if judge(made, messages, tools).kind == "refused":
+            refused += 1
+            key, verdict = judge_with_keys(kind, templates()[name], messages, tools)
+            assert bool(key) == ((name, what) not in BEYOND), (name, what, key, verdict)
+            assert not key or verdict.kind in ("right", "told"), (name, what, key, verdict)
+    assert refused or name not in LACKING
+
+
+@pytest.mark.parametrize("name", telling(LACKING, "gemma", "deepseekv3"))
+def test_what_a_template_lacks_can_be_given_to_it(name: str) -> None:
+    hold_with_keys("Qwen", name)
+
+
+@pytest.mark.battery
+@pytest.mark.parametrize("kind", ["Llama", "GPT-2", "Qwen"])
+def test_what_any_of_them_lacks_can_be_given_to_it(kind: str) -> None:
+    for name in templates():
+        hold_with_keys(kind, name)
 
 
 def test_of_several_calls_none_is_left_out() -> None:

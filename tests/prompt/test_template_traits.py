@@ -31,6 +31,11 @@ def test_arguments_as_the_template_wants_them(bare_tokenizer: Any, shown: str, w
     assert made == ('{"city": "Oslo"}' if wanted == "text" else {"city": "Oslo"})
 
 
+def test_whether_tools_are_listed(bare_tokenizer: Any) -> None:
+    assert encoder(with_template(bare_tokenizer(), "chatml")).renderer.traits.shows_tools
+    assert not encoder(with_template(bare_tokenizer(), "instruction")).renderer.traits.shows_tools
+
+
 def test_developer_is_system_where_it_is_not_known(bare_tokenizer: Any) -> None:
     assert encoder(with_template(bare_tokenizer(), "chatml")).renderer.traits.knows_developer
     assert not encoder(with_template(bare_tokenizer(), "instruction")).renderer.traits.knows_developer

@@ -58,6 +58,10 @@ def test_a_template_without_calls_refuses_them(bare_tokenizer: Any) -> None:
     shows_calls = PLAIN.replace("m.content + eos", "m.content + (m.tool_calls or '')|string + eos")
     with pytest.raises(TemplateError, match="no place for tools"):
         encode_turns([user("Oslo?"), CALL], templated(bare_tokenizer(), shows_calls), tools=[TOOL])
+    tokenizer = templated(bare_tokenizer(), shows_calls)
+    for train_on in ("responses", "last_response"):  # the name of a tool stands in the prompt then, from its call
+        with pytest.raises(TemplateError, match="no place for tools"):
+            encode_turns([user("Oslo?"), CALL, RESULT, assistant("Cold.")], tokenizer, train_on, tools=[TOOL])
 
 
 def test_what_a_template_has_no_place_for_before_an_answer_is_told(bare_tokenizer: Any) -> None:

@@ -37,6 +37,7 @@ def test_defaults_are_those_of_the_contract(load):
             "template": "auto",
             "system_prompt": None,
             "template_options": {},
+            "template_adds": [],
             "template_date": "2024-07-26",
             "train_on": "responses",
             "turns": "all",

@@ -18,7 +18,7 @@ from instructft.data.arrow.workers import cores, in_order
 from instructft.data.batches.branches import fold_all
 from instructft.data.load import Part
 from instructft.data.readers import ROW
-from instructft.data.tokenize import Batches, schema, shaped_by
+from instructft.data.tokenize import Batches, schema, shaped_by, written
 from instructft.progress import Progress
 from instructft.prompt.loss_mask import encoder
 
@@ -40,17 +40,22 @@ def encode_part(part: Part, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) 
     A raw row that is trained as several rows has them end to end, and in `turns` the tokens of each (`trained_rows`).
     """
     encoder(tokenizer)  # a template that cannot be trained is refused here, not in another process
-    fingerprint = shaped_by(part.raw._fingerprint, part, recipe, tokenizer)
+    whole = written(tokenizer)
+    fingerprint = shaped_by(part.raw._fingerprint, part, recipe, tokenizer, whole)
     batches = Batches(part, recipe.data, tokenizer)
-    return mapped(cached(fingerprint, lambda path: _encode(part.raw, batches, path)), fingerprint)
+    return mapped(cached(fingerprint, lambda path: _encode(part.raw, batches, whole, path)), fingerprint)
 
 
-def _encode(raw: Dataset, batches: Batches, path: Path) -> None:
-    """Encode rows into a file, some at a time: in several processes, and in the order of one."""
+def _encode(raw: Dataset, batches: Batches, whole: str, path: Path) -> None:
+    """Encode rows into a file, some at a time: in several processes, and in the order of one.
+
+    Args:
+        whole: the tokenizer as a text.
+    """
     import pyarrow as pa
 
     if batches.many:
-        encoder(batches.tokenizer).make_fast()  # here, once: processes that are forked inherit it
+        encoder(batches.tokenizer).make_fast(whole)  # here, once: processes that are forked inherit it
     pieces = _pieces(raw)
     work = _Work(raw.with_format("arrow"), batches, pieces)
     processes = min(cores(), len(raw) // _ROWS_PER_PROCESS)

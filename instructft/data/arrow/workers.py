@@ -52,6 +52,7 @@ def in_order(work: Callable[[int], bytes], pieces: int, processes: int) -> Itera
         return
     context: Any = multiprocessing.get_context(METHOD)
     children, answers = [], []
+    result = work(0)  # before the others are there: those that are forked know what this one has learned by it
     try:
         for first in range(1, processes):
             answer, mine = context.Pipe(duplex=False)
@@ -60,7 +61,8 @@ def in_order(work: Callable[[int], bytes], pieces: int, processes: int) -> Itera
             mine.close()
             children.append(child)
             answers.append(answer)
-        for number in range(pieces):
+        yield result
+        for number in range(1, pieces):
             other = number % processes - 1
             yield work(number) if other < 0 else _received(answers[other], children[other])
     finally:

@@ -14,7 +14,7 @@ Found = Iterator[tuple[dict[str, Any], str]]  # each row, and its JSON text as i
 
 # Keys under which people keep their rows in one large object.
 WRAPPERS = ("data", "rows", "train", "examples", "records", "items", "instances", "samples", "entries", "dataset")
-
+_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")  # of more rows
 
 _AT_ONCE = 1 << 16  # characters
 MOST = 1 << 28  # characters of a row, or of a line: no honest one has as many, and all of it would be in memory
@@ -79,10 +79,15 @@ def _line_by_line(lines: Iterable[tuple[int, str]], name: str) -> Found:
 
 def _one_object(found: dict[str, Any], text: str, name: str, is_a_row: bool) -> Found:
     """A file of one object: the rows that it holds under one of `WRAPPERS`, else itself where that may be."""
+    lists = {key: rows for key, rows in found.items() if isinstance(rows, list) and rows and _are_objects(rows)}
     for key in WRAPPERS:
-        rows = found.get(key)
-        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-            yield from ((row, "") for row in rows)
+        if key in lists:
+            if others := [other for other in lists if other in (*WRAPPERS, *_SPLITS) and other != key]:
+                raise DataError(
+                    f"{name}: lists of rows under {', '.join(dict.fromkeys((key, *others)))}, expected one; write each "
+                    "into a file of its own, and name those that are held out under data.validation or data.test"
+                )
+            yield from ((row, "") for row in lists[key])
             return
     if not is_a_row:
         keys = ", ".join(list(found)[:8]) or "none"
@@ -91,6 +96,10 @@ def _one_object(found: dict[str, Any], text: str, name: str, is_a_row: bool) -> 
             f'{{"data": [{{…}}, {{…}}]}}; its keys are {keys}'
         )
     yield found, text
+
+
+def _are_objects(rows: list[Any]) -> bool:
+    return all(isinstance(row, dict) for row in rows)
 
 
 def _objects_over_lines(text: str, name: str, one_object_is_a_row: bool) -> Found:

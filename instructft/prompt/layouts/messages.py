@@ -123,11 +123,24 @@ def messages_of(turns: Any, where: str, ledger: Ledger) -> list[Message]:
         if not isinstance(turn, Mapping):
             raise Unusable("not_a_dialogue", f"`{where}` holds {shown(turn)} among messages, expected a message")
         name, content = turn.get("role"), turn.get("content")
-        if len(turn) == 2 and name in ("system", "user", "assistant") and isinstance(content, str):
+        if len(turn) == 2 and name in ("system", "user", "assistant") and _is_text(content):
             messages.append(finished({"role": name, "content": ledger.text(content, f"{where}[].content")}))
         else:
             _read(turn, where, ledger, messages)
     return messages
+
+
+def _is_text(content: Any) -> bool:
+    """Whether a content is a text, and not its parts written out in one, as CSV files and databases have them."""
+    return isinstance(content, str) and not (content.lstrip().startswith(("[{", "[ {")) and _parts_in(content))
+
+
+def _parts_in(text: str) -> list[Any] | None:
+    """The parts of a content that a JSON text spells."""
+    given = parsed(text)
+    if isinstance(given, list) and given and all(isinstance(p, Mapping) and p.get("type") in PARTS for p in given):
+        return given
+    return None
 
 
 def _as_turns(given: Any) -> Any:
@@ -150,12 +163,13 @@ def _read(turn: Mapping[str, Any], where: str, ledger: Ledger, messages: list[Me
         known = "system, developer, user, assistant, tool, and names like human, gpt, observation"
         ledger.unread(f"role of a message in `{where}`", speaker, f"expected {known}")
         return
-    key = next((key for key in CONTENT if not absent(turn.get(key))), "content")
+    names = (*CONTENT, "refusal") if role == "assistant" else CONTENT  # OpenAI: what is said in place of a content
+    key = next((key for key in names if not absent(turn.get(key))), "content")
     value = turn.get(key, turn.get("value", turn.get("text")))
     extras = [name for name in ("input", "context") if role == "user"]
     twice = [name for name in (*CONTENT, *SPEAKER) if name in turn and _again(turn, name, key, speaker)]
     repeated = [name for name in turn if name not in _KNOWN and isinstance(value, str) and turn[name] == value]
-    known_here = _KNOWN.difference(twice).union(extras, repeated)
+    known_here = _KNOWN.difference(twice).union(extras, repeated, [key])
     ledger.rest(turn, known_here, f"key `{{}}` of a message in `{where}`", role)
     if role == "call":
         _add_calls(calls_of(value, f"`{where}`: a turn of {speaker}", ledger), turn, where, ledger, messages)
@@ -216,6 +230,8 @@ class _Parts:
 
     def text(self, value: Any) -> str:
         place = f"{self.where}[].content"
+        if self.message["role"] != "tool" and not _is_text(value) and isinstance(value, str):
+            value = _parts_in(value)
         if isinstance(value, Mapping):
             if isinstance(value.get("parts"), list | tuple):  # as ChatGPT exports it
                 return "".join(self._part(part) for part in value["parts"])
@@ -238,7 +254,11 @@ class _Parts:
         place, role = f"part `{kind}` of a content in `{self.where}`", self.message["role"]
         if kind in _TEXT_PARTS:
             ledger.rest(part, _PART_KEYS, f"key `{{}}` in a {place}")
-            return ledger.text(part.get("text") or part.get("refusal"), f"{self.where}[].content[].text")
+            text = part.get("text") or part.get("refusal")
+            if isinstance(text, Mapping) and "value" in text:  # OpenAI's threads
+                ledger.rest(text, {"value"}, f"key `{{}}` of a text in a {place}")
+                text = text["value"]
+            return ledger.text(text, f"{self.where}[].content[].text")
         if kind in _THINKING_PARTS and role == "assistant":
             key = next((k for k in ("thinking", "reasoning", "text") if not absent(part.get(k))), "text")
             ledger.rest(part, {"type", key}, f"key `{{}}` in a {place}")

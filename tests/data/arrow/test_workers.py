@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import instructft
-from instructft.data.arrow.workers import cores, in_order, leaving_signals
+from instructft.data.arrow.workers import METHOD, cores, in_order, leaving_signals
 from instructft.errors import DataError, InstructftError
 
 
@@ -158,3 +158,15 @@ def test_a_second_signal_ends_a_process_that_loads_rows() -> None:
         if not worker.is_alive():
             break
     assert worker.exitcode == -signal.SIGTERM
+
+
+@pytest.mark.skipif(METHOD != "fork", reason="others begin with nothing")
+def test_what_this_process_learned_by_the_first_piece_the_others_know() -> None:
+    known: list[int] = []
+
+    def work(number: int) -> bytes:
+        known.append(number)
+        return bytes([len(known)])
+
+    assert list(in_order(work, 4, 2)) == [b"\x01", b"\x02", b"\x02", b"\x03"]
+    assert known == [0, 2]

@@ -51,6 +51,11 @@ def test_one_row_in_a_file_of_lines_is_a_row(tmp_path: Path, indent: int | None)
         ('{\n"a": 1,\n', "line 3, column 1: not JSON"),
         ('\n\n{"a": 1}\n{"a": \n', "line 4, column 6: not JSON: Expecting value"),
         ('[{"a": 1}]\n[{"a": 2}]', "line 2, column 1: not JSON: Extra data"),
+        ('{"train": [{"a": 1}], "test": [{"a": 2}]}', "lists of rows under train, test, expected one; write each"),
+        (
+            '{"v": 1, "rows": [{"a": 1}],\n"data": [{"a": 2}]}',
+            "lists of rows under data, rows, expected one; write each",
+        ),
     ],
 )
 def test_what_is_no_layout_is_named_by_its_place(tmp_path: Path, text: str, said: str) -> None:
