@@ -229,12 +229,37 @@ class Generator:
         # under FSDP2 training goes on with what is gathered here, and could not with tensors of inference mode
         mode = torch.no_grad if hasattr(self.model, "unshard") else torch.inference_mode
         try:
-            with mode(), self.precision(), plain(self.model), self._own_positions():  # prompts are padded: no borders
+            # prompts are padded: no borders
+            with mode(), self.precision(), plain(self.model), self._own_positions(), self._copied_for_the_head():
                 yield
         finally:
             self.model.train(was_training)
             if router:
                 config.output_router_logits = router
+
+    @contextmanager
+    def _copied_for_the_head(self) -> Iterator[None]:
+        """Hand the head a copy of the last token's hidden state on a CPU, in place of a view into those of the prompt.
+
+        In bfloat16 torch takes the view 30 to 60 times as long: 206 ms, and 7 for a copy, at 32,000 x 1,024 (2.13).
+        """
+        import torch
+
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        if head is None or self.model.device.type != "cpu":
+            yield
+            return
+
+        def copied(_: Any, args: Any) -> Any:
+            hidden = args[0]
+            view = hidden.dim() == 3 and hidden.stride(0) != hidden.shape[1] * hidden.shape[2]
+            return (hidden.clone(memory_format=torch.contiguous_format), *args[1:]) if view else None
+
+        hook = head.register_forward_pre_hook(copied)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @contextmanager
     def _own_positions(self) -> Iterator[None]:
