@@ -18,10 +18,10 @@ from instructft.formatting import nearest
 from instructft.prompt.conversation import Conversation, Message
 from instructft.prompt.layouts.messages import (
     CONTENT,
-    PARTS,
     REASONING,
     TOOLS,
     finished,
+    is_part,
     messages_of,
     tools_in_system,
     with_tools,
@@ -101,7 +101,7 @@ def _side(value: Any, where: str, role: str, ledger: Ledger) -> list[Message]:
                 if role == "user" and message["role"] == "assistant":
                     message["weight"] = 0
             return messages
-        if all(turn.get("type") in PARTS for turn in turns):
+        if all(map(is_part, turns)) and not (role == "assistant" and isinstance(value, str)):  # an answer in JSON
             return messages_of([{"role": role, "content": turns}], where, ledger)
     if isinstance(turns, list | tuple) and turns and all(map(_is_dialogue, turns)):
         ledger.unread(f"column `{where}`", value, "it holds several conversations, expected one; give each its own row")

@@ -111,6 +111,17 @@ def bot(content: Any, **keys: Any) -> Row:
     return {"role": "assistant", "content": content, **keys}
 
 
+def spelled(answer: str, **keys: Any) -> Row:
+    """Parts written out as text, as a CSV file has them."""
+    return {
+        "messages": [{"role": "user", "content": json.dumps([{"type": "text", "text": ASK[1]}])}, bot(answer, **keys)]
+    }
+
+
+FORM = '[{"type": "text", "label": "Your name"}]'  # fields of a form
+# Answers in JSON, which a model is taught to write.
+JSON_ANSWERS = (FORM, '[{"kind": "text"}]', '[{"type": "text", "text": "Cold."}]')
+
 RESULT = {"role": "tool", "content": "4"}
 BAD = bot("BAD")
 BAD_READ = hand(ASK, ("read", "BAD"), HOW, COLD)
@@ -288,13 +299,15 @@ ROWS: dict[str, list[tuple[Row, str]]] = {
             {"messages": [{"role": "user", "content": json.dumps([{"type": "text", "text": ASK[1]}])}, bot("Cold.")]},
             PAIR,
         ),
-        (answers(bot(str([{"type": "text", "text": "Cold."}]), weight=1)), PAIR),
-        (answers(bot('[{"kind": "text"}]')), hand(ASK, ("assistant", '[{"kind": "text"}]'))),
+        (spelled(str([{"type": "text", "text": "Cold."}]), weight=1), PAIR),
+        (spelled("Cold."), PAIR),
         (
-            answers(bot(json.dumps([{"type": "image_url", "image_url": {"url": "x"}}]))),
+            spelled(json.dumps([{"type": "image_url", "image_url": {"url": "x"}}])),
             "unread: part `image_url` of a content in `messages`: "
             "expected text, thinking, tool_use or tool_result; images and sound are not read",
         ),
+        *((answers(bot(text)), hand(ASK, ("assistant", text))) for text in JSON_ANSWERS),
+        (spelled(FORM), hand(ASK, ("assistant", FORM))),
         (answers(bot(None, refusal="Cold.")), PAIR),
         (
             answers(bot("Cold.", refusal="I cannot.")),
@@ -309,6 +322,7 @@ ROWS: dict[str, list[tuple[Row, str]]] = {
         ({"prompt": chat(ASK)[0], "completion": chat(COLD)[0]}, PAIR),
         ({"instruction": ASK[1], "output": [{"type": "text", "text": "Co"}, {"type": "text", "text": "ld."}]}, PAIR),
         ({"question": json.dumps([{"type": "input_text", "text": ASK[1]}]), "answer": "Cold."}, PAIR),
+        *(({"instruction": ASK[1], "output": text}, hand(ASK, ("assistant", text))) for text in JSON_ANSWERS),
         ({"instruction": ASK[1], "output": {"type": "cold"}}, hand(ASK, ("assistant", '{"type":"cold"}'))),
         (
             {"prompt": [{"type": "image", "url": "x.png"}, {"type": "text", "text": ASK[1]}], "completion": "Cold."},

@@ -126,21 +126,54 @@ def messages_of(turns: Any, where: str, ledger: Ledger) -> list[Message]:
         if len(turn) == 2 and name in ("system", "user", "assistant") and _is_text(content):
             messages.append(finished({"role": name, "content": ledger.text(content, f"{where}[].content")}))
         else:
-            _read(turn, where, ledger, messages)
+            _read(_of_parts(turn, given), where, ledger, messages)
     return messages
 
 
 def _is_text(content: Any) -> bool:
-    """Whether a content is a text, and not its parts written out in one, as CSV files and databases have them."""
-    return isinstance(content, str) and not (content.lstrip().startswith(("[{", "[ {")) and _parts_in(content))
+    """Whether a content is a text that does not look like parts written out in one."""
+    return isinstance(content, str) and not content.lstrip().startswith(("[{", "[ {"))
 
 
-def _parts_in(text: str) -> list[Any] | None:
-    """The parts of a content that a JSON text spells."""
-    given = parsed(text)
-    if isinstance(given, list) and given and all(isinstance(p, Mapping) and p.get("type") in PARTS for p in given):
+def _of_parts(turn: Mapping[str, Any], given: Any) -> Mapping[str, Any]:
+    """A turn with its content in parts, where the conversation's contents are parts written out as text.
+
+    So CSV files and databases have them. An answer alone that looks so is an answer in JSON, as a model may be taught.
+    """
+    key = next((key for key in CONTENT if not absent(turn.get(key))), None)
+    parts = None if key is None or _is_text(turn[key]) or _role(turn) == "tool" else _parts_in(turn[key])
+    if key is None or parts is None or not any(_asks_in_parts(one) for one in map(parsed, given)):
+        return turn
+    return {**turn, key: parts}
+
+
+def _asks_in_parts(turn: Any) -> bool:
+    """Whether a turn is a user's, or the system's, and in parts."""
+    if not isinstance(turn, Mapping) or _role(turn) not in ("system", "developer", "user"):
+        return False
+    return any(
+        not isinstance(turn[key], Mapping) and _parts_in(turn[key]) for key in CONTENT if not absent(turn.get(key))
+    )
+
+
+def _parts_in(content: Any) -> list[Any] | None:
+    """The parts of a content, also of a JSON text that spells them."""
+    given = parsed(content)
+    if isinstance(given, list) and given and all(isinstance(part, Mapping) and is_part(part) for part in given):
         return given
     return None
+
+
+def is_part(part: Mapping[str, Any]) -> bool:
+    """Whether an object is a part of a content: of a known type, and with a text where it is one of text."""
+    kind = part.get("type")
+    return kind in PARTS and (kind not in _TEXT_PARTS or "text" in part or "refusal" in part)
+
+
+def _role(turn: Mapping[str, Any]) -> str | None:
+    """The role of who speaks; None where nobody does that is known here."""
+    speaker = next((turn[key] for key in SPEAKER if not absent(turn.get(key))), None)
+    return ROLES.get(re.sub(r"[\s-]", "_", str(speaker).strip().rstrip(":").lower()))
 
 
 def _as_turns(given: Any) -> Any:
@@ -158,7 +191,7 @@ def _as_turns(given: Any) -> Any:
 def _read(turn: Mapping[str, Any], where: str, ledger: Ledger, messages: list[Message]) -> None:
     """One turn of any layout: a message, or several where it holds the answers of several tools."""
     speaker = next((turn[key] for key in SPEAKER if not absent(turn.get(key))), None)
-    role = ROLES.get(re.sub(r"[\s-]", "_", str(speaker).strip().rstrip(":").lower()))
+    role = _role(turn)
     if role is None:
         known = "system, developer, user, assistant, tool, and names like human, gpt, observation"
         ledger.unread(f"role of a message in `{where}`", speaker, f"expected {known}")
@@ -230,8 +263,6 @@ class _Parts:
 
     def text(self, value: Any) -> str:
         place = f"{self.where}[].content"
-        if self.message["role"] != "tool" and not _is_text(value) and isinstance(value, str):
-            value = _parts_in(value)
         if isinstance(value, Mapping):
             if isinstance(value.get("parts"), list | tuple):  # as ChatGPT exports it
                 return "".join(self._part(part) for part in value["parts"])
