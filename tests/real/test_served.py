@@ -24,7 +24,7 @@ from instructft.extras.serving.ollama import parts_of
 from instructft.extras.serving.servers import reach
 from instructft.extras.serving.verify import Found, verify
 from instructft.prompt.loss_mask import encoder
-from instructft.prompt.templates import TEMPLATES
+from instructft.prompt.templates import TEMPLATES, with_adds
 from tests.conftest import BATTERY
 from tests.helpers.go import go, rendered
 from tests.helpers.llama_server import llama_server
@@ -79,13 +79,15 @@ def note_table(folder: Path, which: str, note: Any, note_long: Any) -> list[dict
 
 @pytest.fixture(scope="module")
 def base(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of the base; its table by the battery."""
     output = tmp_path_factory.mktemp("exported") / "base"
-    export(str(smollm), output, quantized=names(), rows=ROWS)
+    export(str(smollm), output, quantized=names() if BATTERY else "", rows=ROWS if BATTERY else 0)
     return output
 
 
-def test_tables_of_base_and_tuned(exported: Path, base: Path, note: Any, note_long: Any) -> None:
-    for folder, which in ((base, "base"), (exported, "tuned")):
+def test_tables_of_base_and_tuned(exported: Path, note: Any, note_long: Any, request: pytest.FixtureRequest) -> None:
+    tables = [(exported, "tuned"), *([(request.getfixturevalue("base"), "base")] * BATTERY)]
+    for folder, which in tables:
         f16, q8, *fewer = note_table(folder, which, note, note_long)
         assert f16["kl"] < 1e-3
         assert f16["top1"] > 0.995
@@ -112,14 +114,19 @@ def test_served_as_trained(merged: Path, exported: Path, note: Any, note_long: A
     assert found.exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("own", "kinds"), [(False, ("tools", "thinking")), (True, ("tools",))], ids=["ours", "its own"]
+)
 def test_tools_and_thoughts_are_read_as_in_training(
-    smollm: Path, tmp_path: Path, note: Callable[[str, str, str], None]
+    own: bool, kinds: tuple[str, ...], smollm: Path, tmp_path: Path, note: Callable[[str, str, str], None]
 ) -> None:
-    """By the vocabulary of the real model, with our template that takes both; what the weights are does not matter."""
+    """By the vocabulary of the real model, with our template that takes both, and with its own, which has no place for
+    tools and is given one (`data.template_adds`); what the weights are does not matter.
+    """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(smollm)
-    tokenizer.chat_template = TEMPLATES["chatml"].text()
+    tokenizer.chat_template = with_adds(tokenizer.chat_template, ["tools"]) if own else TEMPLATES["chatml"].text()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, max_position_embeddings=2048,
@@ -129,11 +136,11 @@ def test_tools_and_thoughts_are_read_as_in_training(
     export(str(tmp_path / "model"), tmp_path / "gguf", rows=0)
     with llama_server(tmp_path / "gguf" / "model-f16.gguf") as url:
         found = verify(str(tmp_path / "model"), reach(Client(url)), PROMPTS, 0, json_file=tmp_path / "found.json")
-    kinds = Counter(one.kind for one in choose(None, encoder(tokenizer), PROMPTS, 2048)[0])
-    assert kinds["tools"] > 30
-    assert kinds["thinking"] > 30
-    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    note("read by llama.cpp as trained", f"ChatML with tools and thoughts: {listed}", f"{found.equal_prompts} equal")
+    asked = Counter(one.kind for one in choose(None, encoder(tokenizer), PROMPTS, 2048)[0])
+    assert all(asked[kind] > 30 for kind in kinds)
+    listed = ", ".join(f"{count} {kind}" for kind, count in asked.items())
+    what = "its own template with a place for tools" if own else "ChatML with tools and thoughts"
+    note("read by llama.cpp as trained", f"{what}: {listed}", f"{found.equal_prompts} equal")
     assert found.equal_prompts == found.asked == PROMPTS, [one.cause for one in found.differences]
 
 
