@@ -243,23 +243,21 @@ def with_date(text: str, day: str) -> str:
     >>> with_date("{{ strftime_now('%d %b %Y') }}", "2024-07-26").splitlines()[0]
     '{%- macro strftime_now(format) -%}'
     """
-    calls = re.findall(r"""strftime_now\(\s*(?:(?:format\s*=\s*)?["']([^"']+)["']\s*\))?""", _DATE.sub("", text))
+    bare = _DATE.sub("", text)  # without the date of a run that this one goes on from
+    calls = re.findall(r"""strftime_now\(\s*(?:(?:format\s*=\s*)?["']([^"']+)["']\s*\))?""", bare)
     if not calls:
         return text
-    text = _DATE.sub("", text)  # of a run that this one goes on from
     moment = datetime.strptime(day, "%Y-%m-%d")
     formats = [form for form in dict.fromkeys(calls) if form]
     lines = ["{%- macro strftime_now(format) -%}"]
-    for form in formats:
-        lines.append(
-            "{%- " + ("elif" if lines[1:] else "if") + " format == " + json.dumps(form) + " -%}" + moment.strftime(form)
-        )
+    for word, form in zip(["if", *["elif"] * len(formats)], formats, strict=False):
+        lines.append("{%- " + word + " format == " + json.dumps(form) + " -%}" + moment.strftime(form))
     if "" in calls:  # a format that the template makes up: each of its signs gives way to what it stands for
         signs = {f"%{sign}": moment.strftime(f"%{sign}") for sign in _SIGNS}
         signs |= {"%-d": str(moment.day), "%-m": str(moment.month)}
         said = "".join(f".replace({json.dumps(sign)}, {json.dumps(meant)})" for sign, meant in signs.items())
         lines.append(("{%- else -%}" if formats else "{%- if true -%}") + "{{- format" + said + " -}}")
-    return "\n".join([*lines, "{%- endif -%}", "{%- endmacro -%}", text])
+    return "\n".join([*lines, "{%- endif -%}", "{%- endmacro -%}", bare])
 
 
 _SIGNS = "aAbBdHIjmMpSwyYfUWcxXDeFTR"  # of strftime
