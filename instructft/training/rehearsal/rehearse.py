@@ -32,7 +32,7 @@ from instructft.training.rehearsal.saves import refuse_what_does_not_come_back
 if TYPE_CHECKING:
     from instructft.training.trainer import Trainer
 
-TOKENS = 8  # of the longer row of the batch: what takes time in a large model is each token
+TOKENS = 12  # of the longer row of the batch: what takes time in a large model is each token
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_the_batch_holds_what_carries_loss(recipe_of: Callable[..., Any]) -> Non
     trainer = trainer_of(recipe_of())
     row = {"input_ids": list(range(3, 100)), "labels": [-100] * 90 + list(range(93, 100))}
     batch = short_batch(trainer, row)
-    assert batch["input_ids"].shape == (2, 8)
+    assert batch["input_ids"].shape == (2, 12)
     assert bool((batch["labels"] != -100).any(dim=1).all())
 
 
