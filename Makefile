@@ -45,6 +45,7 @@ real: real-assets  ## promises on the real model and real vocabularies, figures 
 	@# the second: quickstart's model in llama.cpp's server, whose packages make test does not bring
 	@$(BIN)/python -m pytest tests/real tests/extras/serving/test_export.py --numprocesses=2 --dist=loadfile --no-loadscope-reorder --timeout=900 --durations=8 $(ARGS)
 	@$(BIN)/python benchmarks/real.py
+	@$(BIN)/python scripts/docs_hardware.py  # its page quotes these figures
 
 real-assets: venv
 	@$(BIN)/python -c 'import gguf, sentencepiece' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[gguf]' \

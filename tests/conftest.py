@@ -43,6 +43,13 @@ os.environ.pop("INSTRUCTFT_TRACEBACK", None)
 BATTERY = int(os.environ.get("INSTRUCTFT_KILLS", "0")) > 3  # `make battery`: the same tests with larger counts
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: what waits for other processes, and for clocks, leaves a fifth of them idle."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable + 1
+
+
 def pytest_configure() -> None:
     """On a GPU: it has to be there, and sums are made in one order where there are kernels for that."""
     if ON_GPU:

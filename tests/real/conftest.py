@@ -29,7 +29,7 @@ TUNED = (
 
 
 # The order of the files, those that take longest first, so that no worker ends long before the other.
-LONG = ("served", "batches", "qlora", "adapter", "full_model", "gate", "before_training", "trl", "vocabularies")
+LONG = ("served", "batches", "qlora", "before_training", "gate", "full_model", "trl", "adapter", "vocabularies")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
