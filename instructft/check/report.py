@@ -71,12 +71,16 @@ def check(
     from instructft.models.tokenizer import date_in_prompts, load_tokenizer
     from instructft.recipe.installed import check_against_installed
     from instructft.training.arguments import (
+        COPIES_ARE_WHOLE,
         as_decided,
         decide_checkpointing,
         follow_model,
         remarks,
         training_arguments,
     )
+
+    if recipe.train["float32_copies"] and strategy != "ddp":
+        raise UsageError(COPIES_ARE_WHOLE)
 
     here = device is None or device == quantization.device(recipe).partition(":")[0]
     check_against_installed(recipe, quantization.device(recipe) if here else None)
