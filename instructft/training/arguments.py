@@ -135,11 +135,12 @@ def follow_model(
     return recipe.model_copy(update=update), said
 
 
-def remarks(recipe: Recipe, args: SFTConfig, config: Any, steps: int) -> list[str]:
+def remarks(recipe: Recipe, args: SFTConfig, config: Any, steps: int, processes: int = 0) -> list[str]:
     """What is odd about settings that can be carried out, in a line each.
 
     Args:
         steps: of the whole run.
+        processes: that train together, where these are not the ones that are here.
     """
     found = []
     usual, _ = usual_rate(recipe, config)
@@ -168,7 +169,7 @@ def remarks(recipe: Recipe, args: SFTConfig, config: Any, steps: int) -> list[st
             "in float32 (train.float32_copies=true), or have them rounded by chance: train.optim=adamw_torch_8bit "
             "train.optim_args=bf16_stochastic_round=true"
         )
-    if recipe.train["float32_copies"] and (why := bfloat16_gradients(args.world_size)):
+    if recipe.train["float32_copies"] and (why := bfloat16_gradients(processes or args.world_size)):
         found.append(f"train.float32_copies: gradients are summed in bfloat16, as wide as the weights: {why}")
     asked = recipe.train.get("dataloader_num_workers", 0)
     if asked > args.dataloader_num_workers:
@@ -332,8 +333,8 @@ def decide_precision(recipe: Recipe) -> tuple[bool, bool, str]:
 
 
 COPIES_ARE_WHOLE = (
-    "train.float32_copies: the processes share the weights among them (FSDP or DeepSpeed), which keep float32 weights of "
-    "their own beside those that compute; take it out, and model.dtype: bfloat16 too, or launch with --strategy ddp"
+    "train.float32_copies: the processes share the weights among them (FSDP or DeepSpeed), which keep float32 weights "
+    "of their own beside those that compute; take it out, and model.dtype: bfloat16 too, or launch with --strategy ddp"
 )
 
 

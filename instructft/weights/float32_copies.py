@@ -1,4 +1,4 @@
-"""Float32 copies of bfloat16 weights, in the optimizer: it moves the copies, and each step rounds them into the weights.
+"""Float32 copies of bfloat16 weights, in the optimizer: it moves the copies, and rounds them into the weights.
 
 In bfloat16, with its 8 bits, a weight of 1.0 has neighbours at a distance of 0.004 and 0.008, and an update of 1e-4 is
 rounded away, today and on every other day. Added to a copy in float32 it stays (Micikevicius et al., 2018:
@@ -27,7 +27,7 @@ class Float32Copies:
     """Puts copies in the place of an optimizer's narrow weights, by its public hooks; its type and state stay its own.
 
     Gradients of micro-batches add up in float32, unless they are averaged over processes: DDP's buckets are as wide as
-    the weights (torch 2.13). A step that the optimizer does not take leaves the copies, and so the weights, as they are.
+    the weights (torch 2.13). A step that the optimizer does not take leaves the copies and the weights as they are.
 
     Args:
         optimizer: just made: any that keeps its state in tensors of its parameters, and makes it at the first step.
@@ -89,7 +89,7 @@ class Float32Copies:
         self._round()
 
     def facts(self) -> dict[str, Any]:
-        """For `run.json`: how many weights have a copy, what the copies take in bytes, in what gradients were summed."""
+        """For `run.json`: weights that have a copy, bytes of the copies, and in what gradients were summed."""
         return {
             "weights": len(self.pairs),
             "bytes": sum(copy.nbytes for _, copy in self.pairs),

@@ -73,7 +73,9 @@ for recipe in {recipes!r}:  # by the same processes: they take longer to start t
 def written(folder: Path, text: str = RECIPE, **recipes: dict[str, Any]) -> list[str]:
     """Recipes for two processes, 2 rows a micro-batch, 8 a step: a configuration, and a program that trains them."""
     for name, values in recipes.items():
-        (folder / f"{name}.yaml").write_text(text.format(out=folder / name, **{"judged": "", "dtype": "auto", "more": "", **values}))
+        (folder / f"{name}.yaml").write_text(
+            text.format(out=folder / name, **{"judged": "", "dtype": "auto", "more": "", **values})
+        )
     driver = folder / f"{'-'.join(recipes)}.py"
     driver.write_text(DRIVER.format(recipes=[str(folder / f"{name}.yaml") for name in recipes]))
     (folder / "ddp.yaml").write_text(DDP)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import instructft
+from instructft.check.report import check, show
 from instructft.checkpoints.manifest import verify
 from instructft.errors import RecipeError, ResumeError, Stopped, UsageError
 from instructft.recipe.conflicts import WITH_COPIES
@@ -104,9 +105,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize("began", [True, False])
-def test_the_key_is_fixed_for_a_runs_life(
-    write_recipe: Callable[..., Path], tmp_path: Path, began: bool
-) -> None:
+def test_the_key_is_fixed_for_a_runs_life(write_recipe: Callable[..., Path], tmp_path: Path, began: bool) -> None:
     path, dtype = write_recipe(), "model.dtype=bfloat16"
     then, now = (f"train.float32_copies={str(value).lower()}" for value in (began, not began))
     trained(path, tmp_path / "run", dtype, then, "train.max_steps=2")
@@ -170,6 +169,12 @@ def test_memory_that_runs_out_in_a_step(
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in whole], abs=2e-3)
 
 
+def test_frozen_weights_have_no_copy(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    result, _, said = trained(write_recipe(), tmp_path / "run", *COPIES, "model.freeze=['transformer.h.0']")
+    assert "12 frozen weights are what they were" in said
+    assert result.facts["float32_copies"]["weights"] == 28 - 12
+
+
 def test_compiled_blocks(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     packs = (*COPIES, "data.packing=true", "train.pad_to_multiple_of=128", "train.per_device_train_batch_size=2")
     compiler = ("train.torch_compile=true", "train.torch_compile_backend=aot_eager")
@@ -221,3 +226,21 @@ def test_shared_weights_are_refused_before_any_is_loaded(
     monkeypatch.setattr("instructft.training.run.load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match=r"train\.float32_copies: the processes share the weights.*--strategy ddp"):
         trained(write_recipe(), tmp_path / "run", *COPIES)
+
+
+def test_check_counts_the_copies_and_divides_none(write_recipe: Callable[..., Path]) -> None:
+    recipe, printed = instructft.load_recipe(write_recipe(), COPIES), io.StringIO()
+    eight = {"device": "cuda", "processes": 8, "card": "h100"}
+    report = check(recipe, **eight)  # type: ignore[arg-type]
+    count, memory = report["estimate"]["parameters"]["all"], report["estimate"]["memory"]
+    assert (memory["float32_copies"], memory["optimizer"]) == (4 * count, 8 * count)
+    assert (
+        report["estimate"]["precision"] == "bfloat16 weights with float32 copies without autocast, as the recipe says"
+    )
+    assert [line for line in report["remarks"] if "DDP averages them so over the processes" in line]
+    assert not check(recipe)["remarks"]
+    show(report, Console(file=printed, width=120))
+    assert "float32_copies" in printed.getvalue()
+    for strategy in ("fsdp2", "zero2", "zero3"):
+        with pytest.raises(UsageError, match=r"train\.float32_copies: the processes share the weights"):
+            check(recipe, strategy=strategy, **eight)  # type: ignore[arg-type]

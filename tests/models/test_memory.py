@@ -138,7 +138,7 @@ def test_what_changes_the_memory() -> None:
 
 
 def test_float32_copies_take_eighteen_bytes_a_weight() -> None:
-    """2 of the weight, 4 of its copy, 4 of the gradient, 8 of AdamW's state; with DDP 2 of the gradient, until a step."""
+    """2 of the weight, 4 of its copy, 4 of the gradient, 8 of AdamW's state; with DDP 2 of the gradient at first."""
     batch, copies = Batch(4, 128, 200), ("model.dtype=bfloat16", "train.float32_copies=true")
     half = estimated("llama", batch, "model.dtype=bfloat16", device="cuda")[0]
     found = estimated("llama", batch, *copies, device="cuda")[0]
@@ -153,7 +153,9 @@ def test_float32_copies_take_eighteen_bytes_a_weight() -> None:
     both = estimated("llama", batch, *copies, device="cuda", processes=2)[0]["memory"]
     assert both["gradients"] == both["communication"] == 2 * count
     tiny = estimated("llama", Batch(1, 2, 2), *copies, device="cuda", processes=2)[0]["memory"]
-    in_step = tiny["total"] - sum(size for name, size in tiny.items() if name not in ("total", "activations", "gradients"))
+    in_step = tiny["total"] - sum(
+        size for name, size in tiny.items() if name not in ("total", "activations", "gradients")
+    )
     assert in_step == 6 * count  # as the optimizer takes its step they are there in both types
 
 

@@ -1,4 +1,4 @@
-"""Float32 copies in an optimizer: small updates are kept, state goes out and comes back, a step left out is left out."""
+"""Float32 copies in an optimizer: small updates are kept, state goes out and comes back, a refused step is none."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def test_the_copies_are_what_float32_weights_would_be(name: str) -> None:
     one, two = torch.randn(3, 5).bfloat16(), torch.randn(5).bfloat16()
     found, expected = [[torch.nn.Parameter(value.to(kind)) for value in (one, two)]
                        for kind in (torch.bfloat16, torch.float32)]  # fmt: skip
-    made = [optimizer([{"params": [a], "weight_decay": 0.1}, {"params": [b]}], name, 1e-2) for a, b in (found, expected)]
+    made = [
+        optimizer([{"params": [a], "weight_decay": 0.1}, {"params": [b]}], name, 1e-2) for a, b in (found, expected)
+    ]
     copies = Float32Copies(made[0])
     schedules = [torch.optim.lr_scheduler.LinearLR(one, 1.0, 0.1, 5) for one in made]
     for number in range(5):
