@@ -19,6 +19,7 @@ from instructft.check.report import check, show
 from instructft.checkpoints.manifest import verify
 from instructft.errors import RecipeError, ResumeError, Stopped, UsageError
 from instructft.recipe.conflicts import WITH_COPIES
+from instructft.training.out_of_memory import advice, measure
 from instructft.training.trainer import Trainer
 from tests.helpers.out_of_memory import out_of_memory
 from tests.helpers.stops import SignalAt, interrupt
@@ -244,3 +245,28 @@ def test_check_counts_the_copies_and_divides_none(write_recipe: Callable[..., Pa
     for strategy in ("fsdp2", "zero2", "zero3"):
         with pytest.raises(UsageError, match=r"train\.float32_copies: the processes share the weights"):
             check(recipe, strategy=strategy, **eight)  # type: ignore[arg-type]
+
+
+def test_what_is_held_and_written_is_counted_with_the_copies(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    held: list[Any] = []
+    path = write_recipe()
+    recipe = instructft.load_recipe(path, COPIES)
+    save = Trainer._save_checkpoint
+
+    def measured(self: Any, *args: Any) -> None:
+        held.append(measure(self.model, self.optimizer, self.args.device, self.copies))
+        held.append(advice(recipe, self, held[0]))
+        save(self, *args)
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", measured)
+    monkeypatch.setattr("instructft.checkpoints.manifest.require_space", lambda run, size: asked.append(size))
+    trained(path, tmp_path / "run", *COPIES, "train.max_steps=1", "train.save_steps=1", "train.optim=adamw_torch")
+    count = held[0].weights // 2
+    assert held[0].optimizer == pytest.approx(12 * count, rel=0.01)
+    assert not [keys for keys, _ in held[1] if "8bit" in keys]
+    folder = tmp_path / "run" / "checkpoint-1"
+    written = sum((folder / name).stat().st_size for name in ("model.safetensors", "optimizer.pt"))
+    assert 14 * count < written < asked[0]
