@@ -47,6 +47,7 @@ class Task:
         logging: steps between two lines of the log; on a GPU each of them waits for the device.
         seconds: the run ends at the first line of the log after so many seconds of timed steps.
         low: bfloat16 autocast (full), or a base in bfloat16 (adapter); else all is float32.
+        dtype: as `model.dtype`, of ours.
         options: more fields of SFTConfig for TRL, more keys of `train:` for ours.
         shape: configuration of the model, for `model`.
     """
@@ -67,6 +68,7 @@ class Task:
     seconds: float = float("inf")
     gpu: bool = False
     low: bool = False
+    dtype: str = "auto"
     adapter: bool = False
     quantized: bool = False
     attention: str = "auto"
@@ -115,6 +117,7 @@ def recipe_of(task: Task) -> Path:
             "name_or_path": str(folder / "model"),
             "tokenizer": task.tokenizer,
             "attn_implementation": task.attention,
+            "dtype": task.dtype,
             "quantization": "4bit" if task.quantized else "none",
         },
         "data": {

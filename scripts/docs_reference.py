@@ -110,6 +110,7 @@ OWN: dict[str, tuple[str, str]] = {
     "train.evaluation_budget": ("share of the time trained", "0.05"),
     "train.row_history": ("", "false"),
     "train.fp8": ("", "true"),
+    "train.float32_copies": ("", "true"),
     "train.deterministic": ("", "true"),
     "hub.repo_id": ("", "ada/support"),
     "hub.private": ("", "false"),

@@ -72,6 +72,7 @@ TINY = {
     "other": {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
               "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 1490},
 }  # fmt: skip
+COPIES = "instructft, float32 copies"  # of bfloat16 weights, without autocast
 TOLERANCE = 2e-3  # of losses, where the batches are the same
 
 # Dense bfloat16 (V100 and T4: float16) operations a second, from the vendor's data sheets; the first name that fits.
@@ -82,9 +83,10 @@ PEAK = {
 
 
 def contestants(task: Task, documents: float, every: bool) -> dict[str, tuple[Task, str, str]]:
-    """Name -> task, the library that it needs or "", and what it is to us: ours, same, correct or leaks.
+    """Name -> task, the library that it needs or "", and what it is to us: ours, narrow, same, correct or leaks.
 
-    `same` has our batches, so that its losses are held against ours. A run of a few steps is too short to earn the
+    `same` has our batches, so that its losses are held against ours; `narrow` is ours with bfloat16 weights, which
+    others are not measured with, so that it is no match for them. A run of a few steps is too short to earn the
     time that compiling takes, so ours is measured as it is, and as a long run would be.
     """
     trl = dataclasses.replace(task, which="trl")
@@ -94,6 +96,7 @@ def contestants(task: Task, documents: float, every: bool) -> dict[str, tuple[Ta
     wrapped = dataclasses.replace(trl, options={"packing_strategy": "wrapped"})
     flash = {"attention": "flash_attention_2"}
     liger = {"options": {"use_liger_kernel": True}}
+    copies = dataclasses.replace(task, dtype="bfloat16", options={"float32_copies": True})
     found = {
         "instructft": (task, "", "ours"),
         "instructft, compiled": (dataclasses.replace(task, options={"torch_compile": True}), "triton", "ours"),
@@ -103,6 +106,9 @@ def contestants(task: Task, documents: float, every: bool) -> dict[str, tuple[Ta
         "plain loop": (dataclasses.replace(task, which="plain"), "", "same"),
         "TRL, one pack at a time": (one, "", "same"),
     }
+    if not task.adapter:
+        compiled = dataclasses.replace(copies, options={"float32_copies": True, "torch_compile": True})
+        found |= {COPIES: (copies, "", "narrow"), f"{COPIES}, compiled": (compiled, "triton", "narrow")}
     if every:
         found |= {
             "TRL, packs flattened": (same, "", "same"),
@@ -166,7 +172,9 @@ def jobs(settings: Settings, name: str = "") -> Iterator[Job]:
 
 
 def worth_a_try(name: str, who: str, kind: str) -> bool:
-    """On a CPU: ours in full and with an adapter, everybody else's settings once."""
+    """On a CPU: ours in full and with an adapter, everybody else's settings once, and ours with float32 copies."""
+    if who == COPIES:
+        return name == "gpt2"
     if who == "instructft":
         return name in ("gpt2", "llama1b")
     return name == "gpt2" and kind != "ours"
@@ -224,7 +232,7 @@ def table(found: list[Result]) -> list[str]:
 
 def apart(ours: Result | None, other: Result) -> str:
     """The largest difference of losses, where the batches are the same."""
-    if ours is None or ours is other or other["kind"] not in ("ours", "same"):
+    if ours is None or ours is other or other["kind"] not in ("ours", "narrow", "same"):
         return ""
     gap = max(abs(a - b) for a, b in zip(ours["losses"], other["losses"], strict=False))
     return f"{gap:.1e}{'' if gap <= TOLERANCE else ' DIFFER'}"

@@ -71,12 +71,16 @@ def check(
     from instructft.models.tokenizer import date_in_prompts, load_tokenizer
     from instructft.recipe.installed import check_against_installed
     from instructft.training.arguments import (
+        COPIES_ARE_WHOLE,
         as_decided,
         decide_checkpointing,
         follow_model,
         remarks,
         training_arguments,
     )
+
+    if recipe.train["float32_copies"] and strategy != "ddp":
+        raise UsageError(COPIES_ARE_WHOLE)
 
     here = device is None or device == quantization.device(recipe).partition(":")[0]
     check_against_installed(recipe, quantization.device(recipe) if here else None)
@@ -107,7 +111,8 @@ def check(
             if why:
                 report["left_open"]["checkpointing"] = why
                 args.gradient_checkpointing = True
-        if card and not torch.cuda.is_available() and not args.fp16 and recipe.train.get("bf16") is None:
+        open_here = not args.fp16 and recipe.train.get("bf16") is None and not recipe.train["float32_copies"]
+        if card and not torch.cuda.is_available() and open_here:
             args.bf16, precision = True, "bfloat16 autocast, as a run would take there"
         packs = len(data.splits["train"])
         fill = data.tokens["train"] / (packs * recipe.data.max_length)
@@ -126,7 +131,7 @@ def check(
         asked["strategy"] = strategy
         report["estimate"] = estimate(recipe, start, data, args, base=base, **asked)
         report["estimate"]["precision"] = precision
-        report["remarks"] = remarks(recipe, args, start.config, report["estimate"]["schedule"]["steps"])
+        report["remarks"] = remarks(recipe, args, start.config, report["estimate"]["schedule"]["steps"], processes)
         if card:
             paper = on_paper(report["estimate"], strategy, card, element=2 if args.bf16 or args.fp16 else 4)
             report["estimate"]["paper"] = paper

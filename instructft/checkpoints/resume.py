@@ -54,6 +54,7 @@ _ORDER = "train.train_sampling_strategy (its order)"
 # Fields that older checkpoints do not hold, with what they were then unless someone set them.
 _LATER = {"train.dataloader_drop_last": False, "train.on_divergence": "stop", "model.overrides": None}
 _LATER |= {"train.fp8": False, "train.deterministic": False, "adapter.experts": "auto", "data.mix_by": "rows"}
+_LATER |= {"train.float32_copies": False}
 _LATER |= {_ORDER: "of one length in a step"}
 # Facts that older checkpoints do not hold, and that nobody can tell now.
 _UNKNOWN = ("precision", "device")

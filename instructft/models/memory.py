@@ -27,6 +27,7 @@ from instructft.models.fake_step import Batch, Step, measure_step, meta_model, t
 from instructft.models.kernels.gpu_head import chunk_size
 from instructft.models.load import weights_dtype
 from instructft.prompt.loss_mask import IGNORE_INDEX
+from instructft.weights.float32_copies import CAN_SUM, in_float32
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -150,29 +151,39 @@ def memory(
         trainable = [p for p in parameters if p.requires_grad]
         counts = {"all": sum(p.numel() for p in parameters), "trainable": sum(p.numel() for p in trainable)}
         head = getattr(model.get_output_embeddings(), "original_module", model.get_output_embeddings()).weight
+        copied, optimized = recipe.train["float32_copies"], trainable
+        wide = copied and processes == 1 and CAN_SUM  # gradients in float32 beside bfloat16 weights
+        if copied:
+            optimized = in_float32(trainable)
+        for p in trainable if wide else ():
+            p.grad_dtype = torch.float32
         step = measure_step(model, config, batch, args, passes=2 if accumulates else 1)
         weights = _bytes(parameters) + _bytes(model.buffers())
         weights -= _saved_by_quantization(model, recipe.model.quantization)
-        gradients = _bytes(trainable)
-        optimizer, known = optimizer_bytes(str(args.optim), trainable)
+        gradients = _bytes(optimized if wide else trainable)
+        copies = _bytes(optimized) if copied else 0
+        optimizer, known = optimizer_bytes(str(args.optim), optimized)
         logits = head_bytes(head.shape, head.requires_grad, batch.supervised, device)
     gathered = 0
     if "weights" in DIVIDED[strategy] and processes > 1:
         gathered, step = _divided(recipe, start, batch, args, device, accumulates)
     cpu = device == "cpu"
-    whole = weights + optimizer  # what the first process gathers to save
+    whole = weights + optimizer + copies  # what the first process gathers to save
     shares = {part: processes if part in DIVIDED[strategy] else 1 for part in ("weights", "gradients", "optimizer")}
     # gradients arrive while activations go; where micro-batches accumulate they stay
     in_step = max(step.together, gradients) if shares["gradients"] == 1 else step.activations + gradients // processes
+    if copied and not wide:  # as the optimizer takes its step, they are there in float32 too
+        in_step = max(in_step, gradients + copies)
     communication = gathered or (gradients if processes > 1 else 0)  # whole blocks at work, or DDP's buckets
     read, weights = weights, weights // shares["weights"]
     optimizer, gradients = optimizer // shares["optimizer"], gradients // shares["gradients"]
-    needed = weights + optimizer + logits + communication + in_step
+    needed = weights + copies + optimizer + logits + communication + in_step
     base = resident() if base is None else base
     framework = base + _CPU_RUNTIME if cpu else _CUDA_RUNTIME
     allocator = round(step.together * _CPU_ALLOCATOR if cpu else needed * _CUDA_ALLOCATOR)
     parts = {
         "weights": weights,
+        **({"float32_copies": copies} if copied else {}),
         "gradients": gradients,
         "optimizer": optimizer,
         "activations": step.activations,

@@ -16,6 +16,7 @@ _RENAMED: dict[str, str] = {
     "model.dtype": "torch_dtype",
     "train.bf16": "bfloat16",
     "train.fp16": "float16",
+    "train.float32_copies": "master_weights fp32_master_weights",
     "data.datasets": "dataset dataset_name",
     "data.datasets.0.config": "dataset_config",
     "data.datasets.0.split": "dataset_train_split",

@@ -206,6 +206,7 @@ def _train(recipe: Recipe) -> Iterator[Contradiction]:
             yield (*at("fp8"), ("adapter", "type")), say
         if on("fp16"):
             yield at("fp8", "fp16"), "fp8 is made for bfloat16 around it; take fp16 out"
+    yield from _float32_copies(recipe)
     for old, new in (
         ("gradient_checkpointing", "activation_checkpointing"),
         ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
@@ -255,6 +256,36 @@ def _train(recipe: Recipe) -> Iterator[Contradiction]:
             yield at(key), "needs train.dataloader_num_workers above 0"
     if recipe.hub.push == "checkpoints" and saves == "no":
         yield at("save_strategy"), "no, but hub.push: checkpoints uploads checkpoints"
+
+
+# Optimizers that keep plain tensors beside their parameters and make them at the first step.
+WITH_COPIES = ("adamw_torch", "adamw_torch_fused", "adafactor", "rmsprop", "sgd")
+
+
+def _float32_copies(recipe: Recipe) -> Iterator[Contradiction]:
+    """What float32 copies of the weights cannot be kept with."""
+    train, key = recipe.train, ("train", "float32_copies")
+    if not train["float32_copies"]:
+        return
+    if recipe.adapter.type != "none":
+        say = f"is for training all weights, and those of {recipe.adapter.type} are float32 themselves; take it out"
+        yield (key, ("adapter", "type")), say
+        return
+    if recipe.model.dtype != "bfloat16":
+        say = (
+            f"keeps copies of bfloat16 weights, and model.dtype is {recipe.model.dtype}; write model.dtype: bfloat16, "
+            "or take it out"
+        )
+        yield (key, ("model", "dtype")), say
+    if train["fp8"]:
+        say = "fp8 rounds from float32 weights itself; keep one of train.fp8 and train.float32_copies"
+        yield (key, ("train", "fp8")), say
+    if train.get("fp16"):
+        say = "bfloat16 weights need no loss scale, and float16 gradients do; take train.fp16 out"
+        yield (key, ("train", "fp16")), say
+    if (optim := train.get("optim")) is not None and optim not in WITH_COPIES:
+        say = f"optim {optim} has no place for copies; write one of {', '.join(WITH_COPIES)}, or take one of both out"
+        yield (key, ("train", "optim")), say
 
 
 def _early_stopping(recipe: Recipe) -> str:

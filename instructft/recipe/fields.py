@@ -76,6 +76,12 @@ OWN_TRAIN_FIELDS: dict[str, dict[str, Any]] = {
         "default": False,
         "help": "make the matrix products of the blocks in 8-bit floats, on GPUs that have them; trains all weights",
     },
+    "float32_copies": {
+        "kinds": ["bool"],
+        "default": False,
+        "help": "keep float32 copies of bfloat16 weights (model.dtype) in the optimizer, which moves these and rounds "
+        "them into the weights: no cast in a step, no update lost; trains all weights",
+    },
     "deterministic": {
         "kinds": ["bool"],
         "default": False,

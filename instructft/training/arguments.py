@@ -135,11 +135,12 @@ def follow_model(
     return recipe.model_copy(update=update), said
 
 
-def remarks(recipe: Recipe, args: SFTConfig, config: Any, steps: int) -> list[str]:
+def remarks(recipe: Recipe, args: SFTConfig, config: Any, steps: int, processes: int = 0) -> list[str]:
     """What is odd about settings that can be carried out, in a line each.
 
     Args:
         steps: of the whole run.
+        processes: that train together, where these are not the ones that are here.
     """
     found = []
     usual, _ = usual_rate(recipe, config)
@@ -160,12 +161,16 @@ def remarks(recipe: Recipe, args: SFTConfig, config: Any, steps: int) -> list[st
             "overflow; write float32 (or auto) and train.fp16=true where the GPU has no bfloat16"
         )
     by_chance = "bf16_stochastic_round" in str(recipe.train.get("optim_args") or "")
-    if recipe.model.dtype == "bfloat16" and recipe.adapter.type == "none" and not by_chance:
+    kept = by_chance or recipe.train["float32_copies"]
+    if recipe.model.dtype == "bfloat16" and recipe.adapter.type == "none" and not kept:
         found.append(
             "model.dtype: all weights are trained in bfloat16 itself, which rounds most updates of a usual learning "
-            "rate away; leave it out (train.bf16=true computes in bfloat16 and keeps weights in float32), or have them "
-            "rounded by chance: train.optim=adamw_torch_8bit train.optim_args=bf16_stochastic_round=true"
+            "rate away; leave it out (train.bf16=true computes in bfloat16 and keeps weights in float32), keep copies "
+            "in float32 (train.float32_copies=true), or have them rounded by chance: train.optim=adamw_torch_8bit "
+            "train.optim_args=bf16_stochastic_round=true"
         )
+    if recipe.train["float32_copies"] and (why := bfloat16_gradients(processes or args.world_size)):
+        found.append(f"train.float32_copies: gradients are summed in bfloat16, as wide as the weights: {why}")
     asked = recipe.train.get("dataloader_num_workers", 0)
     if asked > args.dataloader_num_workers:
         found.append(
@@ -180,6 +185,19 @@ def remarks(recipe: Recipe, args: SFTConfig, config: Any, steps: int) -> list[st
             f"{rate:g}; a number below 1 is a share: train.warmup_steps=0.03"
         )
     return found
+
+
+def bfloat16_gradients(processes: int) -> str:
+    """Why gradients beside float32 copies are summed in bfloat16; "" where they are in float32.
+
+    >>> bfloat16_gradients(2)
+    'DDP averages them so over the processes'
+    """
+    from instructft.weights.float32_copies import CAN_SUM
+
+    if processes > 1:
+        return "DDP averages them so over the processes"
+    return "" if CAN_SUM else "it takes torch 2.10 or later to have them wider"
 
 
 def steps_of(args: SFTConfig, data: Prepared | Streamed) -> int:
@@ -303,7 +321,8 @@ def decide_precision(recipe: Recipe) -> tuple[bool, bool, str]:
         return bf16, fp16, f"{name}, as the recipe says"
     frozen = recipe.adapter.type != "none"  # an adapter is float32 itself, and needs autocast to compute as its base
     if recipe.model.dtype in ("bfloat16", "float16") and not frozen:
-        return False, False, f"{recipe.model.dtype} weights without autocast, as the recipe says"
+        copies = " with float32 copies" if recipe.train["float32_copies"] else ""
+        return False, False, f"{recipe.model.dtype} weights{copies} without autocast, as the recipe says"
     if torch.cuda.is_available() and not recipe.train.get("use_cpu"):
         if torch.cuda.is_bf16_supported(including_emulation=False):
             weights = str(weights_dtype(recipe)).removeprefix("torch.")
@@ -311,6 +330,12 @@ def decide_precision(recipe: Recipe) -> tuple[bool, bool, str]:
             return True, False, f"bfloat16 autocast over {base}"
         return False, False, "float32 (this GPU has no bfloat16; train.fp16=true is faster, with a loss scale)"
     return False, False, recipe.model.dtype if recipe.model.dtype != "auto" else "float32"
+
+
+COPIES_ARE_WHOLE = (
+    "train.float32_copies: the processes share the weights among them (FSDP or DeepSpeed), which keep float32 weights "
+    "of their own beside those that compute; take it out, and model.dtype: bfloat16 too, or launch with --strategy ddp"
+)
 
 
 def refuse_what_cannot_run(recipe: Recipe, state: PartialState) -> None:
@@ -355,6 +380,8 @@ def refuse_what_cannot_run(recipe: Recipe, state: PartialState) -> None:
             "train.fp8: the processes share the weights among them (FSDP or DeepSpeed), with which it has not been "
             "tried; launch with --strategy ddp, or take it out"
         )
+    if recipe.train["float32_copies"] and (sharded or deepspeed):
+        raise UsageError(COPIES_ARE_WHOLE)
     if sharded and state.num_processes > 1 and state.distributed_type.value == "MULTI_CPU":
         raise UsageError(
             "the launcher asks for FSDP, and accelerate leaves it out on CPUs: every process would hold the whole "

@@ -29,6 +29,7 @@ from instructft.errors import InstructftError, OutOfMemoryError
 from instructft.formatting import first_line, memory_size
 from instructft.models.fake_step import Batch, activation_bytes
 from instructft.models.memory import optimizer_bytes, resident
+from instructft.weights.float32_copies import in_float32
 
 try:
     import resource
@@ -37,6 +38,7 @@ except ImportError:  # Windows
 
 if TYPE_CHECKING:
     from instructft.recipe.schema import Recipe
+    from instructft.weights.float32_copies import Float32Copies
 
 # How the allocators of CUDA, HIP, XPU, MPS, cuBLAS, cuDNN and the CPU say it, where they raise a plain RuntimeError.
 _SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "_STATUS_ALLOC_FAILED")
@@ -108,7 +110,8 @@ def message(recipe: Recipe, trainer: Any, error: BaseException) -> str:
         #   …
     """
     what, shape = trainer.micro_batches.under_way
-    held = measure(trainer.accelerator.unwrap_model(trainer.model), trainer.optimizer, trainer.args.device)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    held = measure(model, trainer.optimizer, trainer.args.device, trainer.copies)
     batch = f", with a batch of {shape[0]} × {shape[1]:,} tokens" if shape else ""
     asked = f" ({memory_size(more)} more were asked for)" if (more := _asked_for(str(error))) else ""
     parts = ", ".join(f"{name} {memory_size(count)}" for name, count in held.parts().items())
@@ -151,13 +154,14 @@ class Held:
         return {"weights": self.weights, "gradients": self.gradients, "optimizer state": self.optimizer}
 
 
-def measure(model: Any, optimizer: Any, device: Any) -> Held:
-    """Count what a model and its optimizer hold; of sharded weights, the part of this process."""
+def measure(model: Any, optimizer: Any, device: Any, copies: Float32Copies | None = None) -> Held:
+    """Count what a model and its optimizer hold, copies too; of sharded weights, the part of this process."""
     tensors = [*model.parameters(), *model.buffers()]
     weights = sum(map(_bytes, tensors))
     gradients = sum(_bytes(p.grad) for p in model.parameters() if p.grad is not None)
     states = getattr(optimizer, "state", None) or {}
-    state = sum(_bytes(t) for values in states.values() for t in values.values() if hasattr(t, "element_size"))
+    state = sum(_bytes(copy) for _, copy in copies.pairs) if copies else 0
+    state += sum(_bytes(t) for values in states.values() for t in values.values() if hasattr(t, "element_size"))
     peak, words = _peak(device)
     return Held(weights, gradients, state, max(peak - weights - gradients - state, 0), words)
 
@@ -236,15 +240,18 @@ def _smaller_model(recipe: Recipe, trainer: Any, held: Held) -> Iterator[tuple[f
     model = trainer.accelerator.unwrap_model(trainer.model)
     trained = [p for p in model.parameters() if p.requires_grad]
     shards = trainer.args.world_size if trained and hasattr(trained[0], "to_local") else 1
+    copies = recipe.train["float32_copies"]
+    moved = in_float32(trained) if copies else trained
     gradients = sum(map(_bytes, trained))
-    optimizer = optimizer_bytes(str(trainer.args.optim), trained)[0] / shards  # as it is after the first step
+    optimizer = optimizer_bytes(str(trainer.args.optim), moved)[0] / shards  # as it is after the first step
     if recipe.model.name_or_path is not None and recipe.adapter.type == "none":
-        yield gradients + optimizer, "adapter.type=lora", "a small adapter is trained, and the model stays as it is"
+        key = "adapter.type=lora" + (" train.float32_copies=false" if copies else "")
+        yield gradients + optimizer, key, "a small adapter is trained, and the model stays as it is"
     if recipe.adapter.type != "none" and recipe.model.quantization == "none" and _installed("bitsandbytes"):
         element = max(p.element_size() for p in model.parameters())
         yield held.weights * (1 - 0.5625 / element), "model.quantization=4bit", "the frozen weights are rounded"
     adamw = str(trainer.args.optim).rpartition(".")[2].lower() in ("adamw_torch", "adamw_torch_fused")
-    if adamw and trainer.args.device.type == "cuda" and _installed("bitsandbytes"):
+    if adamw and not copies and trainer.args.device.type == "cuda" and _installed("bitsandbytes"):
         yield optimizer * 0.75, "train.optim=adamw_8bit", "AdamW with its state in 8 bits"
 
 

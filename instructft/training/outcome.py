@@ -73,6 +73,7 @@ def collect_facts(
             **ending(trainer),
             **({"rows_at_once": rows_at_once} if rows_at_once else {}),
         },
+        "float32_copies": trainer.copies.facts() if trainer.copies is not None else None,
         "metrics": metrics,
         "warnings": told(Path(trainer.args.output_dir)),
     }
@@ -252,6 +253,8 @@ def say_of_saved(facts: Mapping[str, Any], model: Any, console: Console) -> None
     why = ""
     if alike and alike != str(model.dtype).removeprefix("torch."):
         why = ", as its base is (model.dtype=float32 keeps what was trained)"
+    if facts.get("float32_copies"):
+        why = ", rounded by chance from its float32 copies, so that small changes are kept on average"
     console.print(f"the final model is stored in {stored}{why}", highlight=False)
     if left_out := facts["generation"]["left_out"]:
         listed = ", ".join(f"{name} {value}" for name, value in left_out.items())

@@ -224,6 +224,7 @@ class Sealing:
         saved *= 2 if trainer.is_fsdp_enabled else 1  # accelerate's own files, and the one for `from_pretrained`
         states = getattr(trainer.optimizer, "state", {}) if trainer.optimizer is not None else {}
         tensors = [t for state in states.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        tensors += [copy for _, copy in trainer.copies.pairs] if trainer.copies is not None else []
         return sum(t.numel() * t.element_size() for t in [*saved, *tensors]) + (1 << 20)
 
 

@@ -411,6 +411,7 @@ def build_trainer(
         identity=start.identity,
         versions=library_versions(recipe),
         lora_plus_ratio=recipe.adapter.lora_plus_ratio,
+        float32_copies=recipe.train["float32_copies"],
         pack_width=recipe.data.max_length if recipe.data.packing else None,
         history=row_history(recipe, data, say),
         metadata=metadata,

@@ -14,6 +14,7 @@ import torch
 import trl.trainer.utils
 from accelerate.utils import send_to_device
 from torch.distributed.fsdp import FSDPModule
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -44,6 +45,7 @@ from instructft.training.resumable import (
 )
 from instructft.training.step_checks import StepChecks
 from instructft.training.stopping import EvaluationLeft, Stop
+from instructft.weights.float32_copies import Float32Copies
 from instructft.weights.model_class import backbone
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ class Trainer(SFTTrainer):
         identity, versions: what every checkpoint says of the run, see `resumable`.
         judge: has held-out rows answered at evaluations, see `judging`.
         lora_plus_ratio: times the learning rate, for B of an adapter.
+        float32_copies: let the optimizer move copies of narrow weights, see `weights.float32_copies`.
         history: keeps the loss of each row at its first and last sight; None: nobody does.
         pack_width: slots of a pack, where rows are packs; a collator that flattens them has them trained end to end,
             see `flat_packs`.
@@ -105,6 +108,7 @@ class Trainer(SFTTrainer):
         pack_width: int | None = None,
         history: RowHistory | None = None,
         lora_plus_ratio: float | None = None,
+        float32_copies: bool = False,
         judge: Judge | None = None,
         **kwargs: Any,
     ):
@@ -132,6 +136,8 @@ class Trainer(SFTTrainer):
         self.counts: Counts = (0, 0, 0)
         self._pack_width = pack_width
         self._lora_plus_ratio = lora_plus_ratio
+        self._keep_copies = float32_copies
+        self.copies: Float32Copies | None = None  # from the first step on
         self._row_of: torch.Tensor | None = None  # whose each slot of the batch under way is
         self.history = history if self.plain_loss else None
         self.micro_batches = MicroBatches(self, find_batch, say)
@@ -489,7 +495,14 @@ class Trainer(SFTTrainer):
         self.last_checkpoint = folder.name
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as `from_pretrained` wants it. Every process must call; the first one writes."""
+        """Save the model as `from_pretrained` wants it. Every process must call; the first one writes.
+
+        A checkpoint holds the weights as the next step wants them; else they are rounded from their float32 copies.
+        """
+        if self.copies is not None and not _internal_call:
+            if self.args.should_save:
+                self._save(output_dir or self.args.output_dir, state_dict=self.copies.rounded_by_chance(self.model))
+            return
         if not self.is_fsdp2:
             super().save_model(output_dir, _internal_call)
             return
@@ -508,11 +521,13 @@ class Trainer(SFTTrainer):
             yield dict(self._as_loaded)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Upstream's, with a learning rate of its own for B where LoRA+ is asked for."""
+        """Upstream's, with a learning rate of its own for B where LoRA+ is asked for, and copies where these are."""
         new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if new and self._lora_plus_ratio is not None:
             faster_b(optimizer, self.model if model is None else model, self._lora_plus_ratio)
+        if new and self._keep_copies:
+            self.copies = Float32Copies(optimizer, float32_gradients=self.args.world_size == 1)
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -527,6 +542,8 @@ class Trainer(SFTTrainer):
             load_weights(self.model, Path(best))
         else:
             super()._load_best_model()
+        if self.copies is not None:
+            self.copies.read(Path(best) / OPTIMIZER_NAME)
 
     def _by_names_of_its_own(self, folder: str) -> bool:
         """Whether weights on the disk are named otherwise than in memory; upstream would pass them over in silence."""

@@ -123,7 +123,9 @@ def ending(out: Path) -> dict[str, str]:
     """Hashes of the final weights and of the training losses as they were logged."""
     weights = next(path for path in (out / "model.safetensors", out / "adapter_model.safetensors") if path.exists())
     tensors = safetensors.torch.load_file(weights)
-    content = b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(tensors.items()))
+    content = b"".join(
+        name.encode() + tensor.view(torch.uint8).numpy().tobytes() for name, tensor in sorted(tensors.items())
+    )
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     kept = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "num_tokens", "train_loss")
     logged = json.dumps([{key: line[key] for key in kept if key in line} for line in lines])

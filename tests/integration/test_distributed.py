@@ -28,11 +28,12 @@ model:
   config: {{model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 32, n_positions: 128,
             resid_pdrop: 0.0, embd_pdrop: 0.0, attn_pdrop: 0.0}}
   tokenizer: quickstart
+  dtype: {dtype}
 data: {{datasets: [{{path: {data}{streaming}}}], template: instruction, max_length: 128,
         splits: {{validation: {held_out}}}}}
 train:
   {{max_steps: 4, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, logging_steps: 1, use_cpu: true,
-   optim: sgd, learning_rate: 0.5, evaluation_budget: null}}
+   optim: sgd, learning_rate: 0.5, evaluation_budget: null{more}}}
 output_dir: {out}
 {judged}
 """
@@ -72,7 +73,9 @@ for recipe in {recipes!r}:  # by the same processes: they take longer to start t
 def written(folder: Path, text: str = RECIPE, **recipes: dict[str, Any]) -> list[str]:
     """Recipes for two processes, 2 rows a micro-batch, 8 a step: a configuration, and a program that trains them."""
     for name, values in recipes.items():
-        (folder / f"{name}.yaml").write_text(text.format(out=folder / name, **{"judged": "", **values}))
+        (folder / f"{name}.yaml").write_text(
+            text.format(out=folder / name, **{"judged": "", "dtype": "auto", "more": "", **values})
+        )
     driver = folder / f"{'-'.join(recipes)}.py"
     driver.write_text(DRIVER.format(recipes=[str(folder / f"{name}.yaml") for name in recipes]))
     (folder / "ddp.yaml").write_text(DDP)
@@ -118,15 +121,35 @@ def test_two_processes_are_one(data: Path) -> None:
         folder,
         rows={"data": data, "streaming": "", "held_out": 0.1, "judged": judged},
         stream={"data": data, "streaming": ", streaming: true", "held_out": 0},
-    )
+        copies={
+            "data": data, "streaming": "", "held_out": 0, "dtype": "bfloat16", "more": ", float32_copies: true"
+        },
+    )  # fmt: skip
     done = launch(config, [driver], folder)
     assert done.returncode == 0, done.stderr[-3000:]
+    float32_copies_follow_the_mean_of_both(folder / "copies")
     one = one_process(folder / "rows", 4, 2)
     losses_and_weights_are_those_of_one_process(folder / "rows", one)
     rows_have_the_history_of_one_process(folder / "rows", one)
     the_metadata_is_written_once_and_counts_both_processes(folder / "rows", one)
     the_data_is_prepared_by_one_process_only(folder / "rows.yaml.log")
     a_stream_is_divided_among_processes(folder / "stream")
+
+
+def float32_copies_follow_the_mean_of_both(two: Path) -> None:
+    """But for rounding: DDP averages gradients in bfloat16, and one process sums them in float32."""
+    one = one_process(two, 4, 2)
+    facts = [json.loads((run / "run.json").read_text())["float32_copies"]["gradients"] for run in (two, one)]
+    assert facts == ["bfloat16", "float32"]
+    assert "gradients are summed in bfloat16" in (two / "train.log").read_text()
+    losses = [[line["loss"] for line in metrics(run) if "loss" in line] for run in (two, one)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-2)
+    assert losses[0][-1] < losses[0][0] - 0.05
+    states = [torch.load(run / "checkpoint-4" / "optimizer.pt", weights_only=True) for run in (two, one)]
+    began = torch.load(two / "checkpoint-1" / "optimizer.pt", weights_only=True)["float32_copies"]
+    mine, other, first = (torch.cat([c.flatten() for c in found]) for found in (
+        *(state["float32_copies"] for state in states), began))  # fmt: skip
+    assert float((mine - other).norm()) < 0.03 * float((other - first).norm())
 
 
 def losses_and_weights_are_those_of_one_process(two: Path, one: Path) -> None:

@@ -45,7 +45,9 @@ train:
 """
 LORA = FULL.replace(MODEL, "name_or_path: BASE") + "adapter: {type: lora, r: 4, dropout: 0.2}\n"
 PACKED = FULL.replace("packing: false", "packing: true")
-KINDS = {"full": FULL, "lora": LORA, "packed": PACKED}
+COPIES = FULL.replace("tokenizer: quickstart", "tokenizer: quickstart\n  dtype: bfloat16")
+COPIES = COPIES.replace("report_to: none", "report_to: none, float32_copies: true")
+KINDS = {"full": FULL, "lora": LORA, "packed": PACKED, "copies": COPIES}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,9 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.timeout(200 + 200 * KILLS)
 # where weights are all trained, a day of faults kills too (test_day)
-@pytest.mark.parametrize("kind", ["lora", *(pytest.param(k, marks=pytest.mark.battery) for k in ("full", "packed"))])
+@pytest.mark.parametrize(
+    "kind", ["lora", *(pytest.param(k, marks=pytest.mark.battery) for k in ("full", "packed", "copies"))]
+)
 def test_a_killed_run_goes_on_bit_for_bit(kind: str, write: Any, tmp_path: Path) -> None:
     whole, *killed = hit(write(kind), tmp_path, KILLS, "kill")
     assert whole["moments"] > 60

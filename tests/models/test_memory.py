@@ -137,6 +137,28 @@ def test_what_changes_the_memory() -> None:
         assert parts["total"] <= sum(size for name, size in parts.items() if name != "total")
 
 
+def test_float32_copies_take_eighteen_bytes_a_weight() -> None:
+    """2 of the weight, 4 of its copy, 4 of the gradient, 8 of AdamW's state; with DDP 2 of the gradient at first."""
+    batch, copies = Batch(4, 128, 200), ("model.dtype=bfloat16", "train.float32_copies=true")
+    half = estimated("llama", batch, "model.dtype=bfloat16", device="cuda")[0]
+    found = estimated("llama", batch, *copies, device="cuda")[0]
+    count, parts = found["parameters"]["all"], found["memory"]
+    assert (parts["float32_copies"], parts["gradients"], parts["optimizer"]) == (4 * count, 4 * count, 8 * count)
+    assert parts["weights"] == half["memory"]["weights"]
+    assert "float32_copies" not in half["memory"]
+    assert parts["activations"] == pytest.approx(half["memory"]["activations"], rel=0.05)
+    least = sum(parts[name] for name in ("weights", "float32_copies", "gradients", "optimizer"))
+    assert parts["total"] >= least + parts["framework"]
+    assert parts["total"] - half["memory"]["total"] >= 8 * count  # gradients and activations take turns
+    both = estimated("llama", batch, *copies, device="cuda", processes=2)[0]["memory"]
+    assert both["gradients"] == both["communication"] == 2 * count
+    tiny = estimated("llama", Batch(1, 2, 2), *copies, device="cuda", processes=2)[0]["memory"]
+    in_step = tiny["total"] - sum(
+        size for name, size in tiny.items() if name not in ("total", "activations", "gradients")
+    )
+    assert in_step == 6 * count  # as the optimizer takes its step they are there in both types
+
+
 def test_what_a_strategy_divides() -> None:
     batch = Batch(4, 128, 200)
 

@@ -301,6 +301,7 @@ NEEDS = {  # what else an example wants
     "model.quantization": ["adapter.type=lora"],
     "adapter": ["adapter.type=lora"],
     "train.early_stopping_patience": ["data.splits={validation: 0.1}"],
+    "train.float32_copies": ["model.dtype=bfloat16"],
     "hub.push": ["hub.repo_id=ada/support"],
     "hub.path_in_repo": ["hub.repo_id=ada/support"],
 }

@@ -53,6 +53,7 @@ def test_every_part_runs_on_a_cpu(script: Any, tmp_path: Path) -> None:
     assert list(found) == list(script("gpu_check").PARTS)
     who = {one["job"]: one for one in found["speed.gpt2"]}
     assert {"instructft", "TRL, rows of like length", "TRL, wrapped", "plain loop"} < set(who)
+    assert who["instructft, float32 copies"]["losses"] == pytest.approx(who["instructft"]["losses"], abs=5e-3)
     same = [one["losses"] for one in who.values() if one.get("kind") in ("ours", "same")]
     assert len(same) == 4
     assert all(losses == pytest.approx(same[0], abs=1e-4) for losses in same)

@@ -80,6 +80,7 @@ TABLE = (
     Private("_python_dispatch", "torch.utils", "models/fake_step", "no memory estimate"),
     Private("_pytree", "torch.utils", "models/fake_step", "no memory estimate"),
     Private("_subclasses", "torch", "models/memory", "no memory estimate"),
+    Private("_foreach_copy_", "torch", "weights/float32_copies", "weights stay what they were beside their copies"),
     Private("_dynamo", "torch", "models/kernels/compiled_blocks", "a block that cannot be compiled ends the run"),
     Private("_functorch", "torch", "models/kernels/compiled_blocks",
             "a backward pass that cannot be compiled ends the run"),
