@@ -432,7 +432,7 @@ def build_trainer(
         say(f"held-out rows are not answered while it trains: {why}")
     if recipe.train["row_history"] and not trainer.plain_loss:
         say("rows.parquet is not kept: the losses of single tokens are not at hand with this loss")
-    warnings.stop = trainer.stop
+    warnings.stop, warnings.settle = trainer.stop, trainer.end_writing
     generator.precision = trainer.accelerator.autocast
     return trainer
 

@@ -157,13 +157,13 @@ class Trainer(SFTTrainer):
                 self.sealing.wait()
                 return trained
             except Exception as error:
-                self._end_writing()
+                self.end_writing()
                 self._save_between_steps(error)
                 raise
             finally:
-                self._end_writing()  # whatever else ends it: no thread is left
+                self.end_writing()  # whatever else ends it: no thread is left
 
-    def _end_writing(self) -> None:
+    def end_writing(self) -> None:
         """Wait for the checkpoint that is written beside training, where the run fails already."""
         try:
             self.sealing.wait()
