@@ -122,16 +122,14 @@ torch.serialization.register_package(0, lambda storage: getattr(storage, _PLACE,
 
 
 @contextlib.contextmanager
-def deferred(folder: Path) -> Iterator[Writes]:
-    """Inside, weights and optimizer states that are saved into a folder are copied; gives what will write them.
+def deferred(folder: Path, later: Writes) -> Iterator[None]:
+    """Inside, weights and optimizer states that are saved into a folder are copied; `later` gets what will write them.
 
-    What cannot be copied is written at once. One thread at a time.
+    What cannot be copied is written at once.
     """
     import peft.peft_model
     import transformers.modeling_utils
     from transformers.trainer import OPTIMIZER_NAME
-
-    later: Writes = []
 
     def deferring(write: Callable[..., Any], only: str | None) -> Callable[..., Any]:
         @functools.wraps(write)
@@ -158,7 +156,7 @@ def deferred(folder: Path) -> Iterator[Writes]:
             write = getattr(owner, name)
             undo.callback(setattr, owner, name, write)
             setattr(owner, name, deferring(write, only))
-        yield later
+        yield
 
 
 # --------------------------------------------------------------------------------------------------------------------

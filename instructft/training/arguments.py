@@ -356,9 +356,9 @@ def refuse_what_cannot_run(recipe: Recipe, state: PartialState) -> None:
             "tried; launch with --strategy ddp, or take it out"
         )
     if recipe.train["save_in_background"] is True and (sharded or deepspeed or state.num_processes > 1):
-        found = "DeepSpeed" if deepspeed else "FSDP" if sharded else f"{state.num_processes} processes"
+        what = "DeepSpeed" if deepspeed else "FSDP" if sharded else f"{state.num_processes} processes"
         raise UsageError(
-            f"train.save_in_background: true is for one process that holds all that is saved; found {found}. Write "
+            f"train.save_in_background: true is for one process that holds all that is saved; found {what}. Write "
             "auto, which means false here"
         )
     if sharded and state.num_processes > 1 and state.distributed_type.value == "MULTI_CPU":

@@ -312,7 +312,7 @@ for _event in [name for name in vars(TrainerCallback) if name.startswith("on_")]
 
 
 def reads_checkpoints(callback: TrainerCallback) -> bool:
-    """Whether a callback may read a checkpoint's folder as soon as it hears of it: trackers that are told to keep them."""
+    """Whether a callback may read a checkpoint's folder as it hears of it: so do trackers that are to keep them."""
     inner = callback.callback if isinstance(callback, Outlasted) else callback
     if type(inner).on_save is TrainerCallback.on_save:
         return False

@@ -215,7 +215,8 @@ class Sealing:
                 manifest.begin(folder)
             trainer.accelerator.wait_for_everyone()
             beside = beside and self.beside and self._room(folder, needed)
-            with deferred(folder) if beside else contextlib.nullcontext([]) as later:
+            later: Writes = []
+            with deferred(folder, later) if beside else contextlib.nullcontext():
                 yield
             trainer.accelerator.wait_for_everyone()
             best, step = trainer.state.best_model_checkpoint, trainer.state.global_step

@@ -210,8 +210,8 @@ class RunWarnings(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell of a log that cannot be written; the run goes on."""
-        for kind, text in take_troubles().items():
-            self._tell(state, kind, text)
+        for what, text in take_troubles().items():
+            self._tell(state, what, text)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Look at the training loss."""

@@ -45,7 +45,8 @@ train:
 """
 LORA = FULL.replace(MODEL, "name_or_path: BASE") + "adapter: {type: lora, r: 4, dropout: 0.2}\n"
 PACKED = FULL.replace("packing: false", "packing: true")
-KINDS = {"full": FULL, "lora": LORA, "packed": PACKED}
+BESIDE = FULL.replace("save_steps: 3", "save_steps: 1, save_in_background: true")
+KINDS = {"full": FULL, "lora": LORA, "packed": PACKED, "beside": BESIDE}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,9 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.timeout(200 + 200 * KILLS)
 # where weights are all trained, a day of faults kills too (test_day)
-@pytest.mark.parametrize("kind", ["lora", *(pytest.param(k, marks=pytest.mark.battery) for k in ("full", "packed"))])
+@pytest.mark.parametrize(
+    "kind", ["lora", *(pytest.param(k, marks=pytest.mark.battery) for k in ("full", "packed", "beside"))]
+)
 def test_a_killed_run_goes_on_bit_for_bit(kind: str, write: Any, tmp_path: Path) -> None:
     whole, *killed = hit(write(kind), tmp_path, KILLS, "kill")
     assert whole["moments"] > 60

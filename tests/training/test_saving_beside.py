@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -14,8 +15,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 import instructft
 import instructft.training.budget as budget
@@ -111,29 +113,27 @@ def test_the_files_are_those_of_a_checkpoint_that_training_waits_for(
     kind: str, run: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every step is saved twice: waited for, then beside, by a thread that is held until the next save waits for it."""
-    held, write = Held(monkeypatch), Trainer._write_checkpoint
-    clock = [0.0]  # of `seconds` in progress_0.json
-    monkeypatch.setattr(resumable, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(budget, "CLOCK", lambda: clock[0])
-    if kind == "shards":
-        from transformers import PreTrainedModel
-
-        save = PreTrainedModel.save_pretrained
-        monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda *a, **k: save(*a, **k, max_shard_size="50KB"))
-
-    def twice(self: Trainer, model: Any, trial: Any, beside: bool = False) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        clock[0] += 1
-        self.budget._costs["checkpoints"] = 0.0  # the second time, too, it knows of a first
-        write(self, model, trial)
-        shutil.copytree(folder, tmp_path / "waited" / folder.name)
-        self.sealing.last = None
-        write(self, model, trial, beside)
-
-    monkeypatch.setattr(Trainer, "_write_checkpoint", twice)
     lora = ["model.config=null", f"model.name_or_path={base}", "adapter.type=lora", "adapter.r=4"]
     given = ["train.save_steps=1", *(lora if kind == "adapter" else ())]
-    done = run("beside", BESIDE, "train.logging_steps=1", *given)
+    if kind == "shards":
+        save = PreTrainedModel.save_pretrained
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda *a, **k: save(*a, **k, max_shard_size="50KB"))
+    with monkeypatch.context() as patch:
+        held, write, clock = Held(patch), Trainer._write_checkpoint, [0.0]
+        patch.setattr(resumable, "time", SimpleNamespace(perf_counter=lambda: clock[0]))  # for progress_0.json
+        patch.setattr(budget, "CLOCK", lambda: clock[0])
+
+        def twice(self: Trainer, model: Any, trial: Any, beside: bool = False) -> None:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            clock[0] += 1
+            self.budget._costs["checkpoints"] = 0.0  # the second time, too, it knows of a first
+            write(self, model, trial)
+            shutil.copytree(folder, tmp_path / "waited" / folder.name)
+            self.sealing.last = None
+            write(self, model, trial, beside)
+
+        patch.setattr(Trainer, "_write_checkpoint", twice)
+        done = run("beside", BESIDE, *given)
     for step in range(1, 7):
         waited, beside = (contents(folder / f"checkpoint-{step}") for folder in (tmp_path / "waited", done))
         assert sorted(waited) == sorted(beside)
@@ -141,12 +141,11 @@ def test_the_files_are_those_of_a_checkpoint_that_training_waits_for(
         assert {"optimizer.pt", "trainer_state.json", "rng_state.pth", "manifest.json"} <= set(beside)
         assert sum(name.endswith(".safetensors") for name in beside) > (kind == "shards")
     assert held.events.count("waits") >= 5
-    monkeypatch.setattr(Trainer, "_write_checkpoint", write)
     assert weights(done) == weights(run("waited for", "train.save_in_background=false", *given))
 
 
 def weights(folder: Path) -> bytes:
-    return next(folder.glob("*model.safetensors")).read_bytes()
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
 
 
 # Beside training
@@ -341,6 +340,48 @@ def test_a_run_that_fails_waits_for_its_checkpoint_and_tells_its_own_failure(
     assert "ValueError after step 3; checkpoint-3 is saved" in said
     kept = ["checkpoint-3"] if full else ["checkpoint-3", "checkpoint-2"]
     assert [path.name for path in manifest.folders(tmp_path / "run") if manifest.kind(path) == "sealed"] == kept
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.parametrize("at", ["before the files", "after the weights", "before the manifest", "in the manifest"])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    at: str, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kills at seeded moments of any kind are `tests/integration/test_resume.py`'s, with the battery."""
+    if (child := os.fork()) == 0:
+        torch.set_num_threads(1)
+        kill_in_the_thread(at, monkeypatch)
+        with contextlib.suppress(BaseException):
+            run("a", BESIDE)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    kinds = {path.name: manifest.kind(path) for path in manifest.folders(tmp_path / "a")}
+    assert kinds == {"checkpoint-4": "cut short", "checkpoint-2": "sealed"}
+    assert (tmp_path / "a" / "checkpoint-4" / "model.safetensors").is_file() is (at != "before the files")
+    assert weights(run("a", BESIDE)) == weights(run("whole", "train.save_in_background=false"))
+
+
+def kill_in_the_thread(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill this process while it writes the checkpoint of step 4, once a further step has been taken."""
+
+    def hit(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            aside = threading.current_thread() is not threading.main_thread()
+            if aside and any("checkpoint-4" in str(arg) for arg in args if isinstance(arg, str | Path)):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    hit(*{
+        "before the files": (Sealing, "_seal"),
+        "after the weights": (torch, "save"),
+        "before the manifest": (manifest, "seal"),
+        "in the manifest": (Path, "replace"),
+    }[at])  # fmt: skip
+    Held(monkeypatch, opens=lambda saved, now: saved == 2 or now > saved)
 
 
 def test_a_run_that_diverges_names_the_checkpoint_that_was_being_written(
