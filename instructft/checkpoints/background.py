@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from instructft.formatting import memory_size
 
 Writes = list[Callable[[], Any]]  # each writes one file
 SPARE = 1.25  # times the copy that must be free: the machine reads, and the disk's cache fills, beside it
+_LOOK = 0.2  # seconds
 _AS_IT_IS = (type(None), bool, int, float, complex, str, bytes)
 _PLACE = "instructft_place"  # on a copied storage: where the original lies, as torch writes it into the file
 
@@ -185,9 +185,6 @@ class Writing:
             self._run()
 
     def _run(self) -> None:
-        if self._thread is not None and hasattr(signal, "pthread_sigmask"):
-            # the system gives a signal to any thread that takes it, and Python answers in the main one only
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             self._work()
         except BaseException as error:
@@ -200,8 +197,9 @@ class Writing:
 
     def wait(self) -> None:
         """Wait until it has ended."""
-        if self._thread is not None:
-            self._thread.join()
+        # the system gives a signal to any thread, and Python answers it in the main one, if that one looks
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(_LOOK)
         error, self._error = self._error, None
         if error is not None:
             raise error
