@@ -108,6 +108,7 @@ OWN: dict[str, tuple[str, str]] = {
     "train.torch_compile_backend": ("", "aot_eager"),
     "train.torch_compile_mode": ("", "max-autotune-no-cudagraphs"),
     "train.evaluation_budget": ("share of the time trained", "0.05"),
+    "train.save_in_background": ("", "true"),
     "train.row_history": ("", "false"),
     "train.fp8": ("", "true"),
     "train.float32_copies": ("", "true"),

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from instructft.adapters.lora import is_peft
 from instructft.data.arrow.token_rows import tokens_of
 from instructft.models.fake_step import Batch, Step, measure_step, meta_model, to_fake_cpu
 from instructft.models.kernels.gpu_head import chunk_size
@@ -195,6 +196,9 @@ def memory(
     }
     host = parts["total"] if cpu else base + read
     first = host if cpu or not gathered else base + max(read, whole)
+    if not cpu and processes == 1 and recipe.train["save_in_background"]:  # a checkpoint's copy
+        saved = gradients if is_peft(model) else read
+        first = max(first, base + saved + optimizer + copies)
     return {
         "device": device,
         "parameters": counts,

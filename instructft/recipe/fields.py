@@ -59,6 +59,13 @@ OWN_TRAIN_FIELDS: dict[str, dict[str, Any]] = {
     },
     "torch_compile_backend": {"kinds": ["str", "null"], "default": None, "help": "compiler; null: inductor"},
     "torch_compile_mode": {"kinds": ["str", "null"], "default": None, "help": "mode of the compiler inductor"},
+    "save_in_background": {
+        "kinds": ["bool", "str"],
+        "default": "auto",
+        "choices": ["auto"],
+        "help": "write checkpoints beside training, from a copy in host memory; auto: on a GPU, where host memory has "
+        "room for it. One process only",
+    },
     "row_history": {
         "kinds": ["bool"],
         "default": True,

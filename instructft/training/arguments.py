@@ -382,6 +382,12 @@ def refuse_what_cannot_run(recipe: Recipe, state: PartialState) -> None:
         )
     if recipe.train["float32_copies"] and (sharded or deepspeed):
         raise UsageError(COPIES_ARE_WHOLE)
+    if recipe.train["save_in_background"] is True and (sharded or deepspeed or state.num_processes > 1):
+        what = "DeepSpeed" if deepspeed else "FSDP" if sharded else f"{state.num_processes} processes"
+        raise UsageError(
+            f"train.save_in_background: true is for one process that holds all that is saved; found {what}. Write "
+            "auto, which means false here"
+        )
     if sharded and state.num_processes > 1 and state.distributed_type.value == "MULTI_CPU":
         raise UsageError(
             "the launcher asks for FSDP, and accelerate leaves it out on CPUs: every process would hold the whole "

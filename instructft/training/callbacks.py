@@ -311,6 +311,24 @@ for _event in [name for name in vars(TrainerCallback) if name.startswith("on_")]
     setattr(Outlasted, _event, _outlasted(_event))
 
 
+def reads_checkpoints(callback: TrainerCallback) -> bool:
+    """Whether a callback may read a checkpoint's folder as it hears of it: so do trackers that are to keep them."""
+    inner = callback.callback if isinstance(callback, Outlasted) else callback
+    if type(inner).on_save is TrainerCallback.on_save:
+        return False
+    asked = _KEEP_CHECKPOINTS.get(type(inner).__name__)
+    return asked is None or os.environ.get(asked[0], "").lower() in asked[1]
+
+
+# Callbacks of transformers 5.23 that do nothing at a checkpoint unless a variable says so, with the words that do.
+_KEEP_CHECKPOINTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "WandbCallback": ("WANDB_LOG_MODEL", ("checkpoint",)),
+    "MLflowCallback": ("HF_MLFLOW_LOG_ARTIFACTS", ("1", "on", "yes", "true")),
+    "TrackioCallback": ("", ()),
+    "SwanLabCallback": ("", ()),
+}
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Sample answers in trackers, as text: transformers' own callbacks carry numbers only. TensorBoard has a writer of the
 # run's own; for the others the run that transformers has opened is used. Trackers that take no text get none.

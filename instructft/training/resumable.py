@@ -8,6 +8,7 @@ evaluation that was due. They go into `progress_<rank>.json`, so that a resumed 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import random
 import time
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from instructft.checkpoints import manifest
+from instructft.checkpoints.background import Writes, Writing, deferred, has_room
 from instructft.checkpoints.lineage import retain
 from instructft.errors import CheckpointError
 from instructft.formatting import first_line
@@ -85,6 +87,10 @@ class Progress(TrainerCallback):
                     trainer.history.restore(found)
         if known["evaluation_is_due"]:  # random states are restored after this, so it changes nothing that is trained
             trainer._determine_best_metric(trainer._evaluate(None, None), None)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the run, before it trains on, where a checkpoint beside it could not be written."""
+        self.trainer.sealing.raise_failed()
 
     def restore_random_states(self, folder: Path) -> None:
         """What upstream does not restore."""
@@ -173,6 +179,8 @@ def random_states_kept(device: torch.device) -> Iterator[None]:
 class Sealing:
     """Makes what is saved a checkpoint that verifies, and deletes those that need not be kept.
 
+    One is written at a time: the next, and whoever reads what is on the disk, waits for it.
+
     Args:
         trainer: it saves.
         identity: what the run is made of (`instructft.checkpoints.resume.identity`); written into every checkpoint.
@@ -182,39 +190,87 @@ class Sealing:
     def __init__(self, trainer: Trainer, identity: Mapping[str, Any], versions: Mapping[str, str]):
         self.trainer, self.identity, self.versions = trainer, identity, versions
         self.keep, trainer.args.save_total_limit = trainer.args.save_total_limit, None  # upstream deletes others' too
+        self.last: str | None = None  # the name of the last one that was sealed
+        self.beside = False  # whether they are written while training goes on, by a thread
+        self._told = False
+        self._writing: Writing | None = None
 
     @contextlib.contextmanager
-    def checkpoint(self, folder: Path) -> Iterator[None]:
-        """Inside, every process writes its files into the folder; afterwards it is whole on the disk, and sealed.
+    def checkpoint(self, folder: Path, beside: bool = False) -> Iterator[None]:
+        """Inside, every process writes its files into the folder; it is whole on the disk, and sealed, afterwards.
+
+        Args:
+            beside: training goes on at once, where it may; what becomes of the checkpoint is told by `wait`.
 
         Raises:
-            CheckpointError: it could not be written; with the checkpoint that stands.
+            CheckpointError: it, or the one before it, could not be written; with the checkpoint that stands.
         """
         trainer, run = self.trainer, folder.parent
+        self.wait()
         first = trainer.args.process_index == 0
-        try:
+        with self._explained(folder):
+            needed = self._bytes() if first else 0
             if first:
-                manifest.require_space(run, self._bytes())
+                manifest.require_space(run, needed)
                 manifest.begin(folder)
             trainer.accelerator.wait_for_everyone()
-            yield
+            beside = beside and self.beside and self._room(folder, needed)
+            later: Writes = []
+            with deferred(folder, later) if beside else contextlib.nullcontext():
+                yield
             trainer.accelerator.wait_for_everyone()
-            if first:
-                manifest.seal(folder, self.identity, self.versions)
-                retain(run, self.keep, trainer.state.best_model_checkpoint, newest=trainer.state.global_step)
-                self._upload(folder)
+            best, step = trainer.state.best_model_checkpoint, trainer.state.global_step
+            if first and not beside:
+                self._seal(folder, later, best, step)
+        if beside:
+            self._writing = Writing(functools.partial(self._explained(folder)(self._seal), folder, later, best, step))
+            return
+        trainer.accelerator.wait_for_everyone()
+        self.last = folder.name
+
+    def wait(self) -> None:
+        """Wait until nothing is being written; raises `CheckpointError` if that could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.wait()
+
+    def raise_failed(self) -> None:
+        """What `wait` raises, where it is known already."""
+        if self._writing is not None and self._writing.failed:
+            self.wait()
+
+    def _room(self, folder: Path, needed: int) -> bool:
+        """Whether host memory has room for the copy now; the first time it has not is told."""
+        fits = has_room(needed)
+        if not fits and not self._told:
+            self._told = True
+            self.trainer.say(f"{folder.name} is written while training waits: host memory has no room for a copy")
+        return fits
+
+    def _seal(self, folder: Path, later: Writes, best: str | None, step: int) -> None:
+        while later:  # what is written needs its memory no more
+            later.pop(0)()
+        manifest.seal(folder, self.identity, self.versions)
+        self.last = folder.name
+        retain(folder.parent, self.keep, best, newest=step)
+        self._upload(folder, step)
+
+    @contextlib.contextmanager
+    def _explained(self, folder: Path) -> Iterator[None]:
+        try:
+            yield
         except (OSError, RuntimeError, SafetensorError) as error:
             if ran_out(error):
                 raise
+            run = folder.parent
             why = "the disk is full" if manifest.out_of_space(error, run) else first_line(error)
             raise CheckpointError(f"{folder} could not be written: {why}; {manifest.standing(run)}") from error
-        trainer.accelerator.wait_for_everyone()
 
-    def _upload(self, folder: Path) -> None:
+    def _upload(self, folder: Path, step: int) -> None:
         if self.trainer.publisher is not None:
             tokens, loss = progress_of(folder)
             kept = [path.name for path in manifest.folders(folder.parent) if manifest.kind(path) == "sealed"]
-            self.trainer.publisher.checkpoint_sealed(folder, self.trainer.state.global_step, tokens, loss, kept)
+            self.trainer.publisher.checkpoint_sealed(folder, step, tokens, loss, kept)
 
     def _bytes(self) -> int:
         """About what a checkpoint takes on the disk, the parts of all processes together."""

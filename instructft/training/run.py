@@ -191,6 +191,7 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
         state.wait_for_everyone()
         trainer = build_trainer(recipe, tokenizer, data, model, args, origin, start, console)
         trainer.publisher = publisher
+        trainer.sealing.beside = saves_beside(recipe, trainer, console)
         if recipe.data.packing:
             attention = packs_apart(trainer, attention, recipe.data.max_length, console)
         if data.folds:
@@ -432,7 +433,7 @@ def build_trainer(
         say(f"held-out rows are not answered while it trains: {why}")
     if recipe.train["row_history"] and not trainer.plain_loss:
         say("rows.parquet is not kept: the losses of single tokens are not at hand with this loss")
-    warnings.stop = trainer.stop
+    warnings.stop, warnings.settle = trainer.stop, trainer.end_writing
     generator.precision = trainer.accelerator.autocast
     return trainer
 
@@ -475,6 +476,29 @@ def row_history(recipe: Recipe, data: Prepared | Streamed, say: Callable[[str], 
         say(f"rows.parquet is not kept: {len(data.origins.part):,} rows are more than {MOST:,}")
         return None
     return RowHistory(data.origins)
+
+
+def saves_beside(recipe: Recipe, trainer: Trainer, console: Console) -> bool:
+    """Whether checkpoints are written while training goes on; say so, or why not where a GPU would gain by it."""
+    from instructft.checkpoints.background import decide
+    from instructft.models.memory import optimizer_bytes
+    from instructft.weights.float32_copies import in_float32
+
+    args, asked = trainer.args, recipe.train["save_in_background"]
+    if args.save_strategy == "no":
+        return False
+    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    saved = trained if is_peft(trainer.model) else trainer.model.parameters()
+    copy = sum(weight.nbytes for weight in saved)
+    moved = in_float32(trained) if recipe.train["float32_copies"] else trained
+    copy += sum(one.nbytes for one in moved) if recipe.train["float32_copies"] else 0
+    copy += optimizer_bytes(str(args.optim), moved)[0]
+    alone = args.world_size == 1 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    on, why = decide(asked, args.device.type == "cuda", alone, copy)
+    if on or (args.device.type == "cuda" and asked):
+        how = "beside training" if on else "while training waits"
+        console.print(f"checkpoints are written {how}: {why}", markup=False, highlight=False)
+    return on
 
 
 @contextlib.contextmanager
@@ -611,4 +635,4 @@ def _run(trainer: Trainer, start: RunStart, console: Console) -> None:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressLine):
                 callback.close()
-    trainer.stop.raise_if_stopped(trainer.last_checkpoint)
+    trainer.stop.raise_if_stopped(trainer.sealing.last)

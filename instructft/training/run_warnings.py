@@ -15,7 +15,7 @@ none). A sign that was told before a resume is not told again: `warnings.jsonl` 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from instructft.checkpoints.manifest import folders, kind
 from instructft.errors import DivergedError, TemplateError
 from instructft.inference.continuous_batching import Row
 from instructft.inference.generator import Generator
@@ -193,6 +194,7 @@ class RunWarnings(TrainerCallback):
         self.probes = probes(rows, generator.stop_ids)
         self.headings = headings(generator)
         self.stop: Any = None  # `instructft.training.stopping.Stop`: after a signal nothing more is asked
+        self.settle: Callable[[], Any] = lambda: None  # waits for a checkpoint that is being written
         self._told: set[str] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -208,8 +210,8 @@ class RunWarnings(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell of a log that cannot be written; the run goes on."""
-        for kind, text in take_troubles().items():
-            self._tell(state, kind, text)
+        for what, text in take_troubles().items():
+            self._tell(state, what, text)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Look at the training loss."""
@@ -229,7 +231,9 @@ class RunWarnings(TrainerCallback):
         text = diverged(state.log_history, self.vocabulary)
         self._tell(state, "diverged", text)
         if text and self.stop_diverged:
-            kept = max(self.folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
+            self.settle()
+            sealed = [path for path in folders(self.folder) if kind(path) == "sealed"]
+            kept = max(sealed, key=lambda path: path.stat().st_mtime, default=None)
             where = f"the newest checkpoint is {kept}" if kept else "no checkpoint was saved before"
             raise DivergedError(
                 f"step {state.global_step}: {text}. The run ends here; {where}. (train.on_divergence: warn continues)"

@@ -33,6 +33,7 @@ from instructft.models.kernels.fused_loss import add_supervised_head, nll_of, sc
 from instructft.models.kernels.varlen import plain
 from instructft.training.batch_size import MicroBatches
 from instructft.training.budget import Budget
+from instructft.training.callbacks import reads_checkpoints
 from instructft.training.out_of_memory import ran_out
 from instructft.training.rehearsal.start_loss import not_yet_logged
 from instructft.training.resumable import (
@@ -143,14 +144,13 @@ class Trainer(SFTTrainer):
         self.micro_batches = MicroBatches(self, find_batch, say)
         self.step_checks = StepChecks(self, spike_limit, skip_spikes, say)
         self._flos_per_token: int | None = None
-        self._say, self._stepping = say, 0  # the step that a micro-batch was last computed in, less one
+        self.say, self._stepping = say, 0  # the step that a micro-batch was last computed in, less one
         self.stop = Stop()
         self.progress = Progress(self)
         for callback in (self.step_checks, self.stop, self.progress):
             self.add_callback(callback)
         self.versions = versions or {}
-        self._sealing = Sealing(self, identity or {}, self.versions)
-        self.last_checkpoint: str | None = None
+        self.sealing = Sealing(self, identity or {}, self.versions)
         self.publisher: Publisher | None = None  # uploads what is sealed while training continues
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -159,10 +159,22 @@ class Trainer(SFTTrainer):
         """Train to the end or to a signal; from a checkpoint's folder where one is given."""
         with self.progress.training(resume_from_checkpoint), self.stop:
             try:
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                trained = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                self.sealing.wait()
+                return trained
             except Exception as error:
+                self.end_writing()
                 self._save_between_steps(error)
                 raise
+            finally:
+                self.end_writing()  # whatever else ends it: no thread is left
+
+    def end_writing(self) -> None:
+        """Wait for the checkpoint that is written beside training, where the run fails already."""
+        try:
+            self.sealing.wait()
+        except Exception as trouble:  # must not hide why the run failed
+            self.say(first_line(trouble))
 
     def _save_between_steps(self, error: Exception) -> None:
         """Keep the steps that are done where something else than a step has failed: data, an evaluation, a callback."""
@@ -175,11 +187,11 @@ class Trainer(SFTTrainer):
             return
         self.stop.left_evaluation = self.control.should_evaluate
         try:
-            self._save_checkpoint(self.model, None)
+            self._write_checkpoint(self.model, None)
         except Exception as trouble:  # must not hide why the run failed
-            self._say(f"step {step} could not be saved: {first_line(trouble)}")
+            self.say(f"step {step} could not be saved: {first_line(trouble)}")
         else:
-            self._say(f"{type(error).__name__} after step {step}; {folder.name} is saved")
+            self.say(f"{type(error).__name__} after step {step}; {folder.name} is saved")
 
     def _run_epoch(self, **kwargs: Any) -> None:
         ended = self.control.should_training_stop and not self.stop.agreed  # early, before the resume
@@ -460,6 +472,7 @@ class Trainer(SFTTrainer):
         """Log; the mean loss of a run counts the steps before a resume too, and is told at its end only."""
         self.step_checks.settle()
         if "train_loss" in logs:
+            self.sealing.wait()  # the end: what was saved is told of, and the best one read, when it is there
             if self.stop.agreed:
                 return
             steps = max(self.state.global_step, 1)
@@ -487,12 +500,16 @@ class Trainer(SFTTrainer):
             self.progress.restore_random_states(Path(checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        ends = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
+        read = any(map(reads_checkpoints, self.callback_handler.callbacks))
+        self._write_checkpoint(model, trial, beside=not (ends or read))
+
+    def _write_checkpoint(self, model: Any, trial: Any, beside: bool = False) -> None:
         self.step_checks.settle()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with self.budget.part("checkpoints"), self._sealing.checkpoint(folder):
+        with self.budget.part("checkpoints"), self.sealing.checkpoint(folder, beside):
             super()._save_checkpoint(model, trial)
             self.progress.write(folder)
-        self.last_checkpoint = folder.name
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as `from_pretrained` wants it. Every process must call; the first one writes.

@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,17 +46,20 @@ class Moments:
     def __init__(self, hit_at: int | None, halfway: bool, fill: Path | None):
         self.count, self.hit_at, self.halfway, self.fill = 0, hit_at, halfway, fill
         self.names: list[str] = []
+        self._counting = threading.Lock()
 
     def watch(self, owner: Any, name: str, file: Callable[..., Any] | None = None) -> None:
         """Count calls of `owner.name`; `file` finds the path that such a call writes, among its arguments."""
         real = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            self.names.append(name)
-            if self.count == self.hit_at and self.fill:
+            with self._counting:  # checkpoints may be written by a thread
+                self.count += 1
+                self.names.append(name)
+                hit = self.count == self.hit_at
+            if hit and self.fill:
                 fill_up(self.fill)
-            elif self.count == self.hit_at:
+            elif hit:
                 if self.halfway and file is not None:
                     real(*args, **kwargs)
                     path = Path(file(*args))

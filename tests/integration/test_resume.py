@@ -47,7 +47,8 @@ LORA = FULL.replace(MODEL, "name_or_path: BASE") + "adapter: {type: lora, r: 4, 
 PACKED = FULL.replace("packing: false", "packing: true")
 COPIES = FULL.replace("tokenizer: quickstart", "tokenizer: quickstart\n  dtype: bfloat16")
 COPIES = COPIES.replace("report_to: none", "report_to: none, float32_copies: true")
-KINDS = {"full": FULL, "lora": LORA, "packed": PACKED, "copies": COPIES}
+BESIDE = FULL.replace("save_steps: 3", "save_steps: 1, save_in_background: true")
+KINDS = {"full": FULL, "lora": LORA, "packed": PACKED, "beside": BESIDE, "copies": COPIES}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def logged(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.timeout(200 + 200 * KILLS)
 # where weights are all trained, a day of faults kills too (test_day)
 @pytest.mark.parametrize(
-    "kind", ["lora", *(pytest.param(k, marks=pytest.mark.battery) for k in ("full", "packed", "copies"))]
+    "kind", ["lora", *(pytest.param(k, marks=pytest.mark.battery) for k in ("full", "packed", "beside", "copies"))]
 )
 def test_a_killed_run_goes_on_bit_for_bit(kind: str, write: Any, tmp_path: Path) -> None:
     whole, *killed = hit(write(kind), tmp_path, KILLS, "kill")

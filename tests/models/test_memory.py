@@ -329,6 +329,19 @@ def test_the_largest_batch(write_recipe: Any) -> None:
     assert largest_batch(data, 10_000).rows == len(data.splits["train"])
 
 
+def test_a_copy_of_a_checkpoint_counts_where_it_is_written_beside_training() -> None:
+    def host(*keys: str, **given: Any) -> Any:
+        return estimated("llama", Batch(4, 128, 200), *keys, device="cuda", base=0, **given)[0]
+
+    found = host()
+    copy = found["memory"]["weights"] + found["memory"]["optimizer"]
+    assert found["host_memory"]["first"] == found["host_memory"]["total"] == copy
+    assert found["host_memory"]["process"] == found["memory"]["weights"]
+    waits = host("train.save_in_background=false")["host_memory"]
+    assert waits["first"] == waits["process"] == found["memory"]["weights"]
+    assert host(processes=2)["host_memory"]["first"] == host(processes=2)["host_memory"]["process"]
+
+
 def test_real_models_take_the_place_of_shapes_nowhere() -> None:
     found = estimated("gpt2", Batch(2, 16, 10))
     real = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=2, n_head=2, n_embd=32))

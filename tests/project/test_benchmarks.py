@@ -97,6 +97,8 @@ def test_overheads(tiny: Any) -> None:
     text = tiny("overheads")
     for part in ("--help: ", "a recipe with a wrong key: ", "first step: ", "checkpoints: 4 times", "evaluation: "):
         assert part in text, part
+    for how in ("waited for", "beside"):
+        assert f"  {how}: training held up for " in text
     assert text.startswith("--help")
 
 

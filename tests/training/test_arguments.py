@@ -190,3 +190,16 @@ def test_a_pipe_is_no_configuration(write_recipe: Callable[..., Path], tmp_path:
     recipe = instructft.load_recipe(write_recipe(), [f"train.accelerator_config={tmp_path / 'pipe.json'}"])
     with pytest.raises(UsageError, match=r"accelerator_config: .*pipe\.json is a folder, a device or a pipe"):
         arguments.refuse_what_cannot_run(recipe, SimpleNamespace(num_processes=1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("found", ["2 processes", "FSDP", "DeepSpeed"])
+def test_checkpoints_beside_training_are_of_one_process(
+    found: str, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if found in ("FSDP", "DeepSpeed"):
+        monkeypatch.setenv(f"ACCELERATE_USE_{found.upper()}", "true")
+    state: Any = SimpleNamespace(num_processes=2 if found == "2 processes" else 1, distributed_type=None)
+    arguments.refuse_what_cannot_run(instructft.load_recipe(write_recipe()), state)  # auto: false
+    recipe = instructft.load_recipe(write_recipe(), ["train.save_in_background=true"])
+    with pytest.raises(UsageError, match=f"save_in_background: true is for one process .* found {found}. Write auto"):
+        arguments.refuse_what_cannot_run(recipe, state)

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 import instructft
 from instructft.inference.generator import Answer, Generator
 from instructft.training.budget import Budget
-from instructft.training.callbacks import TRACKERS, Outlasted, Samples, send
+from instructft.training.callbacks import TRACKERS, Outlasted, Samples, reads_checkpoints, send
 
 TEXTS = [("Who?", "Ada."), ("Where?", "London.")]
 
@@ -148,3 +148,30 @@ def test_answers_of_several_lines_stay_below_their_question(tmp_path: Path) -> N
     samples = Samples(("A list:\ntea",), generator, tmp_path / "samples.jsonl", Console(file=said), None, Budget(None))
     samples.answer(3)
     assert said.getvalue() == "  A list:\n  tea\n  → 1. tea\n    2. honey\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "reads"),
+    [
+        ("WandbCallback", {}, False),
+        ("WandbCallback", {"WANDB_LOG_MODEL": "end"}, False),
+        ("WandbCallback", {"WANDB_LOG_MODEL": "checkpoint"}, True),
+        ("MLflowCallback", {"HF_MLFLOW_LOG_ARTIFACTS": "TRUE"}, True),
+        ("MLflowCallback", {}, False),
+        ("TrackioCallback", {}, False),
+        ("ClearMLCallback", {}, True),
+        ("TensorBoardCallback", {}, False),
+    ],
+)
+def test_trackers_that_keep_checkpoints_are_known(
+    name: str, variables: dict[str, str], reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.integrations import integration_utils
+
+    for variable in ("WANDB_LOG_MODEL", "HF_MLFLOW_LOG_ARTIFACTS"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    theirs = vars(getattr(integration_utils, name))
+    tracker = type(name, (TrainerCallback,), {"on_save": theirs["on_save"]} if "on_save" in theirs else {})
+    assert reads_checkpoints(Outlasted(tracker())) is reads
