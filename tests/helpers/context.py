@@ -8,17 +8,24 @@ what it hands round, merges and adds up, is torch's, as is the division of a bat
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.experimental._context_parallel import _attention as ring
 
+import instructft
+from instructft.errors import ModelError
 from tests.helpers import fsdp
 
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-CALLS = {"forward": 0, "backward": 0}
+SEEN: dict[str, Any] = {"forward": 0, "backward": 0, "said": []}
 
 
 def ring_on_a_cpu(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DTensor, ...]:
@@ -28,17 +35,43 @@ def ring_on_a_cpu(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     given = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in given.items()}
     assert given.pop("attn_mask", None) is None
     if op is FORWARD:
-        CALLS["forward"] += 1
+        SEEN["forward"] += 1
         found = ring._templated_ring_attention(mesh.get_group(), 2, op, **given)
     else:
-        CALLS["backward"] += 1
+        SEEN["backward"] += 1
         grad = given.pop("grad_out")
         found = ring._templated_ring_attention_backward(mesh.get_group(), 2, op, grad, "grad_out", **given)
     return tuple(DTensor.from_local(value, mesh, [Shard(2)], run_check=False) for value in found)
 
 
-ring.custom_ops.update({FORWARD: ring_on_a_cpu, BACKWARD: ring_on_a_cpu})
+def alone(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DTensor, ...]:
+    """What a ring is that hands nothing round: each process attends to its own part of a row."""
+    mesh = args[0].device_mesh
+    found = op(*(value.to_local() if isinstance(value, DTensor) else value for value in args), **kwargs)
+    return tuple(DTensor.from_local(value, mesh, [Shard(2)], run_check=False) for value in found)
+
+
+def refused(plan: Path, handlers: dict[Any, Any]) -> str:
+    """What a run says whose ring is another one, or none."""
+    run = json.loads(plan.read_text())[0]
+    for kernel in (FORWARD, BACKWARD):
+        ring.custom_ops.pop(kernel, None)
+    ring.custom_ops.update(handlers)
+    recipe = instructft.load_recipe(run["recipe"], [f"output_dir={plan.parent / f'refused-{len(handlers)}'}"])
+    try:
+        instructft.train(recipe, console=Console(quiet=True))
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    ring.custom_ops.update({FORWARD: ring_on_a_cpu, BACKWARD: ring_on_a_cpu})
+    fsdp.main()
+    plan = Path(sys.argv[1])
+    SEEN["said"] = [refused(plan, {FORWARD: alone, BACKWARD: alone}), refused(plan, {})]
+    plan.with_name(f"seen-{os.environ['RANK']}.json").write_text(json.dumps(SEEN))
 
 
 if __name__ == "__main__":
-    fsdp.main()
+    main()

@@ -61,7 +61,7 @@ def division_difference(trainer: Trainer) -> float:
         ModelError: torch has no ring for what this model's attention comes to here.
     """
     model: Any = trainer.model_wrapped
-    words, device = trainer.model.get_input_embeddings().weight.shape[0], trainer.args.device
+    words, device = trainer.model.config.get_text_config().vocab_size, trainer.args.device
     width = 2 * trainer.get_cp_size() * PIECE
     ids = torch.randint(0, words, (2, width), generator=torch.Generator().manual_seed(0)).to(device)
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
