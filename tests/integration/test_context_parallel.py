@@ -40,6 +40,9 @@ CASES = {
 }
 
 
+PROMPTS = ["Hello", "Say 7919 and nothing else."]
+
+
 def config(case: Case) -> str:
     sizes = f"parallelism_config_cp_size: {case.size}, parallelism_config_dp_shard_size: {case.world // case.size}"
     return f"{CONFIG}parallelism_config: {{{sizes}}}\n"
@@ -52,10 +55,12 @@ def config(case: Case) -> str:
 def test_processes_that_share_each_row(tmp_path: Path, name: str) -> None:
     """One launch a case, since its start takes longer than its runs: all that a case promises is looked at here."""
     case = CASES[name]
-    notes = trained(tmp_path, case.name, config(case), "context.py", case.world, case.overrides)
+    overrides = (*case.overrides, f"samples={json.dumps(PROMPTS)}")
+    notes = trained(tmp_path, case.name, config(case), "context.py", case.world, overrides)
     assert len(notes) == case.world
     assert all(note["sharded"] == note["parameters"] > 10 for runs in notes for note in runs)
-    losses_and_weights_are_those_of_one_process(tmp_path, 2 * case.world // case.size, case.overrides)
+    losses_and_weights_are_those_of_one_process(tmp_path, 2 * case.world // case.size, overrides)
+    answers_are_those_of_one_process(tmp_path)
     each_token_is_counted_once(tmp_path, case)
     seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(case.world)]
     attention_went_through_the_ring(seen)
@@ -76,6 +81,13 @@ def each_token_is_counted_once(folder: Path, case: Case) -> None:
         for key in ("num_tokens", "mean_token_accuracy", "entropy", "eval_mean_token_accuracy", "eval_entropy"):
             assert mine.get(key) == pytest.approx(other.get(key), abs=1e-5) if key in other else key not in mine
     assert not (folder / "whole" / "rows.parquet").exists()
+
+
+def answers_are_those_of_one_process(folder: Path) -> None:
+    """While it trains, of prompts of unequal length at once: padding on the left, which takes a mask."""
+    shared, one = ((folder / run / "samples.jsonl").read_text().splitlines() for run in ("whole", "one"))
+    assert shared == one
+    assert len(shared) == 3 * len(PROMPTS)
 
 
 def attention_went_through_the_ring(seen: list[dict[str, Any]]) -> None:
