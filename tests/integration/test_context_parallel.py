@@ -59,7 +59,8 @@ def test_processes_that_share_each_row(tmp_path: Path, name: str) -> None:
     notes = trained(tmp_path, case.name, config(case), "context.py", case.world, overrides)
     assert len(notes) == case.world
     assert all(note["sharded"] == note["parameters"] > 10 for runs in notes for note in runs)
-    losses_and_weights_are_those_of_one_process(tmp_path, 2 * case.world // case.size, overrides)
+    batch = 2 * case.world // case.size
+    losses_and_weights_are_those_of_one_process(tmp_path, batch, overrides, len(PROMPTS))
     answers_are_those_of_one_process(tmp_path)
     each_token_is_counted_once(tmp_path, case)
     seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(case.world)]

@@ -130,7 +130,9 @@ def each_process_holds_a_part_of_every_weight(notes: list[list[dict[str, Any]]])
         assert 0.4 < first["numbers"][1] / first["numbers"][0] < 0.6
 
 
-def losses_and_weights_are_those_of_one_process(folder: Path, batch: int = 4, overrides: Sequence[str] = ()) -> None:
+def losses_and_weights_are_those_of_one_process(
+    folder: Path, batch: int = 4, overrides: Sequence[str] = (), prompts: int = 1
+) -> None:
     two, one = folder / "whole", folder / "one"
     recipe = instructft.load_recipe(
         folder / "recipe.yaml",
@@ -148,7 +150,7 @@ def losses_and_weights_are_those_of_one_process(folder: Path, batch: int = 4, ov
         assert tensor.shape == others[key].shape
         torch.testing.assert_close(tensor, others[key], atol=1e-5, rtol=0)
     samples = [json.loads(line)["step"] for line in (two / "samples.jsonl").read_text().splitlines()]
-    assert samples == [0, 4, 6]
+    assert samples == [step for step in (0, 4, 6) for _ in range(prompts)]
 
 
 def what_is_saved_opens_and_is_whole(run: Path) -> None:
