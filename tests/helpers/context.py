@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate.accelerator
 import torch
 from rich.console import Console
 from torch.distributed.tensor import DTensor, Shard
@@ -25,7 +26,7 @@ from tests.helpers import fsdp
 
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-SEEN: dict[str, Any] = {"forward": 0, "backward": 0, "said": []}
+SEEN: dict[str, Any] = {"forward": 0, "backward": 0, "masks_taken": 0, "said": []}
 
 
 def ring_on_a_cpu(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DTensor, ...]:
@@ -65,7 +66,19 @@ def refused(plan: Path, handlers: dict[Any, Any]) -> str:
     return ""
 
 
+def watch_masks() -> None:
+    """Count models from whose attention accelerate takes the mask for good."""
+    attach = accelerate.accelerator._attach_context_parallel_hooks
+
+    def counted(model: Any) -> None:
+        SEEN["masks_taken"] += 1
+        attach(model)
+
+    accelerate.accelerator._attach_context_parallel_hooks = counted
+
+
 def main() -> None:
+    watch_masks()
     ring.custom_ops.update({FORWARD: ring_on_a_cpu, BACKWARD: ring_on_a_cpu})
     fsdp.main()
     plan = Path(sys.argv[1])

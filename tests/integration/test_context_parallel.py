@@ -85,7 +85,7 @@ def each_token_is_counted_once(folder: Path, case: Case) -> None:
 
 
 def answers_are_those_of_one_process(folder: Path) -> None:
-    """While it trains, of prompts of unequal length at once: padding on the left, which takes a mask."""
+    """While it trains, of prompts of unequal length: padding on the left, which takes a mask."""
     shared, one = ((folder / run / "samples.jsonl").read_text().splitlines() for run in ("whole", "one"))
     assert shared == one
     assert len(shared) == 3 * len(PROMPTS)
@@ -96,6 +96,7 @@ def attention_went_through_the_ring(seen: list[dict[str, Any]]) -> None:
     assert all(one == seen[0] for one in seen)
     assert seen[0]["forward"] > 2 * 2 * 12
     assert seen[0]["backward"] >= 2 * 2 * 12
+    assert seen[0]["masks_taken"] == 0  # else answers to several prompts at once would be wrong
 
 
 def a_row_that_is_not_the_same_divided_stops_the_run(seen: list[dict[str, Any]], case: Case) -> None:
