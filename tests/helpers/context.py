@@ -26,7 +26,7 @@ from tests.helpers import fsdp
 
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-SEEN: dict[str, Any] = {"forward": 0, "backward": 0, "masks_taken": 0, "said": []}
+SEEN: dict[str, Any] = {"forward": 0, "evaluated": 0, "backward": 0, "masks_taken": 0, "said": []}
 
 
 def ring_on_a_cpu(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DTensor, ...]:
@@ -37,6 +37,7 @@ def ring_on_a_cpu(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     assert given.pop("attn_mask", None) is None
     if op is FORWARD:
         SEEN["forward"] += 1
+        SEEN["evaluated"] += not torch.is_grad_enabled()
         found = ring._templated_ring_attention(mesh.get_group(), 2, op, **given)
     else:
         SEEN["backward"] += 1

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from instructft.checkpoints.manifest import verify
+from instructft.checkpoints.resume import refuse_changes
+from instructft.errors import ResumeError
 from tests.integration.test_fsdp import (
     CONFIG,
     a_checkpoint_is_sealed_with_the_files_of_every_process,
@@ -70,6 +73,18 @@ def test_processes_that_share_each_row(tmp_path: Path, name: str) -> None:
     if case.world == 2:
         a_checkpoint_is_sealed_with_the_files_of_every_process(tmp_path / "whole" / "checkpoint-6", "FULL_STATE_DICT")
     a_stopped_run_is_resumed_bit_for_bit(tmp_path, notes)
+    it_is_resumed_with_as_many_to_a_row(tmp_path / "whole" / "checkpoint-3", case)
+
+
+def it_is_resumed_with_as_many_to_a_row(folder: Path, case: Case) -> None:
+    checkpoint = verify(folder)
+    key = "processes that share a row"
+    assert checkpoint.identity[key] == case.size
+    refuse_changes(checkpoint, checkpoint.identity)
+    without = {name: value for name, value in checkpoint.identity.items() if name != key}
+    for other in ({**checkpoint.identity, key: 8}, without):
+        with pytest.raises(ResumeError, match=f"{key}: {case.size} when checkpoint-3 was written, now"):
+            refuse_changes(checkpoint, other)
 
 
 def each_token_is_counted_once(folder: Path, case: Case) -> None:
@@ -96,6 +111,8 @@ def attention_went_through_the_ring(seen: list[dict[str, Any]]) -> None:
     assert all(one == seen[0] for one in seen)
     assert seen[0]["forward"] > 2 * 2 * 12
     assert seen[0]["backward"] >= 2 * 2 * 12
+    proofs = 2 * 3  # a layer each of three runs, before the first step
+    assert seen[0]["evaluated"] >= proofs + 2 * 4  # and of two evaluations of two runs: validation rows are divided too
     assert seen[0]["masks_taken"] == 0  # else answers to several prompts at once would be wrong
 
 
