@@ -42,9 +42,11 @@ def ready_to_divide(batch: Mapping[str, torch.Tensor], size: int) -> dict[str, t
         batch: `input_ids` and `labels`, int64, rows padded on the right.
         size: processes that share a row.
 
+    >>> import torch
     >>> batch = {"input_ids": torch.tensor([[5, 6, 7, 0]]), "labels": torch.tensor([[-100, 6, 7, -100]])}
+    >>> batch["attention_mask"] = torch.tensor([[1, 1, 1, 0]])
     >>> ready_to_divide(batch, size=2)["shift_labels"]
-    tensor([[6, 7, -100, -100]])
+    tensor([[   6,    7, -100, -100]])
 
     Raises:
         DataError: the width cannot be divided, or slots are masked otherwise than by padding on the right.

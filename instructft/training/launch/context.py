@@ -111,6 +111,8 @@ def recipe_problems(recipe: Recipe) -> Iterator[str]:
 def model_problems(config: PretrainedConfig, recipe: Recipe) -> Iterator[str]:
     """What an architecture has that the ring has not, told from its configuration before any weight is loaded."""
     text = config.get_text_config()
+    if why := _no_sdpa(config):
+        yield f"model.name_or_path: torch's ring is made for attention sdpa, and {config.model_type} has none ({why})"
     types = getattr(text, "layer_types", None)
     windows = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     others = set(types) - {"full_attention"} if types else {"sliding_attention"} if windows else set()
@@ -126,6 +128,24 @@ def model_problems(config: PretrainedConfig, recipe: Recipe) -> Iterator[str]:
             f"train.router_aux_loss_coef: the router of {config.model_type} is trained by a loss over whole rows, and "
             "each process has a part of them; write 0.0, or leave rows whole"
         )
+
+
+def _no_sdpa(config: PretrainedConfig) -> str:
+    """Why a model of this configuration has no attention by sdpa, asked of shapes alone; "" where it has."""
+    import copy
+
+    import torch
+
+    from instructft.formatting import first_line
+    from instructft.weights import remote_code
+    from instructft.weights.model_class import auto_class
+
+    try:
+        with torch.device("meta"):
+            auto_class(config).from_config(copy.deepcopy(config), attn_implementation="sdpa", **remote_code.flag())
+    except (ImportError, ValueError) as error:
+        return first_line(error)
+    return ""
 
 
 def refuse(problems: Iterator[str] | list[str]) -> None:

@@ -129,6 +129,7 @@ def test_without_fsdp2_nothing_is_divided(recipe: Any, shared: None, monkeypatch
         ("qwen3_next", {}, "qwen3_next has layers of type linear_attention"),
         ("lfm2", {"full_attn_idxs": [0]}, "lfm2 has layers of type conv"),
         ("mixtral", {"sliding_window": None}, "train.router_aux_loss_coef: the router of mixtral"),
+        ("mamba", {}, "torch's ring is made for attention sdpa, and mamba has none"),
         ("gemma3", {}, "gemma3 has more than a text model"),
     ],
 )
