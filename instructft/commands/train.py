@@ -78,6 +78,9 @@ def launch(
         str, typer.Option(metavar="auto|N", help="On each machine; auto is one for each GPU, one without.")
     ] = "auto",
     strategy: StrategyOption = "ddp",
+    context_parallel: Annotated[
+        int, option(metavar="N", help="Processes that share each row, with fsdp2: for long rows.")
+    ] = 1,
     machines: Annotated[int, typer.Option(min=1, help="That train together; each runs this command.")] = 1,
     machine_rank: Annotated[int | None, option(help="Which one this is, from 0.")] = None,
     main_address: Annotated[str | None, option(metavar="HOST", help="Of the machine of rank 0.")] = None,
@@ -93,6 +96,7 @@ def launch(
         overrides or [],
         processes=processes,
         strategy=strategy,
+        context_parallel=context_parallel,
         machines=machines,
         machine_rank=machine_rank,
         main_address=main_address,

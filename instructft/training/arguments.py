@@ -17,6 +17,7 @@ from instructft.models.load import weights_dtype
 from instructft.models.starting_point import positions_of
 from instructft.recipe.conflicts import accelerator_problem
 from instructft.recipe.schema import freeze
+from instructft.training.launch.context import batches_at_once, refuse_what_cannot_be_divided
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -63,7 +64,7 @@ def training_arguments(recipe: Recipe, data: Prepared | Streamed, state: Partial
         args.dataloader_num_workers, args.dataloader_persistent_workers = 0, False
         args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None
     if tokens_per_step:
-        per_micro_batch = data.tokens_per_row * args.per_device_train_batch_size * state.num_processes
+        per_micro_batch = data.tokens_per_row * args.per_device_train_batch_size * batches_at_once(state.num_processes)
         args.gradient_accumulation_steps = max(1, round(tokens_per_step / per_micro_batch))
     return args, precision
 
@@ -205,7 +206,9 @@ def steps_of(args: SFTConfig, data: Prepared | Streamed) -> int:
     from instructft.data.streaming import Streamed
     from instructft.models.memory import steps
 
-    return args.max_steps if isinstance(data, Streamed) else int(steps(data, args, args.world_size)["steps"])
+    if isinstance(data, Streamed):
+        return args.max_steps
+    return int(steps(data, args, batches_at_once(args.world_size))["steps"])
 
 
 ROUGH = 4  # times: a bound from the configuration alone is this far on the safe side
@@ -340,6 +343,7 @@ COPIES_ARE_WHOLE = (
 
 def refuse_what_cannot_run(recipe: Recipe, state: PartialState) -> None:
     """What cannot be carried out in these processes is refused, never ignored."""
+    refuse_what_cannot_be_divided(recipe, state.num_processes)
     if recipe.train.get("auto_find_batch_size") and state.num_processes > 1:
         raise UsageError(
             f"train.auto_find_batch_size: found {state.num_processes} processes, and memory that runs out in one of "

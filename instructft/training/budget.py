@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from instructft.training.launch.context import batches_at_once
+
 ANSWERS = "answers"  # to held-out rows, within an evaluation (`training.judging`)
 LOOKING = ("evaluation", ANSWERS, "samples", "warnings")
 CLOCK = time.perf_counter  # seconds; tests set their own
@@ -177,7 +179,7 @@ class Budget(TrainerCallback):
         if name in self._costs:
             return self._costs[name]
         if name == "evaluation":
-            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            rows = args.train_batch_size * args.gradient_accumulation_steps * batches_at_once(args.world_size)
             return FORWARD * step * self.rows / rows
         if name == ANSWERS:
             return FORWARD * step / args.gradient_accumulation_steps * PASSES

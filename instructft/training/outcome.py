@@ -47,7 +47,12 @@ def collect_facts(
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "versions": dict(trainer.versions),
-        "hardware": {"device": hardware, "processes": trainer.args.world_size, "precision": precision},
+        "hardware": {
+            "device": hardware,
+            "processes": trainer.args.world_size,
+            **({"context_parallel": size} if (size := trainer.get_cp_size()) > 1 else {}),
+            "precision": precision,
+        },
         "seed": recipe.train["seed"],
         "data": {
             "fingerprint": data.fingerprint,

@@ -39,6 +39,7 @@ from instructft.training.arguments import (
     training_arguments,
     with_checkpointing,
 )
+from instructft.training.launch.context import batches_at_once, context_size, model_problems, refuse
 from instructft.training.launch.silent import silent_named, state_of
 from instructft.training.launch.workers import first_process
 from instructft.training.out_of_memory import explained
@@ -135,6 +136,8 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
     tokenizer = load_tokenizer(recipe)
     origin = starting_point(recipe, tokenizer)  # a model that does not fit is refused before the data is read
     check_attention(recipe, origin.config)
+    if context_size() > 1:
+        refuse(model_problems(origin.config, recipe))
     quantization.check(recipe, origin.config)
     before = checkpoint.identity if checkpoint else None
     recipe, left_open = follow_model(recipe, origin.config, before)
@@ -166,6 +169,8 @@ def _train(recipe: Recipe, run: Path, resume: str, rehearsal: bool, state: Parti
 
             console.print(cost_of_rows(why, packs, data, args), markup=False, highlight=False)
     made_of = first_process(state, lambda: identity(recipe, tokenizer, data.fingerprint, origin, args))
+    if context_size() > 1:  # other rows would make a step
+        made_of["processes that share a row"] = context_size()
     start = run_start(checkpoint, passed, made_of)
     if facts := start.finished(run):
         console.print(f"{run} is finished, {facts['train']['steps']:,} steps: there is nothing to resume")
@@ -249,7 +254,12 @@ def _console(state: PartialState) -> Console:
 
 
 def _prepared(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, origin: StartingPoint) -> Prepared | Streamed:
-    cannot_fold = functools.cache(functools.partial(why_not, recipe, origin.config))
+    def why() -> str:
+        if context_size() > 1:
+            return "processes share each row (--context-parallel), and torch's ring takes no mask"
+        return why_not(recipe, origin.config)
+
+    cannot_fold = functools.cache(why)
     if recipe.data.datasets[0].streaming:
         return prepare_stream(recipe, tokenizer, prepare_held_out(recipe, tokenizer, cannot_fold), cannot_fold)
     return prepare(recipe, tokenizer, cannot_fold)
@@ -300,9 +310,11 @@ def announce(
         table.add_row(what, f"{recipe.data.train_on}: {how_much}" if what == "loss on" else how_much)
     if day := date_in_prompts(recipe, tokenizer):
         table.add_row("date", said_of_date(day))
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * batches_at_once(args.world_size)
     what = "packs" if recipe.data.packing else "rows"
     table.add_row("step", f"{batch} {what}, about {round(batch * data.tokens_per_row):,} tokens")
+    if context_size() > 1:
+        table.add_row("rows", f"each divided among {context_size()} processes, by torch's ring")
     for what, how in left_open:
         table.add_row(what, escape(how))
     table.add_row("run", escape(str(recipe.output_dir)))
@@ -356,6 +368,7 @@ def build_trainer(
     from transformers import PrinterCallback
     from transformers.integrations import TensorBoardCallback
 
+    from instructft.data.batches.divided import multiple_of
     from instructft.data.collator import CompletionOnlyCollator
     from instructft.inference.generator import Generator
     from instructft.models.kernels.varlen import takes_borders
@@ -395,7 +408,10 @@ def build_trainer(
     if is_peft(model) and args.should_save:
         metadata = AdapterMetadata(origin.record(model, recipe.model.quantization))
     masks = masks_for(model.config)
-    collate = CompletionOnlyCollator(tokenizer.pad_token_id, args.pad_to_multiple_of, takes_borders(model), masks)
+    multiple = args.pad_to_multiple_of
+    if context_size() > 1:
+        multiple = multiple_of(context_size(), multiple)
+    collate = CompletionOnlyCollator(tokenizer.pad_token_id, multiple, takes_borders(model), masks)
     trainer = Trainer(
         model=model,
         args=args,
@@ -433,6 +449,8 @@ def build_trainer(
         say(f"held-out rows are not answered while it trains: {why}")
     if recipe.train["row_history"] and not trainer.plain_loss:
         say("rows.parquet is not kept: the losses of single tokens are not at hand with this loss")
+    elif recipe.train["row_history"] and context_size() > 1:
+        say("rows.parquet is not kept: no process has the losses of a whole row")
     warnings.stop, warnings.settle = trainer.stop, trainer.end_writing
     generator.precision = trainer.accelerator.autocast
     return trainer

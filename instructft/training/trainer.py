@@ -23,6 +23,7 @@ from instructft.adapters.lora import faster_b, token_rows
 from instructft.data.arrow.token_rows import PARTS, slices_of
 from instructft.data.arrow.workers import leaving_signals
 from instructft.data.batches.counts import Counting, Counts, WithRowLengths, taken
+from instructft.data.batches.divided import ready_to_divide
 from instructft.data.batches.flat_packs import FlatPacks
 from instructft.data.batches.parts import ONCE_MORE
 from instructft.data.batches.row_history import NUMBER, ROW_OF, Numbered, RowHistory, SaysWhose, Seen, together
@@ -35,6 +36,7 @@ from instructft.training.batch_size import MicroBatches
 from instructft.training.budget import Budget
 from instructft.training.callbacks import reads_checkpoints
 from instructft.training.out_of_memory import ran_out
+from instructft.training.rehearsal.divided import ProofOfDivision
 from instructft.training.rehearsal.start_loss import not_yet_logged
 from instructft.training.resumable import (
     Progress,
@@ -140,7 +142,13 @@ class Trainer(SFTTrainer):
         self._keep_copies = float32_copies
         self.copies: Float32Copies | None = None  # from the first step on
         self._row_of: torch.Tensor | None = None  # whose each slot of the batch under way is
-        self.history = history if self.plain_loss else None
+        self.history = history if self.plain_loss and self.get_cp_size() == 1 else None
+        if self.get_cp_size() > 1:
+            self.add_callback(ProofOfDivision(self, say))
+            # accelerate (1.15) would take the mask from every attention for good, and an answer to several prompts at
+            # once needs its own; a batch that is divided brings one of ones, which leaves nothing to take
+            divide = self.accelerator._prepare_cp
+            self.accelerator._prepare_cp = lambda *prepared: (divide(), prepared)[1]
         self.micro_batches = MicroBatches(self, find_batch, say)
         self.step_checks = StepChecks(self, spike_limit, skip_spikes, say)
         self._flos_per_token: int | None = None
@@ -230,6 +238,14 @@ class Trainer(SFTTrainer):
         parts = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
         return loss - self._router_loss / parts
 
+    def _prepare_context_parallel_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Upstream's: how a batch is divided among the processes that share its rows; as a copy, and shifted before."""
+        size = self.get_cp_size()
+        divided: tuple[Any, dict[str, Any]] = super()._prepare_context_parallel_inputs(
+            model, ready_to_divide(inputs, size) if size > 1 else inputs
+        )
+        return divided
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm of the step's gradient before it was clipped, as a number: `StepChecks` reads it with all else."""
         return self.step_checks.read(super()._get_grad_norm(model, grad_norm=grad_norm))
@@ -281,8 +297,14 @@ class Trainer(SFTTrainer):
             and self.args.loss_type == "nll"
             and self.compute_loss_func is None
             and self.label_smoother is None
-            and getattr(self.accelerator, "parallelism_config", None) is None
+            and self._whole_layers
         )
+
+    @property
+    def _whole_layers(self) -> bool:
+        """Whether a process computes whole layers: of its rows, or of its part of them (context parallelism)."""
+        config = getattr(self.accelerator, "parallelism_config", None)
+        return config is None or config.tp_size == config.sp_size == 1
 
     def rows_seen(self) -> Seen | None:
         """What all processes have seen of the training rows. Every process must call."""
@@ -299,7 +321,7 @@ class Trainer(SFTTrainer):
         """Operations of a batch; upstream counts all parameters anew for each micro-batch."""
         if self._flos_per_token is None:
             self._flos_per_token = int(super().floating_point_ops({"input_ids": torch.empty(1)}))
-        return self._flos_per_token * int(inputs["input_ids"].numel())
+        return self._flos_per_token * int(inputs["input_ids"].numel()) // self.get_cp_size()
 
     def get_train_dataloader(self) -> Any:
         """Rows as slices of Arrow's columns; each batch says how much it holds, and flat packs have a fixed shape."""
@@ -352,9 +374,10 @@ class Trainer(SFTTrainer):
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
         args = self.args
-        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        at_once = args.world_size // self.get_cp_size()
+        step = args.train_batch_size * args.gradient_accumulation_steps * at_once
         seed = args.seed if args.data_seed is None else args.data_seed
-        return LengthGrouped(slices_of(dataset).lengths, step, seed, args.train_batch_size, args.world_size)
+        return LengthGrouped(slices_of(dataset).lengths, step, seed, args.train_batch_size, at_once)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
@@ -415,13 +438,20 @@ class Trainer(SFTTrainer):
         # packs of one width, each with its padding, or end to end with none
         width = tokens // len(lengths) if flat and tokens != int(lengths.sum()) else None
         without_borders = contextlib.nullcontext() if flat else plain(self.model)
-        with torch.no_grad(), self.compute_loss_context_manager(), without_borders:
+        divided, inputs = self._prepare_context_parallel_inputs(model, inputs)
+        with torch.no_grad(), self.compute_loss_context_manager(), without_borders, divided():
             out = scores(model, inputs)
         values = torch.stack([-out.log_probs, out.label_mask, out.entropy, out.is_top1])  # (4, B, T - 1), 0: no loss
         values = values.to(torch.float64 if values.device.type == "cpu" else torch.float32)
         sums = _sums_of_rows(values, lengths, width)
         # (B, 4) of every process; rows that only fill up the last batch of a distributed evaluation are left out
-        self._eval_sums.append(self.accelerator.gather_for_metrics(sums).cpu())
+        if (size := self.get_cp_size()) == 1:
+            self._eval_sums.append(self.accelerator.gather_for_metrics(sums).cpu())
+        else:  # processes that share a row stand side by side, and upstream takes each for one with rows of its own
+            every = self.accelerator.gather(sums).unflatten(0, (-1, size, len(sums))).sum(1).flatten(0, 1)
+            last = self.accelerator.gradient_state
+            left = last.remainder if last.end_of_dataloader and last.remainder > 0 else len(every)
+            self._eval_sums.append(every[:left].cpu())
         total = sums.sum(0)
         return (total[0] / total[1].clamp(min=1)).float(), None, None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,19 @@ CASES = {
 ALWAYS = ("gpt2", "llama-lora")  # all weights and an adapter, a tied head and rows of new tokens, parts and whole
 
 
-def trained(folder: Path, name: str) -> list[list[dict[str, Any]]]:
+def trained(
+    folder: Path,
+    name: str,
+    config: str = CONFIG,
+    program: str = "fsdp.py",
+    world: int = 2,
+    overrides: Sequence[str] = (),
+) -> list[list[dict[str, Any]]]:
     """A case trained by two processes: in one go (`whole`), and stopped in step 5 and resumed (`stopped`).
+
+    Args:
+        config: accelerate's.
+        program: of `tests/helpers`, which trains.
 
     Returns what each process noted: of the run in one go, the one that was stopped, the one that was resumed.
     """
@@ -75,14 +86,15 @@ def trained(folder: Path, name: str) -> list[list[dict[str, Any]]]:
     path.write_text(RECIPE.format(model=f"name_or_path: {base}", data=data, template=template, adapter=adapter))
     plan: list[dict[str, Any]] = []
     for run, stop in (("whole", None), ("stopped", 5), ("stopped", None)):
-        out = [f"output_dir={folder / run}", *(["samples=[]"] if run == "stopped" else [])]
+        out = [f"output_dir={folder / run}", *(["samples=[]"] if run == "stopped" else []), *overrides]
         plan.append({"recipe": str(path), "overrides": out, "state_dict": state_dict, "stop": stop})
     (folder / "plan.json").write_text(json.dumps(plan))
-    (folder / "fsdp.yaml").write_text(CONFIG)
-    program = str(Path(__file__).parents[1] / "helpers" / "fsdp.py")
-    done = launch(str(folder / "fsdp.yaml"), [program, str(folder / "plan.json")], folder)
+    (folder / "fsdp.yaml").write_text(config)
+    file = str(Path(__file__).parents[1] / "helpers" / program)
+    done = launch(str(folder / "fsdp.yaml"), [file, str(folder / "plan.json")], folder, processes=world)
     assert done.returncode == 0, [line for line in done.stderr.splitlines() if "Error" in line]
-    return [[json.loads(line) for line in (folder / f"notes-{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)]
+    files = [folder / f"notes-{rank}.jsonl" for rank in range(world)]
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -118,10 +130,13 @@ def each_process_holds_a_part_of_every_weight(notes: list[list[dict[str, Any]]])
         assert 0.4 < first["numbers"][1] / first["numbers"][0] < 0.6
 
 
-def losses_and_weights_are_those_of_one_process(folder: Path) -> None:
+def losses_and_weights_are_those_of_one_process(
+    folder: Path, batch: int = 4, overrides: Sequence[str] = (), prompts: int = 1
+) -> None:
     two, one = folder / "whole", folder / "one"
     recipe = instructft.load_recipe(
-        folder / "recipe.yaml", ["train.per_device_train_batch_size=4", f"output_dir={one}", "samples=[]"]
+        folder / "recipe.yaml",
+        [f"train.per_device_train_batch_size={batch}", f"output_dir={one}", "samples=[]", *overrides],
     )
     instructft.train(recipe, console=Console(quiet=True))
     for key in ("loss", "eval_loss", "grad_norm"):
@@ -135,7 +150,7 @@ def losses_and_weights_are_those_of_one_process(folder: Path) -> None:
         assert tensor.shape == others[key].shape
         torch.testing.assert_close(tensor, others[key], atol=1e-5, rtol=0)
     samples = [json.loads(line)["step"] for line in (two / "samples.jsonl").read_text().splitlines()]
-    assert samples == [0, 4, 6]
+    assert samples == [step for step in (0, 4, 6) for _ in range(prompts)]
 
 
 def what_is_saved_opens_and_is_whole(run: Path) -> None:

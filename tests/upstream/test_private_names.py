@@ -46,6 +46,10 @@ TABLE = (
     Private("_get_train_sampler", TRAINER, "training/trainer", "group_by_length follows the micro-batch size"),
     Private("_get_eval_sampler", TRAINER, "training/trainer", "validation pads more; data sets' own losses mix rows"),
     Private("_train_batch_size", TRAINER, "training/trainer", "flat packs have another shape than a batch has rows"),
+    Private("_prepare_context_parallel_inputs", TRAINER, "training/trainer",
+            "processes that share a row are given the whole of it"),
+    Private("_prepare_cp", "accelerate.accelerator:Accelerator", "training/trainer",
+            "answers to several prompts lose their mask while processes share rows"),
     Private("_set_signature_columns_if_needed", SFT, "training/trainer", "branches are trained as documents"),
     Private("_signature_columns", TRAINER, "training/trainer", "branches are trained as documents"),
     # what the trainer counts

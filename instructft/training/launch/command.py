@@ -18,6 +18,7 @@ from instructft.errors import InstructftError, UsageError
 from instructft.progress import RANKS
 from instructft.recipe.load import load_recipe
 from instructft.recipe.schema import Recipe
+from instructft.training.launch import context
 from instructft.training.launch.workers import run
 from instructft.weights import remote_code
 
@@ -30,6 +31,7 @@ def launch(
     *,
     processes: str = "auto",
     strategy: str = "ddp",
+    context_parallel: int = 1,
     machines: int = 1,
     machine_rank: int | None = None,
     main_address: str | None = None,
@@ -43,6 +45,7 @@ def launch(
     Args:
         processes: on each machine; `auto` is one for each GPU of this one, and one where there is none.
         strategy: `ddp` (every process holds the whole model), `fsdp2`, `zero2` or `zero3` (it is divided among them).
+        context_parallel: how many processes share each row, with `fsdp2`: for rows too long for one GPU.
         machines: that train together; the same command runs on each, with its own `machine_rank`, from 0.
         main_address: of the machine of rank 0, as the others reach it.
 
@@ -57,10 +60,15 @@ def launch(
     _check(strategy, processes, machines, machine_rank, main_address)
     gpus = 0 if loaded.train.get("use_cpu") else count_gpus()
     per_machine = max(gpus, 1) if processes == "auto" else int(processes)
+    if context_parallel != 1:
+        asked = context.asked_problems(context_parallel, per_machine * machines, strategy)
+        context.refuse([*asked, *context.recipe_problems(loaded)])
     if not dry_run:
         _refuse_what_this_machine_cannot(strategy, per_machine, gpus)
     arguments = [
-        *_accelerate_options(strategy, per_machine, machines, machine_rank or 0, main_address, main_port, gpus),
+        *_accelerate_options(
+            strategy, per_machine, machines, machine_rank or 0, main_address, main_port, gpus, context_parallel
+        ),
         *("-m", "instructft", "train", recipe, *overrides, *_trust()),
     ]
     if gpus == 0 and strategy == "ddp" and per_machine * machines > 1 and not loaded.train.get("use_cpu"):
@@ -160,13 +168,24 @@ def _refuse_what_this_machine_cannot(strategy: str, processes: int, gpus: int) -
 
 
 def _accelerate_options(
-    strategy: str, per_machine: int, machines: int, rank: int, address: str | None, port: int, gpus: int
+    strategy: str,
+    per_machine: int,
+    machines: int,
+    rank: int,
+    address: str | None,
+    port: int,
+    gpus: int,
+    shares: int,
 ) -> list[str]:
     """The options of `accelerate launch`. A config file always: without, a default one of the user's would count."""
     total = per_machine * machines
     name = strategy if strategy != "ddp" else "multi_node" if machines > 1 else "ddp" if total > 1 else "single"
+    if shares > 1:
+        name = f"{name}_context"
     options = ["--config_file", _shown(accelerate_config(name)), "--num_processes", str(total)]
     options += ["--num_machines", str(machines)]
+    if shares > 1:
+        options += context.options(shares, total)
     if machines > 1:
         options += ["--machine_rank", str(rank), "--main_process_ip", str(address), "--main_process_port", str(port)]
     if gpus == 0 and strategy == "ddp" and "OMP_NUM_THREADS" not in os.environ:

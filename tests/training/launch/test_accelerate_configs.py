@@ -20,6 +20,7 @@ REPO = Path(__file__).resolve().parents[3]
 ACCELERATE = REPO / "recipes" / "accelerate"
 CLUSTER = REPO / "recipes" / "cluster"
 NAMES = sorted(path.stem for path in ACCELERATE.iterdir())
+AS_THEY_ARE = ("--fsdp_state_dict_type", "--parallelism_config_cp_comm_strategy")  # no words of YAML
 ENVIRONMENT = {**os.environ, **OWN_PORT, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
 
 
@@ -38,7 +39,7 @@ def validated(name: str, *options: str) -> Any:
 
 
 def test_all_are_there_and_none_is_taken_for_a_recipe() -> None:
-    assert set(NAMES) == {"single", "ddp", "fsdp2", "zero2", "zero3", "fp8", "multi_node"}
+    assert set(NAMES) == {"single", "ddp", "fsdp2", "zero2", "zero3", "fp8", "multi_node", "fsdp2_context"}
     assert {path.name for path in CLUSTER.iterdir()} == {"slurm.sh", "kubernetes.yaml", "skypilot.yaml"}
     files = {path.relative_to(REPO / "recipes").parts[0] for path in (REPO / "recipes").rglob("*") if path.is_file()}
     assert files == {"accelerate", "cluster", *(path.name for path in shipped_recipes().values())}
@@ -60,14 +61,20 @@ def test_accelerate_reads_it(name: str) -> None:
     config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))
     assert config.mixed_precision == "no"
     parser = launch_command_parser()
-    for section, prefix in (("fsdp_config", "fsdp_"), ("deepspeed_config", "")):
+    for section, prefix in (("fsdp_config", "fsdp_"), ("deepspeed_config", ""), ("parallelism_config", "")):
         for key, value in getattr(config, section).items():
             # accelerate takes any key of a section without a word; as an option it is checked, and its value too
             option = f"--{key if key.startswith(prefix) else prefix + key}"
-            parser.parse_args([option, str(value).lower() if option != "--fsdp_state_dict_type" else value, "x"])
+            parser.parse_args([option, str(value).lower() if option not in AS_THEY_ARE else value, "x"])
     args = validated(name)
     kinds = ("multi_gpu", "use_fsdp", "use_deepspeed")
-    kind = {"single": None, "fsdp2": "use_fsdp", "zero2": "use_deepspeed", "zero3": "use_deepspeed"}
+    kind = {
+        "single": None,
+        "fsdp2": "use_fsdp",
+        "fsdp2_context": "use_fsdp",
+        "zero2": "use_deepspeed",
+        "zero3": "use_deepspeed",
+    }
     assert {key for key in kinds if getattr(args, key)} == {kind.get(name, "multi_gpu")} - {None}
     assert args.num_processes == {"single": 1, "multi_node": 16}.get(name, 2)
     assert validated(name, "--num_processes", "8").num_processes == 8
@@ -86,6 +93,28 @@ def test_what_fsdp2_comes_to() -> None:
     assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
     assert not plugin.cpu_ram_efficient_loading
     assert not plugin.activation_checkpointing
+
+
+def test_what_rows_that_are_divided_come_to() -> None:
+    """The same as fsdp2, and who shares a row with whom."""
+    from accelerate import ParallelismConfig
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import patch_environment
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    from instructft.training.launch.context import context_size, options
+
+    plain, divided = (load_config_from_file(str(ACCELERATE / f"{name}.yaml")) for name in ("fsdp2", "fsdp2_context"))
+    assert (plain.fsdp_config, plain.parallelism_config) == (divided.fsdp_config, {})
+    for more, size, groups in (([], 2, 1), (["--num_processes", "12", *options(4, 12)], 4, 3)):
+        environment = prepare_multi_gpu_env(validated("fsdp2_context", *more))
+        with patch_environment(**environment):
+            config = ParallelismConfig()
+        assert (config.cp_size, config.dp_shard_size, config.total_size) == (size, groups, size * groups)
+        assert config.cp_handler.cp_comm_strategy == "allgather"
+        assert (environment["ACCELERATE_USE_FSDP"], environment["FSDP_VERSION"]) == ("true", "2")
+        assert context_size(environment) == size
+    assert context_size(prepare_multi_gpu_env(validated("fsdp2"))) == 1
 
 
 @pytest.mark.parametrize("stage", [2, 3])
