@@ -40,7 +40,7 @@ def take(recipe: Recipe) -> dict[str, Any]:
     from instructft.models.tokenizer import load_tokenizer
     from instructft.training.arguments import training_arguments
     from instructft.training.out_of_memory import ran_out
-    from instructft.training.run import build_trainer
+    from instructft.training.build import build_trainer
 
     state = PartialState(cpu=bool(recipe.train.get("use_cpu")))
     tokenizer = load_tokenizer(recipe)

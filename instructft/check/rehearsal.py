@@ -44,7 +44,8 @@ def rehearsal(
     from instructft.models.load import load_model
     from instructft.training.arguments import training_arguments
     from instructft.training.rehearsal.rehearse import rehearse
-    from instructft.training.run import build_trainer, packs_apart
+    from instructft.training.build import build_trainer
+    from instructft.training.run import packs_apart
 
     if recipe.train["fp8"]:
         raise UsageError("--rehearse: a run with train.fp8 is rehearsed by train alone; leave one of them out")

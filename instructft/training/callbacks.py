@@ -27,7 +27,7 @@ from instructft.formatting import first_line, name_of, perplexity, spread
 from instructft.inference.generator import Generator
 from instructft.prompt.token_view import visible
 from instructft.report.logs import append_log, attempt, keep_until
-from instructft.training.budget import Budget
+from instructft.training.judging.budget import Budget
 
 Texts = Sequence[tuple[str, str]]  # prompt, answer
 _IN_THE_REPORT = ("eval_token_f1", "eval_rougeL", "eval_stops", "eval_tool_names")  # and in metrics.jsonl: not printed

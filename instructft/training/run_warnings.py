@@ -29,7 +29,7 @@ from instructft.inference.continuous_batching import Row
 from instructft.inference.generator import Generator
 from instructft.prompt.loss_mask import IGNORE_INDEX
 from instructft.report.logs import append_log, keep_until, read_log, take_troubles
-from instructft.training.budget import Budget
+from instructft.training.judging.budget import Budget
 
 FILE = "warnings.jsonl"
 RISES = 3  # evaluations since the best one

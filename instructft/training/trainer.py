@@ -33,8 +33,8 @@ from instructft.formatting import first_line
 from instructft.models.kernels.fused_loss import add_supervised_head, nll_of, scores
 from instructft.models.kernels.varlen import plain
 from instructft.training.batch_size import MicroBatches
-from instructft.training.budget import Budget
 from instructft.training.callbacks import reads_checkpoints
+from instructft.training.judging.budget import Budget
 from instructft.training.out_of_memory import ran_out
 from instructft.training.rehearsal.divided import ProofOfDivision
 from instructft.training.rehearsal.start_loss import not_yet_logged

@@ -14,7 +14,7 @@ from instructft.models.load import load_model
 from instructft.models.starting_point import starting_point
 from instructft.models.tokenizer import load_tokenizer
 from instructft.training.arguments import training_arguments
-from instructft.training.run import build_trainer
+from instructft.training.build import build_trainer
 from tests.helpers.device import ON_GPU
 
 

@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 import instructft
 from instructft.inference.generator import Answer, Generator
-from instructft.training.budget import Budget
 from instructft.training.callbacks import TRACKERS, Outlasted, Samples, reads_checkpoints, send
+from instructft.training.judging.budget import Budget
 
 TEXTS = [("Who?", "Ada."), ("Where?", "London.")]
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import instructft
 from instructft.errors import CheckpointError
-from instructft.training.budget import Budget
+from instructft.training.judging.budget import Budget
 from instructft.training.resumable import Progress, load_weights, random_states_kept, renamed_on_disk
 from tests.conftest import TINY
 

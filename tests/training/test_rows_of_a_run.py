@@ -91,7 +91,7 @@ def test_what_cannot_have_a_history_says_so(
     recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from instructft.data.batches import row_history
-    from instructft.training.run import row_history as made
+    from instructft.training.build import row_history as made
 
     said: list[str] = []
     mine = recipe()

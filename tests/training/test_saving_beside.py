@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, TrainerCallback
 
 import instructft
-import instructft.training.budget as budget
+import instructft.training.judging.budget as budget
 import instructft.training.resumable as resumable
 from instructft.checkpoints import manifest
 from instructft.checkpoints.background import Writing

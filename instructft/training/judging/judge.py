@@ -24,9 +24,9 @@ from instructft.evaluation.answers import FIGURES, Answered, own_figures
 from instructft.evaluation.confidence import FEWEST, mean_of
 from instructft.inference.continuous_batching import Row
 from instructft.inference.generator import Generator
-from instructft.training import budget as clock
-from instructft.training.budget import ANSWERS, Budget
+from instructft.training.judging import budget as clock
 from instructft.training.judging.best import Best
+from instructft.training.judging.budget import ANSWERS, Budget
 from instructft.training.judging.questions import Question, questions
 from instructft.training.stopping import BEST_STEP, EvaluationLeft
 

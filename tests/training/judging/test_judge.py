@@ -15,7 +15,7 @@ from rich.console import Console
 import instructft
 from instructft.data.load import conversations
 from instructft.errors import Stopped, UsageError
-from instructft.training import budget
+from instructft.training.judging import budget
 from instructft.training.run import train
 from tests.conftest import BATTERY
 from tests.helpers.stops import SignalAt, interrupt

@@ -15,8 +15,8 @@ from rich.console import Console
 import instructft
 from instructft.errors import Stopped
 from instructft.inference.generator import Generator
-from instructft.training import budget
-from instructft.training.budget import LOOKING, Budget
+from instructft.training.judging import budget
+from instructft.training.judging.budget import LOOKING, Budget
 from instructft.training.run import train
 from instructft.training.trainer import Trainer
 from tests.helpers.stops import SignalAt, interrupt
