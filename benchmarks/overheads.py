@@ -151,7 +151,7 @@ def held_up(repeats: int, tiny: bool) -> dict[str, Any]:
         build_rows(source, rows, 200)
         size = {"n_layer": 1, "n_embd": 16, "n_head": 2} if tiny else {"n_layer": 8, "n_embd": 512, "n_head": 8}
         train = {"max_steps": 24, "save_steps": 4, "save_total_limit": 2, "eval_strategy": "no", "use_cpu": True}
-        train |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+        train |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
         for number in range(2 * repeats):
             name = list(found)[number % 2]
             recipe = {
