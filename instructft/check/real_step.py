@@ -39,8 +39,8 @@ def take(recipe: Recipe) -> dict[str, Any]:
     from instructft.models.starting_point import starting_point
     from instructft.models.tokenizer import load_tokenizer
     from instructft.training.arguments import training_arguments
-    from instructft.training.out_of_memory import ran_out
     from instructft.training.build import build_trainer
+    from instructft.training.out_of_memory import ran_out
 
     state = PartialState(cpu=bool(recipe.train.get("use_cpu")))
     tokenizer = load_tokenizer(recipe)

@@ -43,8 +43,8 @@ def rehearsal(
     from instructft.models.attention import choose_attention, switch_attention
     from instructft.models.load import load_model
     from instructft.training.arguments import training_arguments
-    from instructft.training.rehearsal.rehearse import rehearse
     from instructft.training.build import build_trainer
+    from instructft.training.rehearsal.rehearse import rehearse
     from instructft.training.run import packs_apart
 
     if recipe.train["fp8"]:

@@ -138,7 +138,9 @@ def deferred(folder: Path, later: Writes) -> Iterator[None]:
             if folder in path.parents and only in (None, path.name):
                 try:
                     copy = copied(content)
-                except (MemoryError, RuntimeError):  # a limit of this process, of which `has_room` does not know
+                except (
+                    Exception
+                ):  # a limit of this process, of which `has_room` does not know, or an odd kind of device
                     copy = None
                 if copy is not None:
                     later.append(functools.partial(write, copy, file, *args, **kwargs))

@@ -18,6 +18,7 @@ from tests.conftest import TINY
 
 SHAPE = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64}
 STILL = AutoConfig.for_model(**SHAPE, attn_pdrop=0.0)
+OWN = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]}  # of GPT-Neo
 PACKED = ["data.packing=true"]
 
 
@@ -90,7 +91,7 @@ def test_named_on_a_machine_without_it(chosen: Any, monkeypatch: Any) -> None:
     ("config", "words"),
     [
         (AutoConfig.for_model(**SHAPE), r"cannot train GPT2LMHeadModel: .* set model\.overrides=\{attn_pdrop: 0\.0\}"),
-        (AutoConfig.for_model("codegen", n_embd=32, n_layer=1, n_head=4, rotary_dim=8), "in its own code"),
+        (AutoConfig.for_model("gpt_neo", **OWN), "in its own code"),
     ],
 )
 def test_named_for_a_model_that_it_cannot_train(write_recipe: Any, config: Any, words: str) -> None:
@@ -117,11 +118,9 @@ def test_switching_and_giving_up() -> None:
     assert str(left) == "sdpa (not varlen: it leaks)"
     assert not varlen.takes_borders(model)
     assert switch_attention(model, Attention("")).facts() == {"name": "sdpa"}
-    own = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("codegen", n_embd=32, n_layer=1, n_head=4, rotary_dim=8)
-    )
+    own = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neo", **OWN))
     left = switch_attention(own, Attention("varlen", may_change=True))
-    assert left.why == "not varlen: CodeGenForCausalLM computes attention in its own code"
+    assert left.why == "not varlen: GPTNeoForCausalLM computes attention in its own code"
     assert not left.may_change
 
 

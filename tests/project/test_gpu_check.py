@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -228,5 +229,7 @@ def test_wheels_are_what_is_pinned_without_torch(monkeypatch: pytest.MonkeyPatch
     names = [line.partition("==")[0] for line in wheels.wanted(environment)]
     assert {"transformers", "trl", "peft", "accelerate", "bitsandbytes", "pytest", "tokenizers"} < set(names)
     assert not {name for name in names if name.startswith(("torch", "nvidia", "triton"))} - {"torchao"}
+    if wheels.pins(wheels.default_environment())["transformers"] != f"=={version('transformers')}":
+        pytest.skip("what is installed is not what is pinned: its packages may need others")
     unpinned = [line for line in wheels.wanted(environment) if "==" not in line]
     assert unpinned == list(wheels.FASTER)

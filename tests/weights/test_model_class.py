@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config, LlamaConfig
@@ -20,8 +22,11 @@ from instructft.weights.model_class import (
 )
 from tests.helpers.towers import SECTIONS, config_of
 
+# Its own forward asks its text model for `image_outputs`, which that does not give; nothing of this package takes part.
+BROKEN = pytest.mark.xfail(version("transformers") == "5.24.0", raises=AttributeError, reason="transformers 5.24.0")
 
-@pytest.mark.parametrize("kind", SECTIONS)
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=BROKEN) if k == "llama4" else k for k in SECTIONS])
 def test_what_text_does_not_reach_is_frozen_and_nothing_else(kind: str) -> None:
     config = config_of(kind, 100)
     assert auto_class(config) is AutoModelForImageTextToText

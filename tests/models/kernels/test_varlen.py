@@ -272,7 +272,13 @@ def test_the_kernel_of_this_torch_takes_these_arguments() -> None:
 
 
 def test_an_architecture_with_attention_of_its_own_is_left_as_it_is() -> None:
-    shape = {"model_type": "codegen", "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 96, "rotary_dim": 8}
+    shape = {
+        "model_type": "gpt_neo",
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_heads": 4,
+        "attention_types": [[["global"], 1]],
+    }
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape))
