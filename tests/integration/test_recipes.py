@@ -196,7 +196,8 @@ def test_all_are_run_here() -> None:
     assert used == {*DATA, None}  # the book's is a file on GitHub
 
 
-LIKE = ("gpt2-alpaca-gpt4", "slimorca-chatml", "smollm2-360m")  # other recipes here: the same models and templates
+# Other recipes here have the same models and templates, or their parts between them.
+LIKE = ("gpt2-alpaca-gpt4", "gpt2-lora-alpaca", "llama-3-70b-qlora-fsdp2", "slimorca-chatml", "smollm2-360m")
 
 
 @pytest.mark.drawn

@@ -21,6 +21,7 @@ from instructft.errors import UsageError
 from instructft.prompt.loss_mask import encode_prompt
 from tests.conftest import GPT2, ROWS, TINY, draw_curves
 from tests.helpers.device import here, near
+from tests.helpers.telling import telling
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +276,7 @@ def test_a_run_that_fails_leaves_nothing_that_poses_as_a_model(write_recipe: Any
     assert not (Path(recipe.output_dir) / "config.json").exists()
 
 
-@pytest.mark.parametrize("template", ["alpaca", "instruction"])
+@pytest.mark.parametrize("template", telling(["alpaca", "instruction"], "instruction"))
 def test_varied_rows_and_the_real_tokenizer(tmp_path: Path, template: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

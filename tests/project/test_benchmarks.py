@@ -129,6 +129,7 @@ def test_profile_of_a_step(tiny: Any) -> None:
     assert all(share > 0 for share in parts.values())
 
 
+@pytest.mark.battery  # what it counts, `tests/prompt/test_template_matrix.py` compares
 def test_templates(tiny: Any) -> None:
     text = tiny("templates")
     assert "26 combinations" in text

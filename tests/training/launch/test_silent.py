@@ -21,7 +21,7 @@ torch.distributed.barrier()
 try:
     with silent_named(state, 2):
         if state.process_index == {silent}:
-            time.sleep(6)
+            time.sleep(4)
         else:
             torch.distributed.barrier()
 except InstructftError as error:
