@@ -43,7 +43,7 @@ real: export INSTRUCTFT_REAL := $(CURDIR)/$(REAL)
 real: real-assets  ## promises on the real model and real vocabularies, figures into benchmarks/REAL.md
 	@rm -f $(REAL)/figures.jsonl
 	@# the second: quickstart's model in llama.cpp's server, whose packages make test does not bring
-	@$(BIN)/python -m pytest tests/real tests/extras/serving/test_export.py --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --timeout=900 --durations=8 $(ARGS)
+	@$(BIN)/python -m pytest tests/real tests/extras/serving/test_export.py --numprocesses=2 --dist=loadfile --no-loadscope-reorder --timeout=900 --durations=8 $(ARGS)
 	@$(BIN)/python benchmarks/real.py
 	@$(BIN)/python scripts/docs_hardware.py  # its page quotes these figures
 
