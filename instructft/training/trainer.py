@@ -145,10 +145,7 @@ class Trainer(SFTTrainer):
         self.history = history if self.plain_loss and self.get_cp_size() == 1 else None
         if self.get_cp_size() > 1:
             self.add_callback(ProofOfDivision(self, say))
-            # accelerate (1.15) would take the mask from every attention for good, and an answer to several prompts at
-            # once needs its own; a batch that is divided brings one of ones, which leaves nothing to take
-            divide = self.accelerator._prepare_cp
-            self.accelerator._prepare_cp = lambda *prepared: (divide(), prepared)[1]
+            self.accelerator._prepare_cp = functools.partial(_with_masks, self.accelerator._prepare_cp)
         self.micro_batches = MicroBatches(self, find_batch, say)
         self.step_checks = StepChecks(self, spike_limit, skip_spikes, say)
         self._flos_per_token: int | None = None
@@ -618,6 +615,16 @@ def _in_place(owner: Any, **values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(owner, name, value)
+
+
+def _with_masks(prepare: Callable[..., Any], *prepared: Any) -> tuple[Any, ...]:
+    """Make accelerate ready to divide rows, and let it see no model, whose attention keeps its masks so.
+
+    Accelerate (1.15) would take them from every attention for good, and an answer to several prompts at once needs its
+    own; a batch that is divided brings a mask of ones, which leaves nothing to take.
+    """
+    prepare()
+    return prepared
 
 
 def _sums_of_rows(values: torch.Tensor, lengths: torch.Tensor, width: int | None = None) -> torch.Tensor:
